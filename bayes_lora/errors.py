@@ -1,0 +1,33 @@
+"""Errors that a user can mend. The command line turns each into one line and exit code 2."""
+
+from __future__ import annotations
+
+__all__ = ["BayesLoraError", "ConfigError", "ModelFileError", "PosteriorError", "RunFolderError", "SiteError", "TaskError"]
+
+
+class BayesLoraError(Exception):
+    """Base class: says what was expected, what came, and the cure."""
+
+
+class ConfigError(BayesLoraError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class ModelFileError(BayesLoraError, OSError):
+    """The language model's files cannot be had."""
+
+
+class PosteriorError(BayesLoraError, ValueError):
+    """A saved posterior is damaged, or fits another model."""
+
+
+class RunFolderError(BayesLoraError, OSError):
+    """The run folder exists already, or does not hold a run."""
+
+
+class SiteError(BayesLoraError, ValueError):
+    """A LoRA site is missing, unknown, or bound to a value of the wrong shape."""
+
+
+class TaskError(BayesLoraError, ValueError):
+    """A task file is malformed, or a task is too small for what is asked of it."""

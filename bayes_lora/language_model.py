@@ -1,0 +1,235 @@
+"""The likelihood: a Hugging Face causal LM whose LoRA weights are bound from outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayes_lora.errors import ConfigError, SiteError
+from bayes_lora.sites import LoraSites, find_sites
+from bayes_lora.tasks.episode import Episode, collate
+from bayes_lora.tasks.prompts import EncodedExample, Encoder, PromptTemplate
+from bayes_lora.trunk import Trunk
+from bayes_lora.types import Sites
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel:
+    r"""Option log-likelihoods of an episode under LoRA weights phi.
+
+    .. math:: \log p(o \mid x, \phi) = \sum_j \log p_{W_0 + \mathrm{LoRA}(\phi)}(o_j \mid x, o_{<j})
+
+    in nats, over the tokens of option o; with ``normalize="mean"`` divided by their number. T tasks times S draws run
+    in one forward, a prompt is read once for all its options, and the LM head runs on answer positions only.
+
+    This is a plain object, not a module: Pyro makes every parameter that it can reach trainable, and must not reach
+    the LM's. All parameters of ``model`` are frozen.
+
+    Args:
+        model: a causal LM with adapters injected by PEFT (its LoRA linears are replaced by slots here).
+        tokenizer: its tokenizer.
+        lora_config: the PEFT configuration, kept for export.
+        name: hub id or path, kept for export.
+        template: how an example becomes text.
+        max_length: longest row in tokens.
+        normalize: ``"sum"`` or ``"mean"`` over an option's tokens.
+        token_budget: without gradients, draws are taken in chunks of at most this many tokens per forward.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        lora_config: peft.LoraConfig,
+        *,
+        name: str = "",
+        template: PromptTemplate | None = None,
+        max_length: int = 512,
+        normalize: Literal["sum", "mean"] = "sum",
+        token_budget: int = 16384,
+    ) -> None:
+        if normalize not in ("sum", "mean"):
+            raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
+        self.model, self.tokenizer, self.lora_config, self.name = model, tokenizer, lora_config, name
+        self.model.requires_grad_(False).eval()
+        self.sites: LoraSites = find_sites(model)
+        self.normalize, self.token_budget = normalize, token_budget
+        limit = getattr(model.config, "max_position_embeddings", None) or max_length
+        self.encoder = Encoder(tokenizer, template, min(max_length, limit))
+        adapted = [module for modules in self.sites.modules.values() for module in modules]
+        self._head: nn.Module = model.get_output_embeddings()
+        if any(model.get_submodule(module).base_layer is self._head for module in adapted):
+            raise SiteError("LoRA on the LM head cannot be random: the head sees answer positions, not rows of a draw.")
+        self.trunk = Trunk(model, adapted)
+        self._features: dict[bytes, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.model.device
+
+    @property
+    def feature_size(self) -> int:
+        """Size of one example's features: four vectors of the model's width."""
+        return 4 * int(self.model.config.hidden_size)
+
+    def __call__(self, phi: Sites, episode: Episode) -> Tensor:
+        """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; absent options get the dtype's lowest value.
+
+        Args:
+            phi: per site ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)``.
+            episode: T tasks, N examples, up to K options.
+
+        Raises:
+            SiteError: phi lacks a site, or its batch shape fits no ``(T, N)``.
+        """
+        self.sites.check(phi)
+        tasks = episode.shape[0]
+        batch = torch.broadcast_shapes(*(value.shape[:-3] for value in phi.values())) or (1, 1)
+        if len(batch) < 2 or batch[-1] != 1 or batch[-2] not in (1, tasks):
+            raise SiteError(
+                f"phi has batch shape {tuple(batch)}: expected (*draws, {tasks} or 1, 1), "
+                "for tasks are dimension -2 and a draw is shared by all examples (dimension -1) of a task."
+            )
+        draws, per_task = batch[:-2], batch[-2]
+        count = math.prod(draws)
+        values = {
+            site: value.expand(*batch, *value.shape[-3:]).reshape(count, per_task, *value.shape[-3:])
+            for site, value in phi.items()
+        }
+        chunk = count
+        if not torch.is_grad_enabled():
+            chunk = max(1, min(count, self.token_budget // episode.input_ids.numel()))
+        scores = [
+            self._score({site: value[i : i + chunk] for site, value in values.items()}, episode)
+            for i in range(0, count, chunk)
+        ]
+        return torch.cat(scores).reshape(*draws, *episode.shape)
+
+    def _score(self, values: Sites, episode: Episode) -> Tensor:
+        """Score all options under values ``(D, T or 1, layers, out, in)``: ``(D, T * N * K)``."""
+        draws, groups = next(iter(values.values())).shape[:2]
+        grouped = draws * groups > 1
+        bound = {site: value.flatten(0, 1) if grouped else value[0, 0] for site, value in values.items()}
+        states = self.trunk.states(episode, self._run)
+        with self.sites.bind(bound):
+            logits = self._answer_logits(episode, states, draws)
+        return self._option_scores(logits, episode)
+
+    def _option_scores(self, logits: Tensor, episode: Episode) -> Tensor:
+        """From answer logits ``(D, M, V)`` to option scores ``(D, T * N * K)``."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        at_target = logits[:, episode.target_sources, episode.targets]  # (D, Q)
+        token_scores = at_target - logits.logsumexp(-1)[:, episode.target_sources]
+        empty = token_scores.new_zeros(len(logits), episode.option_mask.numel())
+        scores = empty.index_add(1, episode.target_options, token_scores)
+        if self.normalize == "mean":
+            ones = torch.ones_like(episode.target_options, dtype=scores.dtype)
+            lengths = scores.new_zeros(scores.shape[1]).index_add(0, episode.target_options, ones)
+            scores = scores / lengths.clamp(min=1)
+        lowest = torch.finfo(scores.dtype).min / 2
+        return scores.masked_fill(~episode.option_mask.flatten(), lowest)
+
+    def _answer_logits(self, episode: Episode, states: Tensor | None, draws: int) -> Tensor:
+        """Run the model on ``draws`` copies of an episode; logits ``(D, M, V)`` at its source positions."""
+        rows, length = episode.input_ids.shape
+        offsets = torch.arange(draws, device=episode.sources.device)[:, None] * (rows * length)
+        sources = (episode.sources + offsets).flatten()
+        if states is not None and draws > 1:
+            states = states.repeat(draws, 1, 1)
+        with self.trunk.skipped(states), self._head_on(sources):
+            logits: Tensor = self._forward(episode, draws)
+        return logits.view(draws, -1, logits.shape[-1])
+
+    def _forward(self, episode: Episode, draws: int = 1) -> Tensor:
+        output = self.model(
+            input_ids=episode.input_ids.repeat(draws, 1),
+            attention_mask=attention_mask(episode.segments, self.model.dtype).repeat(draws, 1, 1, 1),
+            position_ids=episode.position_ids.repeat(draws, 1),
+            use_cache=False,
+        )
+        return output.logits  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _head_on(self, sources: Tensor) -> Iterator[list[Tensor]]:
+        """Inside the block the LM head reads these positions of the flattened hidden states only.
+
+        Yields a list to which the hidden states that the head read are appended, ``(1, positions, d)``.
+        """
+        read: list[Tensor] = []
+
+        def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+            read.append(args[0].flatten(0, 1)[sources][None])
+            return (read[-1],)
+
+        handle = self._head.register_forward_pre_hook(gather)
+        try:
+            yield read
+        finally:
+            handle.remove()
+
+    def _run(self, rows: Sequence[EncodedExample]) -> Tensor:
+        """Run the model over some rows for what a hook sees on the way; the head reads a single position."""
+        episode = collate([rows], num_support=0).to(self.device)
+        with self._head_on(episode.sources[:1]):
+            return self._forward(episode)
+
+    def features(self, episode: Episode) -> Tensor:
+        r"""What the frozen LM knows of each example *with its label*, ``(T, N, 4 d)``; zero for absent examples.
+
+        Four vectors: the hidden state at the end of the prompt, at the first adapted layer and at the top; the gold
+        option's output embedding; and the residual :math:`e_{gold} - \sum_k p_k e_k` of the zero-shot prediction p,
+        the direction in which a gradient step would push the top hidden state. Computed once per example.
+        """
+        flat = [row for task in episode.rows for row in task]
+        missing = {row.key: row for row in flat if row is not None and row.key not in self._features}
+        ordered = sorted(missing.values(), key=len)
+        for start in range(0, len(ordered), 32):
+            batch = ordered[start : start + 32]
+            found = self._compute_features(collate([batch], num_support=0).to(self.device))
+            self._features |= {row.key: vector for row, vector in zip(batch, found, strict=True)}
+        blank = torch.zeros(self.feature_size, device=self.device, dtype=self.model.dtype)
+        stacked = torch.stack([blank if row is None else self._features[row.key] for row in flat])
+        return stacked.view(*episode.shape[:2], -1)
+
+    @torch.no_grad()
+    def _compute_features(self, episode: Episode) -> Tensor:
+        _, rows, options = episode.shape
+        first = torch.searchsorted(episode.sources, torch.arange(rows, device=self.device) * episode.input_ids.shape[1])
+        states = self.trunk.states(episode, self._run)
+        with self.trunk.skipped(states), self._head_on(episode.sources) as read:
+            logits = self._forward(episode)
+        top = read[0][0, first]  # (rows, d)
+        at_trunk = top if states is None else states.flatten(0, 1)[episode.sources[first]]
+        probs = self._option_scores(logits, episode).view(rows, options).softmax(-1).to(top.dtype)
+        tokens = self._head.weight[episode.targets]  # (Q, d)
+        ones = torch.ones_like(episode.target_options, dtype=top.dtype)
+        lengths = top.new_zeros(rows * options).index_add(0, episode.target_options, ones).clamp(min=1)
+        embedded = top.new_zeros(rows * options, top.shape[-1]).index_add(0, episode.target_options, tokens)
+        embedded = (embedded / lengths[:, None]).view(rows, options, -1)
+        gold = embedded[torch.arange(rows, device=self.device), episode.answer[0]]
+        residual = gold - (probs[..., None] * embedded).sum(1)
+        return torch.cat([at_trunk, top, gold, residual], -1)
+
+
+def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive block mask ``(rows, 1, L, L)`` of packed rows: an option sees the prompt and itself.
+
+    Padding sees the prompt too, for a softmax over nothing is NaN. The mask is a float, since a boolean one is read
+    differently by models that add their own terms to it (Gemma 2).
+    """
+    length = segments.shape[-1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    seen = ((key == 0) | (key == query)) & causal
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]

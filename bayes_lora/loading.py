@@ -1,0 +1,93 @@
+"""Load a causal LM with LoRA injected: a hub id, a local folder or a GGUF file."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bayes_lora.errors import SiteError
+from bayes_lora.language_model import LanguageModel
+from bayes_lora.model_files import DEFAULT_MODEL, find_model
+
+__all__ = ["default_lora", "load_language_model"]
+
+
+def default_lora(num_layers: int, *, rank: int = 8, top: int = 6, **kwargs: Any) -> peft.LoraConfig:
+    """LoRA of rank ``r`` on the ``top`` layers, ``lora_alpha = 2 r``, on the modules PEFT adapts by default.
+
+    Adapting the top layers only lets everything below them run once per example (see :mod:`bayes_lora.trunk`).
+    """
+    layers = list(range(max(0, num_layers - top), num_layers))
+    return peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, layers_to_transform=layers, task_type="CAUSAL_LM", lora_dropout=0.0, **kwargs
+    )
+
+
+def load_language_model(
+    name_or_path: str | Path = DEFAULT_MODEL,
+    lora: peft.LoraConfig | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> LanguageModel:
+    """Load a causal LM, inject LoRA with PEFT, and make its LoRA weights bindable.
+
+    Args:
+        name_or_path: a hub id, a local folder, or a GGUF file.
+        lora: any PEFT LoRA configuration; by default :func:`default_lora`.
+        device: by default a GPU if there is one.
+        dtype: of the base; by default float32 on a CPU and bfloat16 on a GPU.
+        seed: of PEFT's random initial A.
+        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (quantisation, attention implementation).
+        **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``.
+
+    Raises:
+        ModelFileError: the files cannot be had.
+        SiteError: a target module is not in the model; names near ones.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    model, tokenizer = _load_base(name_or_path, dtype, model_kwargs or {})
+    lora = lora or default_lora(model.config.num_hidden_layers)
+    inject(lora, model, seed=seed)
+    model.to(device)  # type: ignore[arg-type]
+    return LanguageModel(model, tokenizer, lora, name=str(name_or_path), **kwargs)
+
+
+def _load_base(
+    name_or_path: str | Path, dtype: torch.dtype, model_kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    found = find_model(name_or_path)
+    source, options = str(found), dict(model_kwargs)
+    if isinstance(found, Path) and found.suffix == ".gguf":
+        source, options["gguf_file"] = str(found.parent), found.name
+    tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer
+
+
+def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> None:
+    """Inject LoRA in place, with PEFT's initial values drawn under ``seed``.
+
+    Raises:
+        SiteError: a target module is not in the model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft.inject_adapter_in_model(lora, model)
+        except ValueError as error:
+            kinds = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if not list(m.children())})
+            wanted = lora.target_modules if isinstance(lora.target_modules, (set, list)) else [lora.target_modules]
+            near = [n for name in wanted or [] for n in difflib.get_close_matches(str(name), kinds, n=2, cutoff=0.4)]
+            raise SiteError(
+                f"target_modules {sorted(map(str, wanted or []))}: {error}. "
+                f"Did you mean {sorted(set(near))}? The model's modules: {kinds}."
+            ) from error

@@ -1,0 +1,136 @@
+r"""The beta-scaled ELBO: where beta and gamma enter.
+
+.. math::
+    \mathcal L = \sum_i \Big\{ -\tfrac{N_i}{n_i} \sum_j \mathbb E_q \log p(y_{ij} \mid x_{ij}, \phi_i)
+        + \beta\, \mathrm{KL}(q(\phi_i \mid S_i) \,\|\, p(\phi_i \mid \theta)) \Big\}
+        + \gamma\, \mathrm{KL}(q(\theta) \,\|\, p(\theta))
+
+in nats, over all tasks of the collection (the ``task`` plate scales the T tasks of an episode up). ``beta = gamma = 1``
+is the negative ELBO. N enters in the model's ``answer`` site; the divergences are never divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.tasks.episode import Episode
+
+__all__ = ["BetaELBO", "ScaleLatents", "linear_warmup"]
+
+
+class ScaleLatents(Messenger):
+    """Effect handler: scales log-densities of ``phi.*`` sites by beta and of ``theta.*`` sites by gamma.
+
+    Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO.
+    """
+
+    def __init__(self, beta: float | Tensor, gamma: float | Tensor) -> None:
+        super().__init__()
+        self.scales = {"phi": beta, "theta": gamma}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        prefix = msg["name"].partition(".")[0]
+        if not msg["is_observed"] and prefix in self.scales:
+            msg["scale"] = msg["scale"] * self.scales[prefix]
+
+
+class _Scaled(nn.Module):
+    """A model or guide under :class:`ScaleLatents`; a module, so that its parameters are found."""
+
+    def __init__(self, program: Callable[..., Any], objective: BetaELBO) -> None:
+        super().__init__()
+        self.program = program
+        self._objective = (objective,)
+
+    def forward(self, episode: Episode) -> Any:
+        (objective,) = self._objective
+        with ScaleLatents(objective.beta, objective.gamma):
+            return self.program(episode)
+
+
+class BetaELBO(nn.Module):
+    """The negative beta-ELBO of a model and a guide as a loss module, for ordinary torch training.
+
+    Example::
+
+        objective = BetaELBO(model, guide, beta=1e-3)
+        optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3)
+        loss = objective(episode)
+        loss.backward()
+
+    Args:
+        model: a Pyro model.
+        guide: a Pyro guide with the model's signature.
+        beta: weight of KL(q(phi) || p(phi | theta)).
+        gamma: weight of KL(q(theta) || p(theta)); by default beta, as in arXiv 2508.14285 v2.
+        elbo: any Pyro ELBO; by default analytic divergences where the families have them.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *,
+        beta: float = 1.0,
+        gamma: float | None = None,
+        elbo: ELBO | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("beta", beta), ("gamma", beta if gamma is None else gamma)):
+            if not value > 0:
+                raise ConfigError(f"{name}: expected a positive number, got {value}.")
+        self.full_beta, self.full_gamma = beta, beta if gamma is None else gamma
+        self.beta, self.gamma = self.full_beta, self.full_gamma
+        self.model, self.guide = _Scaled(model, self), _Scaled(guide, self)
+        self.elbo = elbo or TraceMeanField_ELBO()
+
+    def forward(self, episode: Episode) -> Tensor:
+        """Return the loss in nats, summed over the collection's examples; divide by their number to read it."""
+        loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, episode)
+        return loss
+
+    def warm(self, fraction: float) -> None:
+        """Set beta and gamma to this fraction of their full values."""
+        self.beta, self.gamma = self.full_beta * fraction, self.full_gamma * fraction
+
+    def terms(self, episode: Episode) -> dict[str, float]:
+        """The loss's parts for one draw, unscaled by beta and gamma, in nats of the collection.
+
+        ``nll`` (scaled to N), ``kl.<site>`` per random site, and ``kl`` their sum.
+        """
+        with torch.no_grad(), unscaled(self):
+            guide = pyro.poutine.trace(self.guide).get_trace(episode)
+            model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(episode)
+        model.compute_log_prob()
+        terms = {"nll": -float(model.nodes["answer"]["log_prob_sum"])}
+        for name, site in guide.nodes.items():
+            if site["type"] == "sample" and name.startswith("phi."):
+                divergence = torch.distributions.kl_divergence(site["fn"], model.nodes[name]["fn"])
+                terms[f"kl.{name[4:]}"] = float((divergence * site["scale"]).sum())
+        terms["kl"] = sum(value for name, value in terms.items() if name.startswith("kl."))
+        return terms
+
+
+@contextmanager
+def unscaled(objective: BetaELBO) -> Iterator[None]:
+    """Inside the block beta = gamma = 1."""
+    before = objective.beta, objective.gamma
+    objective.beta = objective.gamma = 1.0
+    try:
+        yield
+    finally:
+        objective.beta, objective.gamma = before
+
+
+def linear_warmup(step: int, steps: int, start: float = 0.1) -> float:
+    """Fraction of beta at a step: linear from ``start`` to 1 over ``steps`` steps, then 1."""
+    return 1.0 if steps <= 0 else min(1.0, start + (1.0 - start) * step / steps)

@@ -1,0 +1,206 @@
+"""LoRA sites: which adapter matrices of a PEFT model are random, and how sampled values are bound to them.
+
+PEFT injects its own layers (``lora_B(lora_A(x)) * scaling``); :func:`find_sites` then replaces each layer's ``lora_A``
+and ``lora_B`` linear by a :class:`Slot`, whose ``weight`` is bound from outside. One *site* is the stack over layers
+of one factor of one module kind: ``q_proj.lora_A`` has event shape ``(layers, r, d_in)``. No ``forward`` is patched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayes_lora.errors import SiteError
+from bayes_lora.types import Sites, SiteShapes
+
+__all__ = ["LoraSites", "Slot", "find_sites"]
+
+FACTORS = ("lora_A", "lora_B")
+
+
+class Slot(nn.Module):
+    """A linear map without bias whose weight is bound from outside: ``y = x W^T``.
+
+    A bound weight is 2-D ``(out, in)``, one for all rows, or 3-D ``(groups, out, in)``: then the rows of the batch
+    are taken in order as ``groups`` blocks of equal size, and each block has its own weight (one ``bmm``).
+    Unbound, the slot holds PEFT's initial value, for which the adapter adds nothing.
+    """
+
+    initial: Tensor
+
+    def __init__(self, initial: Tensor) -> None:
+        super().__init__()
+        # A buffer, so that it follows .to(device), but not in the state dict: it is no parameter of the LM.
+        self.register_buffer("initial", initial.detach().clone(), persistent=False)
+        self.bound: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The bound value, or PEFT's initial one. PEFT reads its ``dtype``."""
+        return self.initial if self.bound is None else self.bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(rows, ..., in)`` to ``(rows, ..., out)``."""
+        weight = self.weight
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        grouped = x.reshape(weight.shape[0], -1, weight.shape[-1])  # (groups, rows / groups * length, in)
+        return torch.bmm(grouped, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
+
+
+class LoraSites:
+    """The LoRA sites of one PEFT model.
+
+    Attributes:
+        shapes: site name to event shape ``(layers, out, in)``.
+        modules: site name to the adapted modules' Hugging Face names, in layer order.
+    """
+
+    def __init__(self, slots: Mapping[str, Sequence[tuple[str, Slot]]]) -> None:
+        self._slots = {site: [slot for _, slot in pairs] for site, pairs in slots.items()}
+        self.modules = {site: [name for name, _ in pairs] for site, pairs in slots.items()}
+        self.shapes: SiteShapes = {
+            site: (len(slots), *slots[0].initial.shape)  # type: ignore[misc]
+            for site, slots in self._slots.items()
+        }
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{site}: {shape}" for site, shape in self.shapes.items())
+        return f"LoraSites({inside})"
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of LoRA weights of one draw."""
+        return sum(layers * rows * columns for layers, rows, columns in self.shapes.values())
+
+    def initial(self) -> Sites:
+        """PEFT's initial values (A random, B zero), shape ``(layers, out, in)`` per site."""
+        return {site: torch.stack([slot.initial for slot in slots]) for site, slots in self._slots.items()}
+
+    def check(self, values: Sites) -> None:
+        """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes."""
+        for site in values.keys() - self.shapes.keys():
+            near = difflib.get_close_matches(site, self.shapes, n=3, cutoff=0.4)
+            raise SiteError(f"site {site!r}: the model has no such site. Did you mean {near or list(self.shapes)}?")
+        for site, shape in self.shapes.items():
+            if site not in values:
+                raise SiteError(f"site {site!r}: no value given. Expected one of event shape {shape}.")
+            got = tuple(values[site].shape[-3:])
+            if got != shape:
+                hint = " Did you pass it transposed?" if got == (shape[0], shape[2], shape[1]) else ""
+                raise SiteError(f"site {site!r}: expected event shape {shape} (layers, out, in), got {got}.{hint}")
+
+    @contextmanager
+    def bind(self, values: Sites) -> Iterator[None]:
+        """Bind values to the slots inside a ``with`` block, and restore what was bound before on exit.
+
+        Args:
+            values: per site ``(layers, out, in)``, or ``(groups, layers, out, in)`` for a batch whose rows are
+                grouped by draw.
+
+        Raises:
+            SiteError: a site is missing, unknown, of the wrong event shape, or has another number of groups.
+        """
+        self.check(values)
+        groups = {value.shape[:-3] for value in values.values()}
+        if len(groups) > 1 or any(len(group) > 1 for group in groups):
+            got = {site: tuple(value.shape) for site, value in values.items()}
+            raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for every site alike, got {got}.")
+        with self._bound({site: value.unbind(-3) for site, value in values.items()}):
+            yield
+
+    @contextmanager
+    def _bound(self, weights: Mapping[str, Sequence[Tensor | None]]) -> Iterator[None]:
+        before = self._current()
+        self._assign(weights)
+        try:
+            yield
+        finally:
+            self._assign(before)
+
+    def _current(self) -> dict[str, list[Tensor | None]]:
+        return {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
+
+    def _assign(self, weights: Mapping[str, Sequence[Tensor | None]]) -> None:
+        for site, slots in self._slots.items():
+            for slot, weight in zip(slots, weights[site], strict=True):
+                slot.bound = weight
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The ``context_fn`` of ``torch.utils.checkpoint``: backward recomputes under the forward's binding.
+
+        Gradient checkpointing runs the forward again inside ``backward``, when :meth:`bind` has been left.
+        """
+        return nullcontext(), self._bound(self._current())
+
+    def unstack(self, values: Sites) -> dict[str, Tensor]:
+        """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``."""
+        self.check(values)
+        return {
+            f"{module}.{_factor(site)}": weight
+            for site, modules in self.modules.items()
+            for module, weight in zip(modules, values[site].unbind(-3), strict=True)
+        }
+
+    def stack(self, weights: Mapping[str, Tensor]) -> Sites:
+        """Inverse of :meth:`unstack`.
+
+        Raises:
+            SiteError: a weight is missing or left over.
+        """
+        names = {site: [f"{module}.{_factor(site)}" for module in modules] for site, modules in self.modules.items()}
+        expected = {name for group in names.values() for name in group}
+        if expected != weights.keys():
+            missing, extra = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+            raise SiteError(f"LoRA weights do not fit the sites: missing {missing[:4]}, not wanted {extra[:4]}.")
+        return {site: torch.stack([weights[name] for name in group], dim=-3) for site, group in names.items()}
+
+
+def _factor(site: str) -> str:
+    return next(factor for factor in FACTORS if f".{factor}" in site)
+
+
+def _layer_index(name: str) -> int:
+    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
+    return int(numbers[0]) if numbers else 0
+
+
+def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
+    """Replace the LoRA linears of a PEFT-injected model by slots, and return its sites.
+
+    Layers of one module kind whose shapes differ become sites of their own, ``q_proj.lora_A``, ``q_proj.lora_A.2``.
+
+    Raises:
+        SiteError: the model has no LoRA layer, or one whose factors are not plain linears (embeddings,
+            convolutions, DoRA).
+    """
+    found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot]]]] = {}
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in sorted(layers, key=lambda pair: _layer_index(pair[0])):
+        if adapter not in layer.lora_A or layer.lora_variant or not isinstance(layer.lora_A[adapter], nn.Linear):
+            raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got {layer!r}.")
+        for factor in FACTORS:
+            factors = getattr(layer, factor)
+            slot = Slot(factors[adapter].weight)
+            factors[adapter] = slot
+            kind = f"{name.rpartition('.')[2]}.{factor}"
+            found.setdefault(kind, {}).setdefault(tuple(slot.initial.shape), []).append((name, slot))
+    if not found:
+        raise SiteError("the model has no LoRA layer. Inject some first: peft.inject_adapter_in_model(config, model).")
+    return LoraSites(
+        {
+            kind if index == 1 else f"{kind}.{index}": pairs
+            for kind, by_shape in found.items()
+            for index, pairs in enumerate(by_shape.values(), start=1)
+        }
+    )

@@ -1,0 +1,189 @@
+"""Episodes: the padded tensors of T tasks at once, and the sampler that draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from bayes_lora.errors import TaskError
+from bayes_lora.tasks.prompts import EncodedExample, Encoder
+from bayes_lora.tasks.task import Task, TaskSet
+
+__all__ = ["Episode", "EpisodeSampler", "collate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """``T`` tasks with up to ``N`` examples each; the first ``num_support`` of a task's examples are its support.
+
+    Rows are flattened to ``R = T * N``. ``L`` tokens a row, ``M`` positions at which the head is needed, ``Q`` option
+    tokens in all, ``K`` options at most.
+
+    Attributes:
+        input_ids: ``(R, L)`` packed rows.
+        segments: ``(R, L)`` 0 prompt, ``k + 1`` option ``k``, -1 padding.
+        position_ids: ``(R, L)``.
+        sources: ``(M,)`` positions in the flattened ``R * L``, ordered by row.
+        target_sources: ``(Q,)`` indices into ``sources``.
+        targets: ``(Q,)`` token ids.
+        target_options: ``(Q,)`` indices into the flattened ``T * N * K``.
+        option_mask: ``(T, N, K)`` true where there is an option.
+        answer: ``(T, N)`` index of the gold option.
+        mask: ``(T, N)`` true where there is an example.
+        num_data: ``(T,)`` each task's N, to which the likelihood of these examples is scaled.
+        task_index: ``(T,)`` the tasks' places in the collection.
+        num_tasks: size of the collection from which the tasks were drawn.
+        num_support: how many of the ``N`` columns are support.
+        rows: the encoded examples, ``None`` where a task has fewer than ``N``.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+    position_ids: Tensor
+    sources: Tensor
+    target_sources: Tensor
+    targets: Tensor
+    target_options: Tensor
+    option_mask: Tensor
+    answer: Tensor
+    mask: Tensor
+    num_data: Tensor
+    task_index: Tensor
+    num_tasks: int
+    num_support: int
+    rows: tuple[tuple[EncodedExample | None, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(T, N, K)``."""
+        return tuple(self.option_mask.shape)  # type: ignore[return-value]
+
+    @cached_property
+    def support(self) -> Episode:
+        """The support half: what a guide may read. Its ``num_data`` is the size of each support set."""
+        if self.num_support == self.shape[1]:
+            return self
+        rows = [[row for row in task[: self.num_support] if row is not None] for task in self.rows]
+        half = collate(rows, num_support=self.num_support, task_index=self.task_index, num_tasks=self.num_tasks)
+        return half.to(self.input_ids.device)
+
+    def to(self, device: torch.device | str) -> Episode:
+        """Copy the tensors to a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+
+
+def collate(
+    tasks: Sequence[Sequence[EncodedExample]],
+    *,
+    num_support: int,
+    num_data: Sequence[int] | Tensor | None = None,
+    task_index: Sequence[int] | Tensor | None = None,
+    num_tasks: int | None = None,
+) -> Episode:
+    """Pad the encoded examples of T tasks to one episode.
+
+    Args:
+        tasks: per task its examples, support first.
+        num_support: number of support examples per task. Where a task has fewer examples than the longest, the
+            missing ones are masked at the end.
+        num_data: each task's N; by default the number of its examples here.
+        task_index: the tasks' places in the collection; by default 0 to T - 1.
+        num_tasks: size of the collection; by default T.
+
+    Raises:
+        TaskError: there is no task, or a task has no example.
+    """
+    if not tasks or not all(tasks):
+        raise TaskError("an episode needs at least one task, and every task at least one example.")
+    width = max(map(len, tasks))
+    rows = tuple(tuple([*task, *[None] * (width - len(task))]) for task in tasks)
+    flat = [row for task in rows for row in task]
+    some = [(i, row) for i, row in enumerate(flat) if row is not None]
+    blank = torch.zeros(1, dtype=torch.long)
+    input_ids = pad_sequence([blank if r is None else r.tokens for r in flat], batch_first=True)
+    segments = pad_sequence([blank - 1 if r is None else r.segments for r in flat], batch_first=True, padding_value=-1)
+    position_ids = pad_sequence([blank if r is None else r.positions for r in flat], batch_first=True)
+    length, options = input_ids.shape[1], max(row.num_options for _, row in some)
+    offsets = np.cumsum([0, *(len(row.sources) for _, row in some)])
+    counts = torch.tensor([0 if r is None else r.num_options for r in flat]).view(len(rows), width)
+    return Episode(
+        input_ids=input_ids,
+        segments=segments,
+        position_ids=position_ids,
+        sources=torch.cat([row.sources + i * length for i, row in some]),
+        target_sources=torch.cat([r.target_sources + int(o) for (_, r), o in zip(some, offsets, strict=False)]),
+        targets=torch.cat([row.targets for _, row in some]),
+        target_options=torch.cat([row.target_options + i * options for i, row in some]),
+        option_mask=torch.arange(options) < counts[..., None],
+        answer=torch.tensor([0 if r is None else r.answer for r in flat]).view(len(rows), width),
+        mask=counts > 0,
+        num_data=torch.as_tensor([len(task) for task in tasks] if num_data is None else num_data),
+        task_index=torch.as_tensor(range(len(rows)) if task_index is None else task_index),
+        num_tasks=len(rows) if num_tasks is None else num_tasks,
+        num_support=num_support,
+        rows=rows,
+    )
+
+
+class EpisodeSampler:
+    """Endless episodes from a collection of tasks, drawn without replacement within an episode.
+
+    Episode ``i`` depends on ``seed`` and ``i`` alone, so a resumed run sees what an uninterrupted one would have seen.
+
+    Args:
+        tasks: the collection.
+        encoder: turns examples into packed rows.
+        tasks_per_episode: T, at most the number of tasks.
+        num_support: support examples per task.
+        num_query: query examples per task, disjoint from the support.
+        seed: of the draws.
+
+    Raises:
+        TaskError: a task has fewer examples than ``num_support + num_query``, or there are fewer tasks than T.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskSet,
+        encoder: Encoder,
+        *,
+        tasks_per_episode: int = 4,
+        num_support: int = 8,
+        num_query: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < tasks_per_episode <= len(tasks):
+            raise TaskError(f"tasks_per_episode={tasks_per_episode}: expected 1 to {len(tasks)}, the number of tasks.")
+        self.tasks, self.encoder, self.seed = list(tasks.values()), encoder, seed
+        self.tasks_per_episode, self.num_support, self.num_query = tasks_per_episode, num_support, num_query
+        for task in self.tasks:
+            task.split(num_support, seed=0, num_query=num_query)  # fails now, not in the middle of a run
+
+    def __getitem__(self, index: int) -> Episode:
+        """Draw episode ``index``."""
+        rng = np.random.default_rng([self.seed, index])
+        chosen = rng.choice(len(self.tasks), self.tasks_per_episode, replace=False)
+        drawn = [self._draw(self.tasks[i], rng) for i in chosen]
+        return collate(
+            [self.encoder(task.examples) for task in drawn],
+            num_support=self.num_support,
+            num_data=[len(self.tasks[i]) for i in chosen],
+            task_index=chosen.tolist(),
+            num_tasks=len(self.tasks),
+        )
+
+    def __iter__(self) -> Iterator[Episode]:
+        index = 0
+        while True:
+            yield self[index]
+            index += 1
+
+    def _draw(self, task: Task, rng: np.random.Generator) -> Task:
+        return task.split(self.num_support, seed=int(rng.integers(2**31)), num_query=self.num_query)

@@ -1,0 +1,291 @@
+"""Reader of the MetaICL file layout.
+
+A task is either one file ``<task>.jsonl`` or a folder of files ``<task>/<task>_16_<seed>_<part>.jsonl``,
+where part is ``train``, ``dev`` or ``test``. Each line is an object
+``{"input": ..., "output": ..., "options": [...]}`` whose output is one of its options; other fields are
+ignored, and so are blank lines.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bayes_lora.errors import TaskError
+from bayes_lora.tasks.task import Example, Task, TaskSet, did_you_mean
+
+__all__ = ["has_options", "load_split", "load_task", "load_taskset", "read_examples"]
+
+
+def read_examples(path: str | Path, *, merge_duplicates: bool = False) -> list[Example]:
+    """Read all examples of one UTF-8 jsonl file, in order.
+
+    Args:
+        path: The file.
+        merge_duplicates: Take an option that a line lists twice as one option, instead of refusing the line
+            (a duplicate would count its probability twice).
+
+    Raises:
+        TaskError: The file cannot be read or is empty, or a line is malformed (the message begins with
+            ``<file>:<line>:``) or free-form (its options are empty).
+    """
+    examples = []
+    for place, line in _lines(path):
+        try:
+            examples.append(_example(_record(line), merge_duplicates))
+        except TaskError as error:
+            raise TaskError(f"{place}: {error}") from None
+    return examples
+
+
+def has_options(path: str | Path) -> bool:
+    """Tell whether a task (a file or a folder) is multiple choice, judging by its first line.
+
+    Raises:
+        TaskError: There is no such task, or its first line is malformed.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        files = [file for part in _folder_files(path).values() for file in part.values()]
+        if not files:
+            raise TaskError(f"{path}: no task files here; expected {path.name}_16_<seed>_train.jsonl")
+        path = files[0]
+    place, line = next(_lines(path))
+    try:
+        return bool(_field(_record(line), "options", list))
+    except TaskError as error:
+        raise TaskError(f"{place}: {error}") from None
+
+
+def load_task(path: str | Path, *, seed: int | None = None, merge_duplicates: bool = False) -> Task:
+    """Load one task, named after its file or folder.
+
+    A file gives a task whose support holds all its lines (divide it with `Task.split`). A folder without a
+    `seed` pools all train files as support and all dev files as query, taking equal inputs once and leaving
+    the test file out. With a `seed`, support is that seed's train file; query is the test file (the seed's
+    own, or the first there is), or else the union of the dev files of the *other* seeds, without the inputs
+    of support.
+
+    Args:
+        path: The file or the folder.
+        seed: Which of the folder's seeds to read.
+        merge_duplicates: As in `read_examples`.
+
+    Raises:
+        TaskError: There is no such task or seed, or a line is malformed.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        return _load_folder(path, seed, merge_duplicates)
+    if seed is not None and path.is_file():
+        raise TaskError(f"{path}: a file has no seeds, got seed={seed}; use `Task.split(..., seed={seed})`")
+    return Task(path.stem, tuple(read_examples(path, merge_duplicates=merge_duplicates)))
+
+
+def load_taskset(
+    root: str | Path,
+    names: Iterable[str] | None = None,
+    *,
+    seed: int | None = None,
+    allow_missing: bool = False,
+    merge_duplicates: bool = False,
+) -> TaskSet:
+    """Load several tasks from a folder of tasks.
+
+    Args:
+        root: Folder that holds the tasks.
+        names: Which tasks, in this order. None takes all of `root` in alphabetical order, except free-form
+            tasks, which have no options to score (one warning counts them).
+        seed: As in `load_task`.
+        allow_missing: Leave out names that are not in `root`, with one warning, instead of raising.
+        merge_duplicates: As in `read_examples`.
+
+    Raises:
+        TaskError: Names are missing (all are listed, with near names), no task is left, or one is malformed.
+    """
+    places = _places(root)
+    if isinstance(names, str):
+        raise TaskError(f"`names` must be a list of task names, got the string {names!r}; pass [{names!r}]")
+    chosen = _scorable(root, places) if names is None else _present(root, list(names), places, allow_missing)
+    if not chosen:
+        raise TaskError(f"{root}: no multiple-choice task to load; expected <task>.jsonl or <task>/ in it")
+    return TaskSet(load_task(places[name], seed=seed, merge_duplicates=merge_duplicates) for name in chosen)
+
+
+def load_split(root: str | Path, split: str, *, allow_missing: bool = False) -> tuple[list[str], list[str]]:
+    """Read from ``<root>/splits.json`` which tasks to train on and which are kept unseen.
+
+    The file is ``{split: {"train": [...], "test": [...]}}``, or has one more level of groups above the
+    splits; a split in a group is named ``<group>/<split>``, or ``<split>`` where only one group has it.
+
+    Args:
+        root: Folder that holds the tasks and ``splits.json``.
+        split: Name of the split.
+        allow_missing: Leave out tasks that are not in `root`, with one warning, instead of raising.
+
+    Returns:
+        The names of the training tasks and of the unseen tasks. A task in both is warned about.
+
+    Raises:
+        TaskError: The file is missing or malformed, the split is unknown, or tasks of it are missing.
+    """
+    path = Path(root) / "splits.json"
+    known = dict(_walk_splits(path, _read_json(path), ""))
+    matches = [key for key in known if key == split] or [key for key in known if key.endswith(f"/{split}")]
+    if len(matches) != 1:
+        listed = ", ".join(matches or known)
+        problem = f"is ambiguous; say which: {listed}" if matches else f"is unknown; known splits: {listed}"
+        raise TaskError(f"{path}: split {split!r} {problem}")
+    train, test = known[matches[0]]
+    leaks = [name for name in test if name in train]
+    if leaks:
+        warnings.warn(f"{path}: {split!r} trains on tasks it calls unseen: {', '.join(leaks)}", stacklevel=2)
+    present = _present(root, train + test, _places(root), allow_missing)
+    return [name for name in train if name in present], [name for name in test if name in present]
+
+
+def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield ``<file>:<line>`` and the text of each line that is not blank; at least one."""
+    try:
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise TaskError(f"{path}: expected a jsonl file that can be read, got: {error.strerror}") from None
+    if not data.strip():
+        raise TaskError(f"{path}: the file is empty; expected one JSON object a line")
+    # Only \n ends a line of jsonl; str.splitlines would also cut at U+2028, which a JSON string may hold.
+    for number, raw in enumerate(data.split(b"\n"), start=1):
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            byte = f"byte {raw[error.start]:#04x} at position {error.start + 1}"
+            raise TaskError(f"{path}:{number}: expected UTF-8, got {byte}; save the file as UTF-8") from None
+        if raw.strip():
+            yield f"{path}:{number}", line
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"broken JSON ({error}); expected one whole object on this line") from None
+    if not isinstance(record, dict):
+        raise TaskError(f"expected an object with `input`, `output`, `options`; got {type(record).__name__}")
+    return record
+
+
+def _field(record: dict[str, Any], field: str, kind: type) -> Any:
+    if field not in record:
+        raise TaskError(f"field `{field}` is missing; got only {sorted(record)}")
+    if not isinstance(record[field], kind):
+        raise TaskError(f"field `{field}` must be a {kind.__name__}, got {record[field]!r}")
+    return record[field]
+
+
+def _example(record: dict[str, Any], merge_duplicates: bool) -> Example:
+    text, output = _field(record, "input", str), _field(record, "output", str)
+    options = _field(record, "options", list)
+    if not options:
+        raise TaskError("`options` is empty: free-form tasks have no options to score; leave this task out")
+    if output not in options:
+        raise TaskError(f"`output` must be one of `options`: got {output!r}, options are {options}")
+    if merge_duplicates:
+        options = [option for index, option in enumerate(options) if option not in options[:index]]
+    return Example(text, tuple(options), options.index(output))
+
+
+def _folder_files(folder: Path) -> dict[str, dict[int, Path]]:
+    """Map part (train, dev, test) and seed, ascending, to the file in a task's folder."""
+    files: dict[str, dict[int, Path]] = {"train": {}, "dev": {}, "test": {}}
+    pattern = re.compile(re.escape(folder.name) + r"_16_([0-9]{1,9})_(train|dev|test)\.jsonl")
+    matches = [match for file in folder.iterdir() if (match := pattern.fullmatch(file.name))]
+    for match in sorted(matches, key=lambda match: int(match[1])):
+        files[match[2]][int(match[1])] = folder / match[0]
+    return files
+
+
+def _load_folder(folder: Path, seed: int | None, merge_duplicates: bool) -> Task:
+    train, dev, test = _folder_files(folder).values()
+    if not train:
+        raise TaskError(f"{folder}: no train file here; expected {folder.name}_16_<seed>_train.jsonl")
+    if seed is not None and seed not in train:
+        raise TaskError(f"{folder}: no train file of seed {seed}; seeds here: {', '.join(map(str, train))}")
+
+    def pool(files: Iterable[Path]) -> list[Example]:
+        first: dict[str, Example] = {}
+        for file in files:
+            for example in read_examples(file, merge_duplicates=merge_duplicates):
+                first.setdefault(example.input, example)
+        return list(first.values())
+
+    if seed is None:
+        support, query = pool(train.values()), pool(dev.values())
+    else:
+        support = read_examples(train[seed], merge_duplicates=merge_duplicates)
+        others = [file for other, file in dev.items() if other != seed]
+        one = test.get(seed) or next(iter(test.values()), None)
+        query = read_examples(one, merge_duplicates=merge_duplicates) if one else pool(others)
+    seen = {example.input for example in support}
+    return Task(folder.name, tuple(support), tuple(e for e in query if e.input not in seen))
+
+
+def _places(root: str | Path) -> dict[str, Path]:
+    """Map the name of each task in `root` to its file or folder, in alphabetical order."""
+    if not Path(root).is_dir():
+        raise TaskError(f"{root}: expected a folder of tasks, but there is none; check the path")
+    places: dict[str, Path] = {}
+    for child in sorted(Path(root).iterdir()):
+        if child.is_dir() or child.suffix == ".jsonl":
+            name = child.name if child.is_dir() else child.stem
+            if name in places:
+                raise TaskError(f"{root}: task {name!r} is there as a folder and as a file; remove one")
+            places[name] = child
+    return places
+
+
+def _present(root: str | Path, names: list[str], places: dict[str, Path], allow_missing: bool) -> list[str]:
+    """Return the names that are in `root`; raise, or warn once, when others are not."""
+    missing = [name for name in names if name not in places]
+    if missing:
+        count = f"{root}: {len(missing)} of {len(names)} tasks are missing"
+        if not allow_missing:
+            listed = ", ".join(f"{name!r}{did_you_mean(name, places)}" for name in missing)
+            raise TaskError(f"{count}: {listed}; add their files, or pass allow_missing=True to do without")
+        warnings.warn(f"{count} and left out: {', '.join(missing)}", stacklevel=3)
+    return [name for name in names if name in places]
+
+
+def _scorable(root: str | Path, places: dict[str, Path]) -> list[str]:
+    """Return the names of the multiple-choice tasks, with one warning that counts the free-form ones."""
+    tasks = [name for name, path in places.items() if path.is_file() or any(_folder_files(path).values())]
+    chosen = [name for name in tasks if has_options(places[name])]
+    if len(chosen) < len(tasks):
+        count = f"{len(tasks) - len(chosen)} of {len(tasks)} tasks"
+        warnings.warn(f"{root}: {count} are free-form (no options to score) and left out", stacklevel=3)
+    return chosen
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TaskError(f"{path}: expected a file of splits, got: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: broken JSON ({error})") from None
+
+
+def _walk_splits(path: Path, tree: Any, group: str) -> Iterator[tuple[str, tuple[list[str], list[str]]]]:
+    """Yield the name of each split, with the names of its train and test tasks."""
+    for name, node in tree.items() if isinstance(tree, dict) else [("", tree)]:
+        if isinstance(node, dict) and "train" in node and "test" in node:
+            for half in (node["train"], node["test"]):
+                if not isinstance(half, list) or not all(isinstance(task, str) for task in half):
+                    raise TaskError(f"{path}: split {name!r} must hold two lists of task names, got {half!r}")
+            yield group + name, (node["train"], node["test"])
+        elif isinstance(node, dict) and not group:
+            yield from _walk_splits(path, node, f"{name}/")
+        else:
+            raise TaskError(f"{path}: {group + name!r} must hold two lists `train` and `test`, got {node!r}")

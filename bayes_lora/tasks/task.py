@@ -1,0 +1,260 @@
+"""What a task is: labelled multiple-choice examples, in a support half and a query half."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from bayes_lora.errors import TaskError
+
+__all__ = ["Example", "Task", "TaskSet", "did_you_mean"]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One multiple-choice question with its gold answer.
+
+    Attributes:
+        input: The text that stands before the answer; not blank.
+        options: At least two different, non-blank answers, in the order in which they are scored.
+        answer: Index of the gold option, ``0 <= answer < len(options)``.
+    """
+
+    input: str
+    options: tuple[str, ...]
+    answer: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be scored."""
+        if not isinstance(self.input, str):
+            raise TaskError(f"`input` must be a string, got {type(self.input).__name__}")
+        if not self.input.strip():
+            raise TaskError(f"`input` is empty (got {self.input!r}): give the text that precedes the answer")
+        self._check_options()
+        if not isinstance(self.answer, int) or isinstance(self.answer, bool):
+            raise TaskError(f"`answer` must be the integer index of an option, got {self.answer!r}")
+        if not 0 <= self.answer < len(self.options):
+            raise TaskError(
+                f"`answer` must be in 0..{len(self.options) - 1}, the indices of the options "
+                f"{list(self.options)}; got {self.answer}"
+            )
+
+    def _check_options(self) -> None:
+        if isinstance(self.options, str) or not all(isinstance(option, str) for option in self.options):
+            raise TaskError(f"`options` must be a tuple of strings, got {self.options!r}")
+        object.__setattr__(self, "options", tuple(self.options))  # a list would make the example unhashable
+        if len(self.options) < 2:
+            raise TaskError(f"`options` must hold at least 2 answers to choose from, got {self.options!r}")
+        if not all(option.strip() for option in self.options):
+            raise TaskError(f"`options` holds an empty answer: {list(self.options)}; remove it or fill it in")
+        if len(set(self.options)) < len(self.options):
+            twice = sorted({option for option in self.options if self.options.count(option) > 1})
+            raise TaskError(
+                f"`options` holds {', '.join(map(repr, twice))} more than once: "
+                f"{list(self.options)}; remove repeats (readers do, with merge_duplicates=True)"
+            )
+        try:
+            "".join((self.input, *self.options)).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise TaskError(
+                f"`input` or `options` holds half of a surrogate pair ({half}), which is no "
+                "character; write both halves"
+            ) from None
+
+    @property
+    def output(self) -> str:
+        """The gold option's text."""
+        return self.options[self.answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A named set of examples that share one set of LoRA weights.
+
+    Attributes:
+        name: The task's name, unique in a `TaskSet`.
+        support: Labelled examples to condition on.
+        query: Examples to predict; disjoint from `support`.
+    """
+
+    name: str
+    support: tuple[Example, ...]
+    query: tuple[Example, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a task without a name or without examples."""
+        if not self.name:
+            raise TaskError("`name` of a task is empty; every task needs a name of its own")
+        object.__setattr__(self, "support", tuple(self.support))
+        object.__setattr__(self, "query", tuple(self.query))
+        if not self.examples:
+            raise TaskError(f"task {self.name!r} has no examples; give at least one in `support` or `query`")
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """All examples: support, then query."""
+        return self.support + self.query
+
+    def __len__(self) -> int:
+        """Number of examples, support and query together."""
+        return len(self.support) + len(self.query)
+
+    def split(self, num_support: int, *, seed: int, num_query: int | None = None) -> Task:
+        """Redraw support and query, disjoint, from all examples of this task.
+
+        Where all examples share one set of options, they are dealt from the classes (gold answers) in turn,
+        first to support and then to query, so that the support counts of two classes differ by at most one
+        until a class runs out. Otherwise the draw is uniform.
+
+        Args:
+            num_support: Size of the new support set.
+            seed: Seed of the draw; the same seed on the same task gives the same split.
+            num_query: Size of the new query set; all remaining examples when None.
+
+        Raises:
+            TaskError: The task has fewer examples than asked for.
+        """
+        _check_count(self.name, "num_support", num_support)
+        _check_count(self.name, "num_query", num_query)
+        asked = num_support + (num_query or 0)
+        if asked > len(self):
+            detail = f" ({num_support} support + {num_query} query)" if num_query else ""
+            raise TaskError(
+                f"task {self.name!r} has {len(self)} examples, but {asked} were asked for"
+                f"{detail}; ask for fewer, or leave this task out"
+            )
+        dealt = _deal(self.examples, random.Random(seed))
+        stop = None if num_query is None else asked
+        return Task(self.name, tuple(dealt[:num_support]), tuple(dealt[num_support:stop]))
+
+    def subset(self, num_support: int | None = None, num_query: int | None = None, *, seed: int) -> Task:
+        """Keep a random part of support and of query, in their present order; None keeps all.
+
+        Args:
+            num_support: How many of the support examples to keep.
+            num_query: How many of the query examples to keep.
+            seed: Seed of the draw.
+
+        Raises:
+            TaskError: A half has fewer examples than asked for.
+        """
+        rng = random.Random(seed)
+        support = self._sample("support", self.support, num_support, rng)
+        query = self._sample("query", self.query, num_query, rng)
+        return Task(self.name, support, query)
+
+    def _sample(
+        self, half: str, examples: tuple[Example, ...], count: int | None, rng: random.Random
+    ) -> tuple[Example, ...]:
+        _check_count(self.name, f"num_{half}", count)
+        if count is None:
+            return examples
+        if count > len(examples):
+            raise TaskError(
+                f"task {self.name!r} has {len(examples)} {half} examples, but {count} were asked "
+                "for; ask for fewer, or redraw both halves with `split`"
+            )
+        return tuple(examples[index] for index in sorted(rng.sample(range(len(examples)), count)))
+
+
+def _check_count(name: str, field: str, count: int | None) -> None:
+    if count is not None and count < 0:
+        raise TaskError(f"task {name!r}: `{field}` must be 0 or more, got {count}")
+
+
+def _deal(examples: tuple[Example, ...], rng: random.Random) -> list[Example]:
+    """Shuffle; where the label set is fixed, deal one example of each class in turn."""
+    shuffled = rng.sample(examples, len(examples))
+    if len({frozenset(example.options) for example in examples}) > 1:
+        return shuffled
+    classes: dict[str, list[Example]] = {}
+    for example in shuffled:
+        classes.setdefault(example.output, []).append(example)
+    rounds = itertools.zip_longest(*classes.values())
+    return [example for dealt in rounds for example in dealt if example is not None]
+
+
+class TaskSet(Mapping[str, Task]):
+    """An ordered, read-only collection of tasks by name.
+
+    Args:
+        tasks: The tasks, in order; no two of the same name.
+
+    Raises:
+        TaskError: A name occurs twice.
+    """
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        """Collect the tasks."""
+        self._tasks: dict[str, Task] = {}
+        for task in tasks:
+            if task.name in self._tasks:
+                raise TaskError(f"task {task.name!r} occurs twice; rename or remove one of the two")
+            self._tasks[task.name] = task
+
+    def __getitem__(self, name: str) -> Task:
+        """Return the task of that name; an unknown name is a `KeyError`, as in any mapping."""
+        try:
+            return self._tasks[name]
+        except KeyError:
+            raise KeyError(f"no task {name!r}{did_you_mean(str(name), self._tasks)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in order."""
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        """Number of tasks."""
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        """Return the counts only: a task set may hold a million words."""
+        support = sum(len(task.support) for task in self.values())
+        query = sum(len(task.query) for task in self.values())
+        return f"TaskSet({len(self)} tasks: {support} support and {query} query examples)"
+
+    def select(self, names: Iterable[str]) -> TaskSet:
+        """Return the tasks of these names, in the order of `names`.
+
+        Raises:
+            TaskError: A name is unknown (all unknown names are listed, with the nearest known ones).
+        """
+        names = list(names)
+        unknown = [f"{name!r}{did_you_mean(name, self._tasks)}" for name in names if name not in self._tasks]
+        if unknown:
+            raise TaskError(f"no such task among the {len(self)} at hand: {', '.join(unknown)}")
+        return TaskSet(self._tasks[name] for name in names)
+
+    def split(self, held_back: float | int, *, seed: int) -> tuple[TaskSet, TaskSet]:
+        """Hold whole tasks back at random, for instance to validate on tasks not trained on.
+
+        Args:
+            held_back: Number of tasks to hold back (an int), or their fraction (a float in (0, 1), rounded to
+                the nearest whole number of tasks).
+            seed: Seed of the draw.
+
+        Returns:
+            The tasks that are kept and those held back, neither empty, both in the present order.
+
+        Raises:
+            TaskError: The request would leave either part empty.
+        """
+        count = held_back if isinstance(held_back, int) else round(held_back * len(self))
+        if not 0 < count < len(self):
+            raise TaskError(
+                f"`held_back`={held_back} would hold back {count} of {len(self)} tasks, but both "
+                "parts need at least one; pass a whole number of tasks, or a fraction in (0, 1)"
+            )
+        held = set(random.Random(seed).sample(list(self._tasks), count))
+        kept = TaskSet(task for name, task in self.items() if name not in held)
+        return kept, TaskSet(task for name, task in self.items() if name in held)

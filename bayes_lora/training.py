@@ -1,0 +1,204 @@
+"""fit(): an ordinary torch loop on Accelerate over the ELBO module, with held-back tasks to choose the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from bayes_lora.errors import BayesLoraError, ConfigError
+from bayes_lora.objective import BetaELBO, linear_warmup
+from bayes_lora.posterior import draw_phi, predictive
+from bayes_lora.tasks.episode import Episode, EpisodeSampler
+
+__all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit", "held_back_nll"]
+
+
+class NonFiniteLoss(BayesLoraError, ArithmeticError):
+    """The loss or a gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of :func:`fit`.
+
+    Attributes:
+        steps: at most this many episodes.
+        learning_rate: Adam's; decays to a tenth on a cosine.
+        clip_norm: gradient norm of the loss per example (nats) above which gradients are scaled down.
+        warmup: steps over which beta rises linearly to its full value.
+        eval_every: steps between looks at the held-back tasks.
+        patience: stop after this many looks without improvement.
+        num_draws: draws at each look.
+        seed: of the draws of theta and phi.
+    """
+
+    steps: int = 300
+    learning_rate: float = 2e-3
+    clip_norm: float = 1.0
+    warmup: int = 50
+    eval_every: int = 20
+    patience: int = 5
+    num_draws: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name not in ("warmup", "seed") and not value > 0:
+                raise ConfigError(f"{name}: expected a positive number, got {value}.")
+
+
+@dataclass
+class FitState:
+    """Where a fit stands; enough, with the objective's and the optimizer's state, to go on.
+
+    Attributes:
+        step: episodes seen.
+        history: a row per look: step, loss (nats per example, mean since the last look), held-back nll, seconds.
+        best: index of the best row.
+        best_parameters: the objective's state there.
+    """
+
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: int | None = None
+    best_parameters: dict[str, Tensor] | None = None
+
+    @property
+    def stale(self) -> int:
+        """Looks since the best one."""
+        return 0 if self.best is None else len(self.history) - 1 - self.best
+
+
+def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int) -> float:
+    """Mean NLL (nats) of the query halves after one pass over the support halves, averaged over tasks."""
+    was_training = objective.training
+    objective.eval()
+    total, count = 0.0, 0
+    for episode in episodes:
+        model = objective.model.program
+        phi = draw_phi(model, objective.guide.program, episode, num_draws)
+        with torch.no_grad():
+            log_probs = predictive(model.likelihood(phi, episode))
+        nll = -log_probs.gather(-1, episode.answer[..., None])[..., 0]
+        query = episode.mask.clone()
+        query[:, : episode.num_support] = False
+        total += float(((nll * query).sum(-1) / query.sum(-1)).sum())
+        count += len(query)
+    objective.train(was_training)
+    return total / count
+
+
+def fit(
+    objective: BetaELBO,
+    sampler: EpisodeSampler,
+    held_back: Sequence[Episode] = (),
+    config: FitConfig | None = None,
+    *,
+    state: FitState | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    accelerator: Accelerator | None = None,
+    on_step: Callable[[FitState, float], None] | None = None,
+    on_look: Callable[[FitState], None] | None = None,
+) -> FitState:
+    """Minimise the objective over episodes; leave it at the parameters that were best on the held-back tasks.
+
+    Args:
+        objective: model and guide.
+        sampler: episodes of the training tasks.
+        held_back: episodes of tasks that are not trained on, on which checkpoints are compared; none means that the
+            last parameters are kept.
+        config: settings.
+        state: of an earlier call, to go on from; with ``optimizer``, which holds its moments.
+        optimizer: by default Adam with ``config.learning_rate``.
+        accelerator: by default one for this machine.
+        on_step: called after each step with the state and the loss, nats per example.
+        on_look: called after each look at the held-back tasks, when ``state`` may be saved.
+
+    Raises:
+        NonFiniteLoss: names the step and the site or parameter; parameters are as they were before that step.
+    """
+    config, state = config or FitConfig(), state or FitState()
+    accelerator = accelerator or Accelerator()
+    optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
+    num_data = sum(len(task) for task in sampler.tasks)
+    device = next(objective.parameters()).device
+    objective.train()
+    losses: list[float] = []
+    while state.step < config.steps and (not held_back or state.stale < config.patience):
+        objective.warm(linear_warmup(state.step, config.warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
+        episode = sampler[state.step].to(device)
+        torch.manual_seed(config.seed * 1_000_003 + state.step)  # a resumed run draws what a whole one would have drawn
+        loss = _step(objective, optimizer, accelerator, episode, num_data, config.clip_norm, state.step)
+        losses.append(loss)
+        state.step += 1
+        if on_step:
+            on_step(state, loss)
+        if state.step % config.eval_every == 0 or state.step == config.steps:
+            _look(objective, held_back, config, state, losses)
+            losses = []
+            if on_look:
+                on_look(state)
+    if state.best_parameters is not None and held_back:
+        objective.load_state_dict(state.best_parameters)
+    objective.warm(1.0)
+    objective.eval()
+    return state
+
+
+def _step(
+    objective: BetaELBO,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    episode: Episode,
+    num_data: int,
+    clip_norm: float,
+    step: int,
+) -> float:
+    optimizer.zero_grad()
+    loss = objective(episode) / num_data
+    if not torch.isfinite(loss):
+        raise NonFiniteLoss(f"step {step}: the loss is {float(loss)}; {_blame_site(objective, episode)}.")
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(objective.parameters(), clip_norm)
+    if norm is not None and not torch.isfinite(norm):
+        names = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise NonFiniteLoss(f"step {step}: the gradient of {names[:3]} is not finite. Try a lower learning_rate.")
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _blame_site(objective: BetaELBO, episode: Episode) -> str:
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide = pyro.poutine.trace(objective.guide).get_trace(episode)
+        model = pyro.poutine.trace(pyro.poutine.replay(objective.model, guide)).get_trace(episode)
+        for where, trace in (("guide", guide), ("model", model)):
+            trace.compute_log_prob()
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"])):
+                    return f"site {name!r} of the {where} is where it starts. Try a lower learning_rate"
+    return "no single site is to blame: the sum overflows. Try a lower learning_rate or a smaller beta"
+
+
+def _look(
+    objective: BetaELBO, held_back: Sequence[Episode], config: FitConfig, state: FitState, losses: list[float]
+) -> None:
+    row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
+    if held_back:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # the same draws at every look, or noise would choose the checkpoint
+            row["held_back_nll"] = held_back_nll(objective, held_back, config.num_draws)
+    state.history.append(row)
+    best = None if state.best is None else state.history[state.best].get("held_back_nll", math.inf)
+    if best is None or row.get("held_back_nll", -math.inf) < best:
+        state.best = len(state.history) - 1
+        state.best_parameters = copy.deepcopy(objective.state_dict())

@@ -1,0 +1,130 @@
+"""The frozen trunk: layers below the first adapted one run once per example, and their output is kept.
+
+Nothing below the lowest LoRA layer depends on phi, so an example's hidden states at that layer's input never change.
+Later forwards swap the lower layers for pass-throughs, the last of which returns the kept states; embeddings, masks
+and rotary tables are still made by the Hugging Face model itself, so the result is that of the full forward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.tasks.prompts import EncodedExample
+
+__all__ = ["Trunk"]
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a decoder layer: returns what it is given, or ``states`` if there are any; may record its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Some models choose the mask by an attribute of the layer.
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.states: Tensor | None = None
+        self.seen: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = hidden_states
+        return hidden_states if self.states is None else self.states
+
+
+class Trunk:
+    """Runs and replaces the layers below the first adapted one.
+
+    Attributes:
+        depth: index k of the first adapted layer; 0 where there is nothing to keep.
+    """
+
+    def __init__(self, model: nn.Module, adapted: Sequence[str], cache_bytes: int = 4 << 30) -> None:
+        """Find the decoder layers that hold the ``adapted`` modules.
+
+        Args:
+            model: the Hugging Face model.
+            adapted: names of the modules with LoRA.
+            cache_bytes: hidden states are kept up to this size; past it they are computed anew each time.
+        """
+        places = [re.match(r"(.*?)\.(\d+)\.", name) for name in adapted]
+        stacks = {place[1] for place in places if place}
+        self.layers: nn.ModuleList | None = None
+        self.depth = 0
+        if len(stacks) == 1 and all(places):
+            layers = model.get_submodule(stacks.pop())
+            if isinstance(layers, nn.ModuleList):
+                self.layers = layers
+                self.depth = min(int(place[2]) for place in places if place)
+        self.cache_bytes = cache_bytes
+        self._cache: dict[bytes, Tensor] = {}
+        self._used = 0
+
+    @contextmanager
+    def skipped(self, states: Tensor | None) -> Iterator[None]:
+        """Inside the block the model's lower layers are replaced by ``states`` ``(rows, L, d)``."""
+        if states is None:
+            yield
+            return
+        with self._swapped(range(self.depth)) as stand_ins:
+            stand_ins[-1].states = states
+            yield
+
+    @contextmanager
+    def _swapped(self, indices: range) -> Iterator[list[_PassThrough]]:
+        assert self.layers is not None
+        originals = {i: self.layers[i] for i in indices}
+        stand_ins = [_PassThrough(layer) for layer in originals.values()]
+        for i, stand_in in zip(indices, stand_ins, strict=True):
+            self.layers[i] = stand_in
+        try:
+            yield stand_ins
+        finally:
+            for i, layer in originals.items():
+                self.layers[i] = layer
+
+    def states(self, episode: Episode, run: Callable[[Sequence[EncodedExample]], Tensor]) -> Tensor | None:
+        """Hidden states at the input of layer k for every row of an episode, ``(R, L, d)``, or None if k is 0.
+
+        Args:
+            episode: the rows.
+            run: a forward of the whole model over some rows, called without the upper layers.
+        """
+        if self.depth == 0:
+            return None
+        flat = [row for task in episode.rows for row in task]
+        fresh: dict[bytes, Tensor] = {}
+        missing = {row.key: row for row in flat if row is not None and row.key not in self._cache}
+        if missing:
+            fresh = self._compute(list(missing.values()), run)
+        known = [torch.zeros(1) if row is None else fresh.get(row.key, self._cache.get(row.key)) for row in flat]
+        width = next(states.shape[-1] for states in known if states is not None and states.ndim == 2)
+        like = next(states for states in known if states is not None and states.ndim == 2)
+        padded = [like.new_zeros(1, width) if row is None else s for row, s in zip(flat, known, strict=True)]
+        return pad_sequence(padded, batch_first=True).to(episode.input_ids.device, non_blocking=True)  # type: ignore[arg-type]
+
+    def _compute(
+        self, rows: list[EncodedExample], run: Callable[[Sequence[EncodedExample]], Tensor]
+    ) -> dict[bytes, Tensor]:
+        assert self.layers is not None
+        fresh: dict[bytes, Tensor] = {}
+        with torch.no_grad(), self._swapped(range(self.depth, len(self.layers))) as stand_ins:
+            # Neighbours in length share a forward, so little is padded.
+            ordered = sorted(rows, key=len)
+            for start in range(0, len(ordered), 32):
+                batch = ordered[start : start + 32]
+                run(batch)
+                seen = stand_ins[0].seen
+                assert seen is not None
+                fresh |= {row.key: s[: len(row)].clone() for row, s in zip(batch, seen, strict=True)}
+        for key, states in fresh.items():
+            size = states.numel() * states.element_size()
+            if self._used + size <= self.cache_bytes:
+                self._cache[key] = states
+                self._used += size
+        return fresh

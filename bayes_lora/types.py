@@ -1,0 +1,56 @@
+"""The contracts that every other module is written against.
+
+Batch dimensions follow Pyro's convention and are counted from the right: ``task`` is dimension -2 and ``example``
+dimension -1 of every log-probability, so a value that is constant over a task's examples has size 1 there. Leading
+dimensions, if any, are draws.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bayes_lora.tasks.episode import Episode
+
+__all__ = ["Guide", "Likelihood", "Model", "SiteShapes", "Sites"]
+
+Sites = dict[str, Tensor]
+"""Site name (``"q_proj.lora_A"``) to value of shape ``(*batch, layers, out, in)``."""
+
+SiteShapes = dict[str, tuple[int, int, int]]
+"""Site name to event shape ``(layers, out, in)``."""
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """The language model: log p(option | prompt, phi)."""
+
+    def __call__(self, phi: Sites, episode: Episode) -> Tensor:
+        """Return option log-likelihoods in nats, shape ``(*draws, T, N, options)``.
+
+        Args:
+            phi: values of shape ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)`` for one draw
+                shared by all tasks.
+            episode: ``T`` tasks with ``N`` examples each.
+        """
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A Pyro model: p(theta) p(phi | theta) p(answer | phi)."""
+
+    def __call__(self, episode: Episode) -> Any:
+        """Sample ``theta.*``, ``phi.<site>`` and the observed ``answer``."""
+        ...
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """A Pyro guide: q(theta) q(phi | support). Reads only the support half of the episode."""
+
+    def __call__(self, episode: Episode) -> Any:
+        """Sample the model's latent sites and return phi."""
+        ...

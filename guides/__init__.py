@@ -1,0 +1,6 @@
+"""Pyro guides: q(theta) q(phi | support)."""
+
+from bayes_lora.guides.network import GuideNetwork
+from bayes_lora.guides.theta import NormalTheta, PointTheta
+
+__all__ = ["GuideNetwork", "NormalTheta", "PointTheta"]

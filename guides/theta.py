@@ -1,0 +1,75 @@
+"""q(theta): a point, or independent normals. Parts of guides, not guides: they sample the model's theta sites alone."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from bayes_lora.types import Sites
+
+__all__ = ["NormalTheta", "PointTheta", "attribute"]
+
+
+def attribute(prefix: str, site: str) -> str:
+    """The attribute under which a module keeps a site's parameter (module attributes may hold no dots)."""
+    return f"{prefix}_{site}".replace(".", "_")
+
+
+class PointTheta(PyroModule):
+    """q(theta) is a point, as in ABMLL: KL(q || p) = -log p(theta).
+
+    Args:
+        model: offers ``initial_theta()`` and ``theta()``, the program of p(theta).
+    """
+
+    def __init__(self, model: PyroModule) -> None:
+        super().__init__()
+        with torch.no_grad():
+            sites = pyro.poutine.trace(model.theta).get_trace().nodes
+        self.positive: dict[str, bool] = {}
+        for site, value in model.initial_theta().items():
+            support = sites[site]["fn"].support
+            while isinstance(support, constraints.independent):
+                support = support.base_constraint
+            self.positive[site] = support is not constraints.real
+            self._create(site, value.log() if self.positive[site] else value)
+
+    def _create(self, site: str, value: Tensor) -> None:
+        setattr(self, attribute("loc", site), nn.Parameter(value.clone()))
+
+    def forward(self) -> Sites:
+        """Sample every theta site, ``(layers, out, in)`` each."""
+        return {site: pyro.sample(site, self.distribution(site)) for site in self.positive}
+
+    def distribution(self, site: str) -> dist.TorchDistribution:
+        """q of one site."""
+        value = getattr(self, attribute("loc", site))
+        return dist.Delta(value.exp() if self.positive[site] else value, event_dim=3)
+
+
+class NormalTheta(PointTheta):
+    """q(theta) is Normal for real sites and LogNormal for positive ones, elementwise.
+
+    Args:
+        model: as in :class:`PointTheta`.
+        initial_scale: standard deviation at the start (of the logarithm, for positive sites).
+    """
+
+    def __init__(self, model: PyroModule, initial_scale: float = 1e-3) -> None:
+        self._initial_scale = initial_scale
+        super().__init__(model)
+
+    def _create(self, site: str, value: Tensor) -> None:
+        super()._create(site, value)
+        log_scale = torch.full_like(value, self._initial_scale).log()
+        setattr(self, attribute("log_scale", site), nn.Parameter(log_scale))
+
+    def distribution(self, site: str) -> dist.TorchDistribution:
+        """q of one site."""
+        loc, log_scale = getattr(self, attribute("loc", site)), getattr(self, attribute("log_scale", site))
+        family = dist.LogNormal if self.positive[site] else dist.Normal
+        return family(loc, log_scale.exp()).to_event(3)

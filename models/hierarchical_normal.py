@@ -1,0 +1,114 @@
+r"""Hierarchical normal prior over per-task LoRA factors (the *factor* form of ABMLL, arXiv 2508.14285).
+
+.. math::
+    \mu_\theta &\sim \mathcal N(0, s_0^2), \qquad 1 / \sigma_\theta^2 \sim \mathrm{Gamma}(a_0, b_0) \\
+    \phi_i \mid \theta &\sim \mathcal N(\mu_\theta, \sigma_\theta^2) \quad\text{for each task } i \\
+    y_{ij} \mid x_{ij}, \phi_i &\sim \mathrm{Categorical}(p_{W_0 + \mathrm{LoRA}(\phi_i)}(\cdot \mid x_{ij}))
+
+elementwise over the factors A and B of every adapted layer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.types import Likelihood, Sites
+
+__all__ = ["HierarchicalNormal"]
+
+
+class HierarchicalNormal(PyroModule):
+    """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
+
+    Sites: ``theta.loc.<site>`` for every LoRA site; ``theta.precision.<site>`` and ``phi.<site>`` for the random ones;
+    ``answer``. With A or B alone random, the other factor is shared by all tasks: ``phi = theta.loc``.
+
+    Args:
+        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start ``theta.loc``.
+        random: which factors are random: ``"A"``, ``"B"`` or ``"AB"``.
+        initial_scale: sigma_theta at which guides start, for ``lora_A`` and ``lora_B``.
+        loc_scale: s_0.
+        concentration: a_0.
+        rate: b_0.
+    """
+
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        initial: Sites,
+        *,
+        random: Literal["A", "B", "AB"] = "AB",
+        initial_scale: tuple[float, float] = (0.2, 0.05),
+        loc_scale: float = 1.0,
+        concentration: float = 1.0,
+        rate: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if random not in ("A", "B", "AB"):
+            raise ConfigError(f"random: expected 'A', 'B' or 'AB', got {random!r}.")
+        if min(initial_scale) <= 0:
+            raise ConfigError(f"initial_scale: expected two positive numbers (for A and B), got {initial_scale}.")
+        self.likelihood, self.initial, self.initial_scale = likelihood, initial, initial_scale
+        self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
+        for name, value in (("loc_scale", loc_scale), ("concentration", concentration), ("rate", rate)):
+            self.register_buffer(name, torch.tensor(value, dtype=next(iter(initial.values())).dtype))
+
+    def initial_theta(self) -> Sites:
+        """Where guides start each theta site."""
+        theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
+        for site in self.random_sites:
+            scale = self.initial_scale[".lora_B" in site]
+            theta[f"theta.precision.{site}"] = torch.full_like(self.initial[site], scale**-2)
+        return theta
+
+    def theta(self) -> Sites:
+        """Sample p(theta): locations and, for random sites, precisions."""
+        theta: Sites = {}
+        for site, value in self.initial.items():
+            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
+            theta[f"theta.loc.{site}"] = pyro.sample(f"theta.loc.{site}", prior)
+        for site in self.random_sites:
+            gamma = dist.Gamma(self.concentration, self.rate).expand(self.initial[site].shape).to_event(3)
+            theta[f"theta.precision.{site}"] = pyro.sample(f"theta.precision.{site}", gamma)
+        return theta
+
+    def phi_prior(self, theta: Sites) -> dict[str, tuple[Tensor, Tensor]]:
+        """Location and scale of p(phi | theta) for the random sites."""
+        return {s: (theta[f"theta.loc.{s}"], theta[f"theta.precision.{s}"].rsqrt()) for s in self.random_sites}
+
+    def sample_phi(self, episode: Episode) -> Sites:
+        """Sample theta and phi; returns phi for every LoRA site, ``(T, 1, layers, out, in)`` where it is random."""
+        theta = self.theta()
+        phi = {site: theta[f"theta.loc.{site}"] for site in self.initial}
+        prior = self.phi_prior(theta)
+        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
+            for site, (loc, scale) in prior.items():
+                phi[site] = pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
+        return phi
+
+    def forward(self, episode: Episode) -> Tensor:
+        """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
+        log_lik = self.likelihood(self.sample_phi(episode), episode)
+        observe(log_lik, episode)
+        return log_lik
+
+
+def observe(log_lik: Tensor, episode: Episode) -> None:
+    """Observe the gold options. The one place where N enters: each task's sum is scaled from n examples to its N."""
+    seen = episode.mask.sum(-1, keepdim=True)
+    with (
+        pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2),
+        pyro.plate("example", episode.mask.shape[-1], dim=-1),
+        pyro.poutine.scale(scale=(episode.num_data[:, None] / seen).to(log_lik.dtype)),
+        pyro.poutine.mask(mask=episode.mask),
+    ):
+        pyro.sample("answer", dist.Categorical(logits=log_lik), obs=episode.answer)
