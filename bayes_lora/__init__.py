@@ -1,8 +1,54 @@
-"""Bayesian meta-learning for LoRA as readable Pyro programs."""
+"""Bayesian meta-learning for LoRA as readable Pyro programs.
+
+The names below are loaded when they are first used, for torch and transformers take seconds to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import pyro
+
+if TYPE_CHECKING:
+    from bayes_lora.config import RunConfig as RunConfig
+    from bayes_lora.demo import demo_tasks as demo_tasks
+    from bayes_lora.language_model import LanguageModel as LanguageModel
+    from bayes_lora.loading import load_language_model as load_language_model
+    from bayes_lora.objective import BetaELBO as BetaELBO
+    from bayes_lora.posterior import Posterior as Posterior
+    from bayes_lora.run import compare as compare
+    from bayes_lora.run import fit_posterior as fit_posterior
+    from bayes_lora.task_posterior import TaskPosterior as TaskPosterior
+    from bayes_lora.tasks import load_split as load_split
+    from bayes_lora.tasks import load_task as load_task
+    from bayes_lora.tasks import load_taskset as load_taskset
 
 # Parameters live in modules: torch optimizers, state_dict and DDP then see them, and the global store stays empty.
 pyro.settings.set(module_local_params=True)
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "BetaELBO": "objective",
+    "LanguageModel": "language_model",
+    "Posterior": "posterior",
+    "RunConfig": "config",
+    "TaskPosterior": "task_posterior",
+    "compare": "run",
+    "demo_tasks": "demo",
+    "fit_posterior": "run",
+    "load_language_model": "loading",
+    "load_split": "tasks",
+    "load_task": "tasks",
+    "load_taskset": "tasks",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bayes_lora' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    return getattr(import_module(f"bayes_lora.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

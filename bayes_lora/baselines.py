@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bayes_lora.language_model import LanguageModel
-from bayes_lora.posterior import TaskPosterior
+from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks.episode import collate
 from bayes_lora.tasks.task import Task
 
@@ -27,8 +27,7 @@ def finetune_lora(
 
     The tasks' LoRAs do not touch one another; they share forwards only.
     """
-    rows = [lm.encoder(task.support) for task in tasks]
-    episode = collate(rows, num_support=max(map(len, rows))).to(lm.device)
+    episode = collate([lm.encoder(task.support) for task in tasks]).to(lm.device)
     phi = {
         site: value.expand(len(tasks), 1, *value.shape).clone().requires_grad_()
         for site, value in lm.sites.initial().items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,21 @@ if TYPE_CHECKING:
     import peft
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LanguageModel"]
+__all__ = ["Features", "LanguageModel"]
+
+
+class Features(NamedTuple):
+    """What the frozen LM knows of examples: the input of a guide's encoder; zero for absent examples.
+
+    Attributes:
+        hidden: ``(T, N, 2, d)`` hidden states at the end of the prompt: at the first adapted layer, and at the head.
+        options: ``(T, N, K, d)`` output embedding of each option, averaged over its tokens.
+        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats.
+    """
+
+    hidden: Tensor
+    options: Tensor
+    log_probs: Tensor
 
 
 class LanguageModel:
@@ -68,10 +82,11 @@ class LanguageModel:
         self.encoder = Encoder(tokenizer, template, min(max_length, limit))
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         self._head: nn.Module = model.get_output_embeddings()
-        if any(model.get_submodule(module).base_layer is self._head for module in adapted):
+        head_names = [name for name, module in model.named_modules() if module is self._head]
+        if any(module in head_names for module in adapted):
             raise SiteError("LoRA on the LM head cannot be random: the head sees answer positions, not rows of a draw.")
         self.trunk = Trunk(model, adapted)
-        self._features: dict[bytes, Tensor] = {}
+        self._features: dict[bytes, Features] = {}
 
     @property
     def device(self) -> torch.device:
@@ -79,9 +94,9 @@ class LanguageModel:
         return self.model.device
 
     @property
-    def feature_size(self) -> int:
-        """Size of one example's features: four vectors of the model's width."""
-        return 4 * int(self.model.config.hidden_size)
+    def hidden_size(self) -> int:
+        """Width d of the residual stream."""
+        return int(self.model.config.hidden_size)
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
         """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; absent options get the dtype's lowest value.
@@ -134,9 +149,7 @@ class LanguageModel:
         empty = token_scores.new_zeros(len(logits), episode.option_mask.numel())
         scores = empty.index_add(1, episode.target_options, token_scores)
         if self.normalize == "mean":
-            ones = torch.ones_like(episode.target_options, dtype=scores.dtype)
-            lengths = scores.new_zeros(scores.shape[1]).index_add(0, episode.target_options, ones)
-            scores = scores / lengths.clamp(min=1)
+            scores = scores / _option_lengths(episode).clamp(min=1)
         lowest = torch.finfo(scores.dtype).min / 2
         return scores.masked_fill(~episode.option_mask.flatten(), lowest)
 
@@ -180,30 +193,34 @@ class LanguageModel:
 
     def _run(self, rows: Sequence[EncodedExample]) -> Tensor:
         """Run the model over some rows for what a hook sees on the way; the head reads a single position."""
-        episode = collate([rows], num_support=0).to(self.device)
+        episode = collate([rows]).to(self.device)
         with self._head_on(episode.sources[:1]):
             return self._forward(episode)
 
-    def features(self, episode: Episode) -> Tensor:
-        r"""What the frozen LM knows of each example *with its label*, ``(T, N, 4 d)``; zero for absent examples.
-
-        Four vectors: the hidden state at the end of the prompt, at the first adapted layer and at the top; the gold
-        option's output embedding; and the residual :math:`e_{gold} - \sum_k p_k e_k` of the zero-shot prediction p,
-        the direction in which a gradient step would push the top hidden state. Computed once per example.
-        """
+    def features(self, episode: Episode) -> Features:
+        """What the frozen LM knows of each example, whatever its label; computed once per example and kept."""
         flat = [row for task in episode.rows for row in task]
         missing = {row.key: row for row in flat if row is not None and row.key not in self._features}
         ordered = sorted(missing.values(), key=len)
         for start in range(0, len(ordered), 32):
             batch = ordered[start : start + 32]
-            found = self._compute_features(collate([batch], num_support=0).to(self.device))
-            self._features |= {row.key: vector for row, vector in zip(batch, found, strict=True)}
-        blank = torch.zeros(self.feature_size, device=self.device, dtype=self.model.dtype)
-        stacked = torch.stack([blank if row is None else self._features[row.key] for row in flat])
-        return stacked.view(*episode.shape[:2], -1)
+            hidden, options, log_probs = self._compute_features(collate([batch]).to(self.device))
+            for i, row in enumerate(batch):
+                k = row.num_options
+                self._features[row.key] = Features(hidden[i].clone(), options[i, :k].clone(), log_probs[i, :k].clone())
+        tasks, width, most = episode.shape
+        d, like = self.hidden_size, self._head.weight
+        hidden, options = like.new_zeros(len(flat), 2, d), like.new_zeros(len(flat), most, d)
+        log_probs = like.new_full((len(flat), most), torch.finfo(like.dtype).min / 2)
+        for i, row in enumerate(flat):
+            if row is not None:
+                known, k = self._features[row.key], row.num_options
+                hidden[i], options[i, :k], log_probs[i, :k] = known.hidden, known.options, known.log_probs
+        shape = (tasks, width)
+        return Features(hidden.unflatten(0, shape), options.unflatten(0, shape), log_probs.unflatten(0, shape))
 
     @torch.no_grad()
-    def _compute_features(self, episode: Episode) -> Tensor:
+    def _compute_features(self, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
         _, rows, options = episode.shape
         first = torch.searchsorted(episode.sources, torch.arange(rows, device=self.device) * episode.input_ids.shape[1])
         states = self.trunk.states(episode, self._run)
@@ -211,15 +228,16 @@ class LanguageModel:
             logits = self._forward(episode)
         top = read[0][0, first]  # (rows, d)
         at_trunk = top if states is None else states.flatten(0, 1)[episode.sources[first]]
-        probs = self._option_scores(logits, episode).view(rows, options).softmax(-1).to(top.dtype)
+        log_probs = self._option_scores(logits, episode).view(rows, options).log_softmax(-1).to(top.dtype)
         tokens = self._head.weight[episode.targets]  # (Q, d)
-        ones = torch.ones_like(episode.target_options, dtype=top.dtype)
-        lengths = top.new_zeros(rows * options).index_add(0, episode.target_options, ones).clamp(min=1)
+        lengths = _option_lengths(episode).to(top.dtype).clamp(min=1)
         embedded = top.new_zeros(rows * options, top.shape[-1]).index_add(0, episode.target_options, tokens)
-        embedded = (embedded / lengths[:, None]).view(rows, options, -1)
-        gold = embedded[torch.arange(rows, device=self.device), episode.answer[0]]
-        residual = gold - (probs[..., None] * embedded).sum(1)
-        return torch.cat([at_trunk, top, gold, residual], -1)
+        return torch.stack([at_trunk, top], 1), (embedded / lengths[:, None]).view(rows, options, -1), log_probs
+
+
+def _option_lengths(episode: Episode) -> Tensor:
+    """Number of tokens of each option, ``(T * N * K,)``."""
+    return torch.bincount(episode.target_options, minlength=episode.option_mask.numel())
 
 
 def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

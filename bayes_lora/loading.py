@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ from bayes_lora.errors import SiteError
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.model_files import DEFAULT_MODEL, find_model
 
-__all__ = ["default_lora", "load_language_model"]
+__all__ = ["default_lora", "inject", "load_language_model"]
 
 
-def default_lora(num_layers: int, *, rank: int = 8, top: int = 6, **kwargs: Any) -> peft.LoraConfig:
-    """LoRA of rank ``r`` on the ``top`` layers, ``lora_alpha = 2 r``, on the modules PEFT adapts by default.
+def default_lora(
+    num_layers: int, *, rank: int = 8, top_layers: int = 6, target_modules: Sequence[str] | None = None
+) -> peft.LoraConfig:
+    """LoRA of rank r on the top layers, ``lora_alpha = 2 r``, by default on the modules PEFT adapts by default.
 
     Adapting the top layers only lets everything below them run once per example (see :mod:`bayes_lora.trunk`).
     """
-    layers = list(range(max(0, num_layers - top), num_layers))
     return peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, layers_to_transform=layers, task_type="CAUSAL_LM", lora_dropout=0.0, **kwargs
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=None if target_modules is None else list(target_modules),
+        layers_to_transform=list(range(max(0, num_layers - top_layers), num_layers)),
+        task_type="CAUSAL_LM",
     )
 
 
@@ -32,6 +38,9 @@ def load_language_model(
     name_or_path: str | Path = DEFAULT_MODEL,
     lora: peft.LoraConfig | None = None,
     *,
+    rank: int = 8,
+    top_layers: int = 6,
+    target_modules: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -42,7 +51,10 @@ def load_language_model(
 
     Args:
         name_or_path: a hub id, a local folder, or a GGUF file.
-        lora: any PEFT LoRA configuration; by default :func:`default_lora`.
+        lora: any PEFT LoRA configuration; where it is None, :func:`default_lora` makes one from the next three.
+        rank: r.
+        top_layers: how many layers, counted from the top, are adapted.
+        target_modules: names of module kinds (``q_proj``); by default PEFT's choice for the architecture.
         device: by default a GPU if there is one.
         dtype: of the base; by default float32 on a CPU and bfloat16 on a GPU.
         seed: of PEFT's random initial A.
@@ -56,7 +68,9 @@ def load_language_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model, tokenizer = _load_base(name_or_path, dtype, model_kwargs or {})
-    lora = lora or default_lora(model.config.num_hidden_layers)
+    if lora is None:
+        layers = model.config.num_hidden_layers
+        lora = default_lora(layers, rank=rank, top_layers=top_layers, target_modules=target_modules)
     inject(lora, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
     return LanguageModel(model, tokenizer, lora, name=str(name_or_path), **kwargs)

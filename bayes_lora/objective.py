@@ -110,12 +110,12 @@ class BetaELBO(nn.Module):
         with torch.no_grad(), unscaled(self):
             guide = pyro.poutine.trace(self.guide).get_trace(episode)
             model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(episode)
-        model.compute_log_prob()
-        terms = {"nll": -float(model.nodes["answer"]["log_prob_sum"])}
-        for name, site in guide.nodes.items():
-            if site["type"] == "sample" and name.startswith("phi."):
-                divergence = torch.distributions.kl_divergence(site["fn"], model.nodes[name]["fn"])
-                terms[f"kl.{name[4:]}"] = float((divergence * site["scale"]).sum())
+            model.compute_log_prob()
+            terms = {"nll": -float(model.nodes["answer"]["log_prob_sum"])}
+            for name, site in guide.nodes.items():
+                if site["type"] == "sample" and name.startswith("phi."):
+                    divergence = torch.distributions.kl_divergence(site["fn"], model.nodes[name]["fn"])
+                    terms[f"kl.{name[4:]}"] = float((divergence * site["scale"]).sum())
         terms["kl"] = sum(value for name, value in terms.items() if name.startswith("kl."))
         return terms
 

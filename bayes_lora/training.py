@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bayes_lora.errors import BayesLoraError, ConfigError
 from bayes_lora.objective import BetaELBO, linear_warmup
-from bayes_lora.posterior import draw_phi, predictive
+from bayes_lora.adaptation import draw_phi
+from bayes_lora.task_posterior import predictive
 from bayes_lora.tasks.episode import Episode, EpisodeSampler
 
 __all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit", "held_back_nll"]
@@ -78,7 +79,7 @@ class FitState:
 
 
 def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int) -> float:
-    """Mean NLL (nats) of the query halves after one pass over the support halves, averaged over tasks."""
+    """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
     was_training = objective.training
     objective.eval()
     total, count = 0.0, 0
@@ -88,10 +89,8 @@ def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: i
         with torch.no_grad():
             log_probs = predictive(model.likelihood(phi, episode))
         nll = -log_probs.gather(-1, episode.answer[..., None])[..., 0]
-        query = episode.mask.clone()
-        query[:, : episode.num_support] = False
-        total += float(((nll * query).sum(-1) / query.sum(-1)).sum())
-        count += len(query)
+        total += float(((nll * episode.mask).sum(-1) / episode.mask.sum(-1)).sum())
+        count += len(nll)
     objective.train(was_training)
     return total / count
 

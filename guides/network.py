@@ -1,22 +1,24 @@
-r"""Guide network: one forward pass from a support set to q(phi | support) (method of ABMLL's title: amortization).
+r"""Guide network: one forward pass from a support set to q(phi | support) (amortization, arXiv 2508.14285).
 
 A permutation-invariant set encoder reads the frozen LM's features of each support example *with its label*; a
-hypernetwork mixes a few learned directions per site:
+hypernetwork mixes a few learned directions per site, and writes label directions into the residual stream:
 
 .. math::
-    z &= \tfrac1n \sum_j \left[ f(h_j),\; (U h_j) \otimes (V e_j) \right] \\
-    q(\phi_i \mid S_i) &= \mathcal N(\mu_\theta + \sigma_\theta \textstyle\sum_m c_m(z) D_m,\;
-        (\sigma_\theta e^{\rho + r(z)})^2)
+    z &= \tfrac1n \textstyle\sum_j [ f(h_j, e_j, r_j),\; (U h_j) \otimes (V [e_j, r_j]) ] \\
+    q(\phi_i \mid S_i) &= \mathcal N\big(\mu_\theta + \sigma_\theta (\textstyle\sum_m c_m(z) D_m + w(z)\, u
+        + \tfrac1n \sum_j w_j\, r_j),\; (\sigma_\theta e^{\rho + s(z)})^2\big)
 
-h_j are features, e_j the part of them that depends on the label; the outer product is what one gradient step on a
-linear head would see. c and r start at zero and rho at zero: at the start q(phi | S) = p(phi | theta), and the
-Kullback-Leibler divergence is zero.
+h_j are hidden states, e_j the gold option's output embedding, u the bias of the head's input that a few steps of
+logistic regression on the zero-shot scores find, and r_j the residual of the prediction with that bias. The terms in u
+and r_j are what gradient steps at the head would write; they exist for sites whose rows are coordinates of the residual
+stream (B of ``o_proj`` and ``down_proj``). c, w and s start at zero, and so does rho: at the start
+q(phi | S) = p(phi | theta), and the Kullback-Leibler divergence is zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +27,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_lora.guides.theta import PointTheta, attribute
+from bayes_lora.guides.theta import PointTheta, attribute, show_to_svi
+from bayes_lora.language_model import Features
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -39,7 +42,7 @@ class GuideNetwork(PyroModule):
 
     Args:
         model: a hierarchical model with ``random_sites``, ``initial``, ``theta()``, ``phi_prior(theta)`` and a
-            likelihood that offers ``features(episode)`` and ``feature_size``.
+            likelihood that offers ``features(episode)`` and ``hidden_size``.
         theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         directions: m, learned directions per site and layer.
         hidden: width of the encoder.
@@ -61,22 +64,34 @@ class GuideNetwork(PyroModule):
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
         self._model = (model,)
         self.theta = theta(model)
-        size = model.likelihood.feature_size
-        self.block = size // 4
-        self.encode = Linear(size, hidden)
+        self.width = model.likelihood.hidden_size
+        self.encode = Linear(4 * self.width, hidden)
         self.encode_deep = Linear(hidden, hidden)
-        self.left, self.right = Linear(size // 2, bilinear, bias=False), Linear(size // 2, bilinear, bias=False)
+        self.left, self.right = (Linear(2 * self.width, bilinear, bias=False) for _ in range(2))
         self.mix = Linear(hidden + bilinear**2, hidden)
         self.dropout = dropout
+        self.log_rate, self.log_decay = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-3.0))
         for site in model.random_sites:
-            shape = model.initial[site].shape
-            layers = shape[0]
-            head = Linear(hidden, layers * (directions + 1))
-            nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-            setattr(self, attribute("head", site), head)
-            value = torch.randn(layers, directions, *shape[1:]) * directions**-0.5
-            setattr(self, attribute("directions", site), nn.Parameter(value))
-            setattr(self, attribute("log_scale", site), nn.Parameter(torch.zeros(shape)))
+            layers, rows, columns = model.initial[site].shape
+            self._set("head", site, zero_linear(hidden, layers * (directions + 1)))
+            self._set("directions", site, nn.Parameter(torch.randn(layers, directions, rows, columns) / directions**0.5))
+            self._set("log_scale", site, nn.Parameter(torch.zeros(layers, rows, columns)))
+            if self._writes(site):
+                self._set("write", site, zero_linear(hidden, layers * columns))
+                self._set("write_each", site, zero_linear(hidden, layers * columns))
+        show_to_svi(self)
+
+    def _set(self, prefix: str, site: str, value: nn.Module | nn.Parameter) -> None:
+        setattr(self, attribute(prefix, site), value)
+
+    def _get(self, prefix: str, site: str) -> Any:
+        return getattr(self, attribute(prefix, site))
+
+    def _writes(self, site: str) -> bool:
+        """Whether a site's rows are coordinates of the residual stream."""
+        (model,) = self._model
+        residual = site.startswith(("o_proj.lora_B", "down_proj.lora_B"))
+        return residual and model.initial[site].shape[1] == self.width
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi; reads only ``episode.support``."""
@@ -96,22 +111,69 @@ class GuideNetwork(PyroModule):
         posterior = {}
         for site, (loc, scale) in prior.items():
             layers = loc.shape[-3]
-            head = getattr(self, attribute("head", site))(code).unflatten(-1, (layers, -1))  # (T, layers, m + 1)
-            directions = getattr(self, attribute("directions", site))
-            shift = torch.einsum("tlm,lmoi->tloi", head[..., :-1], directions)[:, None]
-            log_ratio = getattr(self, attribute("log_scale", site)) + head[..., -1][:, None, :, None, None]
-            posterior[site] = (loc + scale * shift, scale * log_ratio.exp())
+            head = self._get("head", site)(code.pooled).unflatten(-1, (layers, -1))  # (T, layers, m + 1)
+            shift = torch.einsum("tlm,lmoi->tloi", head[..., :-1], self._get("directions", site))
+            if self._writes(site):
+                weight = self._get("write", site)(code.pooled).unflatten(-1, (layers, -1))
+                each = self._get("write_each", site)(code.each).unflatten(-1, (layers, -1))
+                shift = shift + torch.einsum("tli,to->tloi", weight, code.bias)
+                shift = shift + torch.einsum("tsli,tso->tloi", each, code.residual)
+            log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
+            posterior[site] = (loc + scale * shift[:, None], scale * log_ratio.exp())
         return posterior
 
-    def code(self, support: Episode) -> Tensor:
-        """Encode a support set, permutation-invariantly: ``(T, hidden)``."""
+    def code(self, support: Episode) -> Code:
+        """Encode a support set, permutation-invariantly."""
         (model,) = self._model
-        features = model.likelihood.features(support).to(self.encode.weight.dtype)
-        blocks = F.layer_norm(features.unflatten(-1, (4, self.block)), (self.block,))
-        blocks = blocks.flatten(-2) * support.mask[..., None]
-        weight = support.mask / support.mask.sum(-1, keepdim=True)
-        each = self.encode_deep(F.gelu(self.encode(blocks)))  # (T, S, hidden)
-        state, label = blocks.split(2 * self.block, -1)
-        outer = torch.einsum("tn,tnu,tnv->tuv", weight.to(each.dtype), self.left(state), self.right(label)).flatten(1)
-        pooled = torch.einsum("tn,tnh->th", weight.to(each.dtype), F.gelu(each))
-        return F.dropout(F.gelu(self.mix(torch.cat([pooled, outer], -1))), self.dropout, self.training)
+        features = Features(*(part.to(self.mix.weight.dtype) for part in model.likelihood.features(support)))
+        # Embeddings of unit length on average over a task's options, so that the bias is in nats.
+        squares = features.options.square().sum((-3, -2, -1)) / support.option_mask.sum((-2, -1))
+        options = features.options / squares.sqrt()[:, None, None, None]
+        gold = F.one_hot(support.answer, options.shape[-2]) * support.mask[..., None]
+        weight = (support.mask / support.mask.sum(-1, keepdim=True)).to(options.dtype)
+        bias, error = self._fit_bias(options, features.log_probs, gold, weight)
+        label = torch.stack([(gold[..., None] * options).sum(-2), (error[..., None] * options).sum(-2)], -2)
+        state, label = F.layer_norm(features.hidden, (self.width,)).flatten(-2), self.width**0.5 * label
+        seen = support.mask[..., None]
+        each = F.gelu(self.encode_deep(F.gelu(self.encode(torch.cat([state, label.flatten(-2)], -1) * seen))))
+        outer = torch.einsum("tn,tnu,tnv->tuv", weight, self.left(state), self.right(label.flatten(-2)))
+        pooled = torch.cat([torch.einsum("tn,tnh->th", weight, each), outer.flatten(1)], -1)
+        pooled = F.dropout(F.gelu(self.mix(pooled)), self.dropout, self.training)
+        return Code(pooled, each, self.width**0.5 * bias, label[..., 1, :] * weight[..., None])
+
+    def _fit_bias(self, options: Tensor, log_probs: Tensor, gold: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Logistic regression for a vector u added to the head's input: gradient steps of a learned size and decay.
+
+        Returns u ``(T, d)`` and the errors ``1{gold} - p`` ``(T, S, K)`` of the prediction with it.
+        """
+        bias = options.new_zeros(options.shape[0], options.shape[-1])
+        rate, decay = self.log_rate.exp(), self.log_decay.exp()
+        error = gold - log_probs.softmax(-1)
+        for _ in range(10):
+            bias = bias + rate * (torch.einsum("tn,tnk,tnkd->td", weight, error, options) - decay * bias)
+            error = gold - (log_probs + torch.einsum("td,tnkd->tnk", bias, options)).softmax(-1)
+        return bias, error
+
+
+class Code(NamedTuple):
+    """What the encoder makes of a support set of S examples.
+
+    Attributes:
+        pooled: ``(T, hidden)`` z.
+        each: ``(T, S, hidden)``.
+        bias: ``(T, d)`` u, times the root of d.
+        residual: ``(T, S, d)`` r_j / n, times the root of d.
+    """
+
+    pooled: Tensor
+    each: Tensor
+    bias: Tensor
+    residual: Tensor
+
+
+def zero_linear(inputs: int, outputs: int) -> PyroModule:
+    """A linear map that starts at zero."""
+    linear = Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

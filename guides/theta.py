@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -11,12 +13,22 @@ from torch.distributions import constraints
 
 from bayes_lora.types import Sites
 
-__all__ = ["NormalTheta", "PointTheta", "attribute"]
+__all__ = ["NormalTheta", "PointTheta", "attribute", "show_to_svi"]
 
 
 def attribute(prefix: str, site: str) -> str:
     """The attribute under which a module keeps a site's parameter (module attributes may hold no dots)."""
     return f"{prefix}_{site}".replace(".", "_")
+
+
+def show_to_svi(module: nn.Module) -> None:
+    """Let ``pyro.infer.SVI`` find a module's plain parameters.
+
+    With ``module_local_params`` SVI asks every parameter for its unconstrained twin, which Pyro 1.9.2 attaches to a
+    PyroParam but not to an ``nn.Parameter``; a real parameter is its own twin.
+    """
+    for parameter in module.parameters():
+        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
 
 
 class PointTheta(PyroModule):
@@ -37,6 +49,7 @@ class PointTheta(PyroModule):
                 support = support.base_constraint
             self.positive[site] = support is not constraints.real
             self._create(site, value.log() if self.positive[site] else value)
+        show_to_svi(self)
 
     def _create(self, site: str, value: Tensor) -> None:
         setattr(self, attribute("loc", site), nn.Parameter(value.clone()))

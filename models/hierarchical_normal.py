@@ -87,26 +87,34 @@ class HierarchicalNormal(PyroModule):
 
     def sample_phi(self, episode: Episode) -> Sites:
         """Sample theta and phi; returns phi for every LoRA site, ``(T, 1, layers, out, in)`` where it is random."""
+        return self._sample_phi(task_plate(episode))
+
+    def _sample_phi(self, tasks: pyro.plate) -> Sites:
         theta = self.theta()
         phi = {site: theta[f"theta.loc.{site}"] for site in self.initial}
-        prior = self.phi_prior(theta)
-        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-            for site, (loc, scale) in prior.items():
+        with tasks:
+            for site, (loc, scale) in self.phi_prior(theta).items():
                 phi[site] = pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
         return phi
 
     def forward(self, episode: Episode) -> Tensor:
         """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
-        log_lik = self.likelihood(self.sample_phi(episode), episode)
-        observe(log_lik, episode)
+        tasks = task_plate(episode)
+        log_lik = self.likelihood(self._sample_phi(tasks), episode)
+        with tasks:
+            observe(log_lik, episode)
         return log_lik
+
+
+def task_plate(episode: Episode) -> pyro.plate:
+    """The plate of the collection's tasks, of which the episode holds some: scales T tasks up to all."""
+    return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
 
 
 def observe(log_lik: Tensor, episode: Episode) -> None:
     """Observe the gold options. The one place where N enters: each task's sum is scaled from n examples to its N."""
     seen = episode.mask.sum(-1, keepdim=True)
     with (
-        pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2),
         pyro.plate("example", episode.mask.shape[-1], dim=-1),
         pyro.poutine.scale(scale=(episode.num_data[:, None] / seen).to(log_lik.dtype)),
         pyro.poutine.mask(mask=episode.mask),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.collections import PathCollection
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bayes_lora.metrics import expected_calibration_error
@@ -23,7 +24,7 @@ def curve(seed: int, num: int = 200) -> tuple[Tensor, Tensor]:
 
 
 def test_panels_hold_bins_counts_and_ece() -> None:
-    """Each method has its panel: the legend shows its ECE, the points give it back, the bars count all examples."""
+    """Each method has its panel: its legend shows ECE, the points give it back, the bars count all."""
     curves = {"pretrained": curve(0), "LoRA": curve(1, 90), "ours": curve(2)}
     figure = reliability_diagram(curves)
     top, bottom = figure.axes[:3], figure.axes[3:]
@@ -35,10 +36,10 @@ def test_panels_hold_bins_counts_and_ece() -> None:
         assert [text.get_text() for text in legend.get_texts()] == [f"ECE {ece:.3f}"]
         (points,) = [item for item in upper.collections if isinstance(item, PathCollection)]
         x, y = np.asarray(points.get_offsets()).T
-        counts = np.array([bar.get_height() for bar in lower.patches])
+        counts = np.array([bar.get_height() for bar in lower.patches if isinstance(bar, Rectangle)])
         assert counts.sum() == len(confidence)
         assert np.sum(counts[counts > 0] * np.abs(y - x)) / counts.sum() == pytest.approx(ece)
-    assert len({points.get_facecolor().tobytes() for axes in top for points in axes.collections[1:]}) == 3
+    assert len({axes.title.get_color() for axes in top}) == 3
 
 
 def test_extreme_confidences() -> None:

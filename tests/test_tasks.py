@@ -98,9 +98,7 @@ def test_task_refuses() -> None:
         Task("", (example(0),))
     with pytest.raises(TaskError, match="task 'none' has no examples"):
         Task("none", ())
-    with pytest.raises(
-        TaskError, match=r"'small' has 3 examples, but 5 were asked for \(2 support \+ 3 query\)"
-    ):
+    with pytest.raises(TaskError, match=r"'small' has 3 examples, but 5 were asked for \(2 support \+ 3 query\)"):
         task.split(2, num_query=3, seed=0)
     with pytest.raises(TaskError, match="'small' has 3 examples, but 4 were asked for; ask for fewer"):
         task.split(4, seed=0)
@@ -140,9 +138,7 @@ def test_split_is_disjoint_stratified_and_deterministic(
 
 def test_split_draws_anew_with_the_seed() -> None:
     """Different seeds give different splits, and the query half takes part."""
-    task = Task(
-        "t", tuple(example(i, i % 2) for i in range(10)), tuple(example(i, i % 2) for i in range(10, 20))
-    )
+    task = Task("t", tuple(example(i, i % 2) for i in range(10)), tuple(example(i, i % 2) for i in range(10, 20)))
     assert len({task.split(6, seed=seed).support for seed in range(5)}) == 5
     assert any(set(task.split(6, seed=seed).support) & set(task.query) for seed in range(5))
 
@@ -174,9 +170,7 @@ def test_taskset_is_an_ordered_mapping() -> None:
 def test_taskset_refuses() -> None:
     """Unknown names come with near ones; duplicate names and empty parts are refused."""
     tasks = TaskSet(Task(name, (example(0),)) for name in ("glue-rte", "glue-mnli"))
-    with pytest.raises(
-        TaskError, match=r"among the 2 at hand: 'glue-rt' \(did you mean 'glue-rte'.*, 'zzz'$"
-    ):
+    with pytest.raises(TaskError, match=r"among the 2 at hand: 'glue-rt' \(did you mean 'glue-rte'.*, 'zzz'$"):
         tasks.select(["glue-rt", "glue-mnli", "zzz"])
     with pytest.raises(KeyError, match="no task 'glue-mnl' .*did you mean 'glue-mnli'"):
         tasks["glue-mnl"]
@@ -237,9 +231,7 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(TaskError, match=r"empty\.jsonl: the file is empty"):
         read_examples(tmp_path / "empty.jsonl")
-    with pytest.raises(
-        TaskError, match=r"none\.jsonl: expected a jsonl file that can be read, got: No such file"
-    ):
+    with pytest.raises(TaskError, match=r"none\.jsonl: expected a jsonl file that can be read, got: No such file"):
         read_examples(tmp_path / "none.jsonl")
 
 
@@ -260,9 +252,28 @@ def test_merge_duplicates(tmp_path: Path) -> None:
         read_examples(path, merge_duplicates=True)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=6
-)
+def test_unlabelled_lines(tmp_path: Path) -> None:
+    """Questions to predict need no output; one that is there still counts, and must be an option."""
+    path = tmp_path / "questions.jsonl"
+    question = {"input": "q", "options": ["a", "b"]}
+    path.write_text("\n".join(map(json.dumps, [question, GOOD])))
+    assert read_examples(path, labelled=False) == [Example("q", ("a", "b"), 0), Example("q", ("a", "b"), 1)]
+    with pytest.raises(TaskError, match=r"questions\.jsonl:1: field `output` is missing"):
+        read_examples(path)
+    path.write_text(json.dumps(question | {"options": ["a", "a", "b"]}))
+    assert read_examples(path, labelled=False, merge_duplicates=True) == [Example("q", ("a", "b"), 0)]
+    for wrong, match in (
+        ({"output": "c"}, r":1: `output` must be one of `options`: got 'c'"),
+        ({"output": 3}, ":1: field `output` must be a str, got 3"),
+        ({"options": []}, ":1: .*free-form"),
+        ({"options": ["a"]}, ":1: .*at least 2 answers"),
+    ):
+        path.write_text(json.dumps(question | wrong))
+        with pytest.raises(TaskError, match=match):
+            read_examples(path, labelled=False)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=6)
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
@@ -271,19 +282,19 @@ FIELDS = st.fixed_dictionaries(
         "options": st.just(["a", "b"]) | JSON,
     },
 )
-LINES = st.lists(
-    st.binary(max_size=30) | (FIELDS | JSON).map(lambda value: json.dumps(value).encode()), max_size=4
-)
+LINES = st.lists(st.binary(max_size=30) | (FIELDS | JSON).map(lambda value: json.dumps(value).encode()), max_size=4)
 
 
-@given(lines=LINES, merge=st.booleans())
+@given(lines=LINES, merge=st.booleans(), labelled=st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
-def test_any_bytes_give_examples_or_a_task_error(tmp_path: Path, lines: list[bytes], merge: bool) -> None:
+def test_any_bytes_give_examples_or_a_task_error(
+    tmp_path: Path, lines: list[bytes], merge: bool, labelled: bool
+) -> None:
     """Whatever the file holds, the reader returns whole examples or raises its own error."""
     path = tmp_path / "junk.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        examples = read_examples(path, merge_duplicates=merge)
+        examples = read_examples(path, merge_duplicates=merge, labelled=labelled)
     except TaskError as error:
         assert str(error).startswith(str(path))
     else:
@@ -381,6 +392,7 @@ def test_load_split(root: Path) -> None:
     assert load_split(root, "s") == (["plain"], ["single"])
     with pytest.warns(UserWarning) as caught:
         assert load_split(root, "g/s", allow_missing=True) == (["plain"], ["plain"])
+    assert [Path(one.filename).name for one in caught] == ["test_tasks.py"] * 2
     assert "'g/s' trains on tasks it calls unseen: plain" in str(caught[0].message)
     assert "1 of 3 tasks are missing and left out: gone" in str(caught[1].message)
     with pytest.raises(TaskError, match="split 'u' is ambiguous; say which: g/u, h/u"):

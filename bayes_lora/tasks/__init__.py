@@ -1,14 +1,23 @@
-"""Tasks: labelled multiple-choice examples, and the readers that make them from files."""
+"""Tasks: labelled multiple-choice examples, the readers that make them from files, and episodes of them."""
 
 from __future__ import annotations
 
-from bayes_lora.tasks.metaicl import has_options, load_split, load_task, load_taskset, read_examples
+from bayes_lora.tasks.episode import Episode, EpisodeSampler, collate
+from bayes_lora.tasks.metaicl import has_options, load_task, load_taskset, read_examples
+from bayes_lora.tasks.prompts import EncodedExample, Encoder, PromptTemplate
+from bayes_lora.tasks.splits import load_split
 from bayes_lora.tasks.task import Example, Task, TaskSet
 
 __all__ = [
+    "EncodedExample",
+    "Encoder",
+    "Episode",
+    "EpisodeSampler",
     "Example",
+    "PromptTemplate",
     "Task",
     "TaskSet",
+    "collate",
     "has_options",
     "load_split",
     "load_task",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ __all__ = ["Episode", "EpisodeSampler", "collate"]
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """``T`` tasks with up to ``N`` examples each; the first ``num_support`` of a task's examples are its support.
+    """``T`` tasks with up to ``N`` scored examples each, and the support sets that a guide may read.
 
     Rows are flattened to ``R = T * N``. ``L`` tokens a row, ``M`` positions at which the head is needed, ``Q`` option
     tokens in all, ``K`` options at most.
@@ -39,8 +38,8 @@ class Episode:
         num_data: ``(T,)`` each task's N, to which the likelihood of these examples is scaled.
         task_index: ``(T,)`` the tasks' places in the collection.
         num_tasks: size of the collection from which the tasks were drawn.
-        num_support: how many of the ``N`` columns are support.
         rows: the encoded examples, ``None`` where a task has fewer than ``N``.
+        separate_support: the support sets, where they are other examples than the scored ones.
     """
 
     input_ids: Tensor
@@ -56,33 +55,29 @@ class Episode:
     num_data: Tensor
     task_index: Tensor
     num_tasks: int
-    num_support: int
     rows: tuple[tuple[EncodedExample | None, ...], ...]
+    separate_support: Episode | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(T, N, K)``."""
         return tuple(self.option_mask.shape)  # type: ignore[return-value]
 
-    @cached_property
+    @property
     def support(self) -> Episode:
-        """The support half: what a guide may read. Its ``num_data`` is the size of each support set."""
-        if self.num_support == self.shape[1]:
-            return self
-        rows = [[row for row in task[: self.num_support] if row is not None] for task in self.rows]
-        half = collate(rows, num_support=self.num_support, task_index=self.task_index, num_tasks=self.num_tasks)
-        return half.to(self.input_ids.device)
+        """What a guide may read: the support sets, which are the scored examples themselves if none were given."""
+        return self if self.separate_support is None else self.separate_support
 
     def to(self, device: torch.device | str) -> Episode:
         """Copy the tensors to a device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor | Episode)})
 
 
 def collate(
     tasks: Sequence[Sequence[EncodedExample]],
+    support: Sequence[Sequence[EncodedExample]] | None = None,
     *,
-    num_support: int,
     num_data: Sequence[int] | Tensor | None = None,
     task_index: Sequence[int] | Tensor | None = None,
     num_tasks: int | None = None,
@@ -90,18 +85,20 @@ def collate(
     """Pad the encoded examples of T tasks to one episode.
 
     Args:
-        tasks: per task its examples, support first.
-        num_support: number of support examples per task. Where a task has fewer examples than the longest, the
-            missing ones are masked at the end.
+        tasks: per task the examples whose answers are scored. Where a task has fewer than another, the missing
+            ones are masked at the end.
+        support: per task the examples that a guide may read; by default the scored ones.
         num_data: each task's N; by default the number of its examples here.
         task_index: the tasks' places in the collection; by default 0 to T - 1.
         num_tasks: size of the collection; by default T.
 
     Raises:
-        TaskError: there is no task, or a task has no example.
+        TaskError: there is no task, a task has no example, or ``support`` is of other tasks.
     """
     if not tasks or not all(tasks):
         raise TaskError("an episode needs at least one task, and every task at least one example.")
+    if support is not None and len(support) != len(tasks):
+        raise TaskError(f"an episode needs one support set per task: got {len(support)} for {len(tasks)} tasks.")
     width = max(map(len, tasks))
     rows = tuple(tuple([*task, *[None] * (width - len(task))]) for task in tasks)
     flat = [row for task in rows for row in task]
@@ -127,8 +124,8 @@ def collate(
         num_data=torch.as_tensor([len(task) for task in tasks] if num_data is None else num_data),
         task_index=torch.as_tensor(range(len(rows)) if task_index is None else task_index),
         num_tasks=len(rows) if num_tasks is None else num_tasks,
-        num_support=num_support,
         rows=rows,
+        separate_support=None if support is None else collate(support, task_index=task_index, num_tasks=num_tasks),
     )
 
 
@@ -143,10 +140,13 @@ class EpisodeSampler:
         tasks_per_episode: T, at most the number of tasks.
         num_support: support examples per task.
         num_query: query examples per task, disjoint from the support.
+        score_support: whether the likelihood is taken on support and query, or on the query alone: then the LM never
+            runs on the support, whose features are cached, and theta learns from generalisation only.
         seed: of the draws.
 
     Raises:
-        TaskError: a task has fewer examples than ``num_support + num_query``, or there are fewer tasks than T.
+        TaskError: a task has fewer examples than ``num_support + num_query``, there are fewer tasks than T, or
+            nothing is left to condition on or to score.
     """
 
     def __init__(
@@ -157,12 +157,19 @@ class EpisodeSampler:
         tasks_per_episode: int = 4,
         num_support: int = 8,
         num_query: int = 8,
+        score_support: bool = True,
         seed: int = 0,
     ) -> None:
         if not 0 < tasks_per_episode <= len(tasks):
             raise TaskError(f"tasks_per_episode={tasks_per_episode}: expected 1 to {len(tasks)}, the number of tasks.")
+        if num_support < 1 or num_query < (0 if score_support else 1):
+            raise TaskError(
+                f"num_support={num_support}, num_query={num_query}: expected at least 1 support example, "
+                "and at least 1 query example where score_support is false."
+            )
         self.tasks, self.encoder, self.seed = list(tasks.values()), encoder, seed
         self.tasks_per_episode, self.num_support, self.num_query = tasks_per_episode, num_support, num_query
+        self.score_support = score_support
         for task in self.tasks:
             task.split(num_support, seed=0, num_query=num_query)  # fails now, not in the middle of a run
 
@@ -172,8 +179,8 @@ class EpisodeSampler:
         chosen = rng.choice(len(self.tasks), self.tasks_per_episode, replace=False)
         drawn = [self._draw(self.tasks[i], rng) for i in chosen]
         return collate(
-            [self.encoder(task.examples) for task in drawn],
-            num_support=self.num_support,
+            [self.encoder(task.examples if self.score_support else task.query) for task in drawn],
+            [self.encoder(task.support) for task in drawn],
             num_data=[len(self.tasks[i]) for i in chosen],
             task_index=chosen.tolist(),
             num_tasks=len(self.tasks),

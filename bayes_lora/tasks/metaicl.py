@@ -18,16 +18,20 @@ from typing import Any
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.task import Example, Task, TaskSet, did_you_mean
 
-__all__ = ["has_options", "load_split", "load_task", "load_taskset", "read_examples"]
+__all__ = ["has_options", "load_task", "load_taskset", "read_examples"]
 
 
-def read_examples(path: str | Path, *, merge_duplicates: bool = False) -> list[Example]:
+def read_examples(
+    path: str | Path, *, merge_duplicates: bool = False, labelled: bool = True
+) -> list[Example]:
     """Read all examples of one UTF-8 jsonl file, in order.
 
     Args:
         path: The file.
         merge_duplicates: Take an option that a line lists twice as one option, instead of refusing the line
             (a duplicate would count its probability twice).
+        labelled: Whether lines must have an ``output``. False reads questions to predict: `answer` is then 0 where
+            there is no ``output``.
 
     Raises:
         TaskError: The file cannot be read or is empty, or a line is malformed (the message begins with
@@ -36,7 +40,7 @@ def read_examples(path: str | Path, *, merge_duplicates: bool = False) -> list[E
     examples = []
     for place, line in _lines(path):
         try:
-            examples.append(_example(_record(line), merge_duplicates))
+            examples.append(_example(_record(line), merge_duplicates, labelled))
         except TaskError as error:
             raise TaskError(f"{place}: {error}") from None
     return examples
@@ -107,45 +111,13 @@ def load_taskset(
     Raises:
         TaskError: Names are missing (all are listed, with near names), no task is left, or one is malformed.
     """
-    places = _places(root)
+    places = task_places(root)
     if isinstance(names, str):
         raise TaskError(f"`names` must be a list of task names, got the string {names!r}; pass [{names!r}]")
-    chosen = _scorable(root, places) if names is None else _present(root, list(names), places, allow_missing)
+    chosen = _scorable(root, places) if names is None else present_tasks(root, list(names), places, allow_missing)
     if not chosen:
         raise TaskError(f"{root}: no multiple-choice task to load; expected <task>.jsonl or <task>/ in it")
     return TaskSet(load_task(places[name], seed=seed, merge_duplicates=merge_duplicates) for name in chosen)
-
-
-def load_split(root: str | Path, split: str, *, allow_missing: bool = False) -> tuple[list[str], list[str]]:
-    """Read from ``<root>/splits.json`` which tasks to train on and which are kept unseen.
-
-    The file is ``{split: {"train": [...], "test": [...]}}``, or has one more level of groups above the
-    splits; a split in a group is named ``<group>/<split>``, or ``<split>`` where only one group has it.
-
-    Args:
-        root: Folder that holds the tasks and ``splits.json``.
-        split: Name of the split.
-        allow_missing: Leave out tasks that are not in `root`, with one warning, instead of raising.
-
-    Returns:
-        The names of the training tasks and of the unseen tasks. A task in both is warned about.
-
-    Raises:
-        TaskError: The file is missing or malformed, the split is unknown, or tasks of it are missing.
-    """
-    path = Path(root) / "splits.json"
-    known = dict(_walk_splits(path, _read_json(path), ""))
-    matches = [key for key in known if key == split] or [key for key in known if key.endswith(f"/{split}")]
-    if len(matches) != 1:
-        listed = ", ".join(matches or known)
-        problem = f"is ambiguous; say which: {listed}" if matches else f"is unknown; known splits: {listed}"
-        raise TaskError(f"{path}: split {split!r} {problem}")
-    train, test = known[matches[0]]
-    leaks = [name for name in test if name in train]
-    if leaks:
-        warnings.warn(f"{path}: {split!r} trains on tasks it calls unseen: {', '.join(leaks)}", stacklevel=2)
-    present = _present(root, train + test, _places(root), allow_missing)
-    return [name for name in train if name in present], [name for name in test if name in present]
 
 
 def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -185,11 +157,11 @@ def _field(record: dict[str, Any], field: str, kind: type) -> Any:
     return record[field]
 
 
-def _example(record: dict[str, Any], merge_duplicates: bool) -> Example:
-    text, output = _field(record, "input", str), _field(record, "output", str)
-    options = _field(record, "options", list)
+def _example(record: dict[str, Any], merge_duplicates: bool, labelled: bool) -> Example:
+    text, options = _field(record, "input", str), _field(record, "options", list)
     if not options:
         raise TaskError("`options` is empty: free-form tasks have no options to score; leave this task out")
+    output = _field(record, "output", str) if labelled or "output" in record else options[0]
     if output not in options:
         raise TaskError(f"`output` must be one of `options`: got {output!r}, options are {options}")
     if merge_duplicates:
@@ -232,7 +204,7 @@ def _load_folder(folder: Path, seed: int | None, merge_duplicates: bool) -> Task
     return Task(folder.name, tuple(support), tuple(e for e in query if e.input not in seen))
 
 
-def _places(root: str | Path) -> dict[str, Path]:
+def task_places(root: str | Path) -> dict[str, Path]:
     """Map the name of each task in `root` to its file or folder, in alphabetical order."""
     if not Path(root).is_dir():
         raise TaskError(f"{root}: expected a folder of tasks, but there is none; check the path")
@@ -246,7 +218,7 @@ def _places(root: str | Path) -> dict[str, Path]:
     return places
 
 
-def _present(root: str | Path, names: list[str], places: dict[str, Path], allow_missing: bool) -> list[str]:
+def present_tasks(root: str | Path, names: list[str], places: dict[str, Path], allow_missing: bool) -> list[str]:
     """Return the names that are in `root`; raise, or warn once, when others are not."""
     missing = [name for name in names if name not in places]
     if missing:
@@ -266,26 +238,3 @@ def _scorable(root: str | Path, places: dict[str, Path]) -> list[str]:
         count = f"{len(tasks) - len(chosen)} of {len(tasks)} tasks"
         warnings.warn(f"{root}: {count} are free-form (no options to score) and left out", stacklevel=3)
     return chosen
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TaskError(f"{path}: expected a file of splits, got: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}: broken JSON ({error})") from None
-
-
-def _walk_splits(path: Path, tree: Any, group: str) -> Iterator[tuple[str, tuple[list[str], list[str]]]]:
-    """Yield the name of each split, with the names of its train and test tasks."""
-    for name, node in tree.items() if isinstance(tree, dict) else [("", tree)]:
-        if isinstance(node, dict) and "train" in node and "test" in node:
-            for half in (node["train"], node["test"]):
-                if not isinstance(half, list) or not all(isinstance(task, str) for task in half):
-                    raise TaskError(f"{path}: split {name!r} must hold two lists of task names, got {half!r}")
-            yield group + name, (node["train"], node["test"])
-        elif isinstance(node, dict) and not group:
-            yield from _walk_splits(path, node, f"{name}/")
-        else:
-            raise TaskError(f"{path}: {group + name!r} must hold two lists `train` and `test`, got {node!r}")

@@ -6,6 +6,7 @@ scoring each option in a row of its own.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,12 @@ __all__ = ["EncodedExample", "Encoder", "PromptTemplate"]
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How an example becomes text: ``prompt`` holds ``{input}`` and may hold ``{options}``; ``option`` holds ``{option}``.
+    """How an example becomes text.
 
     Attributes:
-        prompt: what the model reads before it answers. It should not end in a space: ``option`` begins with one.
-        option: what the model is scored on.
+        prompt: what the model reads before it answers, with ``{input}`` and, if they are to be listed, ``{options}``.
+            It should not end in a space: ``option`` begins with one.
+        option: what the model is scored on, with ``{option}``.
         separator: joins the options where the prompt lists them.
     """
 
@@ -47,9 +49,9 @@ class PromptTemplate:
 
     def render(self, example: Example) -> tuple[str, list[str]]:
         """Return the prompt and the text of each option."""
-        # str.replace, not str.format: an input may hold braces of its own. {input} last, for it may hold {options}.
-        prompt = self.prompt.replace("{options}", self.separator.join(example.options))
-        prompt = prompt.replace("{input}", example.input)
+        # Not str.format: a template may hold braces of its own. One pass: so may an input or an option.
+        texts = {"{options}": self.separator.join(example.options), "{input}": example.input}
+        prompt = re.sub(r"\{options\}|\{input\}", lambda match: texts[match[0]], self.prompt)
         return prompt, [self.option.replace("{option}", option) for option in example.options]
 
 
@@ -69,7 +71,7 @@ class EncodedExample:
         target_options: ``(Q,)`` the option to which each belongs.
         num_options: number of options.
         answer: index of the gold option.
-        key: content hash of the row, under which computed states may be cached.
+        key: hash of the row without its answer, under which what the frozen model computes of it may be kept.
     """
 
     tokens: Tensor
@@ -103,7 +105,7 @@ def pack(prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int) -
                 sources.append(len(tokens) - 1)
             targets.append(token)
             target_options.append(index)
-    key = blake2b(repr((tokens, segments, targets, target_options, answer)).encode(), digest_size=16).digest()
+    key = blake2b(repr((tokens, segments, targets, target_options)).encode(), digest_size=16).digest()
     lists = (tokens, segments, positions, sources, target_sources, targets, target_options)
     return EncodedExample(*(torch.tensor(values) for values in lists), len(options), answer, key)
 
@@ -126,7 +128,9 @@ class Encoder:
         self.encode = lru_cache(maxsize=None)(self._encode)
         self._option_ids = lru_cache(maxsize=None)(self._encode_option)
         # What the tokenizer puts before a text of its own accord (Llama's <s>), kept when the prompt is cut.
-        self._prefix = self._ids("a", special=True)[: -len(self._ids("a"))] if self._ids("a", special=True) else []
+        plain, marked = self._ids("a"), self._ids("a", special=True)
+        starts = (i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+        self._prefix = marked[: next(starts, 0)]
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encode examples; cut prompts are counted in one warning."""
@@ -145,9 +149,12 @@ class Encoder:
 
     def _encode_option(self, text: str) -> tuple[int, ...]:
         # Tokenised behind a cue, since SentencePiece marks the beginning of a text with a token of its own.
-        cue = self.template.prompt.rpartition("}")[2].strip() or "Answer:"
-        before, joined = self._ids(cue), self._ids(cue + text)
-        ids = joined[len(before) :] if joined[: len(before)] == before else self._ids(text)
+        ids = self._ids(text)
+        for cue in (self.template.prompt.rpartition("}")[2].strip(), "Answer:", "\n"):
+            before, joined = self._ids(cue), self._ids(cue + text)
+            if before and joined[: len(before)] == before:  # else the text's first letters merge with the cue's last
+                ids = joined[len(before) :]
+                break
         if not ids:
             raise TaskError(f"option {text!r}: the tokenizer makes no token of it. Give the option another text.")
         return tuple(ids)
@@ -162,4 +169,6 @@ class Encoder:
                 "Raise max_length or shorten the options."
             )
         ids = self._ids(prompt)
+        if not ids:
+            raise TaskError(f"example {example.input[:60]!r}: the tokenizer makes no token of its prompt.")
         return pack(self._prefix + ids[-room:], options, example.answer), len(ids) > room

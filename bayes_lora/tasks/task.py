@@ -49,7 +49,8 @@ class Example:
             )
 
     def _check_options(self) -> None:
-        if isinstance(self.options, str) or not all(isinstance(option, str) for option in self.options):
+        options: object = self.options
+        if not isinstance(options, (tuple, list)) or not all(isinstance(option, str) for option in options):
             raise TaskError(f"`options` must be a tuple of strings, got {self.options!r}")
         object.__setattr__(self, "options", tuple(self.options))  # a list would make the example unhashable
         if len(self.options) < 2:

@@ -1,0 +1,60 @@
+# Each target installs what it needs first; `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/demo
+# Two processes with one thread each: the models in the tests are too small to gain from more threads.
+PYTEST_ARGS ?= -n 2
+OMP_NUM_THREADS ?= 1
+CHECKED := bayes_lora models guides tests examples benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(STAMP)  ## make .venv and install everything into it
+	@:
+
+# torch comes first and alone, so that nothing else chooses another build of it. The stamp is written last:
+# an interrupted installation is taken up again by the next call.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "bayes-lora needs Python 3.11 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup  ## train and evaluate on the shipped tasks; the report lands in runs/demo
+	$(BIN)/bayes-lora demo --run $(RUN) --overwrite
+
+test: setup  ## run the tests; PYTEST_ARGS chooses some
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest $(PYTEST_ARGS)
+
+lint: setup  ## check style and formatting
+	$(BIN)/ruff check $(wildcard $(CHECKED))
+	$(BIN)/ruff format --check $(wildcard $(CHECKED))
+
+format: setup  ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix $(wildcard $(CHECKED))
+	$(BIN)/ruff format $(wildcard $(CHECKED))
+
+# At the root, mypy would not see that models/ and guides/ belong to the package, and skip them silently.
+types: wheel  ## check the types of the installed wheel, models and guides with it
+	rm -rf build/types && mkdir -p build/types
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types dist/*.whl
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) \
+	  --cache-dir $(abspath .mypy_cache) -p bayes_lora
+
+# setuptools would pack files that were deleted since the last build, if it found them in build/lib.
+wheel: setup  ## build dist/*.whl
+	rm -rf build/lib build/bdist.* dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:  ## delete what was built, .venv included
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

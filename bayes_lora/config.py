@@ -1,0 +1,187 @@
+"""Settings of a run: dataclasses, read from YAML and flags, saved as JSON beside the posterior."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.model_files import DEFAULT_MODEL
+from bayes_lora.tasks.prompts import PromptTemplate
+from bayes_lora.training import FitConfig
+
+__all__ = ["EpisodeConfig", "GuideConfig", "LanguageModelConfig", "ObjectiveConfig", "PriorConfig", "RunConfig"]
+
+# Ranges that :meth:`RunConfig.from_dict` checks.
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """The base model, its LoRA and its prompts. See :func:`bayes_lora.load_language_model`."""
+
+    name: str = DEFAULT_MODEL
+    rank: Count = 8
+    top_layers: Count = 6
+    target_modules: list[str] | None = None
+    max_length: Count = 128
+    normalize: Literal["sum", "mean"] = "sum"
+    template: PromptTemplate = field(default_factory=PromptTemplate)
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Keyword arguments of :class:`bayes_lora.models.HierarchicalNormal`."""
+
+    random: Literal["A", "B", "AB"] = "AB"
+    initial_scale: tuple[Positive, Positive] = (0.2, 0.05)
+    loc_scale: Positive = 1.0
+    concentration: Positive = 1.0
+    rate: Positive = 0.01
+
+
+@dataclass(frozen=True)
+class GuideConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.GuideNetwork`; ``theta`` is ``point`` or ``normal``."""
+
+    theta: Literal["point", "normal"] = "point"
+    directions: Count = 8
+    hidden: Count = 128
+    bilinear: Count = 12
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Keyword arguments of :class:`bayes_lora.objective.BetaELBO`."""
+
+    beta: Positive = 1e-3
+    gamma: Positive | None = None
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Episodes of the training tasks, and which of them are held back.
+
+    Attributes:
+        tasks_per_episode: T.
+        num_support: support examples per task.
+        num_query: query examples per task.
+        score_support: whether the likelihood is taken on support and query, or on the query alone.
+        examples_per_task: of larger training tasks this many are drawn, once; None takes all.
+        held_back: share (below 1) or number of the training tasks that choose the checkpoint; 0 holds back none.
+        held_back_shots: support and query size of a held-back task.
+    """
+
+    tasks_per_episode: Count = 4
+    num_support: Count = 8
+    num_query: Count = 8
+    score_support: bool = True
+    examples_per_task: Count | None = 64
+    held_back: NonNegative = 0.15
+    held_back_shots: Count = 16
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run, one section per piece."""
+
+    recipe: str = "abmll-network"
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    seed: Seed = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
+        """Build from nested mappings.
+
+        Raises:
+            ConfigError: an unknown key (near ones are named), or a value of the wrong type.
+        """
+        _check_keys(values, asdict(cls()), source)
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raised = first.get("ctx", {}).get("error")  # by a section's own check, which names the value
+            problem = f".{raised}" if raised else f": {first['msg']}, got {first['input']!r}."
+            raise ConfigError(f"{source}: {where}{problem}") from error
+
+    @classmethod
+    def load(cls, path: Path | None, settings: Sequence[str] = (), base: RunConfig | None = None) -> RunConfig:
+        """Read a YAML file, then apply ``section.key=value`` settings (values are YAML) over it.
+
+        Raises:
+            ConfigError: the file is missing or not a YAML mapping, or a setting is malformed.
+        """
+        values = (base or cls()).to_dict()
+        if path is not None:
+            read = _read_yaml(path)
+            _check_keys(read, values, str(path))
+            _merge(values, read)
+        for setting in settings:
+            nested = _nested(setting)
+            _check_keys(nested, values, "--set")
+            _merge(values, nested)
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values."""
+        return asdict(self)
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    return {} if read is None else read
+
+
+def _nested(setting: str) -> Mapping[str, Any]:
+    """Turn ``a.b=c`` into ``{"a": {"b": c}}``; c is YAML."""
+    key, equals, text = setting.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {setting!r}: expected section.key=value, as in objective.beta=1e-4.")
+    try:
+        value = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"--set {setting!r}: {text!r} is no YAML value: {error}") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    if not isinstance(values, Mapping):
+        where = f"{prefix[:-1]}: expected a section" if prefix else "expected a mapping"
+        raise ConfigError(f"{source}: {where} with {list(known)}, got {values!r}.")
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=2, cutoff=0.4) or list(known)
+            raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}. Did you mean {' or '.join(near)}?")
+        if isinstance(known[key], Mapping) and not is_dataclass(value):
+            _check_keys(value, known[key], source, f"{prefix}{key}.")

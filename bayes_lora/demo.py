@@ -1,0 +1,73 @@
+"""The demo: the main job on the shipped tasks, from meta-learning to a calibrated prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+
+from bayes_lora.config import EpisodeConfig, ObjectiveConfig, RunConfig
+from bayes_lora.progress import bars
+from bayes_lora.recipes import build_language_model
+from bayes_lora.report import Comparison
+from bayes_lora.run import check_run_folder, compare, fit_posterior
+from bayes_lora.tasks import TaskSet, load_split, load_taskset
+from bayes_lora.training import FitConfig
+
+__all__ = ["demo_config", "demo_tasks", "run_demo"]
+
+
+def demo_config() -> RunConfig:
+    """Settings that end within ten minutes on two CPU cores."""
+    return RunConfig(
+        episodes=EpisodeConfig(num_support=16, num_query=8, score_support=False, held_back=3),
+        objective=ObjectiveConfig(beta=1e-3),
+        fit=FitConfig(steps=60, eval_every=15, patience=3, warmup=15),
+    )
+
+
+def demo_tasks(shots: int = 16, seed: int = 0) -> tuple[TaskSet, TaskSet]:
+    """The shipped training tasks, and the unseen ones split into ``shots`` support examples and the rest."""
+    with resources.as_file(resources.files("bayes_lora.tasks") / "demo") as folder:
+        training, unseen = load_split(folder, "demo")
+        tasks = load_taskset(folder, [*training, *unseen])
+    return tasks.select(training), TaskSet(task.split(shots, seed=seed) for task in tasks.select(unseen).values())
+
+
+def run_demo(
+    run: Path, config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Comparison:
+    """Fit, adapt, compare; write posterior, metrics, diagram and a PEFT adapter per unseen task to the run folder."""
+    console = console or Console()
+    check_run_folder(run, resume=resume, overwrite=overwrite)
+    training, unseen = demo_tasks(config.episodes.held_back_shots)
+    console.print(_introduction(training, unseen, config.episodes.held_back_shots))
+    lm = build_language_model(config.language_model)
+    with bars() as progress:
+        posterior, _ = fit_posterior(
+            lm, training, config, run=run, resume=resume, overwrite=overwrite, progress=progress
+        )
+        comparison = compare(
+            posterior, list(unseen.values()), num_draws=5, lora_learning_rates=(1e-3,), progress=progress
+        )
+    adapted = posterior.adapt(unseen)
+    adapted.save(run / "unseen", overwrite=True)
+    for name in unseen:
+        adapted.select(name).export_peft(run / "adapters" / name, overwrite=True)
+    comparison.write(run)
+    console.print(comparison.table())
+    console.print(
+        f"\nIn {run}: posterior/ (Posterior.load), unseen/ (TaskPosterior.load), adapters/<task>/ "
+        "(PeftModel.from_pretrained), metrics.json, reliability.png, curve.json",
+        markup=False,
+    )
+    return comparison
+
+
+def _introduction(training: Mapping[str, object], unseen: Mapping[str, object], shots: int) -> str:
+    return (
+        f"Meta-learning on {len(training)} tasks, then adapting to {len(unseen)} unseen ones "
+        f"({', '.join(unseen)}) from {shots} examples each."
+    )

@@ -1,0 +1,99 @@
+"""Results of a comparison: a table for people, JSON for programs, a reliability diagram for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from bayes_lora.metrics import Metrics, adaptive_calibration_error, mean_metrics, per_example_gap
+from bayes_lora.plots import reliability_diagram
+from bayes_lora.storage import write_json
+
+__all__ = ["Comparison", "MethodResult", "metrics_table"]
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method on several tasks.
+
+    Attributes:
+        metrics: by task.
+        confidence: of the predicted option, all tasks' examples one after another.
+        correct: whether it was right.
+    """
+
+    metrics: dict[str, Metrics]
+    confidence: Tensor
+    correct: Tensor
+
+    @property
+    def mean(self) -> Metrics:
+        """Unweighted mean over tasks."""
+        return mean_metrics(list(self.metrics.values()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods on the same tasks, in the order to show them."""
+
+    results: Mapping[str, MethodResult]
+
+    def table(self, title: str = "Unseen tasks") -> Table:
+        """Per task and on average accuracy, NLL (nats), Brier and ECE of every method."""
+        return metrics_table({name: result.metrics for name, result in self.results.items()}, title)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Metrics per method and task, their mean, and two calibration errors over all examples."""
+        return {
+            name: {
+                "tasks": {task: metrics.to_dict() for task, metrics in result.metrics.items()},
+                "mean": result.mean.to_dict(),
+                "pooled": {
+                    "adaptive_ece": adaptive_calibration_error(result.confidence, result.correct),
+                    "per_example_gap": per_example_gap(result.confidence, result.correct),
+                },
+            }
+            for name, result in self.results.items()
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write ``metrics.json`` and ``reliability.png`` into a folder, which is made if it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "metrics.json", self.to_dict())
+        curves = {name: (result.confidence, result.correct) for name, result in self.chosen().items()}
+        reliability_diagram(curves, folder / "reliability.png")
+
+    def chosen(self) -> dict[str, MethodResult]:
+        """All methods but the LoRA baselines, and of these the one with the lowest mean NLL."""
+        loras = {name: result for name, result in self.results.items() if name.startswith("LoRA")}
+        best = min(loras, key=lambda name: loras[name].mean.nll, default=None)
+        return {name: result for name, result in self.results.items() if name not in loras or name == best}
+
+
+def metrics_table(results: Mapping[str, Mapping[str, Metrics]], title: str) -> Table:
+    """A table with a block per task and a last block for the mean; the best of each column in bold."""
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for heading, justify in (("task", "left"), ("method", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in ("accuracy", "NLL", "Brier", "ECE"):
+        table.add_column(heading, justify="right")
+    tasks = list(next(iter(results.values())))
+    blocks = {task: {method: by_task[task] for method, by_task in results.items()} for task in tasks}
+    if len(tasks) > 1:
+        blocks[MEAN] = {method: mean_metrics(list(by_task.values())) for method, by_task in results.items()}
+    for task, rows in blocks.items():
+        values = {m: (f"{x.accuracy:.3f}", f"{x.nll:.3f}", f"{x.brier:.3f}", f"{x.ece:.3f}") for m, x in rows.items()}
+        best = [pick(row[i] for row in values.values()) for i, pick in enumerate((max, min, min, min))]
+        for index, (method, row) in enumerate(values.items()):
+            cells = [f"[bold]{v}[/bold]" if len(rows) > 1 and v == best[i] else v for i, v in enumerate(row)]
+            names = (escape(task) if index == 0 else "", escape(method))
+            table.add_row(*names, *cells, end_section=index == len(values) - 1)
+    return table

@@ -1,0 +1,104 @@
+"""Folders on disk: safetensors and JSON, never pickle; written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bayes_lora.errors import PosteriorError, RunFolderError
+
+__all__ = ["check_new_folder", "new_folder", "read_json", "read_tensors", "write_json", "write_tensors"]
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that takes its name when the block ends without an error.
+
+    Args:
+        path: the folder to be.
+        overwrite: whether what is there already is replaced.
+        marker: a file that only folders of this kind hold; nothing else is replaced, empty folders apart.
+
+    Raises:
+        RunFolderError: ``path`` exists and may not be replaced, or it cannot be written.
+    """
+    path = Path(path)
+    check_new_folder(path, overwrite=overwrite, marker=marker)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error}") from error
+    temporary.chmod(0o755)  # mkdtemp makes it private
+    try:
+        yield temporary
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
+    """Raise :class:`RunFolderError` if :func:`new_folder` would: before long work, not after it."""
+    if path.exists() and not overwrite:
+        raise RunFolderError(f"{path} exists already. Give another name, or say that it may be overwritten.")
+    if path.exists() and marker is not None:
+        if not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists()):
+            raise RunFolderError(f"{path} holds no {marker}, so it is not replaced. Give another name.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors under a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        PosteriorError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PosteriorError(f"{path} is missing: {path.parent} does not hold what was asked for.") from error
+    except (OSError, ValueError) as error:
+        raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises:
+        PosteriorError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise PosteriorError(f"{path} is missing: {path.parent} does not hold what was asked for.") from error
+    except (OSError, SafetensorError) as error:
+        raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error

@@ -1,0 +1,175 @@
+"""The posterior of single tasks: draws of their LoRA weights, and predictions averaged over them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
+from bayes_lora.language_model import LanguageModel
+from bayes_lora.metrics import Metrics, compute_metrics
+from bayes_lora.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from bayes_lora.tasks.episode import collate
+from bayes_lora.tasks.task import Example, Task
+from bayes_lora.types import Sites
+
+__all__ = ["TaskPosterior", "predictive", "score"]
+
+TENSORS, NAMES = "task_posterior.safetensors", "task_posterior.json"
+
+
+def predictive(log_lik: Tensor) -> Tensor:
+    r"""Posterior predictive log-probabilities: :math:`\log \frac1S \sum_s \mathrm{softmax}(\ell_s)`.
+
+    Args:
+        log_lik: option scores ``(S, ..., K)``, nats.
+
+    Returns:
+        ``(..., K)``, nats.
+    """
+    return torch.logsumexp(log_lik.log_softmax(-1), 0) - torch.tensor(float(len(log_lik))).log()
+
+
+@dataclass(frozen=True)
+class TaskPosterior:
+    """q(phi | support) of T tasks: independent normals, elementwise.
+
+    Attributes:
+        lm: the language model.
+        loc: per LoRA site ``(T, 1, layers, out, in)`` (size 1 for T where the site is shared by all tasks).
+        scale: likewise, for the random sites alone.
+        names: the tasks' names.
+    """
+
+    lm: LanguageModel
+    loc: Sites
+    scale: Sites
+    names: tuple[str, ...]
+
+    def draw(self, num_draws: int, *, seed: int = 0) -> Sites:
+        """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed."""
+        if num_draws < 1:
+            raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
+        generator = torch.Generator().manual_seed(seed)
+        phi = dict(self.loc)
+        for site, scale in self.scale.items():
+            # Drawn on the CPU, so that a seed means the same on every device.
+            noise = torch.randn(num_draws, *scale.shape, generator=generator, dtype=scale.dtype)
+            phi[site] = self.loc[site] + scale * noise.to(scale.device)
+        return phi
+
+    @torch.no_grad()
+    def predict(
+        self, queries: Sequence[Sequence[Example]], *, num_draws: int = 10, seed: int = 0, batch_size: int = 64
+    ) -> list[Tensor]:
+        """Posterior predictive log-probabilities of each task's query examples, nats.
+
+        Args:
+            queries: per task, its examples (their gold answers are not used).
+            num_draws: S; 0 predicts with the posterior mean.
+            seed: of the draws, which are the same for all examples: a draw is one coherent model.
+            batch_size: examples per forward, times the draws that fit the language model's token budget.
+
+        Returns:
+            Per task ``(len(query), K)``, with the dtype's lowest value where an option is absent.
+        """
+        if len(queries) != len(self.names):
+            raise TaskError(f"expected one list of examples for each of {len(self.names)} tasks, got {len(queries)}.")
+        phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.loc.items()}
+        return [
+            self._predict({site: v if v.shape[-5] == 1 else v[:, i : i + 1] for site, v in phi.items()}, q, batch_size)
+            for i, q in enumerate(queries)
+        ]
+
+    def _predict(self, phi: Sites, query: Sequence[Example], batch_size: int) -> Tensor:
+        """One task: rows of like length share a forward with all draws, then go back to their places."""
+        rows = self.lm.encoder(query)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        width = max(row.num_options for row in rows)
+        pieces = []
+        for start in range(0, len(rows), batch_size):
+            episode = collate([[rows[i] for i in order[start : start + batch_size]]]).to(self.lm.device)
+            log_probs = predictive(self.lm(phi, episode))[0]
+            lowest = torch.finfo(log_probs.dtype).min / 2
+            pieces.append(nn.functional.pad(log_probs, (0, width - log_probs.shape[-1]), value=lowest))
+        return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
+
+    def evaluate(self, tasks: Sequence[Task], *, num_draws: int = 10, seed: int = 0) -> dict[str, Metrics]:
+        """Metrics on the labelled query examples of each task, by task name."""
+        predictions = self.predict([task.query for task in tasks], num_draws=num_draws, seed=seed)
+        return {task.name: score(task.query, p) for task, p in zip(tasks, predictions, strict=True)}
+
+    def select(self, name: str) -> TaskPosterior:
+        """The posterior of one of the tasks."""
+        if name not in self.names:
+            raise TaskError(f"task {name!r} is not among those adapted to: {list(self.names)}.")
+        i = self.names.index(name)
+        loc = {site: value if len(value) == 1 else value[i : i + 1] for site, value in self.loc.items()}
+        return TaskPosterior(self.lm, loc, {s: v[i : i + 1] for s, v in self.scale.items()}, (name,))
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the posterior to a folder (safetensors and JSON).
+
+        Raises:
+            RunFolderError: the folder exists.
+        """
+        tensors = {f"loc.{site}": value for site, value in self.loc.items()}
+        tensors |= {f"scale.{site}": value for site, value in self.scale.items()}
+        with new_folder(path, overwrite=overwrite) as folder:
+            write_tensors(folder / TENSORS, tensors)
+            write_json(folder / NAMES, {"names": list(self.names), "language_model": self.lm.name})
+
+    @classmethod
+    def load(cls, path: Path, lm: LanguageModel) -> TaskPosterior:
+        """Read a saved posterior; it predicts bit for bit what it did before.
+
+        Raises:
+            PosteriorError: the files are missing or damaged, or were made with LoRA sites other than ``lm``'s.
+        """
+        tensors, facts = read_tensors(Path(path) / TENSORS), read_json(Path(path) / NAMES)
+        parts: dict[str, Sites] = {"loc": {}, "scale": {}}
+        for name, value in tensors.items():
+            part, _, site = name.partition(".")
+            parts.get(part, {})[site] = value.to(lm.device)
+        try:
+            lm.sites.check(parts["loc"])
+            return cls(lm, parts["loc"], parts["scale"], tuple(facts["names"]))
+        except (SiteError, KeyError, TypeError) as error:
+            raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
+
+    def export_peft(self, path: Path, *, draw: int | None = None, overwrite: bool = False) -> None:
+        """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            path: the adapter's folder.
+            draw: seed of a posterior draw; None exports the posterior mean.
+            overwrite: whether an existing folder is replaced.
+
+        Raises:
+            TaskError: there is more than one task; ``select`` one first.
+        """
+        if len(self.names) != 1:
+            raise TaskError(f"an adapter holds one task, this posterior {len(self.names)}: select() one of {self.names}.")
+        phi = self.loc if draw is None else self.draw(1, seed=draw)
+        weights = self.lm.sites.unstack({site: value.reshape(value.shape[-3:]) for site, value in phi.items()})
+        with new_folder(path, overwrite=overwrite) as folder:
+            write_tensors(
+                folder / "adapter_model.safetensors",
+                {f"base_model.model.{name}.weight": value for name, value in weights.items()},
+            )
+            config = copy.copy(self.lm.lora_config)
+            config.base_model_name_or_path, config.inference_mode = self.lm.name, True
+            config.save_pretrained(folder)
+
+
+def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:
+    """Metrics of predictive log-probabilities ``(N, K)`` against the examples' gold answers."""
+    answer = torch.tensor([example.answer for example in examples])
+    counts = torch.tensor([len(example.options) for example in examples])
+    mask = torch.arange(log_probs.shape[-1]) < counts[:, None]
+    return compute_metrics(log_probs.cpu(), answer, mask)

@@ -1,0 +1,386 @@
+import json
+import math
+import shutil
+import sys
+
+import peft
+import pytest
+import torch
+from conftest import make_tasks
+from test_storage import names
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bayes_lora import cli
+
+FILES = ["checkpoint", "config.json", "curve.json", "posterior"]
+COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch"]
+SMALL = [
+    "language_model.rank=2",
+    "language_model.top_layers=2",
+    "language_model.target_modules=[q_proj, o_proj]",
+    "language_model.max_length=96",
+    "guide={directions: 2, hidden: 8, bilinear: 2}",
+    "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, held_back: 1, held_back_shots: 4}",
+    "fit={steps: 4, eval_every: 2, warmup: 2, num_draws: 2}",
+]
+
+
+def settings(*more):
+    return [word for setting in (*SMALL, *more) for word in ("--set", setting)]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line; exit code, standard output, standard error."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
+        monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # main() sets it
+        try:
+            code = cli.main() or 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refuse(call):
+    """Run the command line; it must stop with one line, which is returned."""
+
+    def refuse(*words):
+        code, out, err = call(*words)
+        assert (code, out, err.count("\n"), err[:7]) == (2, "", 1, "error: "), (code, out, err)
+        return err
+
+    return refuse
+
+
+def write_examples(path, examples, labelled=True):
+    rows = [
+        {"input": x.input, "options": list(x.options)} | ({"output": x.output} if labelled else {}) for x in examples
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four training tasks, two unseen ones, and one in the MetaICL layout."""
+    root = tmp_path_factory.mktemp("data")
+    tasks = list(make_tasks(num_tasks=7).values())
+    for i, task in enumerate(tasks[:6]):
+        write_examples(root / ("training" if i < 4 else "unseen") / f"{task.name}.jsonl", task.examples)
+    folder = root / "metaicl" / "task-6"
+    for seed in (13, 21):
+        for part, examples in (("train", tasks[6].examples[:5]), ("dev", tasks[6].examples[5 + seed % 2 :])):
+            write_examples(folder / f"task-6_16_{seed}_{part}.jsonl", examples)
+    return root
+
+
+@pytest.fixture(scope="module")
+def fitted(data, model_folder, tmp_path_factory):
+    """A run folder that ``fit`` wrote."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    words = ["--tasks", data / "training", "--run", run, "--model", model_folder, *settings()]
+    cli.app(["fit", *map(str, words)], standalone_mode=False)
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(call, command):
+    code, out, err = call(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: bayes-lora {command}" in " ".join(out.replace("`", "").split())
+
+
+def test_help_lists_the_commands(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(command in out for command in COMMANDS)
+
+
+# PEFT reads a name that transformers 5 calls deprecated.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
+    run, mine, out_folder = tmp_path / "runs" / "a", tmp_path / "mine", tmp_path / "out"
+    name = f"language_model.name={model_folder}"
+    code, out, _ = call("fit", "--tasks", data / "training", "--run", run, *settings(name))
+    assert code == 0 and "4 steps; kept step" in out and str(run / "posterior") in out
+    assert names(run) == FILES
+    code, out, _ = call("fit", "--tasks", data / "training", "--run", run, "--resume", *settings(name))
+    assert code == 0 and "4 steps; kept step" in out
+
+    support = data / "unseen" / "task-4.jsonl"
+    code, out, _ = call("adapt", "--run", run, "--examples", support, "--output", mine, "--steps", 2)
+    assert code == 0 and "12 examples" in out
+    assert names(mine) == ["adapter", "posterior", "run.json"]
+    check_adapter(mine / "adapter", model_folder)
+
+    questions = write_examples(tmp_path / "q.jsonl", list(make_tasks(2).values())[1].examples[:5], labelled=False)
+    for draws in (0, 3):
+        code, out, _ = call("predict", "--adapted", mine, "--examples", questions, "--draws", draws)
+        assert code == 0
+        check_predictions(out, questions)
+
+    words = ("--tasks", data / "unseen", "--shots", 4, "--queries", 5, "--steps", "0, 1,0", "--draws", 2)
+    code, out, _ = call("evaluate", "--run", run, *words, "--output", out_folder)
+    assert code == 0
+    for word in ("task-4", "task-5", "mean", "pretrained", "ours, one pass + 1 steps"):
+        assert word in out
+    read = json.loads((out_folder / "metrics.json").read_text())
+    assert len(read) == 6 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
+    assert names(out_folder) == ["metrics.json", "reliability.png"]
+
+
+def check_adapter(adapter, model_folder):
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = AutoTokenizer.from_pretrained(model_folder)("the film was good", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = base(ids).logits
+        after = peft.PeftModel.from_pretrained(base, adapter)(ids).logits
+    assert after.isfinite().all() and not torch.allclose(before, after, atol=1e-4)
+
+
+def check_predictions(out, questions):
+    rows, asked = ([json.loads(line) for line in text.splitlines()] for text in (out, questions.read_text()))
+    assert len(rows) == len(asked) == 5
+    for row, question in zip(rows, asked, strict=True):
+        assert row["input"] == question["input"]
+        assert list(row["probs"]) == question["options"]
+        assert math.isclose(sum(row["probs"].values()), 1, abs_tol=1e-5)
+        assert row["prediction"] == max(row["probs"], key=row["probs"].get)
+
+
+# The tiny tokenizer makes long rows of the shipped tasks.
+@pytest.mark.filterwarnings("ignore:.*longer than max_length")
+def test_demo(call, model_folder, tmp_path):
+    run = tmp_path / "demo"
+    few = "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, examples_per_task: 8, held_back_shots: 4}"
+    more = (f"language_model.name={model_folder}", "language_model.max_length=64", few)
+    code, out, _ = call("demo", "--run", run, *settings(*more))
+    assert code == 0
+    assert "from 4 examples each" in " ".join(out.split())
+    adapters = names(run / "adapters")
+    assert names(run) == sorted([*FILES, "adapters", "metrics.json", "reliability.png", "unseen"])
+    read = json.loads((run / "metrics.json").read_text())
+    for result in read.values():
+        assert sorted(result["tasks"]) == adapters
+    for task in adapters:
+        assert task in out and (run / "adapters" / task / "adapter_config.json").is_file()
+
+
+def test_evaluate_reads_the_metaicl_layout_beside_files(call, data, fitted, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree(data / "metaicl", both)
+    shutil.copy(data / "unseen" / "task-4.jsonl", both)
+    (both / ".cache").mkdir()
+    words = ("--run", fitted, "--tasks", both, "--shots", 5, "--steps", 0, "--draws", 2, "--seed", 21)
+    code, out, err = call("evaluate", *words, "--names", "task-6, task-4")
+    assert code == 0, err
+    assert "task-4" in out and "task-6" in out
+
+
+def test_evaluate_into_the_run_folder_keeps_the_run(call, refuse, data, fitted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(fitted, run)
+    words = ("--run", run, "--tasks", data / "unseen", "--names", "task-4", "--shots", 4, "--steps", 0, "--output", run)
+    assert call("evaluate", *words)[0] == 0
+    assert "--overwrite" in refuse("evaluate", *words)
+    assert call("evaluate", *words, "--overwrite")[0] == 0
+    assert names(run) == sorted([*names(fitted), "metrics.json", "reliability.png"])
+
+
+LINE = '{"input": "a", "options": ["x", "y"], "output": "x"}\n'
+BAD_FILES = {
+    "broken": (LINE + '{"input": \n', ["bad.jsonl:2: ", "broken JSON"]),
+    "not an object": ("[1]\n", ["bad.jsonl:1: ", "expected an object"]),
+    "no input": (LINE + "\n" + '{"options": ["x", "y"], "output": "x"}\n', ["bad.jsonl:3: ", "`input` is missing"]),
+    "output": ('{"input": "a", "options": ["x", "y"], "output": "z"}\n', ["bad.jsonl:1: ", "'z'", "'x', 'y'"]),
+    "empty": ("", ["bad.jsonl: ", "is empty"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+@pytest.mark.parametrize("command", ["fit", "adapt", "evaluate"])
+def test_bad_task_files(refuse, fitted, tmp_path, command, kind):
+    content, parts = BAD_FILES[kind]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bad.jsonl").write_text(content)
+    words = {
+        "fit": ["--run", tmp_path / "run", "--tasks", tmp_path / "data"],
+        "adapt": ["--run", fitted, "--examples", tmp_path / "data" / "bad.jsonl", "--output", tmp_path / "out"],
+        "evaluate": ["--run", fitted, "--tasks", tmp_path / "data", "--output", tmp_path / "out"],
+    }
+    err = refuse(command, *words[command])
+    assert all(part in err for part in parts), err
+    assert names(tmp_path) == ["data"]
+
+
+BAD_FITS = {
+    "fewer than support and query": (
+        ["--set", "episodes.num_support=30"],
+        ["task-", "has 12 examples", "33 were asked"],
+    ),
+    "fewer than held-back shots": (
+        ["--set", "episodes.held_back_shots=12"],
+        ["task-", "12 examples", "held_back_shots"],
+    ),
+    "target module": (["--set", "language_model.target_modules=[qproj]"], ["'qproj'", "q_proj"]),
+    "unknown key": (["--set", "objective.betta=1"], ["unknown key 'objective.betta'", "beta"]),
+    "unknown section": (["--set", "objektive.beta=1"], ["unknown key 'objektive'", "objective"]),
+    "value": (["--set", "fit.steps=many"], ["fit.steps", "'many'"]),
+    "malformed setting": (["--set", "fit.steps"], ["expected section.key=value"]),
+    "recipe": (["--set", "recipe=abmll"], ["recipe 'abmll' is unknown", "abmll-network"]),
+    "no such task": (["--names", "task-1,tusk-2"], ["'tusk-2'", "did you mean", "'task-2'"]),
+    "no splits": (["--split", "demo"], ["splits.json"]),
+    "config": (["--config", "nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
+    "model": (["--model", "./no/such/model"], ["no/such/model", "does not exist"]),
+    "tasks": (["--tasks", "nowhere"], ["nowhere", "expected a folder of tasks"]),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", BAD_FITS)
+def test_a_bad_fit_leaves_no_folder_and_spoils_none(refuse, data, model_folder, tmp_path, kind, overwrite):
+    words, parts = BAD_FITS[kind]
+    run = tmp_path / "run"
+    if overwrite:
+        run.mkdir()
+        (run / "config.json").write_text("{}")
+        words = [*words, "--overwrite"]
+    err = refuse("fit", "--tasks", data / "training", "--run", run, "--model", model_folder, *settings(), *words)
+    assert all(part in err for part in parts), err
+    assert names(tmp_path) == (["run"] if overwrite else [])
+    assert not overwrite or names(run) == ["config.json"]
+
+
+def test_broken_config_file(refuse, data, tmp_path):
+    (tmp_path / "c.yaml").write_text("fit:\n  steps: [3\nseed: 4\n")
+    err = refuse("fit", "--tasks", data / "training", "--run", tmp_path / "run", "--config", tmp_path / "c.yaml")
+    assert "c.yaml: cannot be read as YAML" in err and names(tmp_path) == ["c.yaml"]
+
+
+@pytest.mark.parametrize("command", ["fit", "demo"])
+def test_a_run_folder_that_exists(refuse, data, fitted, tmp_path, command):
+    tasks = ["--tasks", data / "training"] if command == "fit" else []
+    before = names(fitted)
+    assert "--resume" in refuse(command, *tasks, "--run", fitted)
+    assert names(fitted) == before
+    (tmp_path / "thesis.tex").write_text("")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert "is no run folder" in refuse(command, *tasks, "--run", tmp_path, *flags)
+    assert names(tmp_path) == ["thesis.tex"]
+
+
+def test_resume_with_other_settings(refuse, data, fitted, model_folder):
+    words = ("--tasks", data / "training", "--run", fitted, "--model", model_folder, "--resume")
+    before = (fitted / "config.json").read_bytes()
+    assert "other settings" in refuse("fit", *words, *settings("seed=5")).replace("\n", " ")
+    assert (fitted / "config.json").read_bytes() == before
+
+
+DAMAGE = {
+    "no posterior": lambda run: shutil.rmtree(run / "posterior"),
+    "no run": lambda run: shutil.rmtree(run),
+    "half of posterior.safetensors": lambda run: halve(run / "posterior" / "posterior.safetensors"),
+    "half of posterior.json": lambda run: halve(run / "posterior" / "posterior.json"),
+    "other sites": lambda run: swap(run / "posterior" / "posterior.json", '"q_proj.', '"k_proj.'),
+    "other shapes": lambda run: swap(run / "posterior" / "posterior.json", '"hidden": 8', '"hidden": 9'),
+    "other version": lambda run: swap(run / "posterior" / "posterior.json", '"hidden": 8', '"hiden": 8'),
+}
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def swap(path, before, after):
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", ["adapt", "evaluate"])
+def test_damaged_runs(refuse, data, fitted, tmp_path, command, damage):
+    run, output = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(fitted, run)
+    DAMAGE[damage](run)
+    before = names(tmp_path)
+    if command == "adapt":
+        words = ("--examples", data / "unseen" / "task-4.jsonl")
+    else:
+        words = ("--tasks", data / "unseen", "--shots", 4)
+    assert str(run / "posterior") in refuse(command, "--run", run, *words, "--output", output)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content, part", [(None, "missing"), ("{", "damaged"), ("[]", "damaged"), ('{"run": 3}', "damaged")]
+)
+def test_predict_wants_what_adapt_wrote(refuse, data, tmp_path, content, part):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    err = refuse("predict", "--adapted", tmp_path, "--examples", data / "unseen" / "task-4.jsonl")
+    assert str(tmp_path / "run.json") in err and part in err
+
+
+def test_adapt_replaces_only_what_it_wrote(call, refuse, data, fitted, tmp_path):
+    words = ("--run", fitted, "--examples", data / "unseen" / "task-4.jsonl", "--steps", 0, "--output")
+    output, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("")
+    assert call("adapt", *words, output)[0] == 0
+    assert "exists already" in refuse("adapt", *words, output)
+    assert call("adapt", *words, output, "--overwrite")[0] == 0
+    assert "holds no run.json" in refuse("adapt", *words, other, "--overwrite")
+    assert names(other) == ["thesis.tex"] and names(tmp_path) == ["other", "out"]
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--shots", 12], ["task-4", "12 examples", "--shots 12"]),
+        (["--shots", 13], ["task-4", "has 12 examples", "13 were asked for"]),
+        (["--steps", "0,x"], ["--steps '0,x'", "0,10"]),
+        (["--steps", "-1"], ["--steps '-1'"]),
+        (["--steps", ""], ["--steps ''"]),
+    ],
+)
+def test_bad_evaluations(refuse, data, fitted, tmp_path, words, parts):
+    output = tmp_path / "out"
+    err = refuse("evaluate", "--run", fitted, "--tasks", data / "unseen", "--output", output, *words)
+    assert all(part in err for part in parts), err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adapt", "--run", "r", "--examples", "e", "--output", "o", "--steps", "x"],
+        ["adapt", "--run", "r", "--examples", "e", "--output", "o", "--steps", "-1"],
+        ["predict", "--adapted", "a", "--examples", "e", "--draws", "1.5"],
+        ["evaluate", "--run", "r", "--tasks", "t", "--queries", "0"],
+        ["evaluate", "--run", "r", "--tasks", "t", "--shots", "0"],
+        ["fit", "--run", "r"],
+        ["fitt"],
+    ],
+)
+def test_bad_usage(call, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err and "Usage" in err
+    assert names(tmp_path) == []
+
+
+def test_warnings_are_one_line_and_keep_their_brackets(call, monkeypatch):
+    def warn(*_):
+        cli.warnings.warn("a [/b]\n c", stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", warn)
+    with cli.warnings.catch_warnings():
+        cli.warnings.simplefilter("always")
+        assert call() == (0, "", "warning: a [/b] c\n")

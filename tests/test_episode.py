@@ -1,0 +1,260 @@
+"""Episodes: collating ragged tasks, drawing them, and the mask of packed rows."""
+
+from __future__ import annotations
+
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bayes_lora.errors import TaskError
+from bayes_lora.language_model import attention_mask
+from bayes_lora.tasks import EncodedExample, Encoder, Episode, EpisodeSampler, Example, Task, TaskSet, collate
+from bayes_lora.tasks.prompts import pack
+
+IDS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+ROWS = st.builds(pack, IDS, st.lists(IDS, min_size=2, max_size=4), st.integers(0, 1))
+RAGGED = st.lists(st.lists(ROWS, min_size=1, max_size=4), min_size=1, max_size=4)
+SMALL = [
+    [pack([5, 6, 7], [[1], [2, 3]], 1)],
+    [pack([4], [[8, 9, 1], [2, 3], [2, 4]], 2), pack([3, 3], [[1], [2]], 0)],
+]
+TENSORS = [name for name, kind in Episode.__annotations__.items() if kind == "Tensor"]
+
+
+def same(a: Episode, b: Episode) -> bool:
+    """Tell whether two episodes and their supports hold the same tensors."""
+    equal = all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
+    if a.separate_support is None or b.separate_support is None:
+        return equal and a.separate_support is b.separate_support
+    return equal and same(a.separate_support, b.separate_support)
+
+
+# --- collate ---
+
+
+def check_row(episode: Episode, index: int, row: EncodedExample | None) -> None:
+    """Recover one row from the flattened tensors."""
+    length, options = episode.input_ids.shape[1], episode.shape[2]
+    here = (episode.sources >= index * length) & (episode.sources < (index + 1) * length)
+    scored = episode.target_options // options == index
+    size = 0 if row is None else len(row)
+    assert (episode.segments[index, size:] == -1).all()
+    assert (episode.segments[index, :size] >= 0).all()
+    if row is None:
+        assert not here.any() and not scored.any()
+        return
+    assert torch.equal(episode.input_ids[index, :size], row.tokens)
+    assert torch.equal(episode.segments[index, :size], row.segments)
+    assert torch.equal(episode.position_ids[index, :size], row.positions)
+    assert torch.equal(episode.sources[here] - index * length, row.sources)
+    assert torch.equal(episode.targets[scored], row.targets)
+    assert torch.equal(episode.target_options[scored] - index * options, row.target_options)
+    at = episode.sources[episode.target_sources[scored]] - index * length
+    assert torch.equal(at, row.sources[row.target_sources])
+
+
+@given(tasks=RAGGED)
+def test_collate_is_the_straightforward_loop(tasks: list[list[EncodedExample]]) -> None:
+    """Each row is found again in the flat tensors, and what is padded is masked."""
+    episode = collate(tasks)
+    width, options = max(map(len, tasks)), max(row.num_options for task in tasks for row in task)
+    assert episode.shape == (len(tasks), width, options)
+    length = max(len(row) for task in tasks for row in task)
+    for name in ("input_ids", "segments", "position_ids"):
+        assert getattr(episode, name).shape == (len(tasks) * width, length)
+    for t, task in enumerate(tasks):
+        for n in range(width):
+            row = task[n] if n < len(task) else None
+            assert episode.rows[t][n] is row
+            assert episode.mask[t, n] == (row is not None)
+            assert episode.answer[t, n] == (0 if row is None else row.answer)
+            count = 0 if row is None else row.num_options
+            assert episode.option_mask[t, n].tolist() == [k < count for k in range(options)]
+            check_row(episode, t * width + n, row)
+    rows = [row for task in tasks for row in task]
+    assert len(episode.sources) == sum(len(row.sources) for row in rows)
+    assert len(episode.targets) == sum(len(row.targets) for row in rows)
+    assert all(a < b for a, b in pairwise(episode.sources.tolist()))  # a search for a row's sources relies on it
+    assert episode.num_data.tolist() == list(map(len, tasks))
+    assert episode.task_index.tolist() == list(range(len(tasks)))
+    assert episode.num_tasks == len(tasks)
+    assert all(getattr(episode, name).dtype in (torch.long, torch.bool) for name in TENSORS)
+
+
+def test_support_is_shared_or_separate() -> None:
+    """Without support sets, a guide reads the scored examples; with them, those alone."""
+    shared = collate(SMALL)
+    assert shared.support is shared
+    episode = collate(SMALL, SMALL[::-1], num_data=[7, 9], task_index=[3, 1], num_tasks=5)
+    assert same(episode.support, collate(SMALL[::-1], task_index=[3, 1], num_tasks=5))
+    assert episode.support.rows == collate(SMALL[::-1]).rows
+    assert episode.support.num_data.tolist() == [2, 1]
+    assert episode.support.support is episode.support
+    assert (episode.num_data.tolist(), episode.task_index.tolist(), episode.num_tasks) == ([7, 9], [3, 1], 5)
+
+
+def test_collate_takes_tensors() -> None:
+    """Sizes and places may be tensors already."""
+    episode = collate(SMALL, num_data=torch.tensor([7, 9]), task_index=torch.tensor([3, 1]), num_tasks=5)
+    assert same(episode, collate(SMALL, num_data=[7, 9], task_index=[3, 1], num_tasks=5))
+
+
+def test_to_moves_all_tensors() -> None:
+    """Support moves too; the rows and the counts stay."""
+    episode = collate(SMALL, SMALL, num_tasks=5)
+    moved = episode.to("meta")
+    for one, before in ((moved, episode), (moved.support, episode.support)):
+        assert {getattr(one, name).device.type for name in TENSORS} == {"meta"}
+        assert {getattr(before, name).device.type for name in TENSORS} == {"cpu"}
+        assert (one.shape, one.num_tasks, one.rows) == (before.shape, 5, before.rows)
+    alone = collate(SMALL).to("meta")
+    assert alone.support is alone
+    assert same(episode.to("cpu"), episode)
+
+
+@pytest.mark.parametrize("tasks", [[], [[]], [SMALL[0], []]])
+def test_collate_refuses_what_is_empty(tasks: Any) -> None:
+    """No task, and a task without examples, scored or as support."""
+    with pytest.raises(TaskError, match="at least one task, and every task at least one example"):
+        collate(tasks)
+    if tasks:
+        with pytest.raises(TaskError, match="every task at least one example"):
+            collate([SMALL[0]] * len(tasks), tasks)
+
+
+def test_collate_refuses_support_of_other_tasks() -> None:
+    """Support sets are per task."""
+    with pytest.raises(TaskError, match="one support set per task: got 1 for 2 tasks"):
+        collate(SMALL, SMALL[:1])
+
+
+# --- the sampler ---
+
+
+@pytest.fixture
+def encoder(tokenizer: Any) -> Encoder:
+    """Return an encoder of byte-level prompts."""
+    return Encoder(tokenizer)
+
+
+def keys(episode: Episode) -> list[set[bytes]]:
+    """Return the keys of each task's examples, all of them different."""
+    found = [[row.key for row in task if row is not None] for task in episode.rows]
+    assert all(len(set(task)) == len(task) for task in found)
+    return [set(task) for task in found]
+
+
+@pytest.mark.parametrize("score_support", [True, False])
+def test_an_episode_is_drawn_from_its_tasks(tasks: TaskSet, encoder: Encoder, score_support: bool) -> None:
+    """Support and query are disjoint, of the sizes asked for, and from the tasks that are named."""
+    sampler = EpisodeSampler(
+        tasks, encoder, tasks_per_episode=3, num_support=4, num_query=5, score_support=score_support, seed=1
+    )
+    known = [{row.key for row in encoder(task.examples)} for task in tasks.values()]
+    for episode in islice(sampler, 6):
+        places = episode.task_index.tolist()
+        assert len(set(places)) == 3
+        assert episode.num_tasks == 4
+        assert episode.num_data.tolist() == [12] * 3
+        assert episode.shape[:2] == (3, 9 if score_support else 5)
+        assert episode.support.shape[:2] == (3, 4)
+        assert episode.support.task_index.tolist() == places
+        assert episode.support.num_tasks == 4
+        assert episode.support.num_data.tolist() == [4] * 3
+        for place, scored, support in zip(places, keys(episode), keys(episode.support), strict=True):
+            assert scored | support <= known[place]
+            assert len(scored | support) == 9
+            assert (scored & support) == (support if score_support else set())
+
+
+def test_episodes_are_reproducible(tasks: TaskSet, encoder: Encoder) -> None:
+    """An episode depends on seed and index alone, however it is reached."""
+
+    def sampler(seed: int) -> EpisodeSampler:
+        return EpisodeSampler(tasks, encoder, tasks_per_episode=2, num_support=3, num_query=3, seed=seed)
+
+    walked = list(islice(sampler(5), 6))
+    again = sampler(5)
+    for index in (4, 0, 2, 5, 1, 3):
+        assert same(again[index], walked[index])
+    assert not any(same(a, b) for a, b in pairwise(walked))
+    assert not any(same(sampler(6)[index], walked[index]) for index in range(6))
+
+
+def test_all_tasks_and_examples_are_visited(tasks: TaskSet, encoder: Encoder) -> None:
+    """No task and no example of it is out of reach, and tasks are drawn evenly."""
+    sampler = EpisodeSampler(tasks, encoder, tasks_per_episode=2, num_support=3, num_query=3)
+    episodes = list(islice(sampler, 60))
+    counts = np.bincount(torch.cat([one.task_index for one in episodes]).numpy(), minlength=4)
+    assert counts.sum() == 120
+    assert counts.min() >= 15
+    drawn = set().union(*(task for one in episodes for task in keys(one)))
+    assert drawn == {row.key for task in tasks.values() for row in encoder(task.examples)}
+
+
+def test_tasks_of_other_sizes(encoder: Encoder) -> None:
+    """Each task's N is its own, and support given with the task is drawn anew."""
+    examples = [Example(f"film {i}", ("yes", "no"), i % 2) for i in range(20)]
+    tasks = TaskSet([Task("a", examples[:6], examples[6:9]), Task("b", examples[9:])])
+    sampler = EpisodeSampler(tasks, encoder, tasks_per_episode=2, num_support=4, num_query=4)
+    episode = sampler[0]
+    assert [[9, 11][place] for place in episode.task_index] == episode.num_data.tolist()
+    given = {row.key for row in encoder(tasks["a"].query)}
+    assert any(given & set().union(*keys(one.support)) for one in islice(sampler, 5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"tasks_per_episode": 5}, "tasks_per_episode=5: expected 1 to 4, the number of tasks"),
+        ({"tasks_per_episode": 0}, "tasks_per_episode=0: expected 1 to 4"),
+        ({"num_support": 8, "num_query": 5}, r"'task-0' has 12 examples, but 13 .*\(8 support \+ 5 query\)"),
+        ({"num_support": 13, "num_query": 0}, "'task-0' has 12 examples, but 13 were asked for"),
+        ({"num_support": 0}, "num_support=0, num_query=2: expected at least 1 support example"),
+        ({"num_support": 0, "score_support": False}, "num_support=0"),
+        ({"num_query": 0, "score_support": False}, "num_query=0: .*1 query example where score_support is false"),
+        ({"num_query": -1}, "num_query=-1"),
+    ],
+)
+def test_sampler_refuses_at_once(tasks: TaskSet, encoder: Encoder, settings: dict[str, Any], match: str) -> None:
+    """What cannot be drawn is told before the first episode."""
+    with pytest.raises(TaskError, match=match):
+        EpisodeSampler(tasks, encoder, **{"tasks_per_episode": 2, "num_support": 2, "num_query": 2} | settings)
+
+
+def test_sampler_refuses_one_small_task_among_others(tasks: TaskSet, encoder: Encoder) -> None:
+    """The task that is too small is named, wherever it stands."""
+    small = Task("small", tasks["task-0"].examples[:3])
+    with pytest.raises(TaskError, match="'small' has 3 examples, but 4 were asked for"):
+        EpisodeSampler(TaskSet([*tasks.values(), small]), encoder, tasks_per_episode=1, num_support=2, num_query=2)
+
+
+def test_no_query_is_fine_where_support_is_scored(tasks: TaskSet, encoder: Encoder) -> None:
+    """Then the scored examples are the support."""
+    sampler = EpisodeSampler(tasks, encoder, tasks_per_episode=2, num_support=4, num_query=0)
+    assert keys(sampler[0]) == keys(sampler[0].support)
+
+
+# --- the mask ---
+
+
+@given(tasks=RAGGED, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_attention_mask_is_the_triple_loop(tasks: list[list[EncodedExample]], dtype: torch.dtype) -> None:
+    """A token sees what stands before it in the prompt and in its own segment; no token sees nothing."""
+    segments = collate([[*task] for task in [*tasks, [SMALL[0][0]] * 5]]).segments  # has blank rows
+    rows, length = segments.shape
+    mask = attention_mask(segments, dtype)
+    assert (mask.shape, mask.dtype) == ((rows, 1, length, length), dtype)
+    expected = []
+    for row in segments.tolist():
+        for i in range(length):
+            for j in range(length):
+                seen = j <= i and (row[j] == 0 or row[j] == row[i])
+                expected.append(0.0 if seen else torch.finfo(dtype).min)
+    assert torch.equal(mask, torch.tensor(expected, dtype=dtype).view_as(mask))
+    assert (mask == 0).any(-1).all()

@@ -1,0 +1,160 @@
+import pytest
+import torch
+from conftest import build_lm, make_tasks
+
+from bayes_lora.errors import ConfigError, SiteError
+from bayes_lora.tasks import collate
+
+
+def random_phi(lm, *batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {s: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for s, shape in lm.sites.shapes.items()}
+
+
+def make_episode(lm, counts=(2, 3)):
+    tasks = list(make_tasks(len(counts)).values())
+    return collate([lm.encoder(task.examples[:n]) for task, n in zip(tasks, counts, strict=True)]), tasks
+
+
+def score_alone(lm, example):
+    """Each option in a row of its own, through Hugging Face's forward and full logits."""
+    prompt, options = lm.encoder.template.render(example)
+    scores = []
+    for option in options:
+        before, whole = (lm.tokenizer(text)["input_ids"] for text in (prompt, prompt + option))
+        logits = lm.model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        scores.append(sum(logits[i - 1, whole[i]] for i in range(len(before), len(whole))))
+    return torch.stack(scores)
+
+
+def test_packed_grouped_cached_scores_equal_options_alone(any_lm):
+    lm = any_lm
+    episode, tasks = make_episode(lm)
+    phi = random_phi(lm, 5, 2, 1)
+    scores = lm(phi, episode)
+    assert scores.shape == (5, 2, 3, 3)
+    assert lm.trunk.depth == 2
+    for draw in range(5):
+        for t, n in enumerate((2, 3)):
+            with lm.sites.bind({site: value[draw, t, 0] for site, value in phi.items()}):
+                for i, example in enumerate(tasks[t].examples[:n]):
+                    alone = score_alone(lm, example)
+                    torch.testing.assert_close(scores[draw, t, i, : len(alone)], alone)
+
+
+def test_no_trunk_when_the_first_layer_is_adapted(tokenizer):
+    lm = build_lm("llama", tokenizer, top_layers=4)
+    assert lm.trunk.depth == 0
+    episode, tasks = make_episode(lm)
+    phi = random_phi(lm)
+    with lm.sites.bind(phi):
+        alone = score_alone(lm, tasks[1].examples[2])
+    torch.testing.assert_close(lm(phi, episode)[1, 2, : len(alone)], alone)
+
+
+def test_trunk_runs_once_per_example(lm, monkeypatch):
+    episode, _ = make_episode(lm)
+    calls = []
+    lower = lm.model.model.layers[0]
+    lower.register_forward_hook(lambda *_: calls.append(1))
+    first = lm(random_phi(lm, 2, 1), episode)
+    assert len(calls) == 1
+    torch.testing.assert_close(lm(random_phi(lm, 2, 1), episode), first, rtol=0, atol=0)
+    lm.features(episode)
+    assert len(calls) == 1
+    lm.trunk.cache_bytes, lm.trunk._cache = 0, {}
+    torch.testing.assert_close(lm(random_phi(lm, 2, 1), episode), first)  # past the budget: anew, with equal numbers
+    assert len(calls) == 2 and not lm.trunk._cache
+
+
+def test_draws_in_chunks_equal_draws_at_once(lm):
+    episode, _ = make_episode(lm)
+    phi = random_phi(lm, 7, 1, 1)
+    with torch.no_grad():
+        whole = lm(phi, episode)
+        lm.token_budget = 2 * episode.input_ids.numel()
+        torch.testing.assert_close(lm(phi, episode), whole)
+
+
+def test_mean_divides_by_the_number_of_tokens(tokenizer):
+    lm, mean = build_lm("llama", tokenizer), build_lm("llama", tokenizer, normalize="mean")
+    episode, tasks = make_episode(lm)
+    lengths = [len(lm.encoder._option_ids(f" {option}")) for option in tasks[1].examples[0].options]
+    assert len(set(lengths)) > 1
+    phi = random_phi(lm)
+    torch.testing.assert_close(mean(phi, episode)[1, 0], lm(phi, episode)[1, 0] / torch.tensor(lengths))
+
+
+def test_absent_options_have_no_probability(lm):
+    episode, _ = make_episode(lm)
+    probs = lm(random_phi(lm), episode).softmax(-1)
+    assert torch.isfinite(probs).all()
+    assert (probs[~episode.option_mask & episode.mask[..., None]] == 0).all()
+    torch.testing.assert_close(probs.sum(-1), torch.ones_like(probs[..., 0]))
+
+
+def test_head_never_sees_prompt_positions(lm):
+    episode, _ = make_episode(lm)
+    seen = []
+    lm.model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
+    with torch.no_grad():
+        lm(random_phi(lm, 3, 1, 1), episode)
+    assert seen[-1] == (1, 3 * len(episode.sources), 320)
+    assert len(episode.sources) < episode.input_ids.numel() / 5
+
+
+def test_gradient_reaches_every_draw_and_no_base_parameter(lm):
+    episode, _ = make_episode(lm)
+    phi = {site: value.requires_grad_() for site, value in random_phi(lm, 2, 1).items()}
+    scores = lm(phi, episode)
+    scores.gather(-1, episode.answer[..., None])[episode.mask].sum().backward()
+    for value in phi.values():
+        assert (value.grad.flatten(1).abs().sum(1) > 0).all()
+    assert not any(p.requires_grad or p.grad is not None for p in lm.model.parameters())
+    # Task 0's examples do not move task 1's weights.
+    other = {site: value.detach().clone().requires_grad_() for site, value in phi.items()}
+    lm(other, episode)[0].gather(-1, episode.answer[0][:, None]).sum().backward()
+    assert all((value.grad[1] == 0).all() for value in other.values())
+
+
+def test_features_do_not_depend_on_company(any_lm):
+    lm = any_lm
+    episode, tasks = make_episode(lm)
+    features = lm.features(episode)
+    assert features.hidden.shape == (2, 3, 2, 16) and features.options.shape == (2, 3, 3, 16)
+    assert (features.hidden[0, 2] == 0).all() and (features.options[0, 2] == 0).all()  # absent
+    alone = build_lm(lm.name, lm.tokenizer).features(collate([lm.encoder([tasks[1].examples[1]])]))
+    for part, whole in zip(alone, features, strict=True):
+        torch.testing.assert_close(part[0, 0], whole[1, 1])
+
+
+def test_features_are_what_they_are_called(lm):
+    [example] = make_tasks(2)["task-1"].examples[:1]
+    row = lm.encoder([example])[0]
+    features = lm.features(collate([[row]]))
+    before = lm.tokenizer(lm.encoder.template.render(example)[0])["input_ids"]
+    output = lm.model.model(torch.tensor([before]), output_hidden_states=True)
+    torch.testing.assert_close(features.hidden[0, 0, 0], output.hidden_states[2][0, -1])
+    torch.testing.assert_close(features.hidden[0, 0, 1], output.last_hidden_state[0, -1])
+    torch.testing.assert_close(features.log_probs[0, 0], score_alone(lm, example).log_softmax(-1))
+    for k in range(3):
+        tokens = row.targets[row.target_options == k]
+        torch.testing.assert_close(features.options[0, 0, k], lm.model.lm_head.weight[tokens].mean(0))
+
+
+def test_wrong_batch_shapes_are_refused(lm):
+    episode, _ = make_episode(lm)
+    with pytest.raises(SiteError, match=r"batch shape \(3, 1\): expected \(\*draws, 2 or 1, 1\)"):
+        lm(random_phi(lm, 3, 1), episode)
+    with pytest.raises(SiteError, match="expected event shape"):
+        lm({site: value.mT for site, value in random_phi(lm).items()}, episode)
+
+
+def test_unknown_normalization_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="expected 'sum' or 'mean', got 'avg'"):
+        build_lm("llama", tokenizer, normalize="avg")
+
+
+def test_lora_on_the_head_is_refused(tokenizer):
+    with pytest.raises(SiteError, match="LM head"):
+        build_lm("llama", tokenizer, targets=["q_proj", "lm_head"], top_layers=None)

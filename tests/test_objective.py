@@ -1,0 +1,212 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_tasks
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from torch.distributions import Gamma, Normal, kl_divergence
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides import GuideNetwork, NormalTheta, PointTheta
+from bayes_lora.models import HierarchicalNormal
+from bayes_lora.objective import BetaELBO, linear_warmup
+from bayes_lora.tasks import collate
+
+
+def build(lm, *, random="AB", theta=PointTheta, beta=0.3, gamma=0.7, move=True, **kwargs):
+    """Model and guide away from their symmetric start."""
+    torch.manual_seed(3)
+    model = HierarchicalNormal(lm, lm.sites.initial(), random=random, initial_scale=(0.3, 0.2))
+    guide = GuideNetwork(model, theta=theta, directions=2, hidden=6, bilinear=2, dropout=0.5).double()
+    if move:
+        with torch.no_grad():
+            for name, parameter in guide.named_parameters():
+                parameter += 0.1 * torch.randn_like(parameter) + (0.05 if "log_scale" in name else 0.0)
+    return BetaELBO(model, guide, beta=beta, gamma=gamma, **kwargs).eval()
+
+
+def make_episode(lm, count=2, num_support=3, num_query=2, **kwargs):
+    tasks = list(make_tasks(count).values())
+    support = [lm.encoder(task.examples[:num_support]) for task in tasks]
+    query = [lm.encoder(task.examples[num_support : num_support + num_query + t]) for t, task in enumerate(tasks)]
+    return collate(query, support, **kwargs)
+
+
+def posterior_and_prior(objective, episode):
+    model, guide = objective.model.program, objective.guide.program
+    theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
+    prior = model.phi_prior(theta)
+    return theta, prior, guide.posterior(episode.support, prior)
+
+
+@pytest.mark.parametrize("random", ["A", "B", "AB"])
+def test_loss_equals_its_definition(lm, random):
+    """Scaled negative log-likelihood + beta KL + gamma (-log p(theta)), written out for one draw."""
+    objective = build(lm, random=random)
+    episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
+    theta, prior, posterior = posterior_and_prior(objective, episode)
+    torch.manual_seed(5)
+    loss = objective(episode)
+    torch.manual_seed(5)
+    phi = {site: theta[f"theta.loc.{site}"] for site in lm.sites.shapes}
+    divergence = 0.0
+    for site, (loc, scale) in posterior.items():
+        phi[site] = Normal(loc, scale).rsample()
+        divergence = divergence + kl_divergence(Normal(loc, scale), Normal(*prior[site])).sum()
+    log_probs = lm(phi, episode).log_softmax(-1).gather(-1, episode.answer[..., None])[..., 0]
+    log_lik = log_probs[0, :2].sum() * 11 / 2 + log_probs[1, :3].sum() * 5 / 3
+    log_prior = sum(
+        (Normal(0.0, 1.0) if ".loc." in name else Gamma(1.0, 0.01)).log_prob(value).sum() for name, value in theta.items()
+    )
+    expected = 7 / 2 * (-log_lik + 0.3 * divergence) - 0.7 * log_prior
+    torch.testing.assert_close(loss, expected)
+    terms = objective.terms(episode)
+    assert terms["kl"] == pytest.approx(float((7 / 2 * divergence).detach()))
+    assert set(terms) == {"nll", "kl", *(f"kl.{site}" for site in posterior)}
+
+
+def test_divergence_is_analytic(lm):
+    """It has no variance over draws, as it would if a family without a closed form were sampled behind our back."""
+    objective, episode = build(lm), make_episode(lm)
+    values = {objective.terms(episode)["kl"] for _ in range(4)}
+    assert max(values) - min(values) < 1e-9
+    sampled = build(lm, elbo=Trace_ELBO())
+    draws = torch.stack([sampled(episode).detach() for _ in range(400)])
+    analytic = torch.stack([objective(episode).detach() for _ in range(400)])
+    bound = 5 * ((draws.var() + analytic.var()) / 400).sqrt()
+    assert abs(draws.mean() - analytic.mean()) < bound
+    assert draws.var() > analytic.var()
+
+
+def test_minibatches_average_to_the_whole(lm):
+    """N enters once: the mean over all equal minibatches of a task is the full-batch loss."""
+    objective = build(lm)
+    [task] = make_tasks(1).values()
+    rows = lm.encoder(task.examples[:8])
+
+    def loss(part):
+        torch.manual_seed(7)
+        return objective(collate([part], [rows[8:] or rows[:2]], num_data=[8]))
+
+    parts = [loss(rows[i : i + 2]) for i in range(0, 8, 2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss(rows))
+
+
+def test_the_guide_starts_at_the_prior(lm):
+    objective, episode = build(lm, move=False), make_episode(lm)
+    assert objective.terms(episode)["kl"] == pytest.approx(0.0, abs=1e-9)
+    theta, prior, posterior = posterior_and_prior(objective, episode)
+    for site, (loc, scale) in posterior.items():
+        torch.testing.assert_close(loc, prior[site][0].expand_as(loc))
+        torch.testing.assert_close(scale, prior[site][1].expand_as(scale))
+    torch.testing.assert_close(theta["theta.loc.q_proj.lora_A"], lm.sites.initial()["q_proj.lora_A"])
+
+
+def test_the_guide_reads_the_support_alone_and_in_any_order(lm):
+    objective = build(lm)
+    tasks = list(make_tasks(2).values())
+    support = [lm.encoder(task.examples[:4]) for task in tasks]
+    one, two = ([lm.encoder(task.examples[i : i + 2]) for task in tasks] for i in (4, 8))
+    posteriors = [posterior_and_prior(objective, collate(query, support))[2] for query in (one, two)]
+    shuffled = posterior_and_prior(objective, collate(one, [rows[::-1] for rows in support]))[2]
+    padded = posterior_and_prior(objective, collate(one, [support[0], support[1][:2]]))[2]
+    alone = posterior_and_prior(objective, collate(one[:1], support[:1]))[2]
+    for site, (loc, _) in posteriors[0].items():
+        assert torch.equal(loc, posteriors[1][site][0])
+        torch.testing.assert_close(shuffled[site][0], loc)
+        torch.testing.assert_close(padded[site][0][0], loc[0])
+        torch.testing.assert_close(alone[site][0][0], loc[0])
+        assert not torch.allclose(padded[site][0][1], loc[1])
+        assert not torch.allclose(loc[0], loc[1])
+
+
+@pytest.mark.parametrize("theta", [PointTheta, NormalTheta])
+def test_every_parameter_gets_a_gradient_and_the_base_none(lm, theta):
+    objective, episode = build(lm, theta=theta), make_episode(lm)
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
+    objective(episode).backward()
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+    optimizer.step()
+    assert not any(p.requires_grad or p.grad is not None for p in lm.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
+    assert not pyro.get_param_store().keys()
+    base = {id(p) for p in lm.model.parameters()}
+    assert not any(id(p) in base for p in objective.parameters())
+
+
+@pytest.mark.parametrize("elbo", [TraceMeanField_ELBO, Trace_ELBO])
+def test_svi_gives_the_same_loss_and_gradients(lm, elbo):
+    objective, episode = build(lm, beta=1.0, gamma=1.0, elbo=elbo()), make_episode(lm)
+    torch.manual_seed(9)
+    loss = objective(episode)
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in objective.named_parameters()}
+    objective.zero_grad(set_to_none=True)
+    seen = {}
+    svi = SVI(objective.model.program, objective.guide.program, pyro.optim.Adam({"lr": 0.0}), loss=elbo())
+    svi.optim = lambda params: seen.update({id(p): p.grad.clone() for p in params})
+    torch.manual_seed(9)
+    assert svi.step(episode) == pytest.approx(float(loss.detach()))
+    assert len(seen) == len(expected)
+    for name, parameter in objective.named_parameters():
+        torch.testing.assert_close(seen[id(parameter)], expected[name])
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_svi_trains_as_a_pyro_user_tries_it_first(lm):
+    objective, episode = build(lm), make_episode(lm)
+    model, guide = objective.model.program, objective.guide.program
+    before = [p.detach().clone() for p in guide.parameters()]
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=TraceMeanField_ELBO())
+    losses = [svi.step(episode) for _ in range(15)]
+    assert all(not torch.equal(p, b) for p, b in zip(guide.parameters(), before, strict=True))
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_normal_theta_scales_its_divergence_by_gamma(lm):
+    episode = make_episode(lm)
+    losses = []
+    for gamma in (1.0, 3.0):
+        objective = build(lm, theta=NormalTheta, beta=1.0, gamma=gamma, move=False)
+        torch.manual_seed(2)
+        losses.append(objective(episode))
+    guide, model = objective.guide.program, objective.model.program
+    torch.manual_seed(2)
+    value = 0.0
+    with torch.no_grad():
+        trace = pyro.poutine.trace(guide.theta).get_trace()
+        prior = pyro.poutine.trace(pyro.poutine.replay(model.theta, trace)).get_trace()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            if ".loc." in name:
+                value = value + kl_divergence(site["fn"], prior.nodes[name]["fn"])
+            else:
+                value = value + (site["fn"].log_prob(site["value"]) - prior.nodes[name]["fn"].log_prob(site["value"]))
+    torch.testing.assert_close(losses[1] - losses[0], 2.0 * value)
+
+
+def test_point_theta_is_a_point_in_the_paper_s_parametrisation(lm):
+    """log p(theta) takes Gamma at the precision itself: no Jacobian."""
+    model = HierarchicalNormal(lm, lm.sites.initial(), random="B")
+    theta = PointTheta(model)
+    q = theta.distribution("theta.precision.v_proj.lora_B")
+    assert isinstance(q, dist.Delta)
+    torch.testing.assert_close(q.v.rsqrt(), torch.full_like(q.v, 0.05))
+    assert float(q.log_prob(q.v)) == 0.0
+
+
+def test_warm_up():
+    assert [linear_warmup(s, 4, 0.2) for s in (0, 2, 4, 9)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
+    assert linear_warmup(0, 0) == 1.0
+
+
+def test_bad_settings_are_refused(lm):
+    with pytest.raises(ConfigError, match="beta: expected a positive number, got 0"):
+        build(lm, beta=0)
+    with pytest.raises(ConfigError, match="random: expected 'A', 'B' or 'AB', got 'C'"):
+        HierarchicalNormal(lm, lm.sites.initial(), random="C")
+    with pytest.raises(ConfigError, match="initial_scale"):
+        HierarchicalNormal(lm, lm.sites.initial(), initial_scale=(0.1, -1.0))

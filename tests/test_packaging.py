@@ -1,0 +1,102 @@
+"""The package as it is installed: its parts, its version, and nothing of the machine it was written on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bayes_lora
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("folder", [ROOT, Path("/")], ids=["root of the repository", "elsewhere"])
+def test_models_and_guides_are_never_imported_by_their_bare_names(folder: Path) -> None:
+    code = (
+        "import sys, bayes_lora, bayes_lora.models, bayes_lora.guides;"
+        "print([name for name in sys.modules if name.split('.')[0] in ('models', 'guides')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_every_package_exists(pyproject: dict[str, Any]) -> None:
+    settings = pyproject["tool"]["setuptools"]
+    for package in settings["packages"]:
+        folder = ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
+        assert (folder / "__init__.py").is_file(), package
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, package
+
+
+def test_every_folder_with_code_is_packaged(pyproject: dict[str, Any]) -> None:
+    settings = pyproject["tool"]["setuptools"]
+    listed = {
+        ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
+        for package in settings["packages"]
+    }
+    found = {path.parent for top in ("bayes_lora", "models", "guides") for path in (ROOT / top).rglob("*.py")}
+    assert found == listed
+
+
+def test_package_data_exists(pyproject: dict[str, Any]) -> None:
+    assert (ROOT / "bayes_lora" / "py.typed").is_file()
+    for pattern in pyproject["tool"]["setuptools"]["package-data"]["bayes_lora.tasks"]:
+        assert list((ROOT / "bayes_lora" / "tasks").glob(pattern)), pattern
+
+
+def test_the_version_is_one(pyproject: dict[str, Any]) -> None:
+    version = pyproject["project"]["version"]
+    assert bayes_lora.__version__ == version == importlib.metadata.version("bayes-lora")
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_tests_are_no_package() -> None:
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_dependencies_are_pinned(pyproject: dict[str, Any]) -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {normalise(line.split("==")[0]) for line in lines if "==" in line and not line.startswith("#")}
+    wanted = pyproject["project"]["dependencies"] + pyproject["project"]["optional-dependencies"]["dev"]
+    names = {normalise(re.split(r"[<>=!~\[ ;]", requirement)[0]) for requirement in wanted}
+    assert names <= pinned
+
+
+def normalise(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_no_file_names_a_home_folder() -> None:
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    home = re.compile(r"(?<![\w.])/(?:home|Users|root)/\w")
+    files = [ROOT / name for name in listing.stdout.split("\0") if name]
+    guilty = [
+        str(path)
+        for path in files
+        if path.is_file() and home.search(path.read_text(encoding="utf-8", errors="ignore"))
+    ]
+    assert guilty == []

@@ -1,0 +1,301 @@
+"""From an example's text to a packed row, for byte-level and SentencePiece tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bayes_lora.errors import ConfigError, TaskError
+from bayes_lora.language_model import attention_mask
+from bayes_lora.tasks import EncodedExample, Encoder, Example, PromptTemplate
+from bayes_lora.tasks.prompts import pack
+
+LETTERS = [chr(code) for code in range(32, 127)] + list("\n\té")
+TEXT = ["the film was good and bad. Answer: yes no maybe not so positive negative"] * 3
+SPECIAL = ["<unk>", "<s>", "</s>"]
+TEMPLATES = [
+    PromptTemplate(),
+    PromptTemplate("{input}", "{option}"),
+    PromptTemplate("{input}\nIs it", "{option}"),
+    PromptTemplate("{input} Ans", "wer: {option}"),
+    PromptTemplate("Q: {input}\n", "{option}."),
+    PromptTemplate("{x: {input}}\n{options}", " {option}", separator=", "),
+]
+
+
+def finish(raw: Tokenizer, after: str = "") -> PreTrainedTokenizerFast:
+    """Wrap a tokenizer that puts <s> before a text, and `after` behind it."""
+    ids = [(token, raw.token_to_id(token)) for token in SPECIAL]
+    raw.post_processor = processors.TemplateProcessing(single=f"<s> $A {after}".strip(), special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def unigram(after: str = "", drop: str = "\u200b") -> PreTrainedTokenizerFast:
+    """SentencePiece's unigram model as newer conversions have it: the space is marked by a pre-tokenizer."""
+    raw = Tokenizer(models.Unigram())
+    raw.normalizer = normalizers.Replace(Regex(f"[{drop}]"), "")
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    raw.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=180, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=LETTERS, show_progress=False
+    )
+    raw.train_from_iterator(TEXT, trainer)
+    return finish(raw, after)
+
+
+def llama() -> PreTrainedTokenizerFast:
+    """SentencePiece's BPE as Llama 2 has it: the space is marked by a normalizer, unknown letters fall to bytes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=120, initial_alphabet=LETTERS, show_progress=False))
+    trained = json.loads(bpe.to_str())["model"]
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *trained["vocab"]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(pair) for pair in trained["merges"]]
+    raw = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(steps)
+    return finish(raw)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Return the unigram tokenizer."""
+    return unigram()
+
+
+@pytest.fixture(scope="module", params=["bytes", "unigram", "llama"])
+def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """Return each kind of tokenizer in turn."""
+    if request.param == "bytes":
+        return request.getfixturevalue("tokenizer")
+    return llama() if request.param == "llama" else request.getfixturevalue("sentencepiece")
+
+
+def ids_of(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """Tokenize without the encoder."""
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def unpack(row: EncodedExample) -> tuple[list[int], list[list[int]]]:
+    """Return the prompt and the options of a row."""
+    options = [row.targets[row.target_options == k].tolist() for k in range(row.num_options)]
+    return row.tokens[row.segments == 0].tolist(), options
+
+
+def check_row(row: EncodedExample, prompt: list[int], options: list[list[int]]) -> None:
+    """Every definition in EncodedExample's docstring, option token by option token."""
+    assert unpack(row) == (prompt, options)
+    assert row.num_options == len(options)
+    assert len(row) == len(row.segments) == len(row.positions) == len(prompt) + sum(len(o) - 1 for o in options)
+    assert row.sources.tolist() == sorted(set(row.sources.tolist()))
+    assert set(row.target_sources.tolist()) == set(range(len(row.sources)))
+    seen = attention_mask(row.segments[None], row.tokens.double().dtype)[0, 0] == 0
+    wanted = [(k, j) for k, option in enumerate(options) for j in range(len(option))]
+    assert row.target_options.tolist() == [k for k, _ in wanted]
+    for q, (k, j) in enumerate(wanted):
+        source = int(row.sources[row.target_sources[q]])
+        assert row.targets[q] == options[k][j]
+        assert row.segments[source] == (0 if j == 0 else k + 1)
+        assert row.positions[source] == len(prompt) + j - 1  # the target stands at len(prompt) + j
+        # What it is predicted from is the prompt and its own option's beginning, at consecutive positions.
+        assert row.tokens[seen[source]].tolist() == prompt + options[k][:j]
+        assert row.positions[seen[source]].tolist() == list(range(len(prompt) + j))
+
+
+IDS = st.lists(st.integers(0, 9), min_size=1, max_size=5)
+PARTS = st.tuples(IDS, st.lists(IDS, min_size=2, max_size=4), st.integers(0, 1))
+
+
+@given(parts=PARTS, other=PARTS)
+def test_packed_rows_obey_their_definitions(
+    parts: tuple[list[int], list[list[int]], int], other: tuple[list[int], list[list[int]], int]
+) -> None:
+    """Any prompt and options, shared beginnings included; the key is equal exactly where the content is."""
+    row = pack(*parts)
+    check_row(row, parts[0], parts[1])
+    assert row.answer == parts[2]
+    assert row.key == pack(*parts).key
+    assert (row.key == pack(*other).key) == (parts == other)
+
+
+@given(data=st.data(), template=st.sampled_from(TEMPLATES))
+@settings(deadline=None)
+def test_tokens_spell_the_rendered_text(any_tokenizer: Any, data: st.DataObject, template: PromptTemplate) -> None:
+    """The prompt's tokens followed by an option's decode to the text that the template gives."""
+    exact = any_tokenizer.bos_token_id == any_tokenizer.eos_token_id  # the byte-level one
+    letters = st.characters(exclude_categories=["Cs"]) if exact else st.sampled_from(LETTERS)
+    texts = st.text(letters, min_size=1, max_size=12).filter(str.strip)
+    options = data.draw(st.lists(texts, min_size=2, max_size=4, unique=True))
+    example = Example(data.draw(texts), tuple(options), data.draw(st.integers(0, len(options) - 1)))
+    [row] = Encoder(any_tokenizer, template, max_length=10_000)([example])
+    prompt, found = unpack(row)
+    check_row(row, prompt, found)
+    assert row.answer == example.answer
+    prompt_text, option_texts = template.render(example)
+    assert prompt == ids_of(any_tokenizer, prompt_text, special=True)
+    start = 0 if exact else 1
+    for text, option in zip(option_texts, found, strict=True):
+        spelt = any_tokenizer.decode(prompt[start:] + option, clean_up_tokenization_spaces=False)
+        once = any_tokenizer.decode(ids_of(any_tokenizer, prompt_text + text), clean_up_tokenization_spaces=False)
+        assert spelt == (prompt_text + text if exact else once)
+
+
+def test_options_are_tokenised_as_after_the_prompt(sentencepiece: Any) -> None:
+    """No token that marks the beginning of a text stands before an option."""
+    rows = Encoder(sentencepiece, PromptTemplate("{input}", "{option}"))([Example("film", ("yes", " no"), 0)])
+    assert sentencepiece.convert_ids_to_tokens(ids_of(sentencepiece, "yes"))[0] == "▁yes"
+    assert "".join(sentencepiece.convert_ids_to_tokens(unpack(rows[0])[1][0])) == "yes"
+    assert "".join(sentencepiece.convert_ids_to_tokens(unpack(rows[0])[1][1])) == "▁no"
+
+
+def test_an_option_that_merges_with_the_end_of_the_prompt(any_tokenizer: Any) -> None:
+    """Where letters would merge across the boundary, the option is still spelt without a marker."""
+    assert len(ids_of(any_tokenizer, "is posit")) + len(ids_of(any_tokenizer, "ive")) > len(
+        ids_of(any_tokenizer, "is positive")
+    )
+    template = PromptTemplate("{input} is posit", "{option}")
+    [row] = Encoder(any_tokenizer, template)([Example("it", ("ive", "ion"), 0)])
+    prompt, options = unpack(row)
+    spelt = [any_tokenizer.decode(prompt + o, skip_special_tokens=True) for o in options]
+    assert spelt == ["it is positive", "it is position"]
+
+
+def test_what_the_tokenizer_appends_is_no_part_of_a_row() -> None:
+    """The beginning-of-text token stands before the prompt; an end-of-text token is not added anywhere."""
+    with_end, without = unigram(after="</s>"), unigram()
+    assert ids_of(with_end, "good", special=True)[-1] == with_end.eos_token_id
+    example = Example("a good film", ("yes", "no"), 0)
+    [row], [expected] = Encoder(with_end)([example]), Encoder(without)([example])
+    assert row.tokens.tolist() == expected.tokens.tolist()
+    assert row.key == expected.key
+    assert row.tokens[0] == with_end.bos_token_id
+    assert row.tokens.tolist().count(with_end.bos_token_id) == 1
+
+
+@given(max_length=st.integers(1, 60))
+@settings(deadline=None)
+def test_truncation_keeps_the_ends(any_tokenizer: Any, max_length: int) -> None:
+    """A cut row is as long as allowed and keeps the prefix, the end of the prompt and all options."""
+    example = Example("the film was good and bad and so so " * 2, ("yes", "not so negative", "maybe"), 1)
+    [whole] = Encoder(any_tokenizer, max_length=10_000)([example])
+    prompt, options = unpack(whole)
+    prefix = [] if any_tokenizer.bos_token_id == any_tokenizer.eos_token_id else [any_tokenizer.bos_token_id]
+    room = max_length - len(prefix) - (len(whole) - len(prompt))
+    encoder = Encoder(any_tokenizer, max_length=max_length)
+    if room < 1:
+        with pytest.raises(TaskError, match=rf"options alone fill max_length={max_length} tokens\. Raise"):
+            encoder([example])
+        return
+    if room >= len(prompt) - len(prefix):
+        assert encoder([example])[0].key == whole.key
+        return
+    with pytest.warns(UserWarning, match=rf"1 of 1 prompts are longer than max_length={max_length} tokens"):
+        [cut] = encoder([example])
+    check_row(cut, prefix + prompt[-room:], options)
+    assert len(cut) == max_length
+    assert cut.answer == 1
+
+
+def test_one_warning_counts_the_cut_prompts(tokenizer: Any) -> None:
+    """Each call that cuts warns once, at the caller, also where the rows were made before."""
+    encoder = Encoder(tokenizer, max_length=40)
+    short, long = Example("good", ("yes", "no"), 0), Example("good film " * 30, ("yes", "no"), 0)
+    encoder([short])  # and is silent: warnings are errors
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="^2 of 3 prompts are longer than max_length=40") as caught:
+            encoder([long, short, long])
+        assert [Path(one.filename).name for one in caught] == ["test_prompts.py"]
+
+
+def test_rows_are_remembered(tokenizer: Any) -> None:
+    """An equal example gives the very row that was made for the first."""
+    encoder = Encoder(tokenizer)
+    first, again = encoder([Example("good", ("yes", "no"), 0), Example("good", ["yes", "no"], 0)])
+    assert first is again
+    assert "key" not in repr(first)
+
+
+def test_keys(any_tokenizer: Any) -> None:
+    """Equal examples share a key between encoders; another label, input, order or template has another."""
+    example = Example("good", ("yes", "no"), 0)
+    [row] = Encoder(any_tokenizer)([example])
+    assert Encoder(any_tokenizer)([Example("good", ("yes", "no"), 0)])[0].key == row.key
+    others = [
+        Example("good", ("yes", "no"), 1),
+        Example("bad", ("yes", "no"), 0),
+        Example("good", ("no", "yes"), 0),
+        Example("good", ("yes", "no", "maybe"), 0),
+    ]
+    keys = [one.key for one in Encoder(any_tokenizer)(others)]
+    keys += [one.key for one in Encoder(any_tokenizer, PromptTemplate("{input}"))([example])]
+    assert len({row.key, *keys}) == 6
+
+
+def test_options_that_share_their_first_token(any_tokenizer: Any) -> None:
+    """The shared token is predicted once for each option, from the one end of the prompt."""
+    [row] = Encoder(any_tokenizer)([Example("film", ("not so good", "not so bad", "not"), 2)])
+    prompt, options = unpack(row)
+    assert options[0][0] == options[1][0] == options[2][0]
+    check_row(row, prompt, options)
+    first = [row.target_sources[row.target_options == k][0].item() for k in range(3)]
+    assert first == [0, 0, 0]
+    assert row.sources[0] == len(prompt) - 1
+
+
+def test_single_token_options_add_nothing_to_the_row() -> None:
+    """A last token is predicted, not read."""
+    row = pack([5, 6, 7], [[1], [2]], 0)
+    assert row.tokens.tolist() == [5, 6, 7]
+    assert (row.sources.tolist(), row.target_sources.tolist()) == ([2], [0, 0])
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "{input}", "{options}", "{option}", "{0} {", "}{", r"\1 \g<0>", "{input}{options}"]
+)
+def test_placeholders_in_the_data_are_text(text: str, tokenizer: Any) -> None:
+    """Inputs and options that look like a template are left as they are."""
+    template = PromptTemplate("{{}} {options}?\n{input}\nAnswer:")
+    example = Example(text, ("a" + text, "b"), 0)
+    assert template.render(example) == (
+        f"{{}} a{text} or b?\n{text}\nAnswer:".replace("{}", "{{}}", 1),
+        [f" a{text}", " b"],
+    )
+    [row] = Encoder(tokenizer, template)([example])
+    prompt, options = unpack(row)
+    assert tokenizer.decode(prompt + options[0]).endswith(f"?\n{text}\nAnswer: a{text}")
+
+
+def test_template_places_each_placeholder() -> None:
+    """A placeholder may occur twice, and options need not be listed."""
+    example = Example("x", ("a", "b"), 0)
+    assert PromptTemplate("{input}{input} {options}", "{option}/{option}", "|").render(example) == (
+        "xx a|b",
+        ["a/a", "b/b"],
+    )
+    assert PromptTemplate("{input}:").render(example) == ("x:", [" a", " b"])
+
+
+def test_template_refuses() -> None:
+    """A template without its placeholder is named."""
+    with pytest.raises(ConfigError, match=r"prompt template '\{options\}': expected the placeholder \{input\}"):
+        PromptTemplate("{options}")
+    with pytest.raises(ConfigError, match=r"option template ' \{input\}': expected the placeholder \{option\}"):
+        PromptTemplate(option=" {input}")
+
+
+def test_texts_without_tokens_are_refused(sentencepiece: Any) -> None:
+    """An option or a prompt of which the tokenizer makes nothing cannot be scored."""
+    encoder = Encoder(sentencepiece, PromptTemplate("{input}", "{option}"))
+    with pytest.raises(TaskError, match=r"option '\\u200b': the tokenizer makes no token of it\. Give"):
+        encoder([Example("film", ("yes", "\u200b"), 0)])
+    with pytest.raises(TaskError, match=r"example '\\u200b': the tokenizer makes no token of its prompt"):
+        encoder([Example("\u200b", ("yes", "no"), 0)])

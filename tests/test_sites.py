@@ -1,0 +1,140 @@
+import peft
+import pytest
+import torch
+from conftest import BUILDERS, TARGETS, build_lm
+from torch import nn
+
+from bayes_lora.errors import SiteError
+from bayes_lora.loading import inject
+from bayes_lora.sites import Slot, find_sites
+
+
+def random_values(sites, *batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {s: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for s, shape in sites.shapes.items()}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_grouped_slot_equals_a_loop(groups):
+    weight, x = torch.randn(groups, 5, 4, dtype=torch.float64), torch.randn(6, 7, 4, dtype=torch.float64)
+    slot = Slot(torch.zeros(5, 4, dtype=torch.float64))
+    slot.bound = weight
+    blocks = x.chunk(groups)
+    expected = torch.cat([block @ w.T for block, w in zip(blocks, weight, strict=True)])
+    torch.testing.assert_close(slot(x), expected)
+
+
+@pytest.mark.parametrize("kind", list(BUILDERS))
+def test_bound_model_equals_peft_with_the_same_weights(kind, tokenizer):
+    lm = build_lm(kind, tokenizer)
+    phi = random_values(lm.sites)
+    torch.manual_seed(1)
+    plain = BUILDERS[kind]().double()
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=TARGETS.get(kind, ["q_proj", "v_proj", "o_proj"]),
+        layers_to_transform=[2, 3], fan_in_fan_out=kind == "gpt2",
+    )  # fmt: skip
+    plain = peft.inject_adapter_in_model(config, plain).eval()
+    weights = lm.sites.unstack(phi)
+    loaded = plain.load_state_dict({f"{n}.default.weight": w for n, w in weights.items()}, strict=False)
+    assert not loaded.unexpected_keys
+    ids = torch.tensor([[5, 9, 2, 7], [1, 1, 8, 3]])
+    with lm.sites.bind(phi):
+        bound = lm.model(input_ids=ids).logits
+    torch.testing.assert_close(bound, plain(input_ids=ids).logits)
+    assert (bound - lm.model(input_ids=ids).logits).abs().max() > 1e-3  # the values did something
+
+
+def test_binding_is_undone_also_after_an_error(lm):
+    ids = torch.tensor([[5, 9, 2]])
+    before = lm.model(input_ids=ids).logits
+    with pytest.raises(RuntimeError, match="inside"), lm.sites.bind(random_values(lm.sites)):
+        raise RuntimeError("inside")
+    torch.testing.assert_close(lm.model(input_ids=ids).logits, before, rtol=0, atol=0)
+
+
+def test_nested_bindings_restore_the_outer_one(lm):
+    ids, outer = torch.tensor([[5, 9, 2]]), random_values(lm.sites)
+    with lm.sites.bind(outer):
+        expected = lm.model(input_ids=ids).logits
+        with lm.sites.bind(random_values(lm.sites, seed=1)):
+            assert not torch.equal(lm.model(input_ids=ids).logits, expected)
+        torch.testing.assert_close(lm.model(input_ids=ids).logits, expected, rtol=0, atol=0)
+
+
+def test_gradients_under_checkpointing_equal_those_without(lm):
+    ids = torch.tensor([[5, 9, 2, 7, 1], [4, 4, 8, 1, 2]])
+    phi = {site: value.requires_grad_() for site, value in random_values(lm.sites, 2).items()}
+
+    def gradients():
+        with lm.sites.bind(phi):
+            loss = lm.model(input_ids=ids).logits.logsumexp(-1).sum()
+        with lm.sites.bind(random_values(lm.sites, seed=3)):  # another forward before the backward
+            lm.model(input_ids=ids)
+        return torch.autograd.grad(loss, list(phi.values()))
+
+    expected = gradients()
+    lm.model.train()
+    enable = getattr(lm.model, "activation_checkpointing_enable", None) or lm.model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": lm.sites.checkpoint_context})
+    for got, want in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+        assert want.abs().max() > 0
+
+
+def test_unstack_and_stack_are_inverse(lm):
+    values = random_values(lm.sites, 5, 2)
+    weights = lm.sites.unstack(values)
+    name = "model.layers.3.self_attn.v_proj.lora_B"
+    torch.testing.assert_close(weights[name], values["v_proj.lora_B"][..., 1, :, :])
+    again = lm.sites.stack(weights)
+    assert again.keys() == values.keys()
+    assert all(torch.equal(again[site], values[site]) for site in values)
+    del weights[name]
+    with pytest.raises(SiteError, match=r"missing \['model.layers.3.self_attn.v_proj.lora_B'\]"):
+        lm.sites.stack(weights)
+
+
+def test_layers_of_other_shapes_become_sites_of_their_own(tokenizer):
+    model = BUILDERS["llama"]()
+    model.model.layers[3].self_attn.q_proj = nn.Linear(16, 20, bias=False)
+    inject(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    sites = find_sites(model)
+    assert sites.shapes["q_proj.lora_B"] == (3, 16, 2)
+    assert sites.shapes["q_proj.lora_B.2"] == (1, 20, 2)
+    assert sites.shapes["q_proj.lora_A"] == (4, 2, 16)
+    assert "model.layers.3.self_attn.q_proj.lora_B" in sites.unstack(sites.initial())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.pop("q_proj.lora_A"), r"site 'q_proj.lora_A': no value given. Expected one of event shape \(2, 3, 16\)"),
+        (lambda v: v.update({"q_prj.lora_A": v["q_proj.lora_A"]}), r"no such site. Did you mean \['q_proj.lora_A'"),
+        (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"].mT}), r"got \(2, 16, 3\). Did you pass it transposed"),
+        (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"][None]}), r"\(groups, layers, out, in\) for every site alike"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(lm, change, message):
+    values = random_values(lm.sites)
+    change(values)
+    with pytest.raises(SiteError, match=message), lm.sites.bind(values):
+        pass
+
+
+def test_unknown_target_modules_name_the_near_ones():
+    config = peft.LoraConfig(r=2, target_modules=["q_prj"])
+    with pytest.raises(SiteError, match=r"Did you mean \['o_proj', 'q_proj'\]|Did you mean \['q_proj'"):
+        inject(config, BUILDERS["llama"]())
+
+
+def test_a_model_without_lora_is_refused():
+    with pytest.raises(SiteError, match="no LoRA layer"):
+        find_sites(BUILDERS["llama"]())
+
+
+def test_dora_is_refused():
+    model = BUILDERS["llama"]()
+    inject(peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), model)
+    with pytest.raises(SiteError, match="only plain LoRA"):
+        find_sites(model)

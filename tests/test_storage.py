@@ -1,0 +1,216 @@
+import json
+
+import pytest
+import torch
+from conftest import build_lm, make_tasks
+
+from bayes_lora.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.config import EpisodeConfig, GuideConfig, RunConfig
+from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
+from bayes_lora.posterior import Posterior
+from bayes_lora.recipes import build_objective
+from bayes_lora.run import build_episodes
+from bayes_lora.storage import check_new_folder, new_folder, read_json, read_tensors, write_json, write_tensors
+from bayes_lora.training import FitConfig, fit
+
+CONFIG = RunConfig(
+    guide=GuideConfig(directions=2, hidden=8, bilinear=2),
+    episodes=EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=2, held_back=1, held_back_shots=4),
+    fit=FitConfig(steps=6, eval_every=2, warmup=3, num_draws=2),
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_new_folder_takes_its_name_at_the_end(tmp_path):
+    path = tmp_path / "a" / "b"
+    with new_folder(path) as folder:
+        assert not path.exists() and folder.parent == path.parent
+        (folder / "x").write_text("1")
+    assert names(tmp_path / "a") == ["b"] and names(path) == ["x"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [False, True])
+def test_new_folder_leaves_nothing_behind_on_an_error(tmp_path, before, error):
+    path = tmp_path / "a"
+    if before:
+        path.mkdir()
+        (path / "old").write_text("1")
+    with pytest.raises(error), new_folder(path, overwrite=True) as folder:
+        (folder / "new").write_text("1")
+        raise error
+    assert names(tmp_path) == (["a"] if before else [])
+    assert not before or names(path) == ["old"]
+
+
+def test_new_folder_refuses_and_replaces(tmp_path):
+    path = tmp_path / "a"
+    with new_folder(path) as folder:
+        (folder / "old").write_text("1")
+    with pytest.raises(RunFolderError, match="exists already"), new_folder(path):
+        raise AssertionError("not reached")
+    with new_folder(path, overwrite=True) as folder:
+        (folder / "new").write_text("1")
+        assert names(path) == ["old"]
+    assert names(tmp_path) == ["a"] and names(path) == ["new"]
+
+
+def test_a_marker_guards_other_folders(tmp_path):
+    other, empty, mine, file = (tmp_path / name for name in ("other", "empty", "mine", "file"))
+    for folder, content in ((other, "thesis.tex"), (empty, None), (mine, "run.json")):
+        folder.mkdir()
+        if content:
+            (folder / content).write_text("{}")
+    file.write_text("")
+    for path in (other, file):
+        with pytest.raises(RunFolderError, match="holds no run.json"):
+            check_new_folder(path, overwrite=True, marker="run.json")
+        with pytest.raises(RunFolderError), new_folder(path, overwrite=True, marker="run.json"):
+            raise AssertionError("not reached")
+    for path in (empty, mine, tmp_path / "none"):
+        with new_folder(path, overwrite=True, marker="run.json") as folder:
+            (folder / "new").write_text("1")
+        assert names(path) == ["new"]
+    assert names(other) == ["thesis.tex"]
+
+
+def test_new_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written"), new_folder(tmp_path / "file" / "a"):
+        raise AssertionError("not reached")
+
+
+def test_round_trip(tmp_path):
+    tensors = {"a": torch.randn(3, 2).T, "b": torch.tensor(2), "c": torch.randn(2, requires_grad=True)}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    write_json(tmp_path / "j.json", {"a": [1, None]})
+    read = read_tensors(tmp_path / "t.safetensors")
+    assert read.keys() == tensors.keys() and all(torch.equal(read[k], v) for k, v in tensors.items())
+    assert read_json(tmp_path / "j.json") == {"a": [1, None]}
+    assert names(tmp_path) == ["j.json", "t.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"\x80" * 64])
+@pytest.mark.parametrize("read, name", [(read_json, "x.json"), (read_tensors, "x.safetensors")])
+def test_damaged_files(tmp_path, read, name, content):
+    path = tmp_path / name
+    with pytest.raises(PosteriorError, match="is missing") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    path.write_bytes(content)
+    with pytest.raises(PosteriorError, match="is damaged") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_truncated_tensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.randn(10)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PosteriorError, match="x.safetensors is damaged"):
+        read_tensors(path)
+
+
+def fresh(tokenizer, config=CONFIG):
+    lm = build_lm("llama", tokenizer)
+    sampler, held_back = build_episodes(lm, make_tasks(), config)
+    objective = build_objective(lm, config)
+    return objective, sampler, held_back, torch.optim.Adam(objective.parameters(), lr=config.fit.learning_rate)
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """An uninterrupted fit, and the checkpoint of its second look, at step 4 of 6."""
+    objective, sampler, held_back, optimizer = fresh(tokenizer)
+    looks, path = [], tmp_path / "checkpoint"
+
+    def on_look(state):
+        looks.append(state.step)
+        if state.step == 4:
+            save_checkpoint(path, objective, optimizer, state, CONFIG.to_dict())
+
+    state = fit(objective, sampler, held_back, CONFIG.fit, optimizer=optimizer, on_look=on_look)
+    assert looks == [2, 4, 6]
+    return path, objective, optimizer, state
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_resumed_fit_equals_an_uninterrupted_one(saved, tokenizer):
+    path, whole, whole_optimizer, whole_state = saved
+    torch.manual_seed(99)
+    objective, sampler, held_back, optimizer = fresh(tokenizer)
+    state = load_checkpoint(path, objective, optimizer, CONFIG.to_dict())
+    assert state.step == 4 and len(state.history) == 2
+    state = fit(objective, sampler, held_back, CONFIG.fit, state=state, optimizer=optimizer)
+    assert (state.step, state.best) == (whole_state.step, whole_state.best)
+    assert state.history == whole_state.history
+    assert_equal(state.best_parameters, whole_state.best_parameters)
+    assert_equal(objective.state_dict(), whole.state_dict())
+    moments, expected = optimizer.state_dict()["state"], whole_optimizer.state_dict()["state"]
+    assert moments.keys() == expected.keys() and moments
+    for index in expected:
+        assert_equal(moments[index], expected[index])
+
+
+def test_without_the_checkpoint_the_parameters_differ(saved, tokenizer):
+    _, whole, *_ = saved
+    other, *_ = fresh(tokenizer)
+    assert any(not torch.equal(v, other.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_a_checkpoint_of_other_settings_is_refused(saved, tokenizer):
+    objective, _, _, optimizer = fresh(tokenizer)
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    with pytest.raises(ConfigError, match="other settings") as caught:
+        load_checkpoint(saved[0], objective, optimizer, CONFIG.to_dict() | {"seed": 1})
+    assert str(saved[0]) in str(caught.value)
+    assert_equal(objective.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "change", ["no key", "list", "step", "no file", "half a file", "name", "shape", "missing tensor"]
+)
+def test_a_damaged_checkpoint_is_refused(saved, tokenizer, change):
+    path = saved[0]
+    state, tensors = path / "checkpoint.json", path / "checkpoint.safetensors"
+    facts, values = read_json(state), read_tensors(tensors)
+    parameter = next(name for name in values if name.startswith("parameters."))
+    if change == "no key":
+        state.write_text(json.dumps({"step": 4}))
+    elif change == "list":
+        state.write_text("[]")
+    elif change == "step":
+        state.write_text(json.dumps(facts | {"step": "four"}))
+    elif change == "no file":
+        tensors.unlink()
+    elif change == "half a file":
+        tensors.write_bytes(tensors.read_bytes()[:1000])
+    elif change == "name":
+        write_tensors(tensors, values | {"moments.first.exp_avg": torch.zeros(1)})
+    elif change == "shape":
+        write_tensors(tensors, values | {parameter: torch.zeros(1)})
+    else:
+        write_tensors(tensors, {name: value for name, value in values.items() if name != parameter})
+    objective, _, _, optimizer = fresh(tokenizer)
+    with pytest.raises(PosteriorError, match="damaged|missing") as caught:
+        load_checkpoint(path, objective, optimizer, CONFIG.to_dict())
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ['{"config": [], "sites": {}}', "[]", '{"config": {"fitt": 3}, "sites": {}}', "{"])
+def test_a_posterior_with_damaged_settings_is_refused(tokenizer, tmp_path, content):
+    objective, *_ = fresh(tokenizer)
+    lm = objective.model.program.likelihood
+    Posterior(lm, objective, CONFIG).save(tmp_path / "posterior")
+    assert_equal(Posterior.load(tmp_path / "posterior", lm).objective.state_dict(), objective.state_dict())
+    (tmp_path / "posterior" / "posterior.json").write_text(content)
+    with pytest.raises((PosteriorError, ConfigError), match="posterior.json"):
+        Posterior.load(tmp_path / "posterior", lm)
