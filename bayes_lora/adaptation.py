@@ -101,8 +101,9 @@ def adapt(
         prefix = "theta.loc."
         loc = {name.removeprefix(prefix): value for name, value in theta.items() if name.startswith(prefix)}
         loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in loc.items()}
-        loc |= {site: normal.mean for site, normal in normals.items()}
-        scale = {site: normal.stddev for site, normal in normals.items()}
+        # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
+        loc |= {site: normal.mean.contiguous() for site, normal in normals.items()}
+        scale = {site: normal.stddev.contiguous() for site, normal in normals.items()}
     return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks))
 
 

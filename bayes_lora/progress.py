@@ -27,7 +27,7 @@ def bars() -> Iterator[Progress]:
 
 def hide_loading_bar() -> None:
     """Switch off transformers' bar for reading weights, which would stand between our lines; not that of downloads."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     downloads_shown = not are_progress_bars_disabled()

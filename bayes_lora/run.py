@@ -204,15 +204,20 @@ def compare(
         methods[name] = lambda task, count=count: (posterior.adapt(task, steps=count), num_draws)  # type: ignore[misc]
     cache(lm, [task.examples for task in tasks], "reading unseen tasks", progress)
     bar = progress.add_task("adapting and predicting", total=len(methods) * len(tasks)) if progress else None
+
+    def advance() -> None:
+        if progress is not None and bar is not None:
+            progress.update(bar, advance=1)
+
     results = {}
     for name, method in methods.items():
         if progress is not None and bar is not None:
             progress.update(bar, description=name)
-        results[name] = _evaluate(method, tasks, lambda: progress and progress.update(bar, advance=1))  # type: ignore[arg-type]
+        results[name] = _evaluate(method, tasks, advance)
     return Comparison(results)
 
 
-def _evaluate(method: Method, tasks: Sequence[Task], advance: Callable[[], object]) -> MethodResult:
+def _evaluate(method: Method, tasks: Sequence[Task], advance: Callable[[], None]) -> MethodResult:
     metrics, confidence, correct = {}, [], []
     for task in tasks:
         adapted, num_draws = method(task)

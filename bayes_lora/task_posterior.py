@@ -57,7 +57,9 @@ class TaskPosterior:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
         phi = dict(self.loc)
-        for site, scale in self.scale.items():
+        # In the order of the model's sites, for files keep none, and a seed must mean the same after loading.
+        for site in (site for site in self.lm.sites.shapes if site in self.scale):
+            scale = self.scale[site]
             # Drawn on the CPU, so that a seed means the same on every device.
             noise = torch.randn(num_draws, *scale.shape, generator=generator, dtype=scale.dtype)
             phi[site] = self.loc[site] + scale * noise.to(scale.device)

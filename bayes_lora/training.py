@@ -166,7 +166,7 @@ def _step(
     optimizer.zero_grad()
     loss = objective(episode) / num_data
     if not torch.isfinite(loss):
-        raise NonFiniteLoss(f"step {step}: the loss is {float(loss)}; {_blame_site(objective, episode)}.")
+        raise NonFiniteLoss(f"step {step}: the loss is {float(loss.detach())}; {_blame_site(objective, episode)}.")
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(objective.parameters(), clip_norm)
     if norm is not None and not torch.isfinite(norm):

@@ -1,0 +1,183 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_tasks
+from pyro.nn import PyroModule
+
+from bayes_lora.adaptation import draw_phi
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides import GuideNetwork
+from bayes_lora.models import HierarchicalNormal
+from bayes_lora.objective import BetaELBO
+from bayes_lora.tasks import EpisodeSampler, collate
+from bayes_lora.training import FitConfig, NonFiniteLoss, _look, fit, held_back_nll
+
+CONFIG = FitConfig(steps=12, learning_rate=0.02, eval_every=3, warmup=4, patience=100)
+
+
+def build(lm, beta=1e-2):
+    torch.manual_seed(3)
+    model = HierarchicalNormal(lm, lm.sites.initial(), initial_scale=(0.05, 0.05))
+    guide = GuideNetwork(model, directions=2, hidden=6, bilinear=2, dropout=0.1).double()
+    sampler = EpisodeSampler(make_tasks(4), lm.encoder, tasks_per_episode=2, num_support=3, num_query=3)
+    tasks = [task.split(4, seed=0, num_query=6) for task in make_tasks(6).values()][4:]
+    held_back = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in tasks]
+    return BetaELBO(model, guide, beta=beta), sampler, held_back
+
+
+def test_fit_learns(lm):
+    objective, sampler, _ = build(lm)
+    before = held_back_nll(objective, [sampler[1000]], 8)
+    state = fit(objective, sampler, config=FitConfig(steps=60, learning_rate=0.02, eval_every=20, warmup=0))
+    assert held_back_nll(objective, [sampler[1000]], 8) < 0.8 * before
+    assert state.history[-1]["loss"] < state.history[0]["loss"]
+    assert [row["step"] for row in state.history] == [20, 40, 60]
+    assert not pyro.get_param_store().keys()
+
+
+def test_the_kept_parameters_are_those_of_the_best_look(lm):
+    objective, sampler, held_back = build(lm)
+    state = fit(objective, sampler, held_back, CONFIG)
+    curve = [row["held_back_nll"] for row in state.history]
+    assert state.best == min(range(4), key=curve.__getitem__)
+    torch.manual_seed(CONFIG.seed)
+    assert held_back_nll(objective, held_back, CONFIG.num_draws) == pytest.approx(min(curve))
+
+
+def test_patience_stops_early(lm, monkeypatch):
+    curve = iter([1.0, 0.5, 0.7, 0.6, 0.8, 0.9])
+    monkeypatch.setattr("bayes_lora.training.held_back_nll", lambda *_: next(curve))
+    objective, sampler, held_back = build(lm)
+    state = fit(objective, sampler, held_back, FitConfig(steps=100, eval_every=1, patience=3))
+    assert (state.step, state.best) == (5, 1)
+
+
+def test_held_back_nll_equals_its_definition(lm):
+    """Log of the mean over draws of the gold probability, averaged over a task's queries, then over tasks."""
+    objective, _, held_back = build(lm)
+    objective.eval()
+    torch.manual_seed(4)
+    got = held_back_nll(objective, held_back, 3)
+    torch.manual_seed(4)
+    expected = []
+    for episode in held_back:
+        phi = draw_phi(objective.model.program, objective.guide.program, episode, 3)
+        probs = [lm({s: v[d] for s, v in phi.items()}, episode).softmax(-1)[0] for d in range(3)]
+        gold = [sum(p[i, a] for p in probs) / 3 for i, a in enumerate(episode.answer[0].tolist())]
+        expected.append(-sum(math.log(g) for g in gold) / len(gold))
+    assert got == pytest.approx(sum(expected) / len(expected))
+
+
+def test_a_resumed_fit_equals_an_uninterrupted_one(lm):
+    whole, sampler, held_back = build(lm)
+    fit(whole, sampler, held_back, CONFIG)
+    parts, sampler, held_back = build(lm)
+    optimizer = torch.optim.Adam(parts.parameters(), lr=CONFIG.learning_rate)
+
+    class CutOff(Exception):
+        pass
+
+    kept = []
+
+    def cut(state, _):
+        kept.append(state)
+        if state.step == 6:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        fit(parts, sampler, held_back, CONFIG, optimizer=optimizer, on_step=cut)
+    assert kept[-1].step == 6
+    # The look after step 6 was cut off with it; take it now, as a checkpoint would have held it.
+    state = kept[-1]
+    _look(parts, held_back, CONFIG, state, [0.0])
+    fit(parts, sampler, held_back, CONFIG, state=state, optimizer=optimizer)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_beta_warms_up_and_ends_at_its_value(lm):
+    objective, sampler, _ = build(lm, beta=0.5)
+    seen = []
+    fit(objective, sampler, config=CONFIG, on_step=lambda *_: seen.append(objective.beta))
+    assert seen[:5] == pytest.approx([0.05, 0.1625, 0.275, 0.3875, 0.5])
+    assert objective.beta == objective.gamma == 0.5
+
+
+class Poisoned(PyroModule):
+    """A guide whose scale becomes NaN at step 2."""
+
+    def __init__(self, guide):
+        super().__init__()
+        self.guide, self.calls = guide, 0
+
+    def forward(self, episode):
+        self.calls += 1
+        if self.calls == 3:
+            with torch.no_grad():
+                next(p for n, p in self.guide.named_parameters() if "log_scale_v_proj_lora_B" in n)[0] = math.nan
+        return self.guide(episode)
+
+
+def test_a_nan_stops_the_fit_and_names_step_and_site(lm):
+    objective, sampler, _ = build(lm)
+    poisoned = BetaELBO(objective.model.program, Poisoned(objective.guide.program), beta=1e-2)
+    pyro.enable_validation(False)
+    with pytest.warns(UserWarning, match="NaN"), pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"):
+        fit(poisoned, sampler, config=CONFIG)
+
+
+def test_an_infinite_gradient_stops_the_fit_before_the_update(lm):
+    objective, sampler, _ = build(lm)
+    parameter = objective.guide.program.theta.loc_theta_loc_q_proj_lora_A
+    parameter.register_hook(lambda gradient: gradient * math.inf)
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    with pytest.raises(NonFiniteLoss, match=r"step 0: the gradient of \['guide.program.theta.loc_theta_loc_q_proj_lora_A"):
+        fit(objective, sampler, config=CONFIG)
+    assert all(torch.equal(p, before[name]) for name, p in objective.named_parameters())
+
+
+def test_gradients_are_clipped(lm, monkeypatch):
+    objective, sampler, _ = build(lm)
+    norms = []
+    step = torch.optim.Adam.step
+
+    def record(self, *args, **kwargs):
+        norms.append(torch.stack([p.grad.norm() for p in objective.parameters()]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    fit(objective, sampler, config=FitConfig(steps=3, clip_norm=1e-3, eval_every=3))
+    assert norms == pytest.approx([1e-3] * 3, rel=1e-3)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match="steps: expected a positive number, got 0"):
+        FitConfig(steps=0)
+
+
+def test_a_plain_pyro_guide_can_be_fitted(lm):
+    """Any callable with the model's sites is a guide."""
+
+    class Shared(PyroModule):
+        def __init__(self, model):
+            super().__init__()
+            self.theta = GuideNetwork(model, directions=1, hidden=2).theta
+            self._model = (model,)
+            for site, value in model.initial.items():
+                setattr(self, "m_" + site.replace(".", "_"), torch.nn.Parameter(value.clone()))
+
+        def forward(self, episode):
+            theta = self.theta()
+            prior = self._model[0].phi_prior(theta)
+            with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
+                for site, (_, scale) in prior.items():
+                    loc = getattr(self, "m_" + site.replace(".", "_"))
+                    pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
+
+    objective, sampler, _ = build(lm)
+    plain = BetaELBO(objective.model.program, Shared(objective.model.program).double(), beta=1e-3)
+    state = fit(plain, sampler, config=FitConfig(steps=40, learning_rate=0.02, eval_every=20))
+    assert state.history[1]["loss"] < state.history[0]["loss"]
