@@ -86,7 +86,7 @@ class EpisodeConfig:
     tasks_per_episode: Count = 4
     num_support: Count = 8
     num_query: Count = 8
-    score_support: bool = True
+    score_support: bool = False
     examples_per_task: Count | None = 64
     held_back: NonNegative = 0.15
     held_back_shots: Count = 16

@@ -22,9 +22,7 @@ __all__ = ["demo_config", "demo_tasks", "run_demo"]
 def demo_config() -> RunConfig:
     """Settings that end within ten minutes on two CPU cores."""
     return RunConfig(
-        episodes=EpisodeConfig(num_support=16, num_query=8, score_support=False, held_back=3),
-        objective=ObjectiveConfig(beta=1e-3),
-        fit=FitConfig(steps=60, eval_every=15, patience=3, warmup=15),
+        episodes=EpisodeConfig(held_back=2), fit=FitConfig(steps=80, eval_every=20, learning_rate=2e-3)
     )
 
 

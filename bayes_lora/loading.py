@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bayes_lora.errors import SiteError
@@ -19,17 +20,24 @@ __all__ = ["default_lora", "inject", "load_language_model"]
 
 
 def default_lora(
-    num_layers: int, *, rank: int = 8, top_layers: int = 6, target_modules: Sequence[str] | None = None
+    model: PreTrainedModel, *, rank: int = 8, top_layers: int = 6, target_modules: Sequence[str] | None = None
 ) -> peft.LoraConfig:
-    """LoRA of rank r on the top layers, ``lora_alpha = 2 r``, by default on the modules PEFT adapts by default.
+    """LoRA of rank r on the top layers, ``lora_alpha = 2 r``.
 
-    Adapting the top layers only lets everything below them run once per example (see :mod:`bayes_lora.trunk`).
+    By default on the modules that PEFT adapts by default and the attention's output projection, whose B writes into
+    the residual stream. Adapting the top layers only lets everything below them run once per example (see
+    :mod:`bayes_lora.trunk`).
     """
+    if target_modules is None:
+        kinds = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
+        target_modules = [*usual, *({"o_proj"} & kinds)] or None
+    layers = model.config.num_hidden_layers
     return peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=None if target_modules is None else list(target_modules),
-        layers_to_transform=list(range(max(0, num_layers - top_layers), num_layers)),
+        layers_to_transform=list(range(max(0, layers - top_layers), layers)),
         task_type="CAUSAL_LM",
     )
 
@@ -54,7 +62,7 @@ def load_language_model(
         lora: any PEFT LoRA configuration; where it is None, :func:`default_lora` makes one from the next three.
         rank: r.
         top_layers: how many layers, counted from the top, are adapted.
-        target_modules: names of module kinds (``q_proj``); by default PEFT's choice for the architecture.
+        target_modules: names of module kinds (``q_proj``); by default see :func:`default_lora`.
         device: by default a GPU if there is one.
         dtype: of the base; by default float32 on a CPU and bfloat16 on a GPU.
         seed: of PEFT's random initial A.
@@ -69,8 +77,7 @@ def load_language_model(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model, tokenizer = _load_base(name_or_path, dtype, model_kwargs or {})
     if lora is None:
-        layers = model.config.num_hidden_layers
-        lora = default_lora(layers, rank=rank, top_layers=top_layers, target_modules=target_modules)
+        lora = default_lora(model, rank=rank, top_layers=top_layers, target_modules=target_modules)
     inject(lora, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
     return LanguageModel(model, tokenizer, lora, name=str(name_or_path), **kwargs)

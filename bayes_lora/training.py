@@ -41,13 +41,13 @@ class FitConfig:
         seed: of the draws of theta and phi.
     """
 
-    steps: int = 300
-    learning_rate: float = 2e-3
+    steps: int = 160
+    learning_rate: float = 1.5e-3
     clip_norm: float = 1.0
-    warmup: int = 50
+    warmup: int = 20
     eval_every: int = 20
-    patience: int = 5
-    num_draws: int = 4
+    patience: int = 4
+    num_draws: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -58,7 +58,7 @@ class GuideNetwork(PyroModule):
         directions: int = 8,
         hidden: int = 128,
         bilinear: int = 12,
-        dropout: float = 0.1,
+        dropout: float = 0.2,
     ) -> None:
         super().__init__()
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
@@ -70,7 +70,8 @@ class GuideNetwork(PyroModule):
         self.left, self.right = (Linear(2 * self.width, bilinear, bias=False) for _ in range(2))
         self.mix = Linear(hidden + bilinear**2, hidden)
         self.dropout = dropout
-        self.log_rate, self.log_decay = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-3.0))
+        # Step size, decay and inverse temperature of the logistic regression, where it does well on frozen models.
+        self.log_rate, self.log_decay, self.log_sharpness = (nn.Parameter(torch.tensor(v)) for v in (1.0, -3.5, -0.7))
         for site in model.random_sites:
             layers, rows, columns = model.initial[site].shape
             self._set("head", site, zero_linear(hidden, layers * (directions + 1)))
@@ -147,7 +148,7 @@ class GuideNetwork(PyroModule):
         Returns u ``(T, d)`` and the errors ``1{gold} - p`` ``(T, S, K)`` of the prediction with it.
         """
         bias = options.new_zeros(options.shape[0], options.shape[-1])
-        rate, decay = self.log_rate.exp(), self.log_decay.exp()
+        rate, decay, log_probs = self.log_rate.exp(), self.log_decay.exp(), self.log_sharpness.exp() * log_probs
         error = gold - log_probs.softmax(-1)
         for _ in range(10):
             bias = bias + rate * (torch.einsum("tn,tnk,tnkd->td", weight, error, options) - decay * bias)

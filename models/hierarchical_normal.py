@@ -47,7 +47,7 @@ class HierarchicalNormal(PyroModule):
         initial: Sites,
         *,
         random: Literal["A", "B", "AB"] = "AB",
-        initial_scale: tuple[float, float] = (0.2, 0.05),
+        initial_scale: tuple[float, float] = (0.1, 0.05),
         loc_scale: float = 1.0,
         concentration: float = 1.0,
         rate: float = 0.01,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.errors import ConfigError, TaskError
@@ -37,17 +37,17 @@ def finish(raw: Tokenizer, after: str = "") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def unigram(after: str = "", drop: str = "\u200b") -> PreTrainedTokenizerFast:
+def unigram() -> PreTrainedTokenizerFast:
     """SentencePiece's unigram model as newer conversions have it: the space is marked by a pre-tokenizer."""
     raw = Tokenizer(models.Unigram())
-    raw.normalizer = normalizers.Replace(Regex(f"[{drop}]"), "")
+    raw.normalizer = normalizers.Replace("\u200b", "")
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     raw.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
         vocab_size=180, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=LETTERS, show_progress=False
     )
     raw.train_from_iterator(TEXT, trainer)
-    return finish(raw, after)
+    return finish(raw)
 
 
 def llama() -> PreTrainedTokenizerFast:
@@ -119,12 +119,12 @@ PARTS = st.tuples(IDS, st.lists(IDS, min_size=2, max_size=4), st.integers(0, 1))
 def test_packed_rows_obey_their_definitions(
     parts: tuple[list[int], list[list[int]], int], other: tuple[list[int], list[list[int]], int]
 ) -> None:
-    """Any prompt and options, shared beginnings included; the key is equal exactly where the content is."""
+    """Any prompt and options, shared beginnings included; the key is equal exactly where all but the answer is."""
     row = pack(*parts)
     check_row(row, parts[0], parts[1])
     assert row.answer == parts[2]
     assert row.key == pack(*parts).key
-    assert (row.key == pack(*other).key) == (parts == other)
+    assert (row.key == pack(*other).key) == (parts[:2] == other[:2])
 
 
 @given(data=st.data(), template=st.sampled_from(TEMPLATES))
@@ -152,7 +152,7 @@ def test_tokens_spell_the_rendered_text(any_tokenizer: Any, data: st.DataObject,
 def test_options_are_tokenised_as_after_the_prompt(sentencepiece: Any) -> None:
     """No token that marks the beginning of a text stands before an option."""
     rows = Encoder(sentencepiece, PromptTemplate("{input}", "{option}"))([Example("film", ("yes", " no"), 0)])
-    assert sentencepiece.convert_ids_to_tokens(ids_of(sentencepiece, "yes"))[0] == "▁yes"
+    assert "".join(sentencepiece.convert_ids_to_tokens(ids_of(sentencepiece, "yes"))) == "▁yes"
     assert "".join(sentencepiece.convert_ids_to_tokens(unpack(rows[0])[1][0])) == "yes"
     assert "".join(sentencepiece.convert_ids_to_tokens(unpack(rows[0])[1][1])) == "▁no"
 
@@ -169,12 +169,12 @@ def test_an_option_that_merges_with_the_end_of_the_prompt(any_tokenizer: Any) ->
     assert spelt == ["it is positive", "it is position"]
 
 
-def test_what_the_tokenizer_appends_is_no_part_of_a_row() -> None:
+def test_what_the_tokenizer_appends_is_no_part_of_a_row(sentencepiece: Any) -> None:
     """The beginning-of-text token stands before the prompt; an end-of-text token is not added anywhere."""
-    with_end, without = unigram(after="</s>"), unigram()
+    with_end = finish(Tokenizer.from_str(sentencepiece.backend_tokenizer.to_str()), after="</s>")
     assert ids_of(with_end, "good", special=True)[-1] == with_end.eos_token_id
     example = Example("a good film", ("yes", "no"), 0)
-    [row], [expected] = Encoder(with_end)([example]), Encoder(without)([example])
+    [row], [expected] = Encoder(with_end)([example]), Encoder(sentencepiece)([example])
     assert row.tokens.tolist() == expected.tokens.tolist()
     assert row.key == expected.key
     assert row.tokens[0] == with_end.bos_token_id
@@ -225,19 +225,21 @@ def test_rows_are_remembered(tokenizer: Any) -> None:
 
 
 def test_keys(any_tokenizer: Any) -> None:
-    """Equal examples share a key between encoders; another label, input, order or template has another."""
+    """Equal examples share a key, whatever encoder and label; another input, order or template has another."""
     example = Example("good", ("yes", "no"), 0)
     [row] = Encoder(any_tokenizer)([example])
-    assert Encoder(any_tokenizer)([Example("good", ("yes", "no"), 0)])[0].key == row.key
+    [equal, relabelled] = Encoder(any_tokenizer)([Example("good", ("yes", "no"), label) for label in (0, 1)])
+    # What is kept under the key is what the frozen model makes of the row, which no label changes.
+    assert equal.key == relabelled.key == row.key
+    assert (equal.answer, relabelled.answer) == (0, 1)
     others = [
-        Example("good", ("yes", "no"), 1),
         Example("bad", ("yes", "no"), 0),
         Example("good", ("no", "yes"), 0),
         Example("good", ("yes", "no", "maybe"), 0),
     ]
     keys = [one.key for one in Encoder(any_tokenizer)(others)]
     keys += [one.key for one in Encoder(any_tokenizer, PromptTemplate("{input}"))([example])]
-    assert len({row.key, *keys}) == 6
+    assert len({row.key, *keys}) == 5
 
 
 def test_options_that_share_their_first_token(any_tokenizer: Any) -> None:

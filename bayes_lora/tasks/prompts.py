@@ -116,7 +116,8 @@ class Encoder:
     Args:
         tokenizer: any Hugging Face tokenizer.
         template: how an example becomes text.
-        max_length: the longest row in tokens; a longer prompt loses its beginning, with one warning that counts.
+        max_length: the longest row in tokens; of a longer one the input loses its beginning, with one warning that
+            counts.
     """
 
     def __init__(
@@ -171,4 +172,10 @@ class Encoder:
         ids = self._ids(prompt)
         if not ids:
             raise TaskError(f"example {example.input[:60]!r}: the tokenizer makes no token of its prompt.")
-        return pack(self._prefix + ids[-room:], options, example.answer), len(ids) > room
+        if len(ids) <= room:
+            return pack(self._prefix + ids, options, example.answer), False
+        # The beginning of the *input* goes: what the template says before it (the options, say) stays.
+        head, _, _ = self.template.prompt.partition("{input}")
+        kept = self._ids(head.replace("{options}", self.template.separator.join(example.options)))
+        kept = kept if ids[: len(kept)] == kept and len(kept) < room else []
+        return pack(self._prefix + kept + ids[len(kept) - room :], options, example.answer), True
