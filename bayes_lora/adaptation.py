@@ -51,7 +51,8 @@ class _Refined(PyroModule):
 
     def normal(self, name: str) -> dist.TorchDistribution:
         loc, log_scale = getattr(self, attribute("loc", name)), getattr(self, attribute("log_scale", name))
-        return dist.Normal(loc, log_scale.exp()).to_event(3)
+        normal: dist.TorchDistribution = dist.Normal(loc, log_scale.exp()).to_event(3)
+        return normal
 
     def forward(self, episode: Episode) -> Sites:
         values = {name: pyro.sample(name, dist.Delta(value, event_dim=3)) for name, value in self.point.items()}
@@ -87,8 +88,8 @@ def adapt(
     objective.eval()
     with torch.no_grad(), AtMean():
         trace = pyro.poutine.trace(guide).get_trace(episode)
-    sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
-    theta = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
+    sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
     phi = {name: node["fn"] for name, node in sites.items() if name.startswith("phi.")}
     refined = _Refined(theta, phi)
     if steps:

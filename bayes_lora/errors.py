@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BayesLoraError", "ConfigError", "ModelFileError", "PosteriorError", "RunFolderError", "SiteError", "TaskError"]
+__all__ = [
+    "BayesLoraError",
+    "ConfigError",
+    "ModelFileError",
+    "PosteriorError",
+    "RunFolderError",
+    "SiteError",
+    "TaskError",
+]
 
 
 class BayesLoraError(Exception):

@@ -81,7 +81,7 @@ class LanguageModel:
         limit = getattr(model.config, "max_position_embeddings", None) or max_length
         self.encoder = Encoder(tokenizer, template, min(max_length, limit))
         adapted = [module for modules in self.sites.modules.values() for module in modules]
-        self._head: nn.Module = model.get_output_embeddings()
+        self._head: Any = model.get_output_embeddings()
         head_names = [name for name, module in model.named_modules() if module is self._head]
         if any(module in head_names for module in adapted):
             raise SiteError("LoRA on the LM head cannot be random: the head sees answer positions, not rows of a draw.")
@@ -212,9 +212,9 @@ class LanguageModel:
         d, like = self.hidden_size, self._head.weight
         hidden, options = like.new_zeros(len(flat), 2, d), like.new_zeros(len(flat), most, d)
         log_probs = like.new_full((len(flat), most), torch.finfo(like.dtype).min / 2)
-        for i, row in enumerate(flat):
-            if row is not None:
-                known, k = self._features[row.key], row.num_options
+        for i, present in enumerate(flat):
+            if present is not None:
+                known, k = self._features[present.key], present.num_options
                 hidden[i], options[i, :k], log_probs[i, :k] = known.hidden, known.options, known.log_probs
         shape = (tasks, width)
         return Features(hidden.unflatten(0, shape), options.unflatten(0, shape), log_probs.unflatten(0, shape))

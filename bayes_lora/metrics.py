@@ -86,14 +86,10 @@ def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
     def mean(field: str) -> float:
         return sum(float(getattr(one, field)) for one in metrics) / len(metrics)
 
-    return Metrics(
-        mean("accuracy"), mean("nll"), mean("brier"), mean("ece"), sum(one.num_examples for one in metrics)
-    )
+    return Metrics(mean("accuracy"), mean("nll"), mean("brier"), mean("ece"), sum(one.num_examples for one in metrics))
 
 
-def top_confidence(
-    log_probs: Tensor, answer: Tensor, option_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def top_confidence(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the confidence ``(N,)`` and whether the prediction is correct ``(N,)``, for arguments as above.
 
     The first of equally probable options is the predicted one.
@@ -167,9 +163,7 @@ def _top(log_probs: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
 def _checked(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Check the arguments; return log-probabilities in float64 with -inf on padding, and int64 answers."""
     if log_probs.ndim != 2 or log_probs.shape[0] < 1 or log_probs.shape[1] < 2:
-        raise ValueError(
-            f"`log_probs` must be (N, K) with N >= 1 and K >= 2 options, got {tuple(log_probs.shape)}"
-        )
+        raise ValueError(f"`log_probs` must be (N, K) with N >= 1 and K >= 2 options, got {tuple(log_probs.shape)}")
     if answer.shape != log_probs.shape[:1] or answer.is_floating_point() or answer.dtype == torch.bool:
         raise ValueError(
             f"`answer` must be ({log_probs.shape[0]},) integers, got {tuple(answer.shape)} of {answer.dtype}"
@@ -184,9 +178,7 @@ def _checked(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None) -> t
         option_mask = option_mask.cpu()
         log_probs = log_probs.masked_fill(~option_mask, -torch.inf)
     if bool(((answer < 0) | (answer >= log_probs.shape[1])).any()):
-        raise ValueError(
-            f"`answer` must be in 0..{log_probs.shape[1] - 1}, got {answer.min()}..{answer.max()}"
-        )
+        raise ValueError(f"`answer` must be in 0..{log_probs.shape[1] - 1}, got {answer.min()}..{answer.max()}")
     if option_mask is not None and not bool(option_mask.gather(1, answer[:, None]).all()):
         raise ValueError("`answer` points at a padded option; check that it was not shifted by the padding")
     error = (log_probs.exp().sum(-1) - 1).abs()
@@ -207,7 +199,5 @@ def _checked_pairs(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]
         )
     confidence = confidence.detach().cpu().double()
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
-        raise ValueError(
-            "`confidence` must be in [0, 1] and not NaN; pass probabilities, not their logarithms"
-        )
+        raise ValueError("`confidence` must be in [0, 1] and not NaN; pass probabilities, not their logarithms")
     return confidence, correct.cpu().bool()

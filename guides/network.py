@@ -34,7 +34,7 @@ from bayes_lora.types import Sites
 
 __all__ = ["GuideNetwork"]
 
-Linear = PyroModule[nn.Linear]
+Linear: Any = PyroModule[nn.Linear]
 
 
 class GuideNetwork(PyroModule):
@@ -75,7 +75,9 @@ class GuideNetwork(PyroModule):
         for site in model.random_sites:
             layers, rows, columns = model.initial[site].shape
             self._set("head", site, zero_linear(hidden, layers * (directions + 1)))
-            self._set("directions", site, nn.Parameter(torch.randn(layers, directions, rows, columns) / directions**0.5))
+            self._set(
+                "directions", site, nn.Parameter(torch.randn(layers, directions, rows, columns) / directions**0.5)
+            )
             self._set("log_scale", site, nn.Parameter(torch.zeros(layers, rows, columns)))
             if self._writes(site):
                 self._set("write", site, zero_linear(hidden, layers * columns))
@@ -104,9 +106,7 @@ class GuideNetwork(PyroModule):
                 phi[site] = pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
         return phi
 
-    def posterior(
-        self, support: Episode, prior: dict[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def posterior(self, support: Episode, prior: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         """Location and scale of q(phi | support), ``(T, 1, layers, out, in)``, per random site."""
         code = self.code(support)
         posterior = {}
@@ -174,7 +174,7 @@ class Code(NamedTuple):
 
 def zero_linear(inputs: int, outputs: int) -> PyroModule:
     """A linear map that starts at zero."""
-    linear = Linear(inputs, outputs)
+    linear: PyroModule = Linear(inputs, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

@@ -59,7 +59,7 @@ class PointTheta(PyroModule):
         return {site: pyro.sample(site, self.distribution(site)) for site in self.positive}
 
     def distribution(self, site: str) -> dist.TorchDistribution:
-        """q of one site."""
+        """Q of one site."""
         value = getattr(self, attribute("loc", site))
         return dist.Delta(value.exp() if self.positive[site] else value, event_dim=3)
 
@@ -82,7 +82,8 @@ class NormalTheta(PointTheta):
         setattr(self, attribute("log_scale", site), nn.Parameter(log_scale))
 
     def distribution(self, site: str) -> dist.TorchDistribution:
-        """q of one site."""
+        """Q of one site."""
         loc, log_scale = getattr(self, attribute("loc", site)), getattr(self, attribute("log_scale", site))
         family = dist.LogNormal if self.positive[site] else dist.Normal
-        return family(loc, log_scale.exp()).to_event(3)
+        normal: dist.TorchDistribution = family(loc, log_scale.exp()).to_event(3)  # type: ignore[no-untyped-call]
+        return normal

@@ -10,7 +10,7 @@ elementwise over the factors A and B of every adapted layer.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -114,9 +114,10 @@ def task_plate(episode: Episode) -> pyro.plate:
 def observe(log_lik: Tensor, episode: Episode) -> None:
     """Observe the gold options. The one place where N enters: each task's sum is scaled from n examples to its N."""
     seen = episode.mask.sum(-1, keepdim=True)
+    mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
     with (
         pyro.plate("example", episode.mask.shape[-1], dim=-1),
         pyro.poutine.scale(scale=(episode.num_data[:, None] / seen).to(log_lik.dtype)),
-        pyro.poutine.mask(mask=episode.mask),
+        pyro.poutine.mask(mask=mask),
     ):
         pyro.sample("answer", dist.Categorical(logits=log_lik), obs=episode.answer)

@@ -57,7 +57,8 @@ def tokenizer():
     text = ["the film was good and bad. Answer: yes no maybe not so positive negative"] * 3
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+        text,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
@@ -97,7 +98,11 @@ def make_tasks(num_tasks=4, num_examples=12):
     for t in range(num_tasks):
         options = labels[t % len(labels)]
         examples = [
-            Example(" ".join(words[(i * 5 + t + j) % len(words)] for j in range(3 + (i * 7 + t) % 6)) + f" {i}", options, (i * i + t) % len(options))
+            Example(
+                " ".join(words[(i * 5 + t + j) % len(words)] for j in range(3 + (i * 7 + t) % 6)) + f" {i}",
+                options,
+                (i * i + t) % len(options),
+            )
             for i in range(num_examples)
         ]
         tasks.append(Task(f"task-{t}", tuple(examples)))

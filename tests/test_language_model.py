@@ -8,7 +8,9 @@ from bayes_lora.tasks import collate
 
 def random_phi(lm, *batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {s: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for s, shape in lm.sites.shapes.items()}
+    return {
+        s: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for s, shape in lm.sites.shapes.items()
+    }
 
 
 def make_episode(lm, counts=(2, 3)):

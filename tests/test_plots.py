@@ -44,9 +44,7 @@ def test_panels_hold_bins_counts_and_ece() -> None:
 
 def test_extreme_confidences() -> None:
     """One example, confidences of exactly 0 and 1, more methods than colours and odd names are all drawn."""
-    curves = {
-        f"method {index} of $x": (torch.tensor([0.0, 1.0]), torch.tensor([True, False])) for index in range(7)
-    }
+    curves = {f"method {index} of $x": (torch.tensor([0.0, 1.0]), torch.tensor([True, False])) for index in range(7)}
     curves["one"] = (torch.tensor([1.0]), torch.tensor([True]))
     figure = reliability_diagram(curves, num_bins=1)
     figure.canvas.draw()

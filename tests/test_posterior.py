@@ -206,7 +206,9 @@ def test_an_exported_adapter_is_a_plain_peft_adapter(tmp_path, tokenizer, kind, 
     torch.manual_seed(1)
     base = BUILDERS[kind]().double()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT 0.21 on transformers 5.23
+        warnings.filterwarnings(
+            "ignore", ".*is_gradient_checkpointing", FutureWarning
+        )  # PEFT 0.21 on transformers 5.23
         plain = peft.PeftModel.from_pretrained(base, tmp_path / "a", autocast_adapter_dtype=False).eval()
     ids = torch.tensor([[5, 9, 2, 7]])
     phi = adapted.loc if draw is None else {s: v[0] for s, v in adapted.draw(1, seed=draw).items()}

@@ -11,7 +11,9 @@ from bayes_lora.sites import Slot, find_sites
 
 def random_values(sites, *batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {s: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for s, shape in sites.shapes.items()}
+    return {
+        s: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for s, shape in sites.shapes.items()
+    }
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -109,10 +111,16 @@ def test_layers_of_other_shapes_become_sites_of_their_own(tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.pop("q_proj.lora_A"), r"site 'q_proj.lora_A': no value given. Expected one of event shape \(2, 3, 16\)"),
+        (
+            lambda v: v.pop("q_proj.lora_A"),
+            r"site 'q_proj.lora_A': no value given. Expected one of event shape \(2, 3, 16\)",
+        ),
         (lambda v: v.update({"q_prj.lora_A": v["q_proj.lora_A"]}), r"no such site. Did you mean \['q_proj.lora_A'"),
         (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"].mT}), r"got \(2, 16, 3\). Did you pass it transposed"),
-        (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"][None]}), r"\(groups, layers, out, in\) for every site alike"),
+        (
+            lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"][None]}),
+            r"\(groups, layers, out, in\) for every site alike",
+        ),
     ],
 )
 def test_wrong_values_are_refused_by_name(lm, change, message):

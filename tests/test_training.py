@@ -125,7 +125,10 @@ def test_a_nan_stops_the_fit_and_names_step_and_site(lm):
     objective, sampler, _ = build(lm)
     poisoned = BetaELBO(objective.model.program, Poisoned(objective.guide.program), beta=1e-2)
     pyro.enable_validation(False)
-    with pytest.warns(UserWarning, match="NaN"), pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"):
+    with (
+        pytest.warns(UserWarning, match="NaN"),
+        pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"),
+    ):
         fit(poisoned, sampler, config=CONFIG)
 
 
@@ -134,7 +137,9 @@ def test_an_infinite_gradient_stops_the_fit_before_the_update(lm):
     parameter = objective.guide.program.theta.loc_theta_loc_q_proj_lora_A
     parameter.register_hook(lambda gradient: gradient * math.inf)
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    with pytest.raises(NonFiniteLoss, match=r"step 0: the gradient of \['guide.program.theta.loc_theta_loc_q_proj_lora_A"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 0: the gradient of \['guide.program.theta.loc_theta_loc_q_proj_lora_A"
+    ):
         fit(objective, sampler, config=CONFIG)
     assert all(torch.equal(p, before[name]) for name, p in objective.named_parameters())
 

@@ -21,9 +21,7 @@ from bayes_lora.tasks.task import Example, Task, TaskSet, did_you_mean
 __all__ = ["has_options", "load_task", "load_taskset", "read_examples"]
 
 
-def read_examples(
-    path: str | Path, *, merge_duplicates: bool = False, labelled: bool = True
-) -> list[Example]:
+def read_examples(path: str | Path, *, merge_duplicates: bool = False, labelled: bool = True) -> list[Example]:
     """Read all examples of one UTF-8 jsonl file, in order.
 
     Args:

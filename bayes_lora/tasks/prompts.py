@@ -106,8 +106,18 @@ def pack(prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int) -
             targets.append(token)
             target_options.append(index)
     key = blake2b(repr((tokens, segments, targets, target_options)).encode(), digest_size=16).digest()
-    lists = (tokens, segments, positions, sources, target_sources, targets, target_options)
-    return EncodedExample(*(torch.tensor(values) for values in lists), len(options), answer, key)
+    return EncodedExample(
+        tokens=torch.tensor(tokens),
+        segments=torch.tensor(segments),
+        positions=torch.tensor(positions),
+        sources=torch.tensor(sources),
+        target_sources=torch.tensor(target_sources),
+        targets=torch.tensor(targets),
+        target_options=torch.tensor(target_options),
+        num_options=len(options),
+        answer=answer,
+        key=key,
+    )
 
 
 class Encoder:
@@ -127,6 +137,7 @@ class Encoder:
         self.template = template or PromptTemplate()
         self.max_length = max_length
         self.encode = lru_cache(maxsize=None)(self._encode)
+        self._cut: set[Example] = set()
         self._option_ids = lru_cache(maxsize=None)(self._encode_option)
         # What the tokenizer puts before a text of its own accord (Llama's <s>), kept when the prompt is cut.
         plain, marked = self._ids("a"), self._ids("a", special=True)
@@ -134,12 +145,13 @@ class Encoder:
         self._prefix = marked[: next(starts, 0)]
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Encode examples; cut prompts are counted in one warning."""
+        """Encode examples; those that are cut for the first time are counted in one warning."""
         encoded = [self.encode(example) for example in examples]
-        cut = sum(was_cut for _, was_cut in encoded)
+        cut = {example for example, (_, was_cut) in zip(examples, encoded, strict=True) if was_cut} - self._cut
         if cut:
+            self._cut |= cut
             warnings.warn(
-                f"{cut} of {len(examples)} prompts are longer than max_length={self.max_length} tokens "
+                f"{len(cut)} of {len(examples)} prompts are longer than max_length={self.max_length} tokens "
                 "and lost their beginning.",
                 stacklevel=2,
             )
