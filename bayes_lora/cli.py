@@ -197,7 +197,10 @@ def _config(
     from bayes_lora.config import RunConfig
 
     config = RunConfig.load(path, settings or [], base)
-    return replace(config, language_model=replace(config.language_model, name=model)) if model else config
+    name = model or config.language_model.name
+    # A path is kept whole, so that a later call from another folder finds the model.
+    name = str(Path(name).resolve()) if Path(name).exists() else name
+    return replace(config, language_model=replace(config.language_model, name=name))
 
 
 def _load(run: Path) -> Posterior:

@@ -44,7 +44,7 @@ class PriorConfig:
     """Keyword arguments of :class:`bayes_lora.models.HierarchicalNormal`."""
 
     random: Literal["A", "B", "AB"] = "AB"
-    initial_scale: tuple[Positive, Positive] = (0.2, 0.05)
+    initial_scale: tuple[Positive, Positive] = (0.1, 0.05)
     loc_scale: Positive = 1.0
     concentration: Positive = 1.0
     rate: Positive = 0.01
@@ -58,7 +58,7 @@ class GuideConfig:
     directions: Count = 8
     hidden: Count = 128
     bilinear: Count = 12
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class EpisodeConfig:
     """
 
     tasks_per_episode: Count = 4
-    num_support: Count = 8
+    num_support: Count = 16
     num_query: Count = 8
     score_support: bool = False
     examples_per_task: Count | None = 64
-    held_back: NonNegative = 0.15
+    held_back: NonNegative = 0.12
     held_back_shots: Count = 16
 
 

@@ -106,6 +106,8 @@ def fit_posterior(
             progress.update(bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
 
     def on_look(state: FitState) -> None:
+        if progress is not None:
+            progress.console.print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in state.history[-1].items()))
         if run is not None:
             save_checkpoint(run / CHECKPOINT, objective, optimizer, state, settings)
             write_json(run / "curve.json", state.history)
@@ -130,6 +132,7 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
         task if limit is None or len(task) <= limit else task.split(limit, seed=config.seed, num_query=0)
         for task in tasks.values()
     )
+    lm.encoder([example for task in drawn.values() for example in task.examples])  # one warning counts what is cut
     kept, held = drawn, []
     if settings.held_back:
         share = settings.held_back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -172,13 +173,15 @@ class EpisodeSampler:
         self.tasks, self.encoder, self.seed = list(tasks.values()), encoder, seed
         self.tasks_per_episode, self.num_support, self.num_query = tasks_per_episode, num_support, num_query
         self.score_support = score_support
+        lengths = [median(len(row) for row in encoder(task.examples)) for task in self.tasks]
+        self._by_length = np.argsort(lengths, kind="stable")
         for task in self.tasks:
             task.split(num_support, seed=0, num_query=num_query)  # fails now, not in the middle of a run
 
     def __getitem__(self, index: int) -> Episode:
         """Draw episode ``index``."""
         rng = np.random.default_rng([self.seed, index])
-        chosen = rng.choice(len(self.tasks), self.tasks_per_episode, replace=False)
+        chosen = self._choose(rng)
         drawn = [self._draw(self.tasks[i], rng) for i in chosen]
         return collate(
             [self.encoder(task.examples if self.score_support else task.query) for task in drawn],
@@ -193,6 +196,12 @@ class EpisodeSampler:
         while True:
             yield self[index]
             index += 1
+
+    def _choose(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw T tasks among 2 T neighbours in length, so that little is padded; each task is equally likely."""
+        start, count = rng.integers(len(self.tasks)), min(2 * self.tasks_per_episode, len(self.tasks))
+        neighbours = self._by_length[(start + np.arange(count)) % len(self.tasks)]
+        return rng.choice(neighbours, self.tasks_per_episode, replace=False)
 
     def _draw(self, task: Task, rng: np.random.Generator) -> Task:
         return task.split(self.num_support, seed=int(rng.integers(2**31)), num_query=self.num_query)

@@ -1,0 +1,105 @@
+"""Few-shot adaptation to unseen tasks: a fitted posterior against a LoRA fine-tuned from scratch, over several seeds.
+
+    bayes-lora fit --tasks ../shared/data/crossfit --split cls-45 --run runs/cls-45
+    python benchmarks/few_shot.py --run runs/cls-45 --tasks ../shared/data/crossfit --seeds 13,21 \\
+        --names ag_news,tweet_eval-stance_atheism,climate_fever,emo --output benchmarks/results/cls-45.json
+
+A seed is one draw of the 16 support examples of each task. Every method sees the same support, the same queries and the
+same LoRA sites. Printed: a Markdown table of means over tasks and seeds, each with its standard error over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import peft
+import pyro
+import torch
+import transformers
+
+from bayes_lora.posterior import Posterior
+from bayes_lora.progress import bars
+from bayes_lora.run import compare
+from bayes_lora.storage import write_json
+from bayes_lora.tasks import Task, load_taskset
+
+COLUMNS = {"accuracy": "accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE"}
+
+
+def load(folder: Path, names: list[str], seed: int, queries: int) -> list[Task]:
+    """Seed's support set of every task, and at most ``queries`` of its test examples, the same for every seed."""
+    tasks = load_taskset(folder, names, seed=seed, merge_duplicates=True)
+    return [t.subset(None, min(queries, len(t.query)), seed=0) for t in tasks.values()]
+
+
+def summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean over seeds of each method's mean over tasks, and the standard error of that mean."""
+    table: dict[str, dict[str, tuple[float, float]]] = {}
+    for method in next(iter(by_seed.values())):
+        table[method] = {}
+        for column in COLUMNS:
+            values = [one[method]["mean"][column] for one in by_seed.values()]
+            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            table[method][column] = (fmean(values), error)
+    return table
+
+
+def markdown(table: dict[str, dict[str, tuple[float, float]]]) -> str:
+    lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    for method, row in table.items():
+        lines.append(f"| {method} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run folder of a fit")
+    parser.add_argument("--tasks", type=Path, required=True, help="folder of tasks in the MetaICL layout")
+    parser.add_argument("--names", required=True, help="unseen tasks, with commas between")
+    parser.add_argument("--seeds", default="13,21,42")
+    parser.add_argument("--queries", type=int, default=64, help="at most this many test examples per task")
+    parser.add_argument("--steps", default="0,10", help="gradient steps after the one pass")
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--rates", default="3e-4,1e-3,3e-3", help="Adam's step sizes for the LoRA baseline")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    started = time.perf_counter()
+    posterior = Posterior.load(args.run / "posterior")
+    by_seed = {}
+    with bars() as progress:
+        for seed in map(int, args.seeds.split(",")):
+            comparison = compare(
+                posterior,
+                load(args.tasks, args.names.split(","), seed, args.queries),
+                steps=[int(count) for count in args.steps.split(",")],
+                num_draws=args.draws,
+                lora_learning_rates=[float(rate) for rate in args.rates.split(",")],
+                progress=progress,
+            )
+            by_seed[seed] = comparison.to_dict()
+            result = {
+                "settings": {k: str(v) for k, v in vars(args).items() if k not in ("run", "tasks", "output")},
+                "config": posterior.config.to_dict(),
+                "curve": json.loads((args.run / "curve.json").read_text()),
+                "seeds": by_seed,
+                "summary": summary(by_seed),
+                "seconds": time.perf_counter() - started,
+                "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+                "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, pyro)},
+            }
+            write_json(args.output, result)  # after every seed, so that a long run leaves what it has
+    print(markdown(summary(by_seed)))
+
+
+if __name__ == "__main__":
+    main()
