@@ -132,7 +132,9 @@ class GuideNetwork(PyroModule):
         options = features.options / squares.sqrt()[:, None, None, None]
         gold = F.one_hot(support.answer, options.shape[-2]) * support.mask[..., None]
         weight = (support.mask / support.mask.sum(-1, keepdim=True)).to(options.dtype)
-        bias, error = self._fit_bias(options, features.log_probs, gold, weight)
+        # Finite where an option is absent, in any dtype: infinity times a zero gradient would be no number.
+        log_probs = features.log_probs.masked_fill(~support.option_mask, -1e4)
+        bias, error = self._fit_bias(options, log_probs, gold, weight)
         label = torch.stack([(gold[..., None] * options).sum(-2), (error[..., None] * options).sum(-2)], -2)
         state, label = F.layer_norm(features.hidden, (self.width,)).flatten(-2), self.width**0.5 * label
         seen = support.mask[..., None]

@@ -181,16 +181,16 @@ def test_what_the_tokenizer_appends_is_no_part_of_a_row(sentencepiece: Any) -> N
     assert row.tokens.tolist().count(with_end.bos_token_id) == 1
 
 
-@given(max_length=st.integers(1, 60))
+@given(max_length=st.integers(1, 60), template=st.sampled_from(TEMPLATES))
 @settings(deadline=None)
-def test_truncation_keeps_the_ends(any_tokenizer: Any, max_length: int) -> None:
-    """A cut row is as long as allowed and keeps the prefix, the end of the prompt and all options."""
-    example = Example("the film was good and bad and so so " * 2, ("yes", "not so negative", "maybe"), 1)
-    [whole] = Encoder(any_tokenizer, max_length=10_000)([example])
+def test_truncation_keeps_the_ends(any_tokenizer: Any, max_length: int, template: PromptTemplate) -> None:
+    """A cut row is as long as allowed, keeps all options, and loses one stretch of its prompt, not at its end."""
+    example = Example("the film was good and bad and so so " * 3, ("yes", "not so negative", "maybe"), 1)
+    [whole] = Encoder(any_tokenizer, template, max_length=10_000)([example])
     prompt, options = unpack(whole)
     prefix = [] if any_tokenizer.bos_token_id == any_tokenizer.eos_token_id else [any_tokenizer.bos_token_id]
     room = max_length - len(prefix) - (len(whole) - len(prompt))
-    encoder = Encoder(any_tokenizer, max_length=max_length)
+    encoder = Encoder(any_tokenizer, template, max_length=max_length)
     if room < 1:
         with pytest.raises(TaskError, match=rf"options alone fill max_length={max_length} tokens\. Raise"):
             encoder([example])
@@ -200,20 +200,45 @@ def test_truncation_keeps_the_ends(any_tokenizer: Any, max_length: int) -> None:
         return
     with pytest.warns(UserWarning, match=rf"1 of 1 prompts are longer than max_length={max_length} tokens"):
         [cut] = encoder([example])
-    check_row(cut, prefix + prompt[-room:], options)
-    assert len(cut) == max_length
-    assert cut.answer == 1
+    found, _ = unpack(cut)
+    check_row(cut, found, options)
+    assert (len(cut), cut.answer) == (max_length, 1)
+    begin = next(i for i, (a, b) in enumerate(zip(found + [-1], prompt, strict=False)) if a != b)
+    assert begin >= len(prefix)
+    assert any(found[i:] == prompt[i - len(found) :] for i in range(len(prefix), min(begin + 1, len(found))))
 
 
-def test_one_warning_counts_the_cut_prompts(tokenizer: Any) -> None:
-    """Each call that cuts warns once, at the caller, also where the rows were made before."""
+@pytest.mark.parametrize("prompt", ["{options}?\n{input}\nAnswer:", "Review: {input}\nAnswer:"])
+def test_truncation_cuts_the_beginning_of_the_input(any_tokenizer: Any, prompt: str) -> None:
+    """What the template says before the input stays, also where its last letter merges with the input's first."""
+    example = Example("bad " * 90 + "good film", ("yes", "no"), 0)
+    encoder = Encoder(any_tokenizer, PromptTemplate(prompt), max_length=60)
+    with pytest.warns(UserWarning, match="1 of 1 prompts"):
+        [row] = encoder([example])
+    spelt = any_tokenizer.decode(unpack(row)[0], skip_special_tokens=True)
+    assert spelt.startswith("yes or no?\n" if "{options}" in prompt else "Review:")
+    assert spelt.endswith("good film\nAnswer:")
+
+
+def test_a_beginning_that_fills_the_row_gives_way(tokenizer: Any) -> None:
+    """Where the text before the input leaves no room, the end of the prompt is kept in its stead."""
+    encoder = Encoder(tokenizer, PromptTemplate("Say what you think of this: {input}\nAnswer:"), max_length=8)
+    with pytest.warns(UserWarning, match="1 of 1 prompts"):
+        [row] = encoder([Example("good film", ("a", "b"), 0)])
+    assert tokenizer.decode(unpack(row)[0]).endswith("film\nAnswer:")
+
+
+def test_each_cut_prompt_is_counted_once(tokenizer: Any) -> None:
+    """A call warns, once and at the caller, of the prompts that it is the first to cut."""
     encoder = Encoder(tokenizer, max_length=40)
-    short, long = Example("good", ("yes", "no"), 0), Example("good film " * 30, ("yes", "no"), 0)
+    short, *long = [Example("good film " * n, ("yes", "no"), 0) for n in (1, 30, 40, 50)]
     encoder([short])  # and is silent: warnings are errors
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="^2 of 3 prompts are longer than max_length=40") as caught:
-            encoder([long, short, long])
-        assert [Path(one.filename).name for one in caught] == ["test_prompts.py"]
+    with pytest.warns(UserWarning, match="^2 of 3 prompts are longer than max_length=40") as caught:
+        encoder([long[0], short, long[1]])
+    assert [Path(one.filename).name for one in caught] == ["test_prompts.py"]
+    encoder([long[1], long[0]])
+    with pytest.warns(UserWarning, match="^1 of 2 prompts"):
+        encoder([long[1], long[2]])
 
 
 def test_rows_are_remembered(tokenizer: Any) -> None:

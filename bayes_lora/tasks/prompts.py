@@ -188,6 +188,8 @@ class Encoder:
             return pack(self._prefix + ids, options, example.answer), False
         # The beginning of the *input* goes: what the template says before it (the options, say) stays.
         head, _, _ = self.template.prompt.partition("{input}")
-        kept = self._ids(head.replace("{options}", self.template.separator.join(example.options)))
-        kept = kept if ids[: len(kept)] == kept and len(kept) < room else []
-        return pack(self._prefix + kept + ids[len(kept) - room :], options, example.answer), True
+        before = self._ids(head.replace("{options}", self.template.separator.join(example.options)))
+        # Its last token may be another before the input: "Review: " ends in a space, "Review: good" has " good".
+        kept = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+        kept = kept if kept < room else 0
+        return pack(self._prefix + ids[:kept] + ids[kept - room :], options, example.answer), True
