@@ -21,7 +21,7 @@ __all__ = ["demo_config", "demo_tasks", "run_demo"]
 
 def demo_config() -> RunConfig:
     """Settings that end within ten minutes on two CPU cores."""
-    return RunConfig(episodes=EpisodeConfig(held_back=2), fit=FitConfig(steps=80, eval_every=20, learning_rate=2e-3))
+    return RunConfig(episodes=EpisodeConfig(held_back=2), fit=FitConfig(steps=70, eval_every=14, learning_rate=2e-3))
 
 
 def demo_tasks(shots: int = 16, seed: int = 0) -> tuple[TaskSet, TaskSet]:
