@@ -179,6 +179,7 @@ def compare(
     tasks: Sequence[Task],
     *,
     steps: Sequence[int] = (0, 10),
+    learning_rate: float = 2e-3,
     num_draws: int = 10,
     lora_steps: int = 10,
     lora_learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
@@ -190,6 +191,7 @@ def compare(
         posterior: a fitted posterior.
         tasks: ``support`` is adapted to, ``query`` is predicted.
         steps: gradient steps after the guide's one pass; a row each.
+        learning_rate: of these steps.
         num_draws: S, of the posterior predictive.
         lora_steps: Adam steps of the LoRA baseline.
         lora_learning_rates: its step sizes, a row each.
@@ -204,7 +206,10 @@ def compare(
         )
     for count in steps:
         name = "ours, one pass" + (f" + {count} steps" if count else "")
-        methods[name] = lambda task, count=count: (posterior.adapt(task, steps=count), num_draws)  # type: ignore[misc]
+        methods[name] = lambda task, count=count: (  # type: ignore[misc]
+            posterior.adapt(task, steps=count, learning_rate=learning_rate),
+            num_draws,
+        )
     cache(lm, [task.examples for task in tasks], "reading unseen tasks", progress)
     bar = progress.add_task("adapting and predicting", total=len(methods) * len(tasks)) if progress else None
 

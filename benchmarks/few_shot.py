@@ -65,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="13,21,42")
     parser.add_argument("--queries", type=int, default=64, help="at most this many test examples per task")
     parser.add_argument("--steps", default="0,10", help="gradient steps after the one pass")
+    parser.add_argument("--rate", type=float, default=2e-3, help="Adam's step size of those steps")
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--rates", default="3e-4,1e-3,3e-3", help="Adam's step sizes for the LoRA baseline")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
@@ -82,6 +83,7 @@ def main() -> None:
                 posterior,
                 load(args.tasks, args.names.split(","), seed, args.queries),
                 steps=[int(count) for count in args.steps.split(",")],
+                learning_rate=args.rate,
                 num_draws=args.draws,
                 lora_learning_rates=[float(rate) for rate in args.rates.split(",")],
                 progress=progress,
