@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class LanguageModel:
         *,
         name: str = "",
         template: PromptTemplate | None = None,
-        max_length: int = 512,
+        max_length: int = 128,
         normalize: Literal["sum", "mean"] = "sum",
         token_budget: int = 16384,
     ) -> None:
@@ -92,6 +93,18 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the base model is."""
         return self.model.device
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores besides the weights; saved with a posterior, and compared when it is loaded."""
+        return {
+            "name": self.name,
+            "max_length": self.encoder.max_length,
+            "template": asdict(self.encoder.template),
+            "normalize": self.normalize,
+            "lora_alpha": self.lora_config.lora_alpha,
+            "use_rslora": bool(self.lora_config.use_rslora),
+        }
 
     @property
     def hidden_size(self) -> int:

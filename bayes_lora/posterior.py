@@ -49,13 +49,13 @@ class Posterior:
         listed = [tasks] if isinstance(tasks, Task) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
         return adapt(self.objective, self.lm, listed, steps=steps, learning_rate=learning_rate, seed=seed)
 
-    def save(self, path: Path, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write parameters (safetensors) and settings (JSON) to a folder.
 
         Raises:
             RunFolderError: the folder exists.
         """
-        with new_folder(path, overwrite=overwrite) as folder:
+        with new_folder(Path(path), overwrite=overwrite) as folder:
             self.write(folder)
 
     def write(self, folder: Path) -> None:
@@ -63,10 +63,11 @@ class Posterior:
         write_tensors(folder / TENSORS, self.objective.state_dict())
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
         sites = {site: list(shape) for site, shape in self.lm.sites.shapes.items()}
-        write_json(folder / CONFIG, {"config": self.config.to_dict(), "sites": sites, "versions": versions})
+        facts = {"config": self.config.to_dict(), "language_model": self.lm.settings, "sites": sites}
+        write_json(folder / CONFIG, facts | {"versions": versions})
 
     @classmethod
-    def load(cls, path: Path, lm: LanguageModel | None = None) -> Posterior:
+    def load(cls, path: str | Path, lm: LanguageModel | None = None) -> Posterior:
         """Read a saved posterior; it predicts bit for bit what it did before.
 
         Args:
@@ -83,6 +84,13 @@ class Posterior:
         saved, here = _section(facts, "sites", path), {s: list(shape) for s, shape in lm.sites.shapes.items()}
         if saved != here:
             raise PosteriorError(f"{path}: made for LoRA sites {saved}, but {lm.name} has {here}.")
+        fitted, now = _section(facts, "language_model", path), lm.settings
+        differ = [key for key in now if key != "name" and fitted.get(key) != now[key]]
+        if differ:
+            was, are = ({key: one.get(key) for key in differ} for one in (fitted, now))
+            raise PosteriorError(
+                f"{path}: fitted with {was}, but the language model has {are}. Pass lm= made like that."
+            )
         objective = build_objective(lm, config)
         try:
             objective.load_state_dict(tensors)

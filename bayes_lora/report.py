@@ -90,10 +90,11 @@ def metrics_table(results: Mapping[str, Mapping[str, Metrics]], title: str) -> T
     if len(tasks) > 1:
         blocks[MEAN] = {method: mean_metrics(list(by_task.values())) for method, by_task in results.items()}
     for task, rows in blocks.items():
-        values = {m: (f"{x.accuracy:.3f}", f"{x.nll:.3f}", f"{x.brier:.3f}", f"{x.ece:.3f}") for m, x in rows.items()}
+        values = {m: [round(v, 3) for v in (x.accuracy, x.nll, x.brier, x.ece)] for m, x in rows.items()}
         best = [pick(row[i] for row in values.values()) for i, pick in enumerate((max, min, min, min))]
         for index, (method, row) in enumerate(values.items()):
-            cells = [f"[bold]{v}[/bold]" if len(rows) > 1 and v == best[i] else v for i, v in enumerate(row)]
+            bold = [len(rows) > 1 and value == best[i] for i, value in enumerate(row)]
+            cells = [f"[bold]{v:.3f}[/bold]" if b else f"{v:.3f}" for v, b in zip(row, bold, strict=True)]
             names = (escape(task) if index == 0 else "", escape(method))
             table.add_row(*names, *cells, end_section=index == len(values) - 1)
     return table

@@ -66,7 +66,7 @@ def fit_posterior(
     tasks: TaskSet,
     config: RunConfig | None = None,
     *,
-    run: Path | None = None,
+    run: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -87,7 +87,8 @@ def fit_posterior(
         ConfigError: the checkpoint was made with other settings.
         RunFolderError: the folder holds a run already, or something else.
     """
-    config = config or RunConfig()
+    config = with_language_model(config or RunConfig(), lm)
+    run = None if run is None else Path(run)
     sampler, held_back = build_episodes(lm, tasks, config)
     objective = build_objective(lm, config)
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.fit.learning_rate)
@@ -124,6 +125,20 @@ def fit_posterior(
     return posterior, state
 
 
+def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
+    """The settings with those of the language model at hand, so that what is saved says what was fitted."""
+    encoder = lm.encoder
+    kept = replace(
+        config.language_model,
+        name=lm.name or config.language_model.name,
+        rank=int(lm.lora_config.r),
+        max_length=encoder.max_length,
+        normalize=lm.normalize,
+        template=encoder.template,
+    )
+    return replace(config, language_model=kept)
+
+
 def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tuple[EpisodeSampler, list[Episode]]:
     """Split a collection into a sampler of training episodes and one episode per held-back task."""
     settings = config.episodes
@@ -136,7 +151,7 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
     kept, held = drawn, []
     if settings.held_back:
         share = settings.held_back
-        kept, back = drawn.split(share if share < 1 else int(share), seed=config.seed)
+        kept, back = drawn.split(max(1, round(share * len(drawn))) if share < 1 else int(share), seed=config.seed)
         held = [_split_held_back(task, settings.held_back_shots, config.seed) for task in back.values()]
     sampler = EpisodeSampler(
         kept,

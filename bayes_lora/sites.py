@@ -191,7 +191,9 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
             raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got {layer!r}.")
         for factor in FACTORS:
             factors = getattr(layer, factor)
-            slot = Slot(factors[adapter].weight)
+            # At least float32, whatever the base: bfloat16 would round small steps of its weights to nothing.
+            initial = factors[adapter].weight
+            slot = Slot(initial.to(torch.promote_types(initial.dtype, torch.float32)))
             factors[adapter] = slot
             kind = f"{name.rpartition('.')[2]}.{factor}"
             found.setdefault(kind, {}).setdefault(tuple(slot.initial.shape), []).append((name, slot))

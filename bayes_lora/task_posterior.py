@@ -114,7 +114,7 @@ class TaskPosterior:
         loc = {site: value if len(value) == 1 else value[i : i + 1] for site, value in self.loc.items()}
         return TaskPosterior(self.lm, loc, {s: v[i : i + 1] for s, v in self.scale.items()}, (name,))
 
-    def save(self, path: Path, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the posterior to a folder (safetensors and JSON).
 
         Raises:
@@ -122,12 +122,12 @@ class TaskPosterior:
         """
         tensors = {f"loc.{site}": value for site, value in self.loc.items()}
         tensors |= {f"scale.{site}": value for site, value in self.scale.items()}
-        with new_folder(path, overwrite=overwrite) as folder:
+        with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(folder / TENSORS, tensors)
             write_json(folder / NAMES, {"names": list(self.names), "language_model": self.lm.name})
 
     @classmethod
-    def load(cls, path: Path, lm: LanguageModel) -> TaskPosterior:
+    def load(cls, path: str | Path, lm: LanguageModel) -> TaskPosterior:
         """Read a saved posterior; it predicts bit for bit what it did before.
 
         Raises:
@@ -144,7 +144,7 @@ class TaskPosterior:
         except (SiteError, KeyError, TypeError) as error:
             raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
 
-    def export_peft(self, path: Path, *, draw: int | None = None, overwrite: bool = False) -> None:
+    def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.
 
         Args:
@@ -161,7 +161,7 @@ class TaskPosterior:
             )
         phi = self.loc if draw is None else self.draw(1, seed=draw)
         weights = self.lm.sites.unstack({site: value.reshape(value.shape[-3:]) for site, value in phi.items()})
-        with new_folder(path, overwrite=overwrite) as folder:
+        with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(
                 folder / "adapter_model.safetensors",
                 {f"base_model.model.{name}.weight": value for name, value in weights.items()},

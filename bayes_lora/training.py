@@ -164,9 +164,16 @@ def _step(
     step: int,
 ) -> float:
     optimizer.zero_grad()
-    loss = objective(episode) / num_data
+    try:
+        loss = objective(episode) / num_data
+    except ValueError as error:  # Pyro's validation of a distribution comes before the loss
+        site = _blame_site(objective, episode)
+        if site is None:
+            raise
+        raise NonFiniteLoss(f"step {step}: {site}.") from error
     if not torch.isfinite(loss):
-        raise NonFiniteLoss(f"step {step}: the loss is {float(loss.detach())}; {_blame_site(objective, episode)}.")
+        site = _blame_site(objective, episode) or "no single site is to blame: the sum overflows. Try a smaller beta"
+        raise NonFiniteLoss(f"step {step}: the loss is {float(loss.detach())}; {site}.")
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(objective.parameters(), clip_norm)
     if norm is not None and not torch.isfinite(norm):
@@ -176,7 +183,7 @@ def _step(
     return float(loss.detach())
 
 
-def _blame_site(objective: BetaELBO, episode: Episode) -> str:
+def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
     with torch.no_grad(), pyro.validation_enabled(False):
         guide = pyro.poutine.trace(objective.guide).get_trace(episode)
         model = pyro.poutine.trace(pyro.poutine.replay(objective.model, guide)).get_trace(episode)
@@ -185,7 +192,7 @@ def _blame_site(objective: BetaELBO, episode: Episode) -> str:
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"])):
                     return f"site {name!r} of the {where} is where it starts. Try a lower learning_rate"
-    return "no single site is to blame: the sum overflows. Try a lower learning_rate or a smaller beta"
+    return None
 
 
 def _look(

@@ -14,7 +14,7 @@ from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError, TaskE
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
 from bayes_lora.task_posterior import TaskPosterior, predictive
-from bayes_lora.tasks import Task, collate
+from bayes_lora.tasks import PromptTemplate, Task, collate
 
 
 def build(lm, random="AB"):
@@ -188,6 +188,25 @@ def edit(path, change):
     facts = json.loads((path / "posterior.json").read_text())
     change(facts)
     (path / "posterior.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_length": 50}, {"normalize": "mean"}, {"template": PromptTemplate("{input}:")}]
+)
+def test_a_language_model_made_otherwise_is_refused(tmp_path, posterior, tokenizer, change):
+    posterior.save(tmp_path / "p")
+    with pytest.raises(PosteriorError, match=f"fitted with {{'{next(iter(change))}"):
+        Posterior.load(tmp_path / "p", build_lm("llama", tokenizer, **change))
+
+
+def test_lora_weights_are_float32_on_a_base_of_lower_precision(tokenizer, unseen):
+    lm = build_lm("llama", tokenizer, dtype=torch.bfloat16)
+    assert {value.dtype for value in lm.sites.initial().values()} == {torch.float32}
+    config = RunConfig.from_dict({"prior": {"random": "B"}, "guide": {"hidden": 6, "directions": 2, "bilinear": 2}})
+    posterior = Posterior(lm, build_objective(lm, config).eval(), config)
+    adapted = posterior.adapt(unseen, steps=2)
+    assert adapted.loc["q_proj.lora_B"].dtype == torch.float32
+    assert all(torch.isfinite(log_probs).all() for log_probs in adapted.predict([task.query for task in unseen]))
 
 
 def test_a_task_posterior_of_another_model_is_refused(tmp_path, posterior, unseen, tokenizer):

@@ -12,7 +12,15 @@ from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError, TaskE
 from bayes_lora.metrics import Metrics
 from bayes_lora.posterior import Posterior
 from bayes_lora.report import MEAN, metrics_table
-from bayes_lora.run import build_episodes, check_run_folder, compare, fit_posterior, prepare_run_folder, with_seed
+from bayes_lora.run import (
+    build_episodes,
+    check_run_folder,
+    compare,
+    fit_posterior,
+    prepare_run_folder,
+    with_language_model,
+    with_seed,
+)
 from bayes_lora.tasks import Task, TaskSet
 
 METHODS = [
@@ -44,12 +52,18 @@ def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
     run = tmp_path / "runs" / "a"
     posterior, state = fit_posterior(lm, tasks, CONFIG, run=run)
     assert names(run) == FILES and names(run.parent) == ["a"]
-    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == CONFIG
+    config = with_language_model(CONFIG, lm)
+    assert (config.language_model.name, config.language_model.max_length, config.language_model.rank) == (
+        "llama",
+        96,
+        3,
+    )
+    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config
     curve = json.loads((run / "curve.json").read_text())
     assert curve == state.history and [row["step"] for row in curve] == [2, 4, 6]
     assert all(math.isfinite(value) for row in curve for value in row.values())
     loaded = Posterior.load(run / "posterior", lm)
-    assert loaded.config == CONFIG
+    assert loaded.config == config
     assert_equal(loaded.objective.state_dict(), posterior.objective.state_dict())
     assert_equal(posterior.objective.state_dict(), state.best_parameters)
 

@@ -121,14 +121,13 @@ class Poisoned(PyroModule):
         return self.guide(episode)
 
 
-def test_a_nan_stops_the_fit_and_names_step_and_site(lm):
+@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_nan_stops_the_fit_and_names_step_and_site(lm, validation):
     objective, sampler, _ = build(lm)
     poisoned = BetaELBO(objective.model.program, Poisoned(objective.guide.program), beta=1e-2)
-    pyro.enable_validation(False)
-    with (
-        pytest.warns(UserWarning, match="NaN"),
-        pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"),
-    ):
+    pyro.enable_validation(validation)
+    with pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"):
         fit(poisoned, sampler, config=CONFIG)
 
 
