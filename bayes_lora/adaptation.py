@@ -12,6 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import nn
 
+from bayes_lora.errors import NonFiniteLoss
 from bayes_lora.guides.theta import attribute
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO
@@ -111,8 +112,11 @@ def adapt(
 def _descend(objective: BetaELBO, refined: _Refined, episode: Episode, steps: int, learning_rate: float) -> None:
     parameters = list(refined.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    for _ in range(steps):
+    for step in range(steps):
         gradients = torch.autograd.grad(objective(episode), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+        broken = [name for name, value in refined.named_parameters() if not value.isfinite().all()]
+        if broken:
+            raise NonFiniteLoss(f"step {step} of adaptation: {broken[:3]} are not finite. Try a lower learning_rate.")

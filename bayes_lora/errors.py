@@ -6,6 +6,7 @@ __all__ = [
     "BayesLoraError",
     "ConfigError",
     "ModelFileError",
+    "NonFiniteLoss",
     "PosteriorError",
     "RunFolderError",
     "SiteError",
@@ -23,6 +24,10 @@ class ConfigError(BayesLoraError, ValueError):
 
 class ModelFileError(BayesLoraError, OSError):
     """The language model's files cannot be had."""
+
+
+class NonFiniteLoss(BayesLoraError, ArithmeticError):
+    """A loss, a gradient or a parameter is NaN or infinite."""
 
 
 class PosteriorError(BayesLoraError, ValueError):

@@ -124,7 +124,7 @@ class TaskPosterior:
         tensors |= {f"scale.{site}": value for site, value in self.scale.items()}
         with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(folder / TENSORS, tensors)
-            write_json(folder / NAMES, {"names": list(self.names), "language_model": self.lm.name})
+            write_json(folder / NAMES, {"names": list(self.names), "random_sites": list(self.scale)})
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel) -> TaskPosterior:
@@ -140,7 +140,14 @@ class TaskPosterior:
             parts.get(part, {})[site] = value.to(lm.device)
         try:
             lm.sites.check(parts["loc"])
-            return cls(lm, parts["loc"], parts["scale"], tuple(facts["names"]))
+            names, random = tuple(facts["names"]), set(facts["random_sites"])
+            sizes = {site: tuple(value.shape) for site, value in parts["scale"].items()}
+            if random != sizes.keys() or any(
+                shape[:2] != (len(names), 1) or shape != tuple(parts["loc"][site].shape)
+                for site, shape in sizes.items()
+            ):
+                raise SiteError(f"expected scales of {sorted(random)} for {len(names)} tasks, got {sizes}")
+            return cls(lm, parts["loc"], parts["scale"], names)
         except (SiteError, KeyError, TypeError) as error:
             raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
 

@@ -14,16 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from bayes_lora.adaptation import draw_phi
-from bayes_lora.errors import BayesLoraError, ConfigError
+from bayes_lora.errors import ConfigError, NonFiniteLoss
 from bayes_lora.objective import BetaELBO, linear_warmup
 from bayes_lora.task_posterior import predictive
 from bayes_lora.tasks.episode import Episode, EpisodeSampler
 
 __all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit", "held_back_nll"]
-
-
-class NonFiniteLoss(BayesLoraError, ArithmeticError):
-    """The loss or a gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)

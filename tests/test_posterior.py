@@ -5,12 +5,13 @@ import peft
 import pytest
 import torch
 from conftest import BUILDERS, build_lm, make_tasks
+from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 from bayes_lora.adaptation import adapt, draw_phi
 from bayes_lora.baselines import finetune_lora, pretrained
 from bayes_lora.config import GuideConfig, RunConfig
-from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError, TaskError
+from bayes_lora.errors import ConfigError, NonFiniteLoss, PosteriorError, RunFolderError, TaskError
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
 from bayes_lora.task_posterior import TaskPosterior, predictive
@@ -207,6 +208,24 @@ def test_lora_weights_are_float32_on_a_base_of_lower_precision(tokenizer, unseen
     adapted = posterior.adapt(unseen, steps=2)
     assert adapted.loc["q_proj.lora_B"].dtype == torch.float32
     assert all(torch.isfinite(log_probs).all() for log_probs in adapted.predict([task.query for task in unseen]))
+
+
+@pytest.mark.parametrize("damage", ["missing scale", "other T"])
+def test_a_damaged_task_posterior_is_refused(tmp_path, posterior, unseen, damage):
+    posterior.adapt(unseen).save(tmp_path / "t")
+    tensors = load_file(tmp_path / "t" / "task_posterior.safetensors")
+    if damage == "missing scale":
+        del tensors["scale.v_proj.lora_B"]
+    else:
+        tensors = {name: value[:2].contiguous() for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "t" / "task_posterior.safetensors")
+    with pytest.raises(PosteriorError, match=r"expected scales of \['o_proj.lora_A.* for 3 tasks"):
+        TaskPosterior.load(tmp_path / "t", posterior.lm)
+
+
+def test_adaptation_that_diverges_stops_with_its_step(posterior, unseen):
+    with pytest.raises(NonFiniteLoss, match="step 0 of adaptation: .* Try a lower learning_rate"):
+        posterior.adapt(unseen, steps=2, learning_rate=float("inf"))
 
 
 def test_a_task_posterior_of_another_model_is_refused(tmp_path, posterior, unseen, tokenizer):
