@@ -15,7 +15,7 @@ from torch import nn
 from bayes_lora.errors import NonFiniteLoss
 from bayes_lora.guides.theta import attribute
 from bayes_lora.language_model import LanguageModel
-from bayes_lora.objective import BetaELBO
+from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.task import Task
@@ -85,19 +85,16 @@ def adapt(
     """
     episode = collate([lm.encoder(task.support) for task in tasks]).to(lm.device)
     model, guide = objective.model.program, objective.guide.program
-    was_training = objective.training
-    objective.eval()
-    with torch.no_grad(), AtMean():
+    with evaluating(objective), torch.no_grad(), AtMean():
         trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
     theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
     phi = {name: node["fn"] for name, node in sites.items() if name.startswith("phi.")}
     refined = _Refined(theta, phi)
     if steps:
-        with torch.random.fork_rng(devices=[]):
+        with evaluating(objective), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _descend(BetaELBO(model, refined, beta=objective.full_beta), refined, episode, steps, learning_rate)
-    objective.train(was_training)
     with torch.no_grad():
         normals = {name.removeprefix("phi."): refined.normal(name) for name in refined.sites}
         prefix = "theta.loc."

@@ -26,6 +26,7 @@ def save_checkpoint(
     """Write a checkpoint folder, in place of the one before."""
     tensors = {f"parameters.{name}": value for name, value in objective.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in (state.best_parameters or {}).items()}
+    tensors |= {f"average.{name}": value for name, value in (state.average or {}).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"moments.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     facts = {"step": state.step, "history": state.history, "best": state.best, "settings": _fingerprint(settings)}
@@ -46,12 +47,13 @@ def load_checkpoint(path: Path, objective: BetaELBO, optimizer: torch.optim.Opti
         raise PosteriorError(f"{path / STATE} is damaged: it has no 'settings'. Start again with --overwrite.")
     if facts["settings"] != _fingerprint(settings):
         raise ConfigError(f"{path} was made with other settings or tasks. Resume with those of that run.")
-    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "best": {}, "moments": {}}
+    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "best": {}, "average": {}, "moments": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value
     try:
         state = FitState(int(facts["step"]), list(facts["history"]), facts["best"], parts["best"] or None)
+        state.average = parts["average"] or None
         objective.load_state_dict(parts["parameters"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in parts["moments"].items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bayes_lora.errors import ConfigError
 from bayes_lora.tasks.episode import Episode
 
-__all__ = ["BetaELBO", "ScaleLatents", "linear_warmup"]
+__all__ = ["BetaELBO", "ScaleLatents", "evaluating", "linear_warmup"]
 
 
 class ScaleLatents(Messenger):
@@ -131,6 +131,17 @@ def unscaled(objective: BetaELBO) -> Iterator[None]:
         yield
     finally:
         objective.beta, objective.gamma = before
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module is in evaluation mode (no dropout)."""
+    before = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(before)
 
 
 def linear_warmup(step: int, steps: int, start: float = 0.1) -> float:

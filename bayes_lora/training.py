@@ -1,10 +1,14 @@
-"""fit(): an ordinary torch loop on Accelerate over the ELBO module, with held-back tasks to choose the checkpoint."""
+"""fit(): an ordinary torch loop on Accelerate over the ELBO module, with held-back tasks to choose the checkpoint.
+
+What is looked at and kept is a running average of the parameters: an episode holds few tasks, so steps are noisy.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,10 +16,11 @@ import pyro
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bayes_lora.adaptation import draw_phi
 from bayes_lora.errors import ConfigError, NonFiniteLoss
-from bayes_lora.objective import BetaELBO, linear_warmup
+from bayes_lora.objective import BetaELBO, evaluating, linear_warmup
 from bayes_lora.task_posterior import predictive
 from bayes_lora.tasks.episode import Episode, EpisodeSampler
 
@@ -29,6 +34,7 @@ class FitConfig:
     Attributes:
         steps: at most this many episodes.
         learning_rate: Adam's; decays to a tenth on a cosine.
+        average: decay of the exponential moving average of the parameters that is kept; 0 keeps the last ones.
         clip_norm: gradient norm of the loss per example (nats) above which gradients are scaled down.
         warmup: steps over which beta rises linearly to its full value.
         eval_every: steps between looks at the held-back tasks.
@@ -39,6 +45,7 @@ class FitConfig:
 
     steps: int = 160
     learning_rate: float = 1.5e-3
+    average: float = 0.97
     clip_norm: float = 1.0
     warmup: int = 20
     eval_every: int = 20
@@ -48,8 +55,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("warmup", "seed") and not value > 0:
+            if name not in ("warmup", "seed", "average") and not value > 0:
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
+        if not 0 <= self.average < 1:
+            raise ConfigError(f"average: expected a decay of at least 0 and below 1, got {self.average}.")
 
 
 @dataclass
@@ -60,13 +69,15 @@ class FitState:
         step: episodes seen.
         history: a row per look: step, loss (nats per example, mean since the last look), held-back nll, seconds.
         best: index of the best row.
-        best_parameters: the objective's state there.
+        best_parameters: the averaged parameters there.
+        average: the averaged parameters now.
     """
 
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: int | None = None
     best_parameters: dict[str, Tensor] | None = None
+    average: dict[str, Tensor] | None = None
 
     @property
     def stale(self) -> int:
@@ -76,18 +87,15 @@ class FitState:
 
 def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int) -> float:
     """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
-    was_training = objective.training
-    objective.eval()
     total, count = 0.0, 0
     for episode in episodes:
         model = objective.model.program
-        phi = draw_phi(model, objective.guide.program, episode, num_draws)
-        with torch.no_grad():
+        with evaluating(objective), torch.no_grad():
+            phi = draw_phi(model, objective.guide.program, episode, num_draws)
             log_probs = predictive(model.likelihood(phi, episode))
         nll = -log_probs.gather(-1, episode.answer[..., None])[..., 0]
         total += float(((nll * episode.mask).sum(-1) / episode.mask.sum(-1)).sum())
         count += len(nll)
-    objective.train(was_training)
     return total / count
 
 
@@ -123,45 +131,45 @@ def fit(
     config, state = config or FitConfig(), state or FitState()
     accelerator = accelerator or Accelerator()
     optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
+    # The LM is where it is, and the objective must be with it; under DDP every process draws its own episodes.
+    prepared = accelerator.prepare_model(objective, device_placement=False)
+    stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
     num_data = sum(len(task) for task in sampler.tasks)
     device = next(objective.parameters()).device
+    state.average = state.average or {name: p.detach().clone() for name, p in objective.named_parameters()}
     objective.train()
     losses: list[float] = []
     while state.step < config.steps and (not held_back or state.stale < config.patience):
         objective.warm(linear_warmup(state.step, config.warmup))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
-        episode = sampler[state.step].to(device)
-        torch.manual_seed(config.seed * 1_000_003 + state.step)  # a resumed run draws what a whole one would have drawn
-        loss = _step(objective, optimizer, accelerator, episode, num_data, config.clip_norm, state.step)
-        losses.append(loss)
+        index = state.step * accelerator.num_processes + accelerator.process_index
+        episode = sampler[index].to(device)
+        torch.manual_seed(config.seed * 1_000_003 + index)  # a resumed run draws what a whole one would have drawn
+        loss = _loss(prepared, objective, episode, state.step) / num_data
+        _update(objective, loss, stepper, accelerator, config.clip_norm, state.step)
+        losses.append(float(loss.detach()))
         state.step += 1
+        _update_average(objective, state, config.average)
         if on_step:
-            on_step(state, loss)
+            on_step(state, losses[-1])
         if state.step % config.eval_every == 0 or state.step == config.steps:
             _look(objective, held_back, config, state, losses)
             losses = []
             if on_look:
                 on_look(state)
-    if state.best_parameters is not None and held_back:
-        objective.load_state_dict(state.best_parameters)
+    kept = state.best_parameters if held_back else {**objective.state_dict(), **state.average}
+    if kept is not None:
+        objective.load_state_dict(kept)
     objective.warm(1.0)
     objective.eval()
     return state
 
 
-def _step(
-    objective: BetaELBO,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    episode: Episode,
-    num_data: int,
-    clip_norm: float,
-    step: int,
-) -> float:
-    optimizer.zero_grad()
+def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Tensor:
+    """The loss in nats; ``prepared`` is what Accelerate made of the objective."""
     try:
-        loss = objective(episode) / num_data
+        loss: Tensor = prepared(episode)
     except ValueError as error:  # Pyro's validation of a distribution comes before the loss
         site = _blame_site(objective, episode)
         if site is None:
@@ -170,13 +178,38 @@ def _step(
     if not torch.isfinite(loss):
         site = _blame_site(objective, episode) or "no single site is to blame: the sum overflows. Try a smaller beta"
         raise NonFiniteLoss(f"step {step}: the loss is {float(loss.detach())}; {site}.")
+    return loss
+
+
+def _update(
+    objective: BetaELBO, loss: Tensor, optimizer: Any, accelerator: Accelerator, clip_norm: float, step: int
+) -> None:
+    optimizer.zero_grad()
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(objective.parameters(), clip_norm)
     if norm is not None and not torch.isfinite(norm):
         names = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         raise NonFiniteLoss(f"step {step}: the gradient of {names[:3]} is not finite. Try a lower learning_rate.")
     optimizer.step()
-    return float(loss.detach())
+
+
+def _update_average(objective: BetaELBO, state: FitState, decay: float) -> None:
+    """Move the average towards the parameters; early on by more, for it began at the start."""
+    assert state.average is not None
+    update = get_ema_multi_avg_fn(min(decay, (1 + state.step) / (10 + state.step)))
+    parameters = dict(objective.named_parameters())
+    update(list(state.average.values()), [parameters[name].detach() for name in state.average], state.step)
+
+
+@contextmanager
+def _averaged(objective: BetaELBO, average: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the block the objective has its averaged parameters."""
+    current = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    objective.load_state_dict(average, strict=False)
+    try:
+        yield
+    finally:
+        objective.load_state_dict(current, strict=False)
 
 
 def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
@@ -195,12 +228,13 @@ def _look(
     objective: BetaELBO, held_back: Sequence[Episode], config: FitConfig, state: FitState, losses: list[float]
 ) -> None:
     row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
-    if held_back:
-        with torch.random.fork_rng(devices=[]):
+    assert state.average is not None
+    with _averaged(objective, state.average), torch.random.fork_rng(devices=[]):
+        if held_back:
             torch.manual_seed(config.seed)  # the same draws at every look, or noise would choose the checkpoint
             row["held_back_nll"] = held_back_nll(objective, held_back, config.num_draws)
-    state.history.append(row)
-    best = None if state.best is None else state.history[state.best].get("held_back_nll", math.inf)
-    if best is None or row.get("held_back_nll", -math.inf) < best:
-        state.best = len(state.history) - 1
-        state.best_parameters = copy.deepcopy(objective.state_dict())
+        state.history.append(row)
+        best = None if state.best is None else state.history[state.best].get("held_back_nll", math.inf)
+        if best is None or row.get("held_back_nll", -math.inf) < best:
+            state.best = len(state.history) - 1
+            state.best_parameters = copy.deepcopy(objective.state_dict())

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -98,6 +99,35 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(lm):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.6])
+def test_the_kept_parameters_are_the_running_average(lm, decay):
+    """a_t = d_t a_{t-1} + (1 - d_t) p_t with d_t = min(d, (1 + t) / (10 + t)); the start counts as a_0."""
+    objective, sampler, _ = build(lm)
+    expected = {name: p.detach().clone() for name, p in objective.named_parameters()}
+
+    def follow(state, _):
+        d = min(decay, (1 + state.step) / (10 + state.step))
+        for name, p in objective.named_parameters():
+            expected[name] = d * expected[name] + (1 - d) * p.detach()
+
+    fit(objective, sampler, config=replace(CONFIG, average=decay), on_step=follow)
+    for name, p in objective.named_parameters():
+        assert torch.allclose(p, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_look_leaves_the_parameters_alone(lm):
+    objective, sampler, held_back = build(lm)
+    looked, plain = [], []
+    fit(objective, sampler, held_back, CONFIG, on_step=lambda *_: looked.append(first_parameter(objective)))
+    objective, sampler, _ = build(lm)
+    fit(objective, sampler, [], CONFIG, on_step=lambda *_: plain.append(first_parameter(objective)))
+    assert all(torch.equal(a, b) for a, b in zip(looked, plain, strict=True))
+
+
+def first_parameter(objective):
+    return next(objective.parameters()).detach().clone()
+
+
 def test_beta_warms_up_and_ends_at_its_value(lm):
     objective, sampler, _ = build(lm, beta=0.5)
     seen = []
@@ -160,6 +190,8 @@ def test_gradients_are_clipped(lm, monkeypatch):
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="steps: expected a positive number, got 0"):
         FitConfig(steps=0)
+    with pytest.raises(ConfigError, match="average: expected a decay of at least 0 and below 1, got 1.0"):
+        FitConfig(average=1.0)
 
 
 def test_a_plain_pyro_guide_can_be_fitted(lm):
