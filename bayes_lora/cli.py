@@ -7,12 +7,12 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
-from bayes_lora.errors import BayesLoraError, ConfigError, PosteriorError, RunFolderError
+from bayes_lora.console import err, fail, out, say, warn
+from bayes_lora.errors import BayesLoraError, ConfigError
 
 if TYPE_CHECKING:
     from bayes_lora.config import RunConfig
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
-out, err = Console(), Console(stderr=True)
-
-HOME = "run.json"  # names the run folder from which a task's posterior comes
+NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
+# Typer has a click of its own or the installed one, as its version is; this is the base class in either.
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 Tasks = Annotated[Path, typer.Option(help="A folder of tasks: <task>.jsonl files, or folders in the MetaICL layout.")]
 Split = Annotated[str | None, typer.Option(help="A split of the folder's splits.json.")]
@@ -78,7 +78,8 @@ def fit(
     """
     from bayes_lora.progress import bars, hide_loading_bar
     from bayes_lora.recipes import build_language_model
-    from bayes_lora.run import check_run_folder, fit_posterior
+    from bayes_lora.run import fit_posterior
+    from bayes_lora.run_folder import check_run_folder
     from bayes_lora.task_options import training_tasks
 
     chosen = _config(config, settings, model)
@@ -88,8 +89,10 @@ def fit(
     lm = build_language_model(chosen.language_model)
     with bars() as progress:
         _, state = fit_posterior(lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress)
+    if state.step < chosen.fit.steps:
+        say(f"stopped before step {chosen.fit.steps}: {chosen.fit.patience} looks (fit.patience) found nothing better")
     best = state.history[state.best] if state.best is not None else state.history[-1]
-    _say(f"{state.step} steps; kept step {best['step']}: {_show(best)}. Posterior in {run / 'posterior'}")
+    say(f"{state.step} steps; kept step {best['step']}: {_show(best)}. Posterior in {run / 'posterior'}")
 
 
 @app.command()
@@ -104,7 +107,8 @@ def adapt(
 
     Example: `bayes-lora adapt --run runs/demo --examples mine.jsonl --output runs/mine`
     """
-    from bayes_lora.storage import check_new_folder, new_folder, write_json
+    from bayes_lora.run_folder import HOME, write_home
+    from bayes_lora.storage import check_new_folder, new_folder
     from bayes_lora.tasks import Task, read_examples
 
     task = Task(examples.stem, tuple(read_examples(examples)))
@@ -114,9 +118,9 @@ def adapt(
         adapted = posterior.adapt(task, steps=steps)
         adapted.save(folder / "posterior")
         adapted.export_peft(folder / "adapter")
-        write_json(folder / HOME, {"run": str(run.resolve())})
+        write_home(folder / HOME, run, output)
     places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
-    _say(f"adapted to {len(task)} examples: {places}")
+    say(f"adapted to {len(task)} examples: {places}")
 
 
 @app.command()
@@ -129,16 +133,15 @@ def predict(
 
     Example: `bayes-lora predict --adapted runs/mine --examples questions.jsonl > answers.jsonl`
     """
-    from bayes_lora.storage import read_json
+    from bayes_lora.progress import hide_loading_bar
+    from bayes_lora.run_folder import load_language_model_of, read_home
     from bayes_lora.task_posterior import TaskPosterior
     from bayes_lora.tasks import read_examples
 
     questions = read_examples(examples, labelled=False)
-    home = read_json(adapted / HOME)
-    if not isinstance(home, dict) or not isinstance(home.get("run"), str):
-        raise PosteriorError(f"{adapted / HOME} is damaged: it names no 'run'. Run adapt again.")
-    lm = _load(Path(home["run"])).lm
-    posterior = TaskPosterior.load(adapted / "posterior", lm)
+    run = read_home(adapted)
+    hide_loading_bar()
+    posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
     [log_probs] = posterior.predict([questions], num_draws=draws)
     for question, row in zip(questions, log_probs.exp().tolist(), strict=True):
         probs = dict(zip(question.options, (round(p, 6) for p in row), strict=False))
@@ -162,17 +165,23 @@ def evaluate(
 ) -> None:
     """Adapt to unseen tasks and compare with the pretrained model and a LoRA fine-tuned on the same examples.
 
+    Without --split and --names, these are the folder's tasks but those that the run was fitted on.
+
     Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`
     """
     from bayes_lora.progress import bars
+    from bayes_lora.report import check_report_folder
     from bayes_lora.run import compare
+    from bayes_lora.run_folder import read_fitted_tasks
     from bayes_lora.task_options import unseen_tasks
 
-    if output is not None and (output / "metrics.json").exists() and not overwrite:
-        raise RunFolderError(f"{output} holds metrics already. Use --overwrite to replace them, or another --output.")
+    if output is not None:
+        check_report_folder(output, overwrite=overwrite)
     counts = _integers(steps, "--steps")
-    unseen = unseen_tasks(tasks, split, names, seed, shots, queries)
+    unseen, left_out = unseen_tasks(tasks, split, names, seed, shots, queries, read_fitted_tasks(run))
     posterior = _load(run)
+    if left_out:
+        say(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks, on which the posterior was fitted")
     with bars() as progress:
         comparison = compare(posterior, list(unseen.values()), steps=counts, num_draws=draws, progress=progress)
     out.print(comparison.table())
@@ -188,7 +197,7 @@ def fetch() -> None:
     """
     from bayes_lora.model_files import fetch_default_model
 
-    _say(str(fetch_default_model()))
+    say(str(fetch_default_model()))
 
 
 def _config(
@@ -218,27 +227,28 @@ def _integers(text: str, name: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    err.print("warning: " + " ".join(str(message).split()), style="yellow", markup=False, soft_wrap=True)
-
-
 def _show(row: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items() if name != "step")
 
 
 def main() -> None:
     """Run the command line; an error a user can mend is one line and exit code 2."""
-    warnings.showwarning = _warn
+    warnings.showwarning = warn
+    words = sys.argv[1:] or ["--help"]
     try:
-        app()
+        code = app(words, prog_name=NAME, standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else " ".join([NAME, *words[:1]])
+        fail(f"{error.format_message().rstrip('.')}. See {command} --help.")
+        code = USAGE
     except BayesLoraError as error:
-        # Some messages quote another library's, which may have several lines.
-        err.print("error: " + " ".join(str(error).split()), style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        fail(error)
+        code = USAGE
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # some versions of Typer return it
+        err.print("interrupted: fit and demo go on with --resume", style="red")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from bayes_lora.config import EpisodeConfig, RunConfig
 from bayes_lora.progress import bars
 from bayes_lora.recipes import build_language_model
 from bayes_lora.report import Comparison
-from bayes_lora.run import check_run_folder, compare, fit_posterior
+from bayes_lora.run import compare, fit_posterior
+from bayes_lora.run_folder import check_run_folder
 from bayes_lora.tasks import TaskSet, load_split, load_taskset
 from bayes_lora.training import FitConfig
 

@@ -1,28 +1,88 @@
-"""Progress bars of the command line, on standard error."""
+"""How far the command line has come, on standard error: bars in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 __all__ = ["bars", "hide_loading_bar"]
 
 
 @contextmanager
-def bars() -> Iterator[Progress]:
-    """Progress bars with an estimate of the time left."""
+def bars(console: Console | None = None) -> Iterator[Progress]:
+    """Progress with an estimate of the time left.
+
+    Args:
+        console: where it is shown, by default standard error: as bars in a terminal, as lines elsewhere.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_interactive:
+        yield _Lines(console=console)  # not entered: it would put an empty line before an error
+        return
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
-    if console.is_interactive:
-        with progress:
-            yield progress
-    else:  # in a log, once at the end; Progress would put an empty line before an error
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
         yield progress
-        console.print(progress.get_renderable())
+
+
+class _Lines(Progress):
+    """Progress as plain lines: ``lines`` of them on a task's way, and one whenever ``pause`` seconds have passed."""
+
+    lines, pause = 10, 30.0
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._first: dict[TaskID, float] = {}  # completed when the task was added: a resumed one begins in the middle
+        self._said: dict[TaskID, tuple[int, float]] = {}  # how far, and when, at the last line
+
+    def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
+        name = super().add_task(*args, **kwargs)
+        task = self._tasks[name]
+        self._first[name], self._said[name] = task.completed, (self._share(task), self.get_time())
+        return name
+
+    def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        super().update(task_id, **kwargs)
+        self._tell(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def _tell(self, name: TaskID) -> None:
+        task, now = self._tasks[name], self.get_time()
+        share, then = self._said[name]
+        if self._share(task) > share or (now - then >= self.pause and not task.finished):
+            self._said[name] = self._share(task), now
+            self.console.print(self._line(name), markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, name: TaskID) -> str:
+        task = self._tasks[name]
+        passed, done = task.elapsed or 0.0, task.completed - self._first[name]
+        line = f"{task.description}: {task.completed:.0f}/{task.total or 0:.0f}, {_clock(passed)}"
+        if task.finished or not done:
+            return line
+        return f"{line}, {_clock(passed / done * (task.remaining or 0))} left"
+
+    def _share(self, task: Task) -> int:
+        return int(self.lines * task.completed / task.total) if task.total else 0
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def hide_loading_bar() -> None:

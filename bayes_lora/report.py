@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,21 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from bayes_lora.metrics import Metrics, adaptive_calibration_error, mean_metrics, per_example_gap
+from bayes_lora.errors import RunFolderError
+from bayes_lora.metrics import (
+    Metrics,
+    adaptive_calibration_error,
+    expected_calibration_error,
+    mean_metrics,
+    per_example_gap,
+)
 from bayes_lora.plots import reliability_diagram
 from bayes_lora.storage import write_json
 
-__all__ = ["Comparison", "MethodResult", "metrics_table"]
+__all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
 
 MEAN = "mean"
+METRICS, DIAGRAM = "metrics.json", "reliability.png"
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,13 @@ class Comparison:
         return metrics_table({name: result.metrics for name, result in self.results.items()}, title)
 
     def to_dict(self) -> dict[str, Any]:
-        """Metrics per method and task, their mean, and two calibration errors over all examples."""
+        """Metrics per method and task, their mean, and calibration errors over all tasks' examples together."""
         return {
             name: {
                 "tasks": {task: metrics.to_dict() for task, metrics in result.metrics.items()},
                 "mean": result.mean.to_dict(),
                 "pooled": {
+                    "ece": expected_calibration_error(result.confidence, result.correct),
                     "adaptive_ece": adaptive_calibration_error(result.confidence, result.correct),
                     "per_example_gap": per_example_gap(result.confidence, result.correct),
                 },
@@ -67,15 +77,35 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """Write ``metrics.json`` and ``reliability.png`` into a folder, which is made if it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "metrics.json", self.to_dict())
+        write_json(folder / METRICS, self.to_dict())
         curves = {name: (result.confidence, result.correct) for name, result in self.chosen().items()}
-        reliability_diagram(curves, folder / "reliability.png")
+        reliability_diagram(curves, folder / DIAGRAM)
 
     def chosen(self) -> dict[str, MethodResult]:
         """All methods but the LoRA baselines, and of these the one with the lowest mean NLL."""
         loras = {name: result for name, result in self.results.items() if name.startswith("LoRA")}
         best = min(loras, key=lambda name: loras[name].mean.nll, default=None)
         return {name: result for name, result in self.results.items() if name not in loras or name == best}
+
+
+def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Look whether :meth:`Comparison.write` can write there: before long work, not after it. Leaves nothing behind.
+
+    Raises:
+        RunFolderError: metrics are there already and may not be replaced, or the folder cannot be made or written.
+    """
+    there = folder.absolute()
+    try:
+        taken = (folder / METRICS).exists() and not overwrite
+        while not there.exists():
+            there = there.parent
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: expected a folder that can be written, but {there}: {error.strerror}. Give another --output."
+        ) from error
+    if taken:
+        raise RunFolderError(f"{folder} holds metrics already. Use --overwrite to replace them, or another --output.")
 
 
 def metrics_table(results: Mapping[str, Mapping[str, Metrics]], title: str) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,54 +10,21 @@ import torch
 from rich.progress import Progress
 
 from bayes_lora.baselines import finetune_lora, pretrained
-from bayes_lora.checkpoint import load_checkpoint, save_checkpoint
 from bayes_lora.config import RunConfig
-from bayes_lora.errors import RunFolderError, TaskError
+from bayes_lora.errors import TaskError
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import top_confidence
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
 from bayes_lora.report import Comparison, MethodResult
+from bayes_lora.run_folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
 from bayes_lora.storage import write_json
 from bayes_lora.task_posterior import TaskPosterior, score
 from bayes_lora.tasks.episode import Episode, EpisodeSampler, collate
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.training import FitState, fit
 
-__all__ = ["check_run_folder", "compare", "fit_posterior", "prepare_run_folder"]
-
-CONFIG, CHECKPOINT = "config.json", "checkpoint"
-
-
-def prepare_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Make a run folder, in place of an old one if ``overwrite`` is set (and ``resume`` is not).
-
-    Raises:
-        RunFolderError: as :func:`check_run_folder`, or it cannot be written.
-    """
-    check_run_folder(run, resume=resume, overwrite=overwrite)
-    try:
-        if run.exists() and not resume:
-            shutil.rmtree(run)
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{run} cannot be written: {error}") from error
-    return run
-
-
-def check_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Look whether a run may use a folder, and change nothing. A missing or empty folder may always be used.
-
-    Raises:
-        RunFolderError: it holds a run, and neither ``resume`` nor ``overwrite`` is set; or it is not a run's folder.
-    """
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
-        return
-    if not (run / CONFIG).exists():
-        raise RunFolderError(f"{run} exists and is no run folder. Give another name.")
-    if not (resume or overwrite):
-        cure = "Use --resume to go on, --overwrite to start again, or another --run."
-        raise RunFolderError(f"{run} exists already. {cure}")
+__all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
 
 
 def fit_posterior(
@@ -77,51 +43,48 @@ def fit_posterior(
         lm: the language model.
         tasks: training tasks; support and query are drawn anew for each episode.
         config: settings.
-        run: a folder for checkpoints, the curve (``curve.json``) and the posterior (``posterior/``); None writes none.
-        resume: go on from the folder's checkpoint, if there is one.
+        run: a folder for checkpoints, the curve (``curve.json``), the names of the tasks (``tasks.json``) and the
+            posterior (``posterior/``); None writes none.
+        resume: go on from the folder's checkpoint, if there is one. ``fit.steps`` and ``fit.patience`` may be larger
+            than they were: a run that had ended then goes on. The learning rate decays over ``fit.steps``, so it rises
+            again with them, and the end is not quite that of a run that had as many from the start.
         overwrite: replace the folder if it holds a run already.
         progress: shows bars with an estimate of the time left.
 
     Raises:
         TaskError: a task is too small for the episodes.
-        ConfigError: the checkpoint was made with other settings.
+        ConfigError: the checkpoint was made with other settings or tasks.
         RunFolderError: the folder holds a run already, or something else.
     """
     config = with_language_model(config or RunConfig(), lm)
     run = None if run is None else Path(run)
+    kept, held = divide(tasks, config)
     sampler, held_back = build_episodes(lm, tasks, config)
     objective = build_objective(lm, config)
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.fit.learning_rate)
-    settings = [config.to_dict(), {name: len(task) for name, task in tasks.items()}]
-    state = FitState()
+    journal = Journal(run, objective, optimizer, identity(config, tasks), progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
-        if (run / CHECKPOINT).exists():
-            state = load_checkpoint(run / CHECKPOINT, objective, optimizer, settings)
-        write_json(run / CONFIG, config.to_dict())
-    cache(lm, [row.examples for row in sampler.tasks], "reading training tasks", progress)
-    bar = progress.add_task("meta-learning", total=config.fit.steps, completed=state.step) if progress else None
-
-    def on_step(state: FitState, loss: float) -> None:
-        if progress is not None and bar is not None:
-            progress.update(bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
-
-    def on_look(state: FitState) -> None:
-        if progress is not None:
-            progress.console.print(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in state.history[-1].items()))
-        if run is not None:
-            save_checkpoint(run / CHECKPOINT, objective, optimizer, state, settings)
-            write_json(run / "curve.json", state.history)
-
+    state = journal.resumed()
+    if run is not None:
+        write_settings(run, config, list(kept), list(held))
+    cache(lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress)
+    journal.open_bar(state, config.fit.steps)
     state = fit(
-        objective, sampler, held_back, config.fit, state=state, optimizer=optimizer, on_step=on_step, on_look=on_look
+        objective,
+        sampler,
+        held_back,
+        config.fit,
+        state=state,
+        optimizer=optimizer,
+        on_step=journal.on_step,
+        on_look=journal.on_look,
     )
-    if progress is not None and bar is not None:
-        progress.update(bar, total=state.step, completed=state.step)
+    journal.close_bar(state)
     posterior = Posterior(lm, objective, config)
     if run is not None:
-        posterior.save(run / "posterior", overwrite=True)
-        write_json(run / "curve.json", state.history)
+        posterior.save(run / POSTERIOR, overwrite=True)
+        write_json(run / CURVE, state.history)
     return posterior, state
 
 
@@ -139,20 +102,27 @@ def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
     return replace(config, language_model=kept)
 
 
-def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tuple[EpisodeSampler, list[Episode]]:
-    """Split a collection into a sampler of training episodes and one episode per held-back task."""
+def divide(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
+    """Tasks to train on, and those held back, split into support and query; each cut to what the settings take."""
     settings = config.episodes
     limit = settings.examples_per_task
     drawn = TaskSet(
         task if limit is None or len(task) <= limit else task.split(limit, seed=config.seed, num_query=0)
         for task in tasks.values()
     )
-    lm.encoder([example for task in drawn.values() for example in task.examples])  # one warning counts what is cut
-    kept, held = drawn, []
-    if settings.held_back:
-        share = settings.held_back
-        kept, back = drawn.split(max(1, round(share * len(drawn))) if share < 1 else int(share), seed=config.seed)
-        held = [_split_held_back(task, settings.held_back_shots, config.seed) for task in back.values()]
+    if not settings.held_back:
+        return drawn, TaskSet([])
+    share = settings.held_back
+    kept, back = drawn.split(max(1, round(share * len(drawn))) if share < 1 else int(share), seed=config.seed)
+    return kept, TaskSet(_split_held_back(task, settings.held_back_shots, config.seed) for task in back.values())
+
+
+def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tuple[EpisodeSampler, list[Episode]]:
+    """Divide a collection into a sampler of training episodes and one episode per held-back task."""
+    settings = config.episodes
+    kept, held = divide(tasks, config)
+    # One warning counts what is cut.
+    lm.encoder([example for task in (*kept.values(), *held.values()) for example in task.examples])
     sampler = EpisodeSampler(
         kept,
         lm.encoder,
@@ -162,7 +132,7 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
         score_support=settings.score_support,
         seed=config.seed,
     )
-    episodes = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in held]
+    episodes = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in held.values()]
     return sampler, [episode.to(lm.device) for episode in episodes]
 
 
@@ -252,8 +222,3 @@ def _evaluate(method: Method, tasks: Sequence[Task], advance: Callable[[], None]
         correct.append(right)
         advance()
     return MethodResult(metrics, torch.cat(confidence), torch.cat(correct))
-
-
-def with_seed(config: RunConfig, seed: int) -> RunConfig:
-    """The same settings under another seed."""
-    return replace(config, seed=seed, fit=replace(config.fit, seed=seed))

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_lora import cli
 
-FILES = ["checkpoint", "config.json", "curve.json", "posterior"]
+FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json"]
 COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch"]
 SMALL = [
     "language_model.rank=2",
@@ -36,11 +37,9 @@ def call(monkeypatch, capsys):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
         monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # main() sets it
-        try:
-            code = cli.main() or 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, *capsys.readouterr()
 
     return call
 
@@ -112,6 +111,9 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
     assert names(run) == FILES
     code, out, _ = call("fit", "--tasks", data / "training", "--run", run, "--resume", *settings(name))
     assert code == 0 and "4 steps; kept step" in out
+    more = settings(name, "fit.steps=6", "fit.patience=9")
+    code, out, _ = call("fit", "--tasks", data / "training", "--run", run, "--resume", *more)
+    assert code == 0 and "6 steps; kept step" in out and "stopped" not in out
 
     support = data / "unseen" / "task-4.jsonl"
     code, out, _ = call("adapt", "--run", run, "--examples", support, "--output", mine, "--steps", 2)
@@ -356,28 +358,159 @@ def test_bad_evaluations(refuse, data, fitted, tmp_path, words, parts):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+USAGE = {
+    "not a number": (
         ["adapt", "--run", "r", "--examples", "e", "--output", "o", "--steps", "x"],
-        ["adapt", "--run", "r", "--examples", "e", "--output", "o", "--steps", "-1"],
-        ["predict", "--adapted", "a", "--examples", "e", "--draws", "1.5"],
-        ["evaluate", "--run", "r", "--tasks", "t", "--queries", "0"],
-        ["evaluate", "--run", "r", "--tasks", "t", "--shots", "0"],
-        ["fit", "--run", "r"],
-        ["fitt"],
-    ],
-)
-def test_bad_usage(call, words, tmp_path, monkeypatch):
+        ["'--steps'", "integer", "bayes-lora adapt --help"],
+    ),
+    "below 0": (["adapt", "--run", "r", "--examples", "e", "--output", "o", "--steps", "-1"], ["'--steps'", "0"]),
+    "half": (["predict", "--adapted", "a", "--examples", "e", "--draws", "1.5"], ["'--draws'", "integer"]),
+    "no queries": (["evaluate", "--run", "r", "--tasks", "t", "--queries", "0"], ["'--queries'", "1"]),
+    "no shots": (["evaluate", "--run", "r", "--tasks", "t", "--shots", "0"], ["'--shots'", "1"]),
+    "missing option": (["fit", "--run", "r"], ["Missing option '--tasks'. See bayes-lora fit --help."]),
+    "option without a value": (["fit", "--run"], ["'--run'", "argument", "bayes-lora fit --help"]),
+    "near option": (["fit", "--taks", "t"], ["--taks", "--tasks", "bayes-lora fit --help"]),
+    "near command": (["fitt"], ["'fitt'", "'fit'", "bayes-lora --help"]),
+    "a word too many": (["fetch", "it"], ["it", "bayes-lora fetch --help"]),
+    "near option of no command": (["--halp"], ["--halp", "--help"]),
+}
+
+
+@pytest.mark.parametrize("kind", USAGE)
+def test_bad_usage(refuse, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(*words)
-    assert (code, out) == (2, "")
-    assert "Traceback" not in err and "Usage" in err
+    words, parts = USAGE[kind]
+    err = refuse(*words)
+    assert all(part in err for part in parts) and "Usage" not in err, err
     assert names(tmp_path) == []
 
 
+def test_without_words_help_is_shown(call):
+    assert call() == call("--help")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, cli.typer.Abort])
+def test_an_interruption_is_one_line(call, monkeypatch, error):
+    def interrupt():
+        raise error
+
+    monkeypatch.setattr("bayes_lora.model_files.fetch_default_model", interrupt)
+    code, out, err = call("fetch")
+    assert (code, out, err.count("\n")) == (130, "", 1)
+    assert err.startswith("interrupted") and "--resume" in err
+
+
+OUTPUTS = {
+    "a file": ("file", "not a directory"),
+    "below a file": ("file/sub/out", "file: not a directory"),
+    "read only": ("sub/out", "read-only file system"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_evaluate_looks_at_its_output_first(refuse, tmp_path, monkeypatch, kind):
+    """A missing run is found out later."""
+    where, part = OUTPUTS[kind]
+    (tmp_path / "file").write_text("")
+    if kind == "read only":
+
+        def refuse_to_write(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr("bayes_lora.report.tempfile.TemporaryDirectory", refuse_to_write)
+    err = refuse("evaluate", "--run", tmp_path / "none", "--tasks", tmp_path / "none", "--output", tmp_path / where)
+    assert part in err.lower() and str(tmp_path / where) in err and "--output" in err
+    assert names(tmp_path) == ["file"]
+
+
+EVALUATE = ("--shots", 4, "--queries", 3, "--steps", 0, "--draws", 2)
+
+
+@pytest.fixture
+def all_tasks(data, tmp_path):
+    """A folder with the training tasks and the unseen ones, and a split of them."""
+    folder = tmp_path / "all"
+    shutil.copytree(data / "training", folder)
+    shutil.copytree(data / "unseen", folder, dirs_exist_ok=True)
+    halves = {"train": ["task-0", "task-4"], "test": ["task-1", "task-5"]}
+    (folder / "splits.json").write_text(json.dumps({"mixed": halves}))
+    return folder
+
+
+def test_evaluate_leaves_out_what_was_fitted_on(call, refuse, data, all_tasks, fitted):
+    code, out, err = call("evaluate", "--run", fitted, "--tasks", all_tasks, *EVALUATE)
+    assert code == 0, err
+    assert "left out 4 of 6 tasks" in out and "task-4" in out and "task-5" in out
+    assert not any(f"task-{i}" in out for i in range(4))
+    err = refuse("evaluate", "--run", fitted, "--tasks", data / "training", *EVALUATE)
+    assert "all 4 tasks" in err and "--names" in err
+    code, out, _ = call("evaluate", "--run", fitted, "--tasks", data / "unseen", *EVALUATE)
+    assert code == 0 and "left out" not in out
+
+
+@pytest.mark.parametrize(
+    "words, fitted_on, shown",
+    [
+        (["--names", "task-0,task-4,task-2"], "task-0, task-2", [0, 2, 4]),
+        (["--split", "mixed"], "task-1", [1, 5]),
+    ],
+)
+@pytest.mark.filterwarnings("always:not unseen")
+def test_evaluate_warns_of_what_was_fitted_on(call, all_tasks, fitted, words, fitted_on, shown):
+    code, out, err = call("evaluate", "--run", fitted, "--tasks", all_tasks, *EVALUATE, *words)
+    assert code == 0 and "left out" not in out
+    [warning] = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert "was fitted on them" in warning and warning.endswith(f": {fitted_on}")
+    assert [i for i in range(6) if f"task-{i}" in out] == shown
+
+
+@pytest.mark.filterwarnings("always:.*tasks.json is missing")
+def test_evaluate_of_a_run_that_does_not_tell_its_tasks(call, refuse, all_tasks, fitted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(fitted, run)
+    words = ("evaluate", "--run", run, "--tasks", all_tasks, *EVALUATE)
+    (run / "tasks.json").write_text('{"training": ["task-0"]}')
+    err = refuse(*words)
+    assert "tasks.json is damaged" in err and "'training'" not in err
+    (run / "tasks.json").unlink()
+    code, out, err = call(*words)
+    assert code == 0 and "task-0" in out and f"warning: {run / 'tasks.json'} is missing" in err
+
+
+@pytest.fixture
+def adapted(call, data, fitted, tmp_path):
+    """A copy of a run, and a folder that ``adapt`` wrote, in one folder."""
+    both = tmp_path / "both"
+    shutil.copytree(fitted, both / "runs" / "a")
+    words = ("--examples", data / "unseen" / "task-4.jsonl", "--steps", 0, "--output", both / "mine")
+    assert call("adapt", "--run", both / "runs" / "a", *words)[0] == 0
+    return both
+
+
+def test_predict_reads_no_fitted_posterior(call, data, adapted):
+    words = ("predict", "--examples", data / "unseen" / "task-5.jsonl", "--draws", 2, "--adapted", adapted / "mine")
+    before = call(*words)
+    assert before[0] == 0
+    (adapted / "runs" / "a" / "posterior" / "posterior.safetensors").unlink()
+    assert call(*words) == before
+
+
+def test_run_and_adapted_folder_move_together(call, refuse, data, adapted, tmp_path, monkeypatch):
+    words = ("predict", "--examples", data / "unseen" / "task-5.jsonl", "--draws", 2, "--adapted")
+    before = call(*words, adapted / "mine")
+    adapted.rename(tmp_path / "moved")
+    assert call(*words, tmp_path / "moved" / "mine") == before
+    monkeypatch.chdir(tmp_path / "moved")
+    assert call(*words, "mine") == before
+    (tmp_path / "link").symlink_to("moved/mine")
+    assert call(*words, tmp_path / "link") == before
+    (tmp_path / "moved" / "mine").rename(tmp_path / "mine")
+    err = refuse(*words, tmp_path / "mine")
+    assert str(tmp_path / "runs" / "a") in err and "not there" in err and "adapt again" in err
+
+
 def test_warnings_are_one_line_and_keep_their_brackets(call, monkeypatch):
-    def warn(*_):
+    def warn(*_, **__):
         cli.warnings.warn("a [/b]\n c", stacklevel=1)
 
     monkeypatch.setattr(cli, "app", warn)

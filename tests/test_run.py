@@ -1,26 +1,20 @@
 import json
 import math
+from io import StringIO
 
 import pytest
+import torch
 from conftest import make_tasks
 from rich.console import Console
 from test_storage import CONFIG, assert_equal, names
 
-import bayes_lora.run
 from bayes_lora.config import EpisodeConfig, RunConfig
-from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError, TaskError
-from bayes_lora.metrics import Metrics
+from bayes_lora.errors import PosteriorError, TaskError
+from bayes_lora.metrics import Metrics, expected_calibration_error
 from bayes_lora.posterior import Posterior
-from bayes_lora.report import MEAN, metrics_table
-from bayes_lora.run import (
-    build_episodes,
-    check_run_folder,
-    compare,
-    fit_posterior,
-    prepare_run_folder,
-    with_language_model,
-    with_seed,
-)
+from bayes_lora.progress import bars
+from bayes_lora.report import MEAN, Comparison, MethodResult, metrics_table
+from bayes_lora.run import build_episodes, compare, divide, fit_posterior
 from bayes_lora.tasks import Task, TaskSet
 
 METHODS = [
@@ -30,91 +24,6 @@ METHODS = [
     "ours, one pass",
     "ours, one pass + 2 steps",
 ]
-FILES = ["checkpoint", "config.json", "curve.json", "posterior"]
-
-
-class CutOff(Exception):
-    pass
-
-
-def cut_off_after(monkeypatch, step):
-    save = bayes_lora.run.save_checkpoint
-
-    def save_and_stop(path, objective, optimizer, state, settings):
-        save(path, objective, optimizer, state, settings)
-        if state.step == step:
-            raise CutOff
-
-    monkeypatch.setattr(bayes_lora.run, "save_checkpoint", save_and_stop)
-
-
-def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
-    run = tmp_path / "runs" / "a"
-    posterior, state = fit_posterior(lm, tasks, CONFIG, run=run)
-    assert names(run) == FILES and names(run.parent) == ["a"]
-    config = with_language_model(CONFIG, lm)
-    assert (config.language_model.name, config.language_model.max_length, config.language_model.rank) == (
-        "llama",
-        96,
-        3,
-    )
-    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config
-    curve = json.loads((run / "curve.json").read_text())
-    assert curve == state.history and [row["step"] for row in curve] == [2, 4, 6]
-    assert all(math.isfinite(value) for row in curve for value in row.values())
-    loaded = Posterior.load(run / "posterior", lm)
-    assert loaded.config == config
-    assert_equal(loaded.objective.state_dict(), posterior.objective.state_dict())
-    assert_equal(posterior.objective.state_dict(), state.best_parameters)
-
-
-def test_without_a_folder_nothing_is_written(lm, tasks, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fit_posterior(lm, tasks, CONFIG)
-    assert names(tmp_path) == []
-
-
-def test_resume_goes_on_to_the_same_end(lm, tasks, tmp_path, monkeypatch):
-    whole, expected = fit_posterior(lm, tasks, CONFIG)
-    run = tmp_path / "a"
-    with monkeypatch.context() as patch, pytest.raises(CutOff):
-        cut_off_after(patch, 2)
-        fit_posterior(lm, tasks, CONFIG, run=run)
-    assert "posterior" not in names(run)
-    with pytest.raises(RunFolderError, match="--resume"):
-        fit_posterior(lm, tasks, CONFIG, run=run)
-    resumed, state = fit_posterior(lm, tasks, CONFIG, run=run, resume=True)
-    assert state.history == expected.history and names(run) == FILES
-    assert_equal(resumed.objective.state_dict(), whole.objective.state_dict())
-    again, state = fit_posterior(lm, tasks, CONFIG, run=run, resume=True)  # of a run that is done
-    assert state.history == expected.history
-    assert_equal(again.objective.state_dict(), whole.objective.state_dict())
-
-
-@pytest.mark.parametrize("change", ["settings", "tasks"])
-def test_resume_with_other_settings_changes_nothing(lm, tasks, tmp_path, change):
-    run = tmp_path / "a"
-    fit_posterior(lm, tasks, CONFIG, run=run)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    config = with_seed(CONFIG, 7) if change == "settings" else CONFIG
-    assert change == "tasks" or (config.seed, config.fit.seed) == (7, 7)
-    others = make_tasks(num_tasks=5) if change == "tasks" else tasks
-    with pytest.raises(ConfigError, match="other settings or tasks"):
-        fit_posterior(lm, others, config, run=run, resume=True)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
-def test_overwrite_starts_again(lm, tasks, tmp_path):
-    run = tmp_path / "a"
-    fit_posterior(lm, tasks, CONFIG, run=run)
-    (run / "metrics.json").write_text("{}")
-    _, state = fit_posterior(lm, tasks, with_seed(CONFIG, 7), run=run, overwrite=True)
-    assert names(run) == FILES and state.step == 6
-
-
-def test_resume_without_a_run_starts_one(lm, tasks, tmp_path):
-    _, state = fit_posterior(lm, tasks, CONFIG, run=tmp_path / "a", resume=True)
-    assert state.step == 6 and names(tmp_path / "a") == FILES
 
 
 @pytest.mark.parametrize("held_back", [0, 0.3, 2])
@@ -125,6 +34,24 @@ def test_held_back_tasks(lm, tasks, held_back):
     assert len(sampler.tasks) == 4 - len(episodes)
     for episode in episodes:
         assert episode.shape[:2] == (1, 8) and episode.support.shape[:2] == (1, 4)
+
+
+def test_held_back_tasks_are_read_under_the_bar_too(lm, tasks, monkeypatch):
+    """Afterwards the frozen layers run no more."""
+    seen = []
+    monkeypatch.setattr("bayes_lora.run.fit", lambda *_, **kwargs: seen.append(runs[:]) or kwargs["state"])
+    runs, run = [], lm._run
+    monkeypatch.setattr(lm, "_run", lambda rows: runs.append(len(rows)) or run(rows))
+    with bars(Console(file=StringIO())) as progress:
+        fit_posterior(lm, tasks, CONFIG, progress=progress)
+    kept, held = divide(tasks, CONFIG)
+    total = sum(len(task) for task in (*kept.values(), *held.values()))
+    assert len(kept) == 3 and len(held) == 1 and progress.tasks[0].total == total == 48
+    assert sum(seen[0]) == 48
+    sampler, episodes = build_episodes(lm, tasks, CONFIG)
+    for episode in (*episodes, *(episode.support for episode in episodes), sampler[0]):
+        lm.features(episode)
+    assert sum(runs) == 48
 
 
 def test_examples_per_task(lm, tasks):
@@ -148,34 +75,6 @@ def test_small_tasks_are_refused_before_a_folder_is_made(lm, tasks, tmp_path, ch
     for part in parts:
         assert part in str(caught.value)
     assert names(tmp_path) == []
-
-
-def test_prepare_run_folder(tmp_path):
-    run = tmp_path / "b" / "run"
-    for _ in range(2):  # an empty folder may be used
-        assert prepare_run_folder(run) == run and names(run) == []
-    (run / "config.json").write_text("{}")
-    with pytest.raises(RunFolderError, match="exists already.*--resume.*--overwrite"):
-        prepare_run_folder(run)
-    prepare_run_folder(run, resume=True)
-    assert names(run) == ["config.json"]
-    check_run_folder(run, overwrite=True)
-    assert names(run) == ["config.json"]
-    prepare_run_folder(run, overwrite=True)
-    assert names(run) == []
-
-
-@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}, {"overwrite": True, "resume": True}])
-def test_what_is_no_run_folder_is_never_touched(tmp_path, flags):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "a.tex").write_text("text")
-    (tmp_path / "file").write_text("text")
-    for name in ("thesis", "file"):
-        with pytest.raises(RunFolderError, match="no run folder"):
-            prepare_run_folder(tmp_path / name, **flags)
-    with pytest.raises(RunFolderError, match="cannot be written"):
-        prepare_run_folder(tmp_path / "file" / "run", **flags)
-    assert names(tmp_path / "thesis") == ["a.tex"] and (tmp_path / "file").read_text() == "text"
 
 
 def test_a_run_folder_without_a_posterior(lm, tmp_path):
@@ -221,7 +120,21 @@ def test_compare_and_report(comparison, tmp_path):
     assert read == compared.to_dict() and list(read) == METHODS
     for values in read.values():
         assert values.keys() == {"tasks", "mean", "pooled"}
+        assert values["pooled"].keys() == {"ece", "adaptive_ece", "per_example_gap"}
         assert values["mean"]["nll"] == pytest.approx(sum(row["nll"] for row in values["tasks"].values()) / 2)
+
+
+def test_the_pooled_ece_is_that_of_all_tasks_together():
+    """Two tasks that are off by 0.3 in opposite directions: their mean ECE is 0.3, the pooled one is 0."""
+    rows = {"over": [True, False, False, False, False], "under": [True] * 4 + [False]}
+    confidence = {name: torch.full((5,), 0.5, dtype=torch.float64) for name in rows}
+    correct = {name: torch.tensor(row) for name, row in rows.items()}
+    ece = {name: expected_calibration_error(confidence[name], correct[name]) for name in rows}
+    metrics = {name: Metrics(0.5, 0.7, 0.5, ece[name], 5) for name in rows}
+    result = MethodResult(metrics, torch.cat([*confidence.values()]), torch.cat([*correct.values()]))
+    read = Comparison({"a": result}).to_dict()["a"]
+    assert read["mean"]["ece"] == pytest.approx(0.3)
+    assert read["pooled"]["ece"] == pytest.approx(0, abs=1e-12)
 
 
 def test_only_the_best_lora_is_drawn(comparison):

@@ -1,0 +1,175 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import make_tasks
+from test_storage import CONFIG, assert_equal, names
+
+import bayes_lora.run_folder
+from bayes_lora.config import RunConfig
+from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
+from bayes_lora.posterior import Posterior
+from bayes_lora.run import divide, fit_posterior, with_language_model
+from bayes_lora.run_folder import check_run_folder, prepare_run_folder, read_fitted_tasks
+from bayes_lora.tasks import Task, TaskSet
+
+FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json"]
+OTHER_SEED = replace(CONFIG, seed=7, fit=replace(CONFIG.fit, seed=7))
+
+
+class CutOff(Exception):
+    pass
+
+
+def cut_off_after(monkeypatch, step):
+    save = bayes_lora.run_folder.save_checkpoint
+
+    def save_and_stop(path, objective, optimizer, state, settings):
+        save(path, objective, optimizer, state, settings)
+        if state.step == step:
+            raise CutOff
+
+    monkeypatch.setattr(bayes_lora.run_folder, "save_checkpoint", save_and_stop)
+
+
+def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
+    run = tmp_path / "runs" / "a"
+    posterior, state = fit_posterior(lm, tasks, CONFIG, run=run)
+    assert names(run) == FILES and names(run.parent) == ["a"]
+    config = with_language_model(CONFIG, lm)
+    assert (config.language_model.name, config.language_model.max_length, config.language_model.rank) == (
+        "llama",
+        96,
+        3,
+    )
+    assert RunConfig.from_dict(json.loads((run / "config.json").read_text())) == config
+    curve = json.loads((run / "curve.json").read_text())
+    assert curve == state.history and [row["step"] for row in curve] == [2, 4, 6]
+    assert all(math.isfinite(value) for row in curve for value in row.values())
+    kept, held = divide(tasks, config)
+    facts = json.loads((run / "tasks.json").read_text())
+    assert facts == {"training": list(kept), "held_back": list(held)} and (len(kept), len(held)) == (3, 1)
+    assert sorted(read_fitted_tasks(run)) == list(tasks)
+    loaded = Posterior.load(run / "posterior", lm)
+    assert loaded.config == config
+    assert_equal(loaded.objective.state_dict(), posterior.objective.state_dict())
+    assert_equal(posterior.objective.state_dict(), state.best_parameters)
+
+
+def test_without_a_folder_nothing_is_written(lm, tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit_posterior(lm, tasks, CONFIG)
+    assert names(tmp_path) == []
+
+
+def test_resume_goes_on_to_the_same_end(lm, tasks, tmp_path, monkeypatch):
+    whole, expected = fit_posterior(lm, tasks, CONFIG)
+    run = tmp_path / "a"
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        cut_off_after(patch, 2)
+        fit_posterior(lm, tasks, CONFIG, run=run)
+    assert "posterior" not in names(run)
+    with pytest.raises(RunFolderError, match="--resume"):
+        fit_posterior(lm, tasks, CONFIG, run=run)
+    resumed, state = fit_posterior(lm, tasks, CONFIG, run=run, resume=True)
+    assert state.history == expected.history and names(run) == FILES
+    assert_equal(resumed.objective.state_dict(), whole.objective.state_dict())
+    again, state = fit_posterior(lm, tasks, CONFIG, run=run, resume=True)  # of a run that is done
+    assert state.history == expected.history
+    assert_equal(again.objective.state_dict(), whole.objective.state_dict())
+
+
+OTHERS = {
+    "settings": lambda tasks, config: (tasks, OTHER_SEED),
+    "more tasks": lambda tasks, config: (make_tasks(num_tasks=5), config),
+    "another order": lambda tasks, config: (TaskSet(list(tasks.values())[::-1]), config),
+    "a text": lambda tasks, config: (edited(tasks, lambda e: replace(e, input=e.input + "!")), config),
+    "options": lambda tasks, config: (edited(tasks, lambda e: replace(e, options=("no", "yes"))), config),
+    "an answer": lambda tasks, config: (edited(tasks, lambda e: replace(e, answer=1 - e.answer)), config),
+}
+
+
+def edited(tasks, change):
+    """The tasks with one example of the first changed."""
+    first, *rest = tasks.values()
+    return TaskSet([Task(first.name, (change(first.support[0]), *first.support[1:])), *rest])
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_resume_with_other_settings_or_tasks_changes_nothing(lm, tasks, tmp_path, change):
+    run = tmp_path / "a"
+    fit_posterior(lm, tasks, CONFIG, run=run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    others, config = OTHERS[change](tasks, CONFIG)
+    with pytest.raises(ConfigError, match="other settings or tasks"):
+        fit_posterior(lm, others, config, run=run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_resume_with_more_steps_goes_on(lm, tasks, tmp_path):
+    run, more = tmp_path / "a", replace(CONFIG, fit=replace(CONFIG.fit, steps=10))
+    _, short = fit_posterior(lm, tasks, CONFIG, run=run)
+    longer, state = fit_posterior(lm, tasks, more, run=run, resume=True)
+    assert (short.step, state.step) == (6, 10)
+    assert [row["step"] for row in state.history] == [2, 4, 6, 8, 10] and state.history[:3] == short.history
+    assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 10
+    assert_equal(Posterior.load(run / "posterior", lm).objective.state_dict(), longer.objective.state_dict())
+
+
+def test_resume_with_more_patience_goes_on(lm, tasks, tmp_path, monkeypatch):
+    curve = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr("bayes_lora.training.held_back_nll", lambda *_: next(curve))
+    run, fast = tmp_path / "a", replace(CONFIG, fit=replace(CONFIG.fit, patience=1))
+    _, state = fit_posterior(lm, tasks, fast, run=run)
+    assert (state.step, state.best) == (4, 0)
+    _, state = fit_posterior(lm, tasks, CONFIG, run=run, resume=True)
+    assert (state.step, state.best) == (6, 0)
+
+
+def test_overwrite_starts_again(lm, tasks, tmp_path):
+    run = tmp_path / "a"
+    fit_posterior(lm, tasks, CONFIG, run=run)
+    (run / "metrics.json").write_text("{}")
+    _, state = fit_posterior(lm, tasks, OTHER_SEED, run=run, overwrite=True)
+    assert names(run) == FILES and state.step == 6
+
+
+def test_resume_without_a_run_starts_one(lm, tasks, tmp_path):
+    _, state = fit_posterior(lm, tasks, CONFIG, run=tmp_path / "a", resume=True)
+    assert state.step == 6 and names(tmp_path / "a") == FILES
+
+
+def test_prepare_run_folder(tmp_path):
+    run = tmp_path / "b" / "run"
+    for _ in range(2):  # an empty folder may be used
+        assert prepare_run_folder(run) == run and names(run) == []
+    (run / "config.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="exists already.*--resume.*--overwrite"):
+        prepare_run_folder(run)
+    prepare_run_folder(run, resume=True)
+    assert names(run) == ["config.json"]
+    check_run_folder(run, overwrite=True)
+    assert names(run) == ["config.json"]
+    prepare_run_folder(run, overwrite=True)
+    assert names(run) == []
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}, {"overwrite": True, "resume": True}])
+def test_what_is_no_run_folder_is_never_touched(tmp_path, flags):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("text")
+    (tmp_path / "file").write_text("text")
+    for name in ("thesis", "file"):
+        with pytest.raises(RunFolderError, match="no run folder"):
+            prepare_run_folder(tmp_path / name, **flags)
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        prepare_run_folder(tmp_path / "file" / "run", **flags)
+    assert names(tmp_path / "thesis") == ["a.tex"] and (tmp_path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"training": ["a"], "held_back": [1]}'])
+def test_a_damaged_list_of_tasks(tmp_path, content):
+    (tmp_path / "tasks.json").write_text(content)
+    with pytest.raises(PosteriorError, match="tasks.json is damaged"):
+        read_fitted_tasks(tmp_path)
