@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "BayesLoraError",
     "ConfigError",
@@ -11,6 +14,7 @@ __all__ = [
     "RunFolderError",
     "SiteError",
     "TaskError",
+    "did_you_mean",
 ]
 
 
@@ -44,3 +48,18 @@ class SiteError(BayesLoraError, ValueError):
 
 class TaskError(BayesLoraError, ValueError):
     """A task file is malformed, or a task is too small for what is asked of it."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, list_all: bool = False) -> str:
+    """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to ``name``, to end a message with.
+
+    Args:
+        name: what came.
+        known: what was expected.
+        list_all: where nothing is near, return all known names, ``" (known: 'a', 'b')"``, instead of nothing.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f" (did you mean {' or '.join(map(repr, near))}?)"
+    return f" (known: {', '.join(map(repr, known))})" if list_all and known else ""

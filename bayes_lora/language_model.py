@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayes_lora.errors import ConfigError, SiteError
+from bayes_lora.scoring import option_lengths, option_scores, token_log_probs
 from bayes_lora.sites import LoraSites, find_sites
-from bayes_lora.tasks.episode import Episode, collate
+from bayes_lora.tasks.episode import Episode, attention_mask, collate
 from bayes_lora.tasks.prompts import EncodedExample, Encoder, PromptTemplate
 from bayes_lora.trunk import Trunk
-from bayes_lora.types import Sites
+from bayes_lora.types import Sites, absent_score
 
 if TYPE_CHECKING:
     import peft
@@ -24,14 +25,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Features", "LanguageModel"]
 
+LOGIT_BYTES = 1 << 28
+"""Without gradients, the LM head makes at most this many bytes of logits (positions times vocabulary) at a time."""
+
 
 class Features(NamedTuple):
-    """What the frozen LM knows of examples: the input of a guide's encoder; zero for absent examples.
+    """What the frozen LM knows of examples: the input of a guide's encoder; hidden and options are 0 where absent.
 
     Attributes:
         hidden: ``(T, N, 2, d)`` hidden states at the end of the prompt: at the first adapted layer, and at the head.
         options: ``(T, N, K, d)`` output embedding of each option, averaged over its tokens.
-        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats.
+        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats; of absent ones :func:`absent_score`.
     """
 
     hidden: Tensor
@@ -56,7 +60,7 @@ class LanguageModel:
         lora_config: the PEFT configuration, kept for export.
         name: hub id or path, kept for export.
         template: how an example becomes text.
-        max_length: longest row in tokens.
+        max_length: longest row in tokens; at most the model's longest position and its sliding window, if it has them.
         normalize: ``"sum"`` or ``"mean"`` over an option's tokens.
         token_budget: without gradients, draws are taken in chunks of at most this many tokens per forward.
     """
@@ -79,8 +83,9 @@ class LanguageModel:
         self.model.requires_grad_(False).eval()
         self.sites: LoraSites = find_sites(model)
         self.normalize, self.token_budget = normalize, token_budget
-        limit = getattr(model.config, "max_position_embeddings", None) or max_length
-        self.encoder = Encoder(tokenizer, template, min(max_length, limit))
+        # A given mask is taken as it is, so a row must fit into the window beyond which some models do not look back.
+        limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+        self.encoder = Encoder(tokenizer, template, min([max_length, *(limit for limit in limits if limit)]))
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         self._head: Any = model.get_output_embeddings()
         head_names = [name for name, module in model.named_modules() if module is self._head]
@@ -112,7 +117,7 @@ class LanguageModel:
         return int(self.model.config.hidden_size)
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
-        """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; absent options get the dtype's lowest value.
+        """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; absent options get :func:`absent_score`.
 
         Args:
             phi: per site ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)``.
@@ -151,31 +156,47 @@ class LanguageModel:
         bound = {site: value.flatten(0, 1) if grouped else value[0, 0] for site, value in values.items()}
         states = self.trunk.states(episode, self._run)
         with self.sites.bind(bound):
-            logits = self._answer_logits(episode, states, draws)
-        return self._option_scores(logits, episode)
+            token_scores, _ = self._token_scores(episode, states, draws)
+        return option_scores(token_scores, episode, self.normalize)
 
-    def _option_scores(self, logits: Tensor, episode: Episode) -> Tensor:
-        """From answer logits ``(D, M, V)`` to option scores ``(D, T * N * K)``."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        at_target = logits[:, episode.target_sources, episode.targets]  # (D, Q)
-        token_scores = at_target - logits.logsumexp(-1)[:, episode.target_sources]
-        empty = token_scores.new_zeros(len(logits), episode.option_mask.numel())
-        scores = empty.index_add(1, episode.target_options, token_scores)
-        if self.normalize == "mean":
-            scores = scores / _option_lengths(episode).clamp(min=1)
-        lowest = torch.finfo(scores.dtype).min / 2
-        return scores.masked_fill(~episode.option_mask.flatten(), lowest)
+    def _token_scores(self, episode: Episode, states: Tensor | None, draws: int = 1) -> tuple[Tensor, Tensor]:
+        """Run the model on ``draws`` copies of an episode.
 
-    def _answer_logits(self, episode: Episode, states: Tensor | None, draws: int) -> Tensor:
-        """Run the model on ``draws`` copies of an episode; logits ``(D, M, V)`` at its source positions."""
+        Returns:
+            Log-probabilities ``(draws, Q)`` of the option tokens, and the hidden states ``(draws * M, d)`` that the
+            head read at the source positions. Without gradients the head reads them in pieces, see ``LOGIT_BYTES``.
+        """
         rows, length = episode.input_ids.shape
-        offsets = torch.arange(draws, device=episode.sources.device)[:, None] * (rows * length)
-        sources = (episode.sources + offsets).flatten()
+        copies = torch.arange(draws, device=episode.sources.device)[:, None]
+        sources = (episode.sources + copies * (rows * length)).flatten()
+        places = (episode.target_sources + copies * len(episode.sources)).flatten()
+        targets = episode.targets.repeat(draws)
         if states is not None and draws > 1:
             states = states.repeat(draws, 1, 1)
-        with self.trunk.skipped(states), self._head_on(sources):
-            logits: Tensor = self._forward(episode, draws)
-        return logits.view(draws, -1, logits.shape[-1])
+        width = torch.promote_types(self.model.dtype, torch.float32).itemsize * len(self._head.weight)
+        step = len(sources) if torch.is_grad_enabled() else max(1, LOGIT_BYTES // width)
+        read: list[Tensor] = []
+
+        def gather(hidden: Tensor) -> Tensor:
+            read.append(hidden.flatten(0, 1)[sources])
+            return read[0][None, :step]
+
+        with self.trunk.skipped(states), self._head_reads(gather):
+            scores = token_log_probs(self._forward(episode, draws)[0], places, targets)
+        for start in range(step, len(sources), step):
+            logits = self._head_alone(read[0][None, start : start + step])
+            scores = scores + token_log_probs(logits, places - start, targets)
+        return scores.view(draws, -1), read[0]
+
+    def _head_alone(self, hidden: Tensor) -> Tensor:
+        """Logits ``(m, V)`` of hidden states ``(1, m, d)``, by the model's own forward: some scale or cap the logits.
+
+        The rest of the model sees a single token, and what it makes of it is not used.
+        """
+        token, mask = torch.zeros(1, 1, dtype=torch.long, device=hidden.device), hidden.new_zeros(1, 1, 1, 1)
+        with self.sites.unbound(), self.trunk.bypassed(), self._head_reads(lambda _: hidden):
+            output = self.model(input_ids=token, attention_mask=mask, position_ids=token, use_cache=False)
+        return output.logits[0]  # type: ignore[no-any-return]
 
     def _forward(self, episode: Episode, draws: int = 1) -> Tensor:
         output = self.model(
@@ -187,27 +208,18 @@ class LanguageModel:
         return output.logits  # type: ignore[no-any-return]
 
     @contextmanager
-    def _head_on(self, sources: Tensor) -> Iterator[list[Tensor]]:
-        """Inside the block the LM head reads these positions of the flattened hidden states only.
-
-        Yields a list to which the hidden states that the head read are appended, ``(1, positions, d)``.
-        """
-        read: list[Tensor] = []
-
-        def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-            read.append(args[0].flatten(0, 1)[sources][None])
-            return (read[-1],)
-
-        handle = self._head.register_forward_pre_hook(gather)
+    def _head_reads(self, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside the block the LM head reads ``choose(hidden states (rows, L, d))``, of shape ``(1, positions, d)``."""
+        handle = self._head.register_forward_pre_hook(lambda _, args: (choose(args[0]),))
         try:
-            yield read
+            yield
         finally:
             handle.remove()
 
     def _run(self, rows: Sequence[EncodedExample]) -> Tensor:
         """Run the model over some rows for what a hook sees on the way; the head reads a single position."""
         episode = collate([rows]).to(self.device)
-        with self._head_on(episode.sources[:1]):
+        with self._head_reads(lambda hidden: hidden[:1, :1]):
             return self._forward(episode)
 
     def features(self, episode: Episode) -> Features:
@@ -224,7 +236,7 @@ class LanguageModel:
         tasks, width, most = episode.shape
         d, like = self.hidden_size, self._head.weight
         hidden, options = like.new_zeros(len(flat), 2, d), like.new_zeros(len(flat), most, d)
-        log_probs = like.new_full((len(flat), most), torch.finfo(like.dtype).min / 2)
+        log_probs = like.new_full((len(flat), most), absent_score(like.dtype))
         for i, present in enumerate(flat):
             if present is not None:
                 known, k = self._features[present.key], present.num_options
@@ -237,30 +249,12 @@ class LanguageModel:
         _, rows, options = episode.shape
         first = torch.searchsorted(episode.sources, torch.arange(rows, device=self.device) * episode.input_ids.shape[1])
         states = self.trunk.states(episode, self._run)
-        with self.trunk.skipped(states), self._head_on(episode.sources) as read:
-            logits = self._forward(episode)
-        top = read[0][0, first]  # (rows, d)
+        token_scores, read = self._token_scores(episode, states)
+        top = read[first]  # (rows, d)
         at_trunk = top if states is None else states.flatten(0, 1)[episode.sources[first]]
-        log_probs = self._option_scores(logits, episode).view(rows, options).log_softmax(-1).to(top.dtype)
+        scores = option_scores(token_scores, episode, self.normalize)
+        log_probs = scores.view(rows, options).log_softmax(-1).to(top.dtype)
         tokens = self._head.weight[episode.targets]  # (Q, d)
-        lengths = _option_lengths(episode).to(top.dtype).clamp(min=1)
+        lengths = option_lengths(episode).to(top.dtype).clamp(min=1)
         embedded = top.new_zeros(rows * options, top.shape[-1]).index_add(0, episode.target_options, tokens)
         return torch.stack([at_trunk, top], 1), (embedded / lengths[:, None]).view(rows, options, -1), log_probs
-
-
-def _option_lengths(episode: Episode) -> Tensor:
-    """Number of tokens of each option, ``(T * N * K,)``."""
-    return torch.bincount(episode.target_options, minlength=episode.option_mask.numel())
-
-
-def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive block mask ``(rows, 1, L, L)`` of packed rows: an option sees the prompt and itself.
-
-    Padding sees the prompt too, for a softmax over nothing is NaN. The mask is a float, since a boolean one is read
-    differently by models that add their own terms to it (Gemma 2).
-    """
-    length = segments.shape[-1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    seen = ((key == 0) | (key == query)) & causal
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bayes_lora.errors import SiteError
+from bayes_lora.errors import ModelFileError, SiteError, did_you_mean
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.model_files import DEFAULT_MODEL, find_model
+from bayes_lora.packaged_model import CONVERTED_FOLDER
+from bayes_lora.seeding import seeded
 
 __all__ = ["default_lora", "inject", "load_language_model"]
 
@@ -70,7 +73,7 @@ def load_language_model(
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``.
 
     Raises:
-        ModelFileError: the files cannot be had.
+        ModelFileError: the files cannot be had, or are damaged.
         SiteError: a target module is not in the model; names near ones.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -90,8 +93,48 @@ def _load_base(
     source, options = str(found), dict(model_kwargs)
     if isinstance(found, Path) and found.suffix == ".gguf":
         source, options["gguf_file"] = str(found.parent), found.name
-    tokenizer = AutoTokenizer.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer
+    shared = {key: value for key, value in options.items() if key in ("gguf_file", "trust_remote_code")}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # weights that do not fit are named below
+    gguf = "gguf_file" in options
+    with _reading("config.json", name_or_path, found):
+        if not gguf:  # whose settings are read with its tokenizer
+            AutoConfig.from_pretrained(source, **shared)
+    with _reading("file" if gguf else "tokenizer", name_or_path, found):
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+    with _reading("weights", name_or_path, found):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    model, info = loaded
+    wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if wrong:
+        raise ModelFileError(
+            f"'{found}': {len(wrong)} weights are missing or of another shape than config.json says, such as "
+            f"{wrong[0]}. {_cure('weights', name_or_path, found)}"
+        )
+    return model, tokenizer
+
+
+@contextmanager
+def _reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
+    """Turn whatever transformers raises over damaged files (of any type) into one line that says what to do."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
+        raise ModelFileError(
+            f"'{found}': the {part} cannot be read ({reason}). {_cure(part, name_or_path, found)}"
+        ) from error
+
+
+def _cure(part: str, name_or_path: str | Path, found: Path) -> str:
+    if found.name == CONVERTED_FOLDER:
+        return "Delete this folder, then run: bayes-lora fetch"
+    if not Path(name_or_path).expanduser().exists():
+        return f"Download it anew: hf download --force-download {name_or_path}"
+    if part == "tokenizer" and found.is_dir():
+        return "Put the model's tokenizer.json and tokenizer_config.json there, or copy the model anew."
+    return "Copy or save the model anew."
 
 
 def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> None:
@@ -100,15 +143,18 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
     Raises:
         SiteError: a target module is not in the model.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
+    names = [name for name, _ in model.named_modules()]
+    kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
+    # PEFT passes over a name that fits no module, as long as another one does.
+    unknown = [name for name in wanted if not any(f".{module}".endswith(f".{name}") for module in names)]
+    if unknown:
+        listed = ", ".join(f"{name!r}{did_you_mean(name, kinds)}" for name in unknown)
+        raise SiteError(f"target_modules: the model has no module {listed}. It has {kinds}.")
+    with seeded(seed, model.device):
         try:
             peft.inject_adapter_in_model(lora, model)
         except ValueError as error:
-            kinds = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if not list(m.children())})
-            wanted = lora.target_modules if isinstance(lora.target_modules, (set, list)) else [lora.target_modules]
-            near = [n for name in wanted or [] for n in difflib.get_close_matches(str(name), kinds, n=2, cutoff=0.4)]
             raise SiteError(
-                f"target_modules {sorted(map(str, wanted or []))}: {error}. "
-                f"Did you mean {sorted(set(near))}? The model's modules: {kinds}."
+                f"target_modules {wanted or lora.target_modules}: {error}. The model has {kinds}."
             ) from error

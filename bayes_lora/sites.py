@@ -7,8 +7,8 @@ of one factor of one module kind: ``q_proj.lora_A`` has event shape ``(layers, r
 
 from __future__ import annotations
 
-import difflib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_lora.errors import SiteError
+from bayes_lora.errors import SiteError, did_you_mean
 from bayes_lora.types import Sites, SiteShapes
 
 __all__ = ["LoraSites", "Slot", "find_sites"]
@@ -90,8 +90,8 @@ class LoraSites:
     def check(self, values: Sites) -> None:
         """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes."""
         for site in values.keys() - self.shapes.keys():
-            near = difflib.get_close_matches(site, self.shapes, n=3, cutoff=0.4)
-            raise SiteError(f"site {site!r}: the model has no such site. Did you mean {near or list(self.shapes)}?")
+            near = did_you_mean(site, self.shapes, list_all=True)
+            raise SiteError(f"site {site!r}: the model has no such site{near}.")
         for site, shape in self.shapes.items():
             if site not in values:
                 raise SiteError(f"site {site!r}: no value given. Expected one of event shape {shape}.")
@@ -118,6 +118,10 @@ class LoraSites:
             raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for every site alike, got {got}.")
         with self._bound({site: value.unbind(-3) for site, value in values.items()}):
             yield
+
+    def unbound(self) -> AbstractContextManager[None]:
+        """Inside the block nothing is bound, whatever was bound outside."""
+        return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
     @contextmanager
     def _bound(self, weights: Mapping[str, Sequence[Tensor | None]]) -> Iterator[None]:
@@ -180,15 +184,19 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
 
     Layers of one module kind whose shapes differ become sites of their own, ``q_proj.lora_A``, ``q_proj.lora_A.2``.
 
+    A ``lora_dropout`` is taken out, with one warning: a draw of phi is one model, which gives one answer.
+
     Raises:
         SiteError: the model has no LoRA layer, or one whose factors are not plain linears (embeddings,
-            convolutions, DoRA).
+            convolutions, DoRA, ``lora_bias=True``).
     """
     found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot]]]] = {}
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     for name, layer in sorted(layers, key=lambda pair: _layer_index(pair[0])):
         if adapter not in layer.lora_A or layer.lora_variant or not isinstance(layer.lora_A[adapter], nn.Linear):
             raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got {layer!r}.")
+        if layer.lora_B[adapter].bias is not None:
+            raise SiteError(f"module {name!r}: its LoRA has a bias, which no site holds. Set lora_bias=False.")
         for factor in FACTORS:
             factors = getattr(layer, factor)
             # At least float32, whatever the base: bfloat16 would round small steps of its weights to nothing.
@@ -197,6 +205,7 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
             factors[adapter] = slot
             kind = f"{name.rpartition('.')[2]}.{factor}"
             found.setdefault(kind, {}).setdefault(tuple(slot.initial.shape), []).append((name, slot))
+    _drop_dropout([layer for _, layer in layers], adapter)
     if not found:
         raise SiteError("the model has no LoRA layer. Inject some first: peft.inject_adapter_in_model(config, model).")
     return LoraSites(
@@ -206,3 +215,15 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
             for index, pairs in enumerate(by_shape.values(), start=1)
         }
     )
+
+
+def _drop_dropout(layers: Sequence[LoraLayer], adapter: str) -> None:
+    dropouts = [layer.lora_dropout[adapter] for layer in layers]
+    rates = {dropout.p for dropout in dropouts if isinstance(dropout, nn.Dropout)}
+    for layer in layers:
+        layer.lora_dropout[adapter] = nn.Identity()
+    if rates:
+        warnings.warn(
+            f"lora_dropout={max(rates)} is not applied: scores are a function of phi alone. Set lora_dropout=0.0.",
+            stacklevel=3,
+        )

@@ -42,15 +42,27 @@ def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None
     temporary.chmod(0o755)  # mkdtemp makes it private
     try:
         yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    """Rename ``new`` to ``path``. What was there is deleted only then, and comes back if the renaming fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    old = aside / path.name
+    try:
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+    except BaseException as error:
+        if old.exists():
+            os.rename(old, path)
+        aside.rmdir()
+        if isinstance(error, OSError):
+            raise RunFolderError(f"{path} cannot be replaced ({error}). What was there before is untouched.") from error
+        raise
+    shutil.rmtree(aside)
 
 
 def check_new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> None:

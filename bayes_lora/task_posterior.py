@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
+from bayes_lora.identity import check_identity, identity
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import Metrics, compute_metrics
 from bayes_lora.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 from bayes_lora.tasks.episode import collate
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.types import Sites
+from bayes_lora.types import Sites, absent_score
 
 __all__ = ["TaskPosterior", "predictive", "score"]
 
@@ -78,7 +79,7 @@ class TaskPosterior:
             batch_size: examples per forward, times the draws that fit the language model's token budget.
 
         Returns:
-            Per task ``(len(query), K)``, with the dtype's lowest value where an option is absent.
+            Per task ``(len(query), K)``, with :func:`absent_score` where an option is absent.
         """
         if len(queries) != len(self.names):
             raise TaskError(f"expected one list of examples for each of {len(self.names)} tasks, got {len(queries)}.")
@@ -97,8 +98,8 @@ class TaskPosterior:
         for start in range(0, len(rows), batch_size):
             episode = collate([[rows[i] for i in order[start : start + batch_size]]]).to(self.lm.device)
             log_probs = predictive(self.lm(phi, episode))[0]
-            lowest = torch.finfo(log_probs.dtype).min / 2
-            pieces.append(nn.functional.pad(log_probs, (0, width - log_probs.shape[-1]), value=lowest))
+            absent = width - log_probs.shape[-1]
+            pieces.append(nn.functional.pad(log_probs, (0, absent), value=absent_score(log_probs.dtype)))
         return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
 
     def evaluate(self, tasks: Sequence[Task], *, num_draws: int = 10, seed: int = 0) -> dict[str, Metrics]:
@@ -124,14 +125,16 @@ class TaskPosterior:
         tensors |= {f"scale.{site}": value for site, value in self.scale.items()}
         with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(folder / TENSORS, tensors)
-            write_json(folder / NAMES, {"names": list(self.names), "random_sites": list(self.scale)})
+            facts = {"names": list(self.names), "random_sites": list(self.scale)}
+            write_json(folder / NAMES, facts | identity(self.lm))
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel) -> TaskPosterior:
         """Read a saved posterior; it predicts bit for bit what it did before.
 
         Raises:
-            PosteriorError: the files are missing or damaged, or were made with LoRA sites other than ``lm``'s.
+            PosteriorError: the files are missing or damaged, or were made with LoRA sites, settings or base weights
+                other than ``lm``'s.
         """
         tensors, facts = read_tensors(Path(path) / TENSORS), read_json(Path(path) / NAMES)
         parts: dict[str, Sites] = {"loc": {}, "scale": {}}
@@ -147,9 +150,10 @@ class TaskPosterior:
                 for site, shape in sizes.items()
             ):
                 raise SiteError(f"expected scales of {sorted(random)} for {len(names)} tasks, got {sizes}")
-            return cls(lm, parts["loc"], parts["scale"], names)
         except (SiteError, KeyError, TypeError) as error:
             raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
+        check_identity(facts, lm, Path(path))
+        return cls(lm, parts["loc"], parts["scale"], names)
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.

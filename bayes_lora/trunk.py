@@ -76,17 +76,23 @@ class Trunk:
             yield
 
     @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside the block no layer runs: the head's input is the embeddings, passed through."""
+        with self._swapped(range(len(self.layers or ()))):
+            yield
+
+    @contextmanager
     def _swapped(self, indices: range) -> Iterator[list[_PassThrough]]:
-        assert self.layers is not None
-        originals = {i: self.layers[i] for i in indices}
+        layers = self.layers if self.layers is not None else nn.ModuleList()
+        originals = {i: layers[i] for i in indices}
         stand_ins = [_PassThrough(layer) for layer in originals.values()]
         for i, stand_in in zip(indices, stand_ins, strict=True):
-            self.layers[i] = stand_in
+            layers[i] = stand_in
         try:
             yield stand_ins
         finally:
             for i, layer in originals.items():
-                self.layers[i] = layer
+                layers[i] = layer
 
     def states(self, episode: Episode, run: Callable[[Sequence[EncodedExample]], Tensor]) -> Tensor | None:
         """Hidden states at the input of layer k for every row of an episode, ``(R, L, d)``, or None if k is 0.

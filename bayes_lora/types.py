@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from bayes_lora.tasks.episode import Episode
 
-__all__ = ["Guide", "Likelihood", "Model", "SiteShapes", "Sites"]
+__all__ = ["Guide", "Likelihood", "Model", "SiteShapes", "Sites", "absent_score"]
 
 Sites = dict[str, Tensor]
 """Site name (``"q_proj.lora_A"``) to value of shape ``(*batch, layers, out, in)``."""
@@ -23,12 +24,21 @@ SiteShapes = dict[str, tuple[int, int, int]]
 """Site name to event shape ``(layers, out, in)``."""
 
 
+def absent_score(dtype: torch.dtype) -> float:
+    """Score of an option that is not there: finite, and so low that it has no probability beside any real option.
+
+    It is *half* the dtype's lowest value, which leaves room to subtract from it: the lowest value itself would overflow
+    to -inf in a ``log_softmax``, or when a score is subtracted, and inf - inf is NaN.
+    """
+    return torch.finfo(dtype).min / 2
+
+
 @runtime_checkable
 class Likelihood(Protocol):
     """The language model: log p(option | prompt, phi)."""
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
-        """Return option log-likelihoods in nats, shape ``(*draws, T, N, options)``.
+        """Return option log-likelihoods in nats, ``(*draws, T, N, options)``; :func:`absent_score` of absent options.
 
         Args:
             phi: values of shape ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)`` for one draw

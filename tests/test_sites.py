@@ -115,7 +115,7 @@ def test_layers_of_other_shapes_become_sites_of_their_own(tokenizer):
             lambda v: v.pop("q_proj.lora_A"),
             r"site 'q_proj.lora_A': no value given. Expected one of event shape \(2, 3, 16\)",
         ),
-        (lambda v: v.update({"q_prj.lora_A": v["q_proj.lora_A"]}), r"no such site. Did you mean \['q_proj.lora_A'"),
+        (lambda v: v.update({"q_prj.lora_A": v["q_proj.lora_A"]}), r"no such site \(did you mean 'q_proj.lora_A' or"),
         (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"].mT}), r"got \(2, 16, 3\). Did you pass it transposed"),
         (
             lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"][None]}),
@@ -132,7 +132,15 @@ def test_wrong_values_are_refused_by_name(lm, change, message):
 
 def test_unknown_target_modules_name_the_near_ones():
     config = peft.LoraConfig(r=2, target_modules=["q_prj"])
-    with pytest.raises(SiteError, match=r"Did you mean \['o_proj', 'q_proj'\]|Did you mean \['q_proj'"):
+    with pytest.raises(
+        SiteError, match=r"the model has no module 'q_prj' \(did you mean 'q_proj' or .*It has \['act_fn"
+    ):
+        inject(config, BUILDERS["llama"]())
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_prj"])  # PEFT alone would take q_proj and say nothing
+    with pytest.raises(SiteError, match=r"no module 'v_prj' \(did you mean 'v_proj'"):
+        inject(config, BUILDERS["llama"]())
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[7])
+    with pytest.raises(SiteError, match=r"target_modules \['q_proj'\]: .*not found"):
         inject(config, BUILDERS["llama"]())
 
 
@@ -146,3 +154,33 @@ def test_dora_is_refused():
     inject(peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), model)
     with pytest.raises(SiteError, match="only plain LoRA"):
         find_sites(model)
+
+
+def test_lora_bias_is_refused():
+    model = BUILDERS["qwen2"]()
+    inject(peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), model)
+    with pytest.raises(SiteError, match=r"'model.layers.0.self_attn.q_proj': its LoRA has a bias.*Set lora_bias=False"):
+        find_sites(model)
+
+
+def test_lora_dropout_is_taken_out_with_one_warning():
+    model = BUILDERS["llama"]()
+    inject(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5), model)
+    with pytest.warns(UserWarning, match="lora_dropout=0.5 is not applied") as caught:
+        sites = find_sites(model)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    ids = torch.tensor([[5, 9, 2]])
+    with sites.bind({site: value.float() for site, value in random_values(sites).items()}):
+        one, two = (model.train()(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_seeded_injection_leaves_the_random_state_alone():
+    before, values = torch.get_rng_state(), []
+    for seed in (3, 3, 4):
+        model = BUILDERS["llama"]()
+        torch.set_rng_state(before)
+        inject(peft.LoraConfig(r=2, target_modules=["q_proj"]), model, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        values.append(find_sites(model).initial()["q_proj.lora_A"])
+    assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ def test_new_folder_refuses_and_replaces(tmp_path):
         (folder / "new").write_text("1")
         assert names(path) == ["old"]
     assert names(tmp_path) == ["a"] and names(path) == ["new"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", ["aside", "in"])
+def test_a_failed_replacement_brings_back_what_was_there(tmp_path, monkeypatch, failing, error):
+    path, rename = tmp_path / "a", os.rename
+    path.mkdir()
+    (path / "old").write_text("1")
+
+    def fail(source, target):
+        if (failing == "aside" and source == path) or (failing == "in" and (source / "new").exists()):
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    expected = RunFolderError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="cannot be replaced" if isinstance(error, OSError) else None):
+        with new_folder(path, overwrite=True) as folder:
+            (folder / "new").write_text("1")
+    assert names(tmp_path) == ["a"] and names(path) == ["old"]
 
 
 def test_a_marker_guards_other_folders(tmp_path):

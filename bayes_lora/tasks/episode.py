@@ -16,7 +16,7 @@ from bayes_lora.errors import TaskError
 from bayes_lora.tasks.prompts import EncodedExample, Encoder
 from bayes_lora.tasks.task import Task, TaskSet
 
-__all__ = ["Episode", "EpisodeSampler", "collate"]
+__all__ = ["Episode", "EpisodeSampler", "attention_mask", "collate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,19 @@ def collate(
         rows=rows,
         separate_support=None if support is None else collate(support, task_index=task_index, num_tasks=num_tasks),
     )
+
+
+def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive block mask ``(rows, 1, L, L)`` of packed rows: an option sees the prompt and itself.
+
+    Padding sees the prompt too, for a softmax over nothing is NaN. The mask is a float, since a boolean one is read
+    differently by models that add their own terms to it (Gemma 2).
+    """
+    length = segments.shape[-1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    seen = ((key == 0) | (key == query)) & causal
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 class EpisodeSampler:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bayes_lora.errors import TaskError
-from bayes_lora.tasks.task import Example, Task, TaskSet, did_you_mean
+from bayes_lora.errors import TaskError, did_you_mean
+from bayes_lora.tasks.task import Example, Task, TaskSet
 
 __all__ = ["has_options", "load_task", "load_taskset", "read_examples"]
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from bayes_lora.errors import TaskError
+from bayes_lora.errors import TaskError, did_you_mean
 
-__all__ = ["Example", "Task", "TaskSet", "did_you_mean"]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to `name`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+__all__ = ["Example", "Task", "TaskSet"]
 
 
 @dataclass(frozen=True, slots=True)

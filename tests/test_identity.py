@@ -1,0 +1,98 @@
+"""A posterior knows the base weights that it was fitted on, in whatever format they come."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import build_lm, make_tasks
+
+from bayes_lora.config import RunConfig
+from bayes_lora.errors import PosteriorError
+from bayes_lora.identity import NUM_MATRICES, NUM_VALUES, check_identity, identity, weight_sample
+from bayes_lora.posterior import Posterior
+from bayes_lora.recipes import build_objective
+from bayes_lora.task_posterior import TaskPosterior
+from bayes_lora.tasks import PromptTemplate
+
+DIFFERENT = "fitted on other base weights than those of llama: .* matrices differ, such as .*pass lm= loaded from"
+
+
+def through_json(facts):
+    return json.loads(json.dumps(facts))
+
+
+def other_seed(lm):
+    torch.manual_seed(5)
+    for parameter in lm.model.parameters():
+        parameter.normal_(std=0.3)
+
+
+def in_four_bits(lm):
+    """Blocks of 32 values with their own least value and step, as in GGUF's Q4_1."""
+    for parameter in lm.model.parameters():
+        blocks = torch.nn.functional.pad(parameter.flatten(), (0, -parameter.numel() % 32)).view(-1, 32)
+        least, step = blocks.amin(1, True), (blocks.amax(1, True) - blocks.amin(1, True)) / 15
+        rounded = least + step * ((blocks - least) / step.clamp(min=1e-9)).round()
+        parameter.copy_(rounded.flatten()[: parameter.numel()].view_as(parameter))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_another_format_of_the_same_weights_fits(tmp_path, tokenizer, kind, dtype):
+    low, high = build_lm(kind, tokenizer, dtype=dtype), build_lm(kind, tokenizer, dtype=torch.float32)
+    check_identity(through_json(identity(low)), high, tmp_path)
+    check_identity(through_json(identity(high)), low, tmp_path)
+
+
+@pytest.mark.parametrize("change", [other_seed, in_four_bits])
+def test_other_weights_are_refused(tmp_path, tokenizer, change):
+    facts, lm = through_json(identity(build_lm("llama", tokenizer))), build_lm("llama", tokenizer)
+    check_identity(facts, lm, tmp_path)
+    change(lm)
+    with pytest.raises(PosteriorError, match=DIFFERENT):
+        check_identity(facts, lm, tmp_path)
+
+
+def test_the_sample_is_small_and_knows_nothing_of_lora(tokenizer):
+    sample = weight_sample(build_lm("llama", tokenizer, top_layers=None).model)
+    assert sample == weight_sample(build_lm("llama", tokenizer, top_layers=1, targets=["v_proj"]).model)
+    assert len(sample) == NUM_MATRICES
+    assert all(len(values) == NUM_VALUES and all(map(math.isfinite, values)) for values in sample.values())
+
+
+@pytest.mark.parametrize("values", [[1.0], ["a"] * NUM_VALUES, None, [[1.0]] * NUM_VALUES, [float("nan")] * NUM_VALUES])
+def test_a_damaged_sample_is_refused(lm, tmp_path, values):
+    facts = identity(lm)
+    facts["base_weights"] = dict.fromkeys(facts["base_weights"], values)
+    with pytest.raises(PosteriorError, match=DIFFERENT):
+        check_identity(facts, lm, tmp_path)
+    with pytest.raises(PosteriorError, match="'base_weights' must be mappings"):
+        check_identity({"base_weights": [1]}, lm, tmp_path)
+
+
+@pytest.fixture
+def saved(lm, tmp_path):
+    """A posterior, and one of two tasks, in folders with the loaders that read them."""
+    config = RunConfig.from_dict({"guide": {"hidden": 4, "directions": 1, "bilinear": 1}})
+    posterior = Posterior(lm, build_objective(lm, config).double().eval(), config)
+    posterior.save(tmp_path / "posterior")
+    posterior.adapt([task.split(3, seed=0) for task in list(make_tasks(2).values())]).save(tmp_path / "task_posterior")
+    return {"posterior": Posterior.load, "task_posterior": TaskPosterior.load}
+
+
+@pytest.mark.parametrize("kind", ["posterior", "task_posterior"])
+def test_saved_posteriors_are_compared_when_they_are_loaded(saved, lm, tmp_path, tokenizer, kind):
+    folder, load = tmp_path / kind, saved[kind]
+    other, templated = (build_lm("llama", tokenizer, **k) for k in ({}, {"template": PromptTemplate("{input}:")}))
+    load(folder, other)
+    with pytest.raises(PosteriorError, match=r"fitted with {'template'.*Pass lm= made like that"):
+        load(folder, templated)
+    other_seed(other)
+    with pytest.raises(PosteriorError, match=f"{kind}: {DIFFERENT}"):
+        load(folder, other)
+    file = folder / f"{kind}.json"  # a folder of a version that knew nothing of the weights
+    facts = json.loads(file.read_text())
+    del facts["base_weights"]
+    file.write_text(json.dumps(facts))
+    load(folder, other)
