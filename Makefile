@@ -7,10 +7,11 @@ RUN ?= runs/demo
 # Two processes with one thread each: the models in the tests are too small to gain from more threads.
 PYTEST_ARGS ?= -n 2
 OMP_NUM_THREADS ?= 1
+BENCH_ARGS ?=
 CHECKED := bayes_lora models guides tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types wheel clean
+.PHONY: help setup demo test bench lint format types wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -34,6 +35,9 @@ demo: setup  ## train and evaluate on the shipped tasks; the report lands in run
 
 test: setup  ## run the tests; PYTEST_ARGS chooses some
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest $(PYTEST_ARGS)
+
+bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
+	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check $(wildcard $(CHECKED))

@@ -1,11 +1,32 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import make_tasks
+from torch.utils.flop_counter import FlopCounterMode
+
+from bayes_lora.tasks import collate
 
 ROOT = Path(__file__).parents[1]
+CASES = {
+    "step_time",
+    "step_memory",
+    "step_stock",
+    "predict_draws",
+    "predict_options",
+    "adapt",
+    "collection",
+    "pyro",
+}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
 def write_metaicl(folder, tasks):
@@ -48,3 +69,151 @@ def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder):
     assert abs(mean - sum(values) / 2) < 1e-12
     assert abs(error - abs(values[0] - values[1]) / 2) < 1e-12
     assert f"| {method} |" in done.stdout
+
+
+def tiny_setup(name="smollm2-135m"):
+    from workload import SHAPES, Sizes, build_setup
+
+    return build_setup(SHAPES[name].tiny(), Sizes.quick(), torch.device("cpu"), torch.float32, 1e9)
+
+
+def check_results(results):
+    assert {line["case"] for line in results} == CASES
+    for line in results:
+        assert math.isfinite(line["value"]) and line["value"] > 0
+        assert line["met"] == (
+            line["value"] <= line["target"] if line["relation"] == "<=" else line["value"] >= line["target"]
+        )
+        assert len(line["sides"]) >= 2
+
+
+def test_the_quick_set_measures_every_case(tmp_path, capsys):
+    from speed import main
+
+    main(["--quick", "--output", str(tmp_path / "speed.json")])
+    report = json.loads((tmp_path / "speed.json").read_text())
+    check_results(report["results"])
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert len(report["profile"]["operators"]) == 10
+    assert abs(sum(report["profile"]["shares"].values()) - 1) < 1e-6
+    assert min(report["profile"]["shares"].values()) > 0
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "Pyro's overhead" in capsys.readouterr().out
+
+
+def test_the_gpu_script_runs_the_same_cases_on_a_cpu(tmp_path, capsys):
+    from gpu import main
+
+    main(["--device", "cpu", "--quick", "--output", str(tmp_path / "gpu.json")])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [one["shape"]["kind"] for one in report["shapes"]] == ["llama", "qwen2"]
+    for one in report["shapes"]:
+        check_results(one["results"])
+        assert one["model_flop_utilisation"] > 0
+    assert "FLOP" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_script_says_so(tmp_path):
+    from gpu import main
+
+    with pytest.raises(SystemExit, match="No CUDA device"):
+        main(["--output", str(tmp_path / "gpu.json")])
+
+
+def test_an_unknown_case_is_named(tmp_path, capsys):
+    from speed import main
+
+    with pytest.raises(SystemExit):
+        main(["--only", "step,wings", "--output", str(tmp_path / "speed.json")])
+    assert "'wings'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2-7b"])
+def test_both_sides_of_a_comparison_compute_the_same_scores(name):
+    from cases import training_episode
+    from stock import Stock, option_rows
+
+    setup = tiny_setup(name)
+    lm = setup.language_model()
+    tasks, episode = training_episode(setup, lm)
+    plain = Stock(setup.base, lm.lora_config)
+    ours = lm(lm.sites.initial(), episode)
+    packed = plain.packed_scores(episode).view_as(ours)
+    torch.testing.assert_close(packed, ours)
+    for task, scores, mask in zip(tasks, ours, episode.option_mask, strict=True):
+        for full in (False, True):
+            rows = plain.row_scores(task, full_logits=full)
+            torch.testing.assert_close(rows[mask[:, : rows.shape[1]]], scores[mask], rtol=1e-4, atol=1e-4)
+    gold = option_rows([row for task in episode.rows for row in task], setup.device, gold_only=True)
+    scores = plain.row_scores(gold, full_logits=False).view_as(ours).gather(-1, episode.answer[..., None])
+    torch.testing.assert_close(scores, ours.gather(-1, episode.answer[..., None]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_baselines_train_their_loras_and_nothing_else():
+    from cases import training_episode
+    from stock import Stock, option_rows
+
+    setup = tiny_setup()
+    lm = setup.language_model()
+    tasks, episode = training_episode(setup, lm)
+    before = {name: value.clone() for name, value in setup.base.state_dict().items()}
+    plain, by_task = Stock(setup.base, lm.lora_config), Stock(setup.base, lm.lora_config, len(tasks))
+    gold = option_rows([row for task in episode.rows for row in task], setup.device, gold_only=True)
+    for stock, step in (
+        (plain, lambda: plain.packed_step(episode)),
+        (plain, lambda: plain.causal_step(gold)),
+        (by_task, lambda: by_task.tasks_step(tasks)),
+    ):
+        held = [p for group in stock.optimizer.param_groups for p in group["params"]]
+        assert sum(p.numel() for p in held) == lm.sites.num_parameters * len(stock.names)
+        old = [p.detach().clone() for p in held]
+        step()
+        assert all(not torch.equal(a, b) for a, b in zip(old, held, strict=True) if b.grad.any())
+        assert sum(bool(p.grad.any()) for p in held) >= len(held) // 2  # B has a gradient from the first step on
+    assert all(torch.equal(value, before[name]) for name, value in setup.base.state_dict().items())
+
+
+def test_operation_counts_agree_with_those_of_torch():
+    from flops import flops
+    from stock import Stock
+
+    setup = tiny_setup()
+    setup.base.set_attn_implementation("eager")  # torch counts no fused attention on a CPU
+    lm = setup.language_model()
+    episode = collate([lm.encoder(setup.task(0, 3).support)])
+    plain = Stock(setup.base, lm.lora_config)
+    tokens, length, positions = episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain.packed_scores(episode)
+    # The rotary table is a small product of its own.
+    assert counter.get_total_flops() == pytest.approx(flops(setup.shape, tokens, length, positions), rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        plain.packed_step(episode)
+    counted = flops(setup.shape, tokens, length, positions, backward_layers=setup.shape.layers)
+    # The lowest layer needs no gradient of its input, which is left out of the formula.
+    assert 0.9 * counted < counter.get_total_flops() <= 1.01 * counted
+
+
+def test_memory_sees_what_is_freed_again():
+    from harness import memory
+
+    kept = []
+
+    def run():
+        large = torch.zeros(1000, 1000)
+        kept.append(large[:, :1].clone())
+
+    found = memory(run, torch.device("cpu"))
+    assert 4_000_000 < found.peak < 4_100_000
+    assert found.left == 4000
+
+
+def test_sides_are_timed_in_turn():
+    from harness import interleave
+
+    calls = []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = interleave(sides, torch.device("cpu"), budget=0.0, rounds=(3, 9))
+    assert calls == ["a", "b"] * 3
+    assert [len(times) for times in seconds.values()] == [3, 3]

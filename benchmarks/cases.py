@@ -1,0 +1,217 @@
+"""The cases of training and of prediction: each takes a setup, measures both sides in turn, and returns its lines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from flops import flops
+from harness import Result, interleave, memory, ratio, ratio_of_fastest, spread
+from profiling import profile_step
+from stock import Rows, Stock, option_rows
+from workload import Setup, SharedNormal
+
+from bayes_lora.config import RunConfig
+from bayes_lora.language_model import LanguageModel
+from bayes_lora.models import HierarchicalNormal
+from bayes_lora.objective import BetaELBO
+from bayes_lora.recipes import build_objective
+from bayes_lora.task_posterior import TaskPosterior
+from bayes_lora.tasks import Episode, collate
+
+
+class OurStep:
+    """A whole training step as the README has it: model, guide, ELBO, backward, Adam."""
+
+    def __init__(self, objective: BetaELBO) -> None:
+        self.objective = objective.train()
+        self.optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3)
+
+    def __call__(self, episode: Episode) -> None:
+        self.optimizer.zero_grad()
+        self.objective(episode).backward()
+        self.optimizer.step()
+
+
+def training_step(setup: Setup) -> tuple[list[Result], dict[str, Any]]:
+    """A step on T tasks with weights of their own, against one PEFT LoRA, and against PEFT task by task.
+
+    The headline step is that of the default recipe, guide network and all, with the support's features cached, as
+    they are after an example's first visit. Also returned: where that step's time goes.
+    """
+    lm = setup.language_model()
+    tasks, episode = training_episode(setup, lm)
+    lm.features(episode)
+    network = OurStep(build_objective(lm, RunConfig()))
+    model = HierarchicalNormal(lm, lm.sites.initial())
+    mean_field = OurStep(BetaELBO(model, SharedNormal(model), beta=1e-3).to(setup.device))
+    plain, by_task = Stock(setup.base, lm.lora_config), Stock(setup.base, lm.lora_config, len(tasks))
+    ours = {"ours": lambda: network(episode)}
+    sides = {"plain PEFT": lambda: plain.packed_step(episode)} | ours
+    sides |= {"ours, mean-field guide": lambda: mean_field(episode)}
+    # Twice the rounds: a ratio near one that may exceed it by a tenth.
+    budget, (least, most) = setup.sizes.budget, setup.sizes.rounds
+    twice = (2 * least, max(2 * least, most))
+    seconds = interleave(sides, setup.device, budget=2 * budget, rounds=twice, warm_up=True)
+    stock = ours | {"stock PEFT, task by task": lambda: by_task.tasks_step(tasks)}
+    stock_seconds = interleave(stock, setup.device, budget=budget, rounds=(least, most))
+    results = [
+        _step_time(setup, seconds, episode, tasks),
+        _step_memory(setup, network, plain, mean_field, episode),
+        _step_stock(setup, lm, stock_seconds, episode, tasks),
+    ]
+    return results, profile_step(network.objective, network.optimizer, episode, setup.device)
+
+
+def _step_time(setup: Setup, seconds: dict[str, list[float]], episode: Episode, tasks: list[Rows]) -> Result:
+    work, _ = _step_flops(setup, episode, tasks)
+    rows, length = episode.input_ids.shape
+    pair = ("ours", "plain PEFT")
+    details = rates(setup, seconds, dict.fromkeys(pair, work))
+    details |= {"guide": "guide network, features cached", "rows": rows, "row_tokens": length}
+    details |= {"range": spread(seconds, *pair), "ratio_of_fastest": ratio_of_fastest(seconds, *pair)}
+    details["mean_field_ratio"] = ratio(seconds, "ours, mean-field guide", "plain PEFT")
+    what = f"training step, {len(tasks)} tasks x {setup.sizes.examples} examples, time against one plain PEFT LoRA"
+    return Result("step_time", what, ratio(seconds, *pair), "x", "<=", 1.10, 1.0, seconds, details)
+
+
+def _step_stock(
+    setup: Setup, lm: LanguageModel, seconds: dict[str, list[float]], episode: Episode, tasks: list[Rows]
+) -> Result:
+    work, stock_work = _step_flops(setup, episode, tasks)
+    pair = ("stock PEFT, task by task", "ours")
+    details = rates(setup, seconds, {"ours": work, "stock PEFT, task by task": stock_work})
+    details |= {"range": spread(seconds, *pair), "ratio_of_fastest": ratio_of_fastest(seconds, *pair)}
+    details |= {"options_per_task": setup.sizes.options, "bound_by_options": _bounds_by_options(setup, lm)}
+    what = "the same step against stock PEFT, task by task, a row per option, full logits"
+    return Result("step_stock", what, ratio(seconds, *pair), "x", ">=", 4.0, stock_work / work, seconds, details)
+
+
+def training_episode(setup: Setup, lm: LanguageModel) -> tuple[list[Rows], Episode]:
+    """The same examples unpacked for stock PEFT, and packed for us; their own support."""
+    sizes = setup.sizes
+    counts = [sizes.options[i % len(sizes.options)] for i in range(sizes.tasks)]
+    encoded = [lm.encoder(setup.task(i, sizes.examples, options=count).support) for i, count in enumerate(counts)]
+    return [option_rows(task, setup.device) for task in encoded], collate(encoded).to(setup.device)
+
+
+def _step_flops(setup: Setup, episode: Episode, tasks: list[Rows]) -> tuple[float, float]:
+    """Operations of a step on packed rows, and of stock PEFT's task by task."""
+
+    def count(tokens: int, length: int, positions: int) -> float:
+        return flops(setup.shape, tokens, length, positions, backward_layers=setup.shape.layers)
+
+    packed = count(episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources))
+    return packed, sum(count(task.tokens, task.input_ids.shape[1], task.tokens) for task in tasks)
+
+
+def _bounds_by_options(setup: Setup, lm: LanguageModel) -> dict[str, float]:
+    """How many times fewer operations a packed step takes, if every task has this many options."""
+    bounds = {}
+    for options in (2, 3, 4, 5):
+        tasks, episode = training_episode(replace(setup, sizes=replace(setup.sizes, options=(options,))), lm)
+        ours, stock = _step_flops(setup, episode, tasks)
+        bounds[str(options)] = stock / ours
+    return bounds
+
+
+def rates(setup: Setup, seconds: dict[str, list[float]], work: dict[str, float]) -> dict[str, Any]:
+    """Counted operations of each side, and the share of the machine's operations per second that it reached."""
+    reached = {name: work[name] / median(seconds[name]) for name in work}
+    return {
+        "flops": work,
+        "flops_per_second": reached,
+        "share_of_machine": {name: rate / setup.flops_per_second for name, rate in reached.items()},
+    }
+
+
+def _step_memory(setup: Setup, ours: OurStep, plain: Stock, mean_field: OurStep, episode: Episode) -> Result:
+    """Everything but the frozen weights: trained parameters, Adam's moments, activations, gradients."""
+    peaks, states = {}, {}
+    for name, optimizer, run in (
+        ("ours", ours.optimizer, lambda: ours(episode)),
+        ("plain PEFT", plain.optimizer, lambda: plain.packed_step(episode)),
+        ("ours, mean-field guide", mean_field.optimizer, lambda: mean_field(episode)),
+    ):
+        optimizer.zero_grad()
+        states[name] = state_bytes(optimizer)
+        peaks[name] = states[name] + memory(run, setup.device).peak
+        optimizer.zero_grad()
+    frozen = sum(p.numel() * p.element_size() for p in setup.base.parameters())
+    details = {
+        "parameters_and_moments": states,
+        "frozen_weights": frozen,
+        "ratio_with_frozen_weights": (peaks["ours"] + frozen) / (peaks["plain PEFT"] + frozen),
+        "mean_field_ratio": peaks["ours, mean-field guide"] / peaks["plain PEFT"],
+        "method": "allocator's record, frozen weights left out",
+    }
+    what = "the same step, peak memory beyond the frozen weights"
+    return Result("step_memory", what, peaks["ours"] / peaks["plain PEFT"], "x", "<=", 1.10, None, peaks, details)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's parameters and of what it keeps of them."""
+    kept = [p for group in optimizer.param_groups for p in group["params"]]
+    kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(value.numel() * value.element_size() for value in kept)
+
+
+def fixed_posterior(lm: LanguageModel) -> TaskPosterior:
+    """A posterior of one task around PEFT's initial values."""
+    loc = {site: value[None, None] for site, value in lm.sites.initial().items()}
+    return TaskPosterior(lm, loc, {site: torch.full_like(value, 0.01) for site, value in loc.items()}, ("task",))
+
+
+@torch.no_grad()
+def prediction_draws(setup: Setup) -> list[Result]:
+    """S draws through the top third of the layers, the trunk cached, against one pass of PEFT through all layers."""
+    shape, draws = setup.shape, setup.sizes.draws
+    top = shape.layers // 3
+    lm = setup.language_model(top)
+    examples = setup.task(1000, setup.sizes.queries).support
+    posterior, plain = fixed_posterior(lm), Stock(setup.base, lm.lora_config)
+    posterior.predict([examples], num_draws=1)  # fills the trunk's cache
+    sides = {
+        "one pass": lambda: plain.packed_scores(collate([lm.encoder(examples)]).to(setup.device)),
+        "ours": lambda: posterior.predict([examples], num_draws=draws),
+    }
+    seconds = interleave(sides, setup.device, budget=setup.sizes.budget, rounds=setup.sizes.rounds)
+    episode = collate([lm.encoder(examples)])
+    tokens, length, positions = episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)
+    one = flops(shape, tokens, length, positions, lora_layers=top)
+    ours = draws * flops(shape, tokens, length, positions, layers=top, lora_layers=top)
+    details = rates(setup, seconds, {"ours": ours, "one pass": one}) | {"range": spread(seconds, "ours", "one pass")}
+    details |= {"layers": top, "draws": draws, "tokens": tokens}
+    what = f"prediction with {draws} draws, adapters in the top third, trunk cached, against one pass without cache"
+    value = ratio(seconds, "ours", "one pass")
+    return [Result("predict_draws", what, value, "x", "<=", 4.0, ours / one, seconds, details)]
+
+
+@torch.no_grad()
+def prediction_options(setup: Setup) -> list[Result]:
+    """Packed options against one row per option, both with the head on answer positions only and no cache."""
+    shape, sizes = setup.shape, setup.sizes
+    lm = setup.language_model()
+    prompt = (sizes.wide_prompt, sizes.wide_prompt)
+    examples = setup.task(2000, sizes.wide_queries, options=sizes.wide_options, prompt=prompt).support
+    posterior, plain = fixed_posterior(lm), Stock(setup.base, lm.lora_config)
+    encoded = lm.encoder(examples)
+    sides = {
+        "a row per option": lambda: plain.row_scores(option_rows(encoded, setup.device), full_logits=False),
+        "ours": lambda: posterior.predict([examples], num_draws=0),
+        "a row per option, full logits": lambda: plain.row_scores(option_rows(encoded, setup.device), full_logits=True),
+    }
+    seconds = interleave(sides, setup.device, budget=sizes.budget, rounds=sizes.rounds)
+    episode, rows = collate([encoded]), option_rows(encoded, setup.device)
+    work = {
+        "ours": flops(shape, episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)),
+        "a row per option": flops(shape, rows.tokens, rows.input_ids.shape[1], int(rows.scored.sum())),
+    }
+    bound = work["a row per option"] / work["ours"]
+    details = rates(setup, seconds, work) | {"range": spread(seconds, "a row per option", "ours")}
+    details["ratio_full_logits"] = ratio(seconds, "a row per option, full logits", "ours")
+    what = f"prediction, {sizes.wide_options} options, {sizes.wide_prompt}-token prompts, against a row per option"
+    value = ratio(seconds, "a row per option", "ours")
+    return [Result("predict_options", what, value, "x", ">=", 3.0, bound, seconds, details)]

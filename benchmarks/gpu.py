@@ -1,0 +1,108 @@
+"""Speed and memory on a GPU: the cases of benchmarks/README.md at the shapes of Llama-3-8B and Qwen2-7B.
+
+Weights are random, in bfloat16, and made on the GPU: no network is needed, and about 60 GB of GPU memory.
+
+    python benchmarks/gpu.py                      # results/speed-gpu.json and one table
+    python benchmarks/gpu.py --device cpu --quick # the same code on tiny shapes
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Result, machine, matmul_rate, peak_flops
+from reporting import SIGNS, print_profile, quantity
+from rich.console import Console
+from rich.table import Table
+from speed import RESULTS, add_arguments, chosen_cases, run_cases
+from workload import SHAPES, Shape, Sizes, build_setup
+
+from bayes_lora.storage import write_json
+
+# Longer prompts than on a CPU, which is what a GPU is for.
+GPU_SIZES = replace(Sizes(), prompt=(96, 128), queries=32, wide_queries=32, budget=12.0, rounds=(5, 30))
+
+
+def utilisation(results: list[Result], peak: float) -> float | None:
+    """Share of the peak that the training step reached: forward and gradients of activations, no frozen weights'."""
+    step = next((line for line in results if line.case == "step_time"), None)
+    return None if step is None else float(step.details["flops_per_second"]["ours"]) / peak
+
+
+def measure(shape: Shape, args: argparse.Namespace, names: list[str], rate: float, console: Console) -> dict[str, Any]:
+    """All cases for one shape, and what they left."""
+    device = torch.device(args.device)
+    sizes = Sizes.quick() if args.quick else GPU_SIZES
+    setup = build_setup(shape, sizes, device, torch.bfloat16, rate)
+    results, profile, took = run_cases(setup, names, console)
+    peak = peak_flops(device)
+    return {
+        "shape": vars(shape),
+        "results": results,
+        "profile": profile,
+        "case_seconds": took,
+        "model_flop_utilisation": utilisation(results, peak or rate),
+        "peak_flops_per_second": peak or rate,
+        "peak_is": "the data sheet's" if peak else "a measured matrix product's",
+    }
+
+
+def print_shapes(measured: list[dict[str, Any]], console: Console) -> None:
+    """One table: a line per case, a column per shape."""
+    table = Table("what", "target", *(one["shape"]["name"] for one in measured))
+    for line, *_ in zip(*(one["results"] for one in measured), strict=True):
+        cells = []
+        for one in measured:
+            found = next(other for other in one["results"] if other.case == line.case)
+            cells.append(quantity(found.value, found.unit) + ("" if found.met else " MISSED"))
+        table.add_row(line.what, f"{SIGNS[line.relation]} {quantity(line.target, line.unit)}", *cells)
+    used = [one["model_flop_utilisation"] for one in measured]
+    if None not in used:
+        table.add_row("training step, model FLOP utilisation", "", *(f"{share:.1%}" for share in used))
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, RESULTS / "speed-gpu.json")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu together with --quick")
+    parser.add_argument("--shapes", default="llama-3-8b,qwen2-7b", help="with commas between: " + ",".join(SHAPES))
+    args = parser.parse_args(arguments)
+    names = chosen_cases(parser, args.only)
+    unknown = [name for name in args.shapes.split(",") if name not in SHAPES]
+    if unknown:
+        parser.error(f"--shapes: there is no shape {unknown[0]!r}; there are {', '.join(SHAPES)}.")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("No CUDA device was found. Run this on a machine with a GPU, or try it with --device cpu --quick.")
+    console, started, device = Console(), time.perf_counter(), torch.device(args.device)
+    rate = matmul_rate(device, torch.bfloat16, 64 if args.quick else 8192)
+    measured = []
+    for name in args.shapes.split(","):
+        shape = SHAPES[name].tiny() if args.quick else SHAPES[name]
+        measured.append(measure(shape, args, names, rate, console))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        write_result(args.output, device, rate, measured, time.perf_counter() - started)
+    for one in measured:
+        if one["profile"]:
+            print_profile(one["profile"], console)
+    print_shapes(measured, console)
+
+
+def write_result(path: Path, device: torch.device, rate: float, measured: list[dict[str, Any]], seconds: float) -> None:
+    """Write what there is, after every shape, so that a run that is cut short leaves what it has."""
+    shapes = [one | {"results": [line.to_dict() for line in one["results"]]} for one in measured]
+    facts = machine(device) | {"matmul_flops_per_second": rate}
+    write_json(path, {"machine": facts, "shapes": shapes, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What the speed benchmarks run on: language models of known shapes with random weights, and made-up tasks.
+
+Nothing is downloaded. A word is a token, so lengths are exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import peft
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from bayes_lora.guides.theta import PointTheta, attribute
+from bayes_lora.language_model import LanguageModel
+from bayes_lora.loading import inject
+from bayes_lora.tasks import Example, PromptTemplate, Task
+
+WORDS = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a causal LM."""
+
+    name: str
+    kind: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+    tied: bool = False
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """In and out features of each linear module of a layer."""
+        h, kv = self.hidden, self.hidden // self.heads * self.kv_heads
+        attention = {"q_proj": (h, h), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (h, h)}
+        m = self.intermediate
+        return attention | {"gate_proj": (h, m), "up_proj": (h, m), "down_proj": (m, h)}
+
+    def tiny(self) -> Shape:
+        """The same architecture, small enough for a test."""
+        return replace(
+            self, name=f"tiny {self.kind}", layers=6, hidden=32, heads=4, kv_heads=2, intermediate=48, vocab=512
+        )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("smollm2-135m", "llama", 30, 576, 9, 3, 1536, 49152, tied=True),
+        Shape("llama-3-8b", "llama", 32, 4096, 32, 8, 14336, 128256),
+        Shape("qwen2-7b", "qwen2", 28, 3584, 28, 4, 18944, 152064),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work a case does.
+
+    Attributes:
+        tasks: T of a training step.
+        examples: scored examples per task of a training step.
+        prompt: shortest and longest prompt, in tokens; CrossFit's classification tasks have a median of 21 words.
+        options: options of each task in turn: a median of 2 and a mean of 3.5, as in CrossFit's classification tasks.
+        support: examples that a new task is adapted to.
+        steps: LoRA steps that adaptation is compared with.
+        draws: S of a prediction.
+        queries: examples of a prediction with draws.
+        wide_queries: examples of the prediction with many options.
+        wide_options: its options.
+        wide_prompt: its prompts, in tokens.
+        collections: numbers of tasks for which training memory is measured.
+        task_size: examples of each task there.
+        collection_tasks: T of a step there.
+        budget: seconds after which a case starts no further round.
+        rounds: least and most rounds of a case.
+    """
+
+    tasks: int = 8
+    examples: int = 4
+    prompt: tuple[int, int] = (16, 48)
+    options: tuple[int, ...] = (2, 2, 2, 2, 3, 4, 5, 8)
+    support: int = 16
+    steps: int = 10
+    draws: int = 10
+    queries: int = 16
+    wide_queries: int = 4
+    wide_options: int = 5
+    wide_prompt: int = 120
+    collections: tuple[int, ...] = (10, 100, 1000)
+    task_size: int = 8
+    collection_tasks: int = 4
+    budget: float = 40.0
+    rounds: tuple[int, int] = (3, 15)
+
+    @classmethod
+    def quick(cls) -> Sizes:
+        """Sizes for a test."""
+        return cls(
+            tasks=2, examples=2, prompt=(4, 8), options=(2, 3), support=4, steps=2, draws=2, queries=3, wide_queries=2,
+            wide_prompt=12, collections=(4, 8), task_size=8, collection_tasks=2, budget=0.2, rounds=(2, 3),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A language model to measure, and how much work to do with it."""
+
+    shape: Shape
+    sizes: Sizes
+    base: Any
+    tokenizer: PreTrainedTokenizerFast
+    flops_per_second: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.base.device  # type: ignore[no-any-return]
+
+    def language_model(self, layers: int | None = None, targets: Sequence[str] = ("q_proj", "v_proj")) -> LanguageModel:
+        """Our language model with LoRA on the top layers, or on all."""
+        lora, model = lora_config(self.shape, layers, targets), twin(self.base)
+        inject(lora, model)
+        model.to(self.device)
+        template = PromptTemplate(prompt="{input}")
+        return LanguageModel(model, self.tokenizer, lora, name=self.shape.name, template=template, max_length=512)
+
+    def task(
+        self,
+        seed: int,
+        num_support: int,
+        num_query: int = 0,
+        *,
+        options: int = 4,
+        prompt: tuple[int, int] | None = None,
+    ) -> Task:
+        """A task of random words; its options have one or two tokens."""
+        rng = random.Random(seed)
+        words = min(WORDS, self.shape.vocab - 1)
+        drawn = rng.sample(range(words), 2 * options)
+        texts = tuple(" ".join(f"w{w}" for w in drawn[2 * k : 2 * k + 1 + k % 2]) for k in range(options))
+
+        def example() -> Example:
+            length = rng.randint(*(prompt or self.sizes.prompt))
+            return Example(" ".join(f"w{rng.randrange(words)}" for _ in range(length)), texts, rng.randrange(options))
+
+        support, query = ([example() for _ in range(count)] for count in (num_support, num_query))
+        return Task(f"task-{seed}", tuple(support), tuple(query))
+
+
+def build_setup(shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.dtype, flops_per_second: float) -> Setup:
+    """Make a model with random weights where it is to run."""
+    settings: dict[str, Any] = dict(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=shape.tied,
+    )
+    config = (LlamaConfig if shape.kind == "llama" else Qwen2Config)(**settings)
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return Setup(shape, sizes, base.requires_grad_(False).eval(), word_tokenizer(shape.vocab), flops_per_second)
+
+
+def twin(model: nn.Module) -> Any:
+    """A copy with modules of its own, into which PEFT may inject, and the same weights in memory."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def lora_config(shape: Shape, layers: int | None, targets: Sequence[str]) -> peft.LoraConfig:
+    """LoRA of rank 8 on the top layers, or on all."""
+    chosen = range(shape.layers - (layers or shape.layers), shape.layers)
+    return peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(targets), layers_to_transform=list(chosen), task_type="CAUSAL_LM"
+    )
+
+
+def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """One token for each of the words w0, w1, ..."""
+    words = {"<unk>": 0} | {f"w{i}": i + 1 for i in range(min(WORDS, vocab - 1))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
+
+
+class SharedNormal(PyroModule):
+    """The cheapest guide: theta is a point, and q(phi_i) one mean-field normal for all tasks, with a draw for each."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.theta = PointTheta(model)
+        self.sites = list(model.random_sites)
+        for site in self.sites:
+            value = model.initial[site]
+            setattr(self, attribute("mean", site), nn.Parameter(value.clone()))
+            setattr(self, attribute("log_scale", site), nn.Parameter(torch.full_like(value, -3.0)))
+
+    def forward(self, episode: Any) -> Any:
+        self.theta()
+        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
+            return {site: pyro.sample(f"phi.{site}", self.normal(site)) for site in self.sites}
+
+    def normal(self, site: str) -> Any:
+        mean, log_scale = getattr(self, attribute("mean", site)), getattr(self, attribute("log_scale", site))
+        return dist.Normal(mean, log_scale.exp()).to_event(3)
