@@ -16,6 +16,7 @@ from bayes_lora.errors import NonFiniteLoss
 from bayes_lora.guides.theta import attribute
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO, evaluating
+from bayes_lora.seeding import seeded
 from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.task import Task
@@ -68,6 +69,7 @@ def adapt(
     *,
     steps: int = 0,
     learning_rate: float = 2e-3,
+    width: float = 1.0,
     seed: int = 0,
 ) -> TaskPosterior:
     """The posterior of each task given its support: the guide's one pass, then gradient steps.
@@ -81,6 +83,7 @@ def adapt(
         tasks: their ``support`` is read, nothing else.
         steps: K.
         learning_rate: Adam's, for loc and log scale.
+        width: factor on the standard deviations in the end, see :mod:`bayes_lora.width`.
         seed: of the draws inside the steps.
     """
     episode = collate([lm.encoder(task.support) for task in tasks]).to(lm.device)
@@ -92,8 +95,7 @@ def adapt(
     phi = {name: node["fn"] for name, node in sites.items() if name.startswith("phi.")}
     refined = _Refined(theta, phi)
     if steps:
-        with evaluating(objective), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with evaluating(objective), seeded(seed, lm.device):
             _descend(BetaELBO(model, refined, beta=objective.full_beta), refined, episode, steps, learning_rate)
     with torch.no_grad():
         normals = {name.removeprefix("phi."): refined.normal(name) for name in refined.sites}
@@ -102,7 +104,7 @@ def adapt(
         loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in loc.items()}
         # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
         loc |= {site: normal.mean.contiguous() for site, normal in normals.items()}
-        scale = {site: normal.stddev.contiguous() for site, normal in normals.items()}
+        scale = {site: (width * normal.stddev).contiguous() for site, normal in normals.items()}
     return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks))
 
 

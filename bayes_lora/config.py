@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, did_you_mean
 from bayes_lora.model_files import DEFAULT_MODEL
 from bayes_lora.tasks.prompts import PromptTemplate
 from bayes_lora.training import FitConfig
@@ -181,7 +180,7 @@ def _check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str 
         raise ConfigError(f"{source}: {where} with {list(known)}, got {values!r}.")
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=2, cutoff=0.4) or list(known)
-            raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}. Did you mean {' or '.join(near)}?")
+            near = did_you_mean(str(key), known, list_all=True)
+            raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{near}.")
         if isinstance(known[key], Mapping) and not is_dataclass(value):
             _check_keys(value, known[key], source, f"{prefix}{key}.")

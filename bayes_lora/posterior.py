@@ -33,10 +33,12 @@ class Posterior:
         lm: the language model.
         objective: the fitted model and guide with their beta.
         config: the settings of the run.
+        width: factor on the standard deviations of q(phi | support), chosen on held-back tasks
+            (see :mod:`bayes_lora.width`).
     """
 
-    def __init__(self, lm: LanguageModel, objective: BetaELBO, config: RunConfig) -> None:
-        self.lm, self.objective, self.config = lm, objective, config
+    def __init__(self, lm: LanguageModel, objective: BetaELBO, config: RunConfig, width: float = 1.0) -> None:
+        self.lm, self.objective, self.config, self.width = lm, objective, config, width
 
     def adapt(
         self,
@@ -44,11 +46,16 @@ class Posterior:
         *,
         steps: int = 0,
         learning_rate: float = 2e-3,
+        width: float | None = None,
         seed: int = 0,
     ) -> TaskPosterior:
-        """The posterior of each task given its ``support``: the guide's one pass, then ``steps`` gradient steps."""
+        """The posterior of each task given its ``support``: the guide's one pass, then ``steps`` gradient steps.
+
+        Its standard deviations are multiplied by ``width``, by default the posterior's own.
+        """
+        width = self.width if width is None else width
         listed = [tasks] if isinstance(tasks, Task) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
-        return adapt(self.objective, self.lm, listed, steps=steps, learning_rate=learning_rate, seed=seed)
+        return adapt(self.objective, self.lm, listed, steps=steps, learning_rate=learning_rate, width=width, seed=seed)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write parameters (safetensors) and settings (JSON) to a folder.
@@ -64,7 +71,7 @@ class Posterior:
         write_tensors(folder / TENSORS, self.objective.state_dict())
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
         sites = {site: list(shape) for site, shape in self.lm.sites.shapes.items()}
-        facts = {"config": self.config.to_dict(), "sites": sites, "versions": versions}
+        facts = {"config": self.config.to_dict(), "sites": sites, "width": self.width, "versions": versions}
         write_json(folder / CONFIG, facts | identity(self.lm))
 
     @classmethod
@@ -91,7 +98,14 @@ class Posterior:
             objective.load_state_dict(tensors)
         except RuntimeError as error:
             raise PosteriorError(f"{path / TENSORS} is damaged or of another version: {error}") from error
-        return cls(lm, objective.eval(), config)
+        return cls(lm, objective.eval(), config, _width(facts, path))
+
+
+def _width(facts: Any, path: Path) -> float:
+    width = facts.get("width", 1.0)  # folders of version 0.1.0 have none
+    if not isinstance(width, int | float) or not width > 0:
+        raise PosteriorError(f"{path / CONFIG} is damaged: expected a positive 'width', got {width!r}.")
+    return float(width)
 
 
 def _section(facts: Any, name: str, path: Path) -> Any:

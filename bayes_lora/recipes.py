@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
-
 from bayes_lora.config import LanguageModelConfig, RunConfig
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, did_you_mean
 from bayes_lora.guides import GuideNetwork, NormalTheta, PointTheta
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.loading import load_language_model
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import BetaELBO
+from bayes_lora.seeding import seeded
 
 __all__ = ["RECIPES", "build_language_model", "build_objective"]
 
@@ -52,8 +50,7 @@ def build_objective(lm: LanguageModel, config: RunConfig) -> BetaELBO:
         ConfigError: there is no such recipe.
     """
     if config.recipe not in RECIPES:
-        near = difflib.get_close_matches(config.recipe, RECIPES, n=2, cutoff=0.4) or list(RECIPES)
-        raise ConfigError(f"recipe {config.recipe!r} is unknown. Did you mean {' or '.join(near)}?")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        near = did_you_mean(config.recipe, RECIPES, list_all=True)
+        raise ConfigError(f"recipe {config.recipe!r} is unknown{near}.")
+    with seeded(config.seed, lm.device):
         return RECIPES[config.recipe](lm, config).to(lm.device)

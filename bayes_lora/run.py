@@ -17,12 +17,13 @@ from bayes_lora.metrics import top_confidence
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
 from bayes_lora.report import Comparison, MethodResult
-from bayes_lora.run_folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
+from bayes_lora.run_folder import CURVE, POSTERIOR, WIDTHS, Journal, identity, prepare_run_folder, write_settings
 from bayes_lora.storage import write_json
 from bayes_lora.task_posterior import TaskPosterior, score
 from bayes_lora.tasks.episode import Episode, EpisodeSampler, collate
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.training import FitState, fit
+from bayes_lora.width import choose_width
 
 __all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
 
@@ -44,7 +45,7 @@ def fit_posterior(
         tasks: training tasks; support and query are drawn anew for each episode.
         config: settings.
         run: a folder for checkpoints, the curve (``curve.json``), the names of the tasks (``tasks.json``) and the
-            posterior (``posterior/``); None writes none.
+            posterior (``posterior/``), the held-back NLL at each width (``widths.json``); None writes none.
         resume: go on from the folder's checkpoint, if there is one. ``fit.steps`` and ``fit.patience`` may be larger
             than they were: a run that had ended then goes on. The learning rate decays over ``fit.steps``, so it rises
             again with them, and the end is not quite that of a run that had as many from the start.
@@ -81,10 +82,12 @@ def fit_posterior(
         on_look=journal.on_look,
     )
     journal.close_bar(state)
-    posterior = Posterior(lm, objective, config)
+    width, widths = choose_width(objective, held_back, seed=config.seed) if held_back else (1.0, {})
+    posterior = Posterior(lm, objective, config, width)
     if run is not None:
         posterior.save(run / POSTERIOR, overwrite=True)
         write_json(run / CURVE, state.history)
+        write_json(run / WIDTHS, {str(factor): nll for factor, nll in widths.items()})
     return posterior, state
 
 

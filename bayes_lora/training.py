@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from bayes_lora.adaptation import draw_phi
 from bayes_lora.errors import ConfigError, NonFiniteLoss
-from bayes_lora.objective import BetaELBO, evaluating, linear_warmup
-from bayes_lora.task_posterior import predictive
+from bayes_lora.objective import BetaELBO, linear_warmup
+from bayes_lora.seeding import seeded
 from bayes_lora.tasks.episode import Episode, EpisodeSampler
+from bayes_lora.width import held_back_nll
 
-__all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit", "held_back_nll"]
+__all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit"]
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,6 @@ class FitState:
     def stale(self) -> int:
         """Looks since the best one."""
         return 0 if self.best is None else len(self.history) - 1 - self.best
-
-
-def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int) -> float:
-    """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
-    total, count = 0.0, 0
-    for episode in episodes:
-        model = objective.model.program
-        with evaluating(objective), torch.no_grad():
-            phi = draw_phi(model, objective.guide.program, episode, num_draws)
-            log_probs = predictive(model.likelihood(phi, episode))
-        nll = -log_probs.gather(-1, episode.answer[..., None])[..., 0]
-        total += float(((nll * episode.mask).sum(-1) / episode.mask.sum(-1)).sum())
-        count += len(nll)
-    return total / count
 
 
 def fit(
@@ -229,9 +215,10 @@ def _look(
 ) -> None:
     row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
     assert state.average is not None
-    with _averaged(objective, state.average), torch.random.fork_rng(devices=[]):
+    device = next(objective.parameters()).device
+    # The same draws at every look, or noise would choose the checkpoint.
+    with _averaged(objective, state.average), seeded(config.seed, device):
         if held_back:
-            torch.manual_seed(config.seed)  # the same draws at every look, or noise would choose the checkpoint
             row["held_back_nll"] = held_back_nll(objective, held_back, config.num_draws)
         state.history.append(row)
         best = None if state.best is None else state.history[state.best].get("held_back_nll", math.inf)

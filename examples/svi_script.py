@@ -14,7 +14,7 @@ from bayes_lora.guides import GuideNetwork
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import ScaleLatents, linear_warmup
 from bayes_lora.tasks import EpisodeSampler, collate
-from bayes_lora.training import held_back_nll
+from bayes_lora.width import held_back_nll
 
 
 def main(model: str | None, steps: int, beta: float) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_lora import cli
 
-FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json"]
+FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
 COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch"]
 SMALL = [
     "language_model.rank=2",

@@ -14,7 +14,7 @@ from bayes_lora.run import divide, fit_posterior, with_language_model
 from bayes_lora.run_folder import check_run_folder, prepare_run_folder, read_fitted_tasks
 from bayes_lora.tasks import Task, TaskSet
 
-FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json"]
+FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
 OTHER_SEED = replace(CONFIG, seed=7, fit=replace(CONFIG.fit, seed=7))
 
 

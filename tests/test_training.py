@@ -14,7 +14,8 @@ from bayes_lora.guides import GuideNetwork
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import BetaELBO
 from bayes_lora.tasks import EpisodeSampler, collate
-from bayes_lora.training import FitConfig, NonFiniteLoss, _look, fit, held_back_nll
+from bayes_lora.training import FitConfig, NonFiniteLoss, _look, fit
+from bayes_lora.width import held_back_nll
 
 CONFIG = FitConfig(steps=12, learning_rate=0.02, eval_every=3, warmup=4, patience=100)
 

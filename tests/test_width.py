@@ -1,0 +1,81 @@
+import math
+
+import pyro
+import pytest
+import torch
+from conftest import make_tasks
+from test_training import build
+
+from bayes_lora.config import RunConfig
+from bayes_lora.errors import ConfigError, PosteriorError
+from bayes_lora.posterior import Posterior
+from bayes_lora.recipes import build_objective
+from bayes_lora.storage import read_json, write_json
+from bayes_lora.width import Widened, choose_width, held_back_nll
+
+
+def normals(guide, episode):
+    return {
+        name: node["fn"].base_dist
+        for name, node in pyro.poutine.trace(guide).get_trace(episode).nodes.items()
+        if name.startswith("phi.")
+    }
+
+
+def test_only_the_standard_deviations_of_phi_change(lm):
+    objective, sampler, _ = build(lm)
+    objective.eval()
+    guide, episode = objective.guide.program, sampler[0]
+    plain = normals(guide, episode)
+    with Widened(2.5):
+        wide = normals(guide, episode)
+    assert plain.keys() == wide.keys() and len(plain) == len(lm.sites)
+    for name in plain:
+        assert torch.equal(plain[name].loc, wide[name].loc)
+        assert torch.allclose(2.5 * plain[name].scale, wide[name].scale, rtol=1e-14)
+
+
+def test_draws_have_the_width(lm):
+    """Monte Carlo: the mean square of n standardised deviations is w^2 to within 5 w^2 sqrt(2 / n)."""
+    objective, sampler, _ = build(lm)
+    objective.eval()
+    guide, episode = objective.guide.program, sampler[0]
+    plain = normals(guide, episode)["phi.v_proj.lora_A"]
+    with Widened(1.7):
+        values = torch.stack([guide(episode)["v_proj.lora_A"] for _ in range(40)])
+    squares = ((values - plain.loc) / plain.scale).square()
+    assert abs(squares.mean() - 1.7**2) < 5 * 1.7**2 * math.sqrt(2 / squares.numel())
+
+
+def test_the_chosen_width_has_the_least_nll(lm):
+    objective, _, held_back = build(lm)
+    width, curve = choose_width(objective, held_back, widths=(1.0, 4.0, 30.0), num_draws=3, seed=5)
+    for factor, nll in curve.items():
+        torch.manual_seed(5)
+        assert held_back_nll(objective, held_back, 3, factor) == pytest.approx(nll)
+    assert len(set(curve.values())) == 3 and curve[width] == min(curve.values())
+
+
+def test_a_posterior_keeps_and_uses_its_width(lm, tmp_path):
+    config = RunConfig()
+    task = make_tasks(1)["task-0"].split(5, seed=0)
+    narrow = Posterior(lm, build_objective(lm, config), config)
+    Posterior(lm, narrow.objective, config, width=1.4).save(tmp_path / "wide")
+    wide = Posterior.load(tmp_path / "wide", lm)
+    assert wide.width == 1.4
+    for steps in (0, 2):
+        one, other = narrow.adapt(task, steps=steps), wide.adapt(task, steps=steps)
+        for site in one.scale:
+            assert torch.allclose(other.scale[site], 1.4 * one.scale[site])
+            assert torch.equal(other.loc[site], one.loc[site])
+    assert torch.equal(wide.adapt(task, width=1.0).scale["v_proj.lora_A"], narrow.adapt(task).scale["v_proj.lora_A"])
+
+
+def test_bad_widths_are_refused(lm, tmp_path):
+    with pytest.raises(ConfigError, match=r"width: expected a positive number, got 0\."):
+        Widened(0)
+    config = RunConfig()
+    Posterior(lm, build_objective(lm, config), config).save(tmp_path / "it")
+    write_json(tmp_path / "it" / "posterior.json", read_json(tmp_path / "it" / "posterior.json") | {"width": -1})
+    with pytest.raises(PosteriorError, match="expected a positive 'width', got -1"):
+        Posterior.load(tmp_path / "it", lm)
