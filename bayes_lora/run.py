@@ -14,6 +14,7 @@ from bayes_lora.config import RunConfig
 from bayes_lora.errors import TaskError
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import top_confidence
+from bayes_lora.objective import BetaELBO
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
 from bayes_lora.report import Comparison, MethodResult
@@ -23,6 +24,7 @@ from bayes_lora.task_posterior import TaskPosterior, score
 from bayes_lora.tasks.episode import Episode, EpisodeSampler, collate
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.training import FitState, fit
+from bayes_lora.width import WIDTHS as TRIED
 from bayes_lora.width import choose_width
 
 __all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
@@ -82,13 +84,27 @@ def fit_posterior(
         on_look=journal.on_look,
     )
     journal.close_bar(state)
-    width, widths = choose_width(objective, held_back, seed=config.seed) if held_back else (1.0, {})
+    width, widths = _choose_width(objective, held_back, config, progress)
     posterior = Posterior(lm, objective, config, width)
     if run is not None:
         posterior.save(run / POSTERIOR, overwrite=True)
         write_json(run / CURVE, state.history)
         write_json(run / WIDTHS, {str(factor): nll for factor, nll in widths.items()})
     return posterior, state
+
+
+def _choose_width(
+    objective: BetaELBO, held_back: Sequence[Episode], config: RunConfig, progress: Progress | None
+) -> tuple[float, dict[float, float]]:
+    if not held_back:
+        return 1.0, {}
+    bar = progress.add_task("choosing the width", total=len(TRIED)) if progress else None
+
+    def advance() -> None:
+        if progress is not None and bar is not None:
+            progress.advance(bar)
+
+    return choose_width(objective, held_back, widths=TRIED, seed=config.seed, on_width=advance)
 
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:

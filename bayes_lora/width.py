@@ -9,7 +9,7 @@ therefore too narrow for the other, the more so where beta is below 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -24,7 +24,9 @@ from bayes_lora.seeding import seeded
 from bayes_lora.task_posterior import predictive
 from bayes_lora.tasks.episode import Episode
 
-__all__ = ["Widened", "choose_width", "held_back_nll"]
+__all__ = ["WIDTHS", "Widened", "choose_width", "held_back_nll"]
+
+WIDTHS = (1.0, 1.4, 2.0, 2.8)
 
 
 class Widened(Messenger):
@@ -65,13 +67,25 @@ def choose_width(
     objective: BetaELBO,
     episodes: Sequence[Episode],
     *,
-    widths: Sequence[float] = (1.0, 1.4, 2.0, 2.8),
-    num_draws: int = 8,
+    widths: Sequence[float] = WIDTHS,
+    num_draws: int = 5,
     seed: int = 0,
+    on_width: Callable[[], None] | None = None,
 ) -> tuple[float, dict[float, float]]:
-    """The width of least predictive NLL on held-back tasks, and the NLL (nats) of each; draws are common to all."""
+    """The width of least predictive NLL on held-back tasks, and the NLL (nats) of each; draws are common to all.
+
+    Args:
+        objective: the fitted model and guide.
+        episodes: of tasks that were not trained on.
+        widths: those compared.
+        num_draws: S.
+        seed: of the draws.
+        on_width: called after each.
+    """
     curve = {}
     for width in widths:
         with seeded(seed, episodes[0].input_ids.device):
             curve[width] = held_back_nll(objective, episodes, num_draws, width)
+        if on_width:
+            on_width()
     return min(curve, key=curve.__getitem__), curve
