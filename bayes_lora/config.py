@@ -82,9 +82,9 @@ class EpisodeConfig:
         held_back_shots: support and query size of a held-back task.
     """
 
-    tasks_per_episode: Count = 8
+    tasks_per_episode: Count = 4
     num_support: Count = 16
-    num_query: Count = 4
+    num_query: Count = 8
     score_support: bool = False
     examples_per_task: Count | None = 64
     held_back: NonNegative = 0.12

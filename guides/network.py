@@ -5,7 +5,7 @@ hypernetwork mixes a few learned directions per site, and writes label direction
 
 .. math::
     z &= \tfrac1n \textstyle\sum_j [ f(h_j, e_j, r_j),\; (U h_j) \otimes (V [e_j, r_j]) ] \\
-    q(\phi_i \mid S_i) &= \mathcal N\big(\mu_\theta + 5\, \sigma_\theta (\textstyle\sum_m c_m(z) D_m + w(z)\, u
+    q(\phi_i \mid S_i) &= \mathcal N\big(\mu_\theta + \sigma_\theta (\textstyle\sum_m c_m(z) D_m + w(z)\, u
         + \tfrac1n \sum_j w_j\, r_j),\; (\sigma_\theta e^{\rho + s(z)})^2\big)
 
 h_j are hidden states, e_j the gold option's output embedding, u the bias of the head's input that a few steps of
@@ -35,10 +35,6 @@ from bayes_lora.types import Sites
 __all__ = ["GuideNetwork"]
 
 Linear: Any = PyroModule[nn.Linear]
-
-# Adam moves every parameter by about the learning rate a step, whatever it means. One that fits LoRA weights would
-# leave a logarithm where it began, and would need hundreds of steps to move phi by a standard deviation of the prior.
-LOG_UNIT, SHIFT_UNIT = 10.0, 5.0
 
 
 class GuideNetwork(PyroModule):
@@ -75,8 +71,7 @@ class GuideNetwork(PyroModule):
         self.mix = Linear(hidden + bilinear**2, hidden)
         self.dropout = dropout
         # Step size, decay and inverse temperature of the logistic regression, where it does well on frozen models.
-        logs = (value / LOG_UNIT for value in (1.4, -4.6, -2.0))
-        self.log_rate, self.log_decay, self.log_sharpness = (nn.Parameter(torch.tensor(value)) for value in logs)
+        self.log_rate, self.log_decay, self.log_sharpness = (nn.Parameter(torch.tensor(v)) for v in (1.0, -3.5, -0.7))
         for site in model.random_sites:
             layers, rows, columns = model.initial[site].shape
             self._set("head", site, zero_linear(hidden, layers * (directions + 1)))
@@ -125,7 +120,7 @@ class GuideNetwork(PyroModule):
                 shift = shift + torch.einsum("tli,to->tloi", weight, code.bias)
                 shift = shift + torch.einsum("tsli,tso->tloi", each, code.residual)
             log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
-            posterior[site] = (loc + SHIFT_UNIT * scale * shift[:, None], scale * log_ratio.exp())
+            posterior[site] = (loc + scale * shift[:, None], scale * log_ratio.exp())
         return posterior
 
     def code(self, support: Episode) -> Code:
@@ -155,9 +150,7 @@ class GuideNetwork(PyroModule):
         Returns u ``(T, d)`` and the errors ``1{gold} - p`` ``(T, S, K)`` of the prediction with it.
         """
         bias = options.new_zeros(options.shape[0], options.shape[-1])
-        logs = self.log_rate, self.log_decay, self.log_sharpness
-        rate, decay, sharpness = ((LOG_UNIT * value).exp() for value in logs)
-        log_probs = sharpness * log_probs
+        rate, decay, log_probs = self.log_rate.exp(), self.log_decay.exp(), self.log_sharpness.exp() * log_probs
         error = gold - log_probs.softmax(-1)
         for _ in range(10):
             bias = bias + rate * (torch.einsum("tn,tnk,tnkd->td", weight, error, options) - decay * bias)
