@@ -17,10 +17,11 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from bayes_lora.elbo import AnalyticELBO
 from bayes_lora.errors import ConfigError
 from bayes_lora.tasks.episode import Episode
 
@@ -72,7 +73,9 @@ class BetaELBO(nn.Module):
         guide: a Pyro guide with the model's signature.
         beta: weight of KL(q(phi) || p(phi | theta)).
         gamma: weight of KL(q(theta) || p(theta)); by default beta, as in arXiv 2508.14285 v2.
-        elbo: any Pyro ELBO; by default analytic divergences where the families have them.
+        num_particles: draws of phi over which the loss averages, all in one forward.
+        elbo: any Pyro ELBO; by default :class:`bayes_lora.elbo.AnalyticELBO`, with analytic divergences where the
+            families have them.
     """
 
     def __init__(
@@ -82,16 +85,20 @@ class BetaELBO(nn.Module):
         *,
         beta: float = 1.0,
         gamma: float | None = None,
+        num_particles: int = 1,
         elbo: ELBO | None = None,
     ) -> None:
         super().__init__()
+        if num_particles < 1:
+            raise ConfigError(f"num_particles: expected at least 1, got {num_particles}.")
         for name, value in (("beta", beta), ("gamma", beta if gamma is None else gamma)):
             if not value > 0:
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
         self.full_beta, self.full_gamma = beta, beta if gamma is None else gamma
         self.beta, self.gamma = self.full_beta, self.full_gamma
         self.model, self.guide = _Scaled(model, self), _Scaled(guide, self)
-        self.elbo: Any = elbo or TraceMeanField_ELBO()
+        # Two plates: task and example.
+        self.elbo: Any = elbo or AnalyticELBO(num_particles, max_plate_nesting=2, vectorize_particles=True)
 
     def forward(self, episode: Episode) -> Tensor:
         """Return the loss in nats, summed over the collection's examples; divide by their number to read it."""

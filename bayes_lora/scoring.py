@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,32 @@ def token_log_probs(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     inside = (places >= 0) & (places < len(logits))
     rows = places.clamp(0, len(logits) - 1)
-    found = logits[rows, targets] - logits.logsumexp(-1)[rows]
+    found: Tensor = _TokenLogProbs.apply(logits, rows, targets)  # type: ignore[no-untyped-call]
     return torch.where(inside, found, 0.0)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """``logits[rows, targets] - logsumexp(logits)[rows]``: backward holds one more tensor of the logits' size, not three.
+
+    A vocabulary is wide; torch's own backward makes a tensor for the indexing, one for the softmax and one for their
+    products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, rows, targets)
+        return logits[rows, targets] - logits.logsumexp(-1)[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        logits, rows, targets = ctx.saved_tensors
+        of_rows = -gradient.new_zeros(len(logits)).index_add(0, rows, gradient)[:, None]
+        softmax = logits.softmax(-1)
+        if torch.is_grad_enabled():  # under create_graph: second-order steps differentiate through this
+            scaled = softmax * of_rows
+            return scaled.index_put((rows, targets), gradient, accumulate=True), None, None
+        return softmax.mul_(of_rows).index_put_((rows, targets), gradient, accumulate=True), None, None
 
 
 def option_scores(token_scores: Tensor, episode: Episode, normalize: Literal["sum", "mean"]) -> Tensor:
@@ -43,4 +67,6 @@ def option_scores(token_scores: Tensor, episode: Episode, normalize: Literal["su
 
 def option_lengths(episode: Episode) -> Tensor:
     """Number of tokens of each option, ``(T * N * K,)``."""
-    return torch.bincount(episode.target_options, minlength=episode.option_mask.numel())
+    # Not bincount, which reads its argument's largest value back from the device.
+    empty = episode.target_options.new_zeros(episode.option_mask.numel())
+    return empty.index_add(0, episode.target_options, torch.ones_like(episode.target_options))

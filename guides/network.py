@@ -120,7 +120,8 @@ class GuideNetwork(PyroModule):
                 shift = shift + torch.einsum("tli,to->tloi", weight, code.bias)
                 shift = shift + torch.einsum("tsli,tso->tloi", each, code.residual)
             log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
-            posterior[site] = (loc + scale * shift[:, None], scale * log_ratio.exp())
+            # In one exponential and one addcmul, for backward keeps what every other operation returns, for every task.
+            posterior[site] = torch.addcmul(loc, scale, shift[:, None]), (scale.log() + log_ratio).exp()
         return posterior
 
     def code(self, support: Episode) -> Code:
@@ -130,7 +131,8 @@ class GuideNetwork(PyroModule):
         # Embeddings of unit length on average over a task's options, so that the bias is in nats.
         squares = features.options.square().sum((-3, -2, -1)) / support.option_mask.sum((-2, -1))
         options = features.options / squares.sqrt()[:, None, None, None]
-        gold = F.one_hot(support.answer, options.shape[-2]) * support.mask[..., None]
+        places = torch.arange(options.shape[-2], device=options.device)
+        gold = ((support.answer[..., None] == places) & support.mask[..., None]).to(options.dtype)
         weight = (support.mask / support.mask.sum(-1, keepdim=True)).to(options.dtype)
         # Finite where an option is absent, in any dtype: infinity times a zero gradient would be no number.
         log_probs = features.log_probs.masked_fill(~support.option_mask, -1e4)
