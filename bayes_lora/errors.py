@@ -8,6 +8,7 @@ from collections.abc import Iterable
 __all__ = [
     "BayesLoraError",
     "ConfigError",
+    "ModelError",
     "ModelFileError",
     "NonFiniteLoss",
     "PosteriorError",
@@ -24,6 +25,10 @@ class BayesLoraError(Exception):
 
 class ConfigError(BayesLoraError, ValueError):
     """A setting is unknown, of the wrong type or out of range."""
+
+
+class ModelError(BayesLoraError, ValueError):
+    """The language model is of an architecture that cannot be used."""
 
 
 class ModelFileError(BayesLoraError, OSError):

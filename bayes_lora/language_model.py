@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from bayes_lora.cache import TensorCache
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.scoring import option_lengths, option_scores, token_log_probs
+from bayes_lora.fast_path import choose_forward
+from bayes_lora.features import FeatureReader, Features
+from bayes_lora.forward import Forward, Read
+from bayes_lora.memory import TokenBudget
+from bayes_lora.scoring import option_scores
 from bayes_lora.sites import LoraSites, find_sites
-from bayes_lora.tasks.episode import Episode, attention_mask, collate
-from bayes_lora.tasks.prompts import EncodedExample, Encoder, PromptTemplate
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.tasks.prompts import Encoder, PromptTemplate
 from bayes_lora.trunk import Trunk
-from bayes_lora.types import Sites, absent_score
+from bayes_lora.types import Sites
 
 if TYPE_CHECKING:
     import peft
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Features", "LanguageModel"]
-
-LOGIT_BYTES = 1 << 28
-"""Without gradients, the LM head makes at most this many bytes of logits (positions times vocabulary) at a time."""
-
-
-class Features(NamedTuple):
-    """What the frozen LM knows of examples: the input of a guide's encoder; hidden and options are 0 where absent.
-
-    Attributes:
-        hidden: ``(T, N, 2, d)`` hidden states at the end of the prompt: at the first adapted layer, and at the head.
-        options: ``(T, N, K, d)`` output embedding of each option, averaged over its tokens.
-        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats; of absent ones :func:`absent_score`.
-    """
-
-    hidden: Tensor
-    options: Tensor
-    log_probs: Tensor
+__all__ = ["LanguageModel"]
 
 
 class LanguageModel:
@@ -62,7 +49,16 @@ class LanguageModel:
         template: how an example becomes text.
         max_length: longest row in tokens; at most the model's longest position and its sliding window, if it has them.
         normalize: ``"sum"`` or ``"mean"`` over an option's tokens.
-        token_budget: without gradients, draws are taken in chunks of at most this many tokens per forward.
+        token_budget: without gradients, draws are taken in chunks of at most this many tokens per forward; None finds
+            the number, on a GPU by measuring what the first chunk takes (see :mod:`bayes_lora.memory`).
+        cache_bytes: RAM for the hidden states that the lowest adapted layer reads; what it has no room for is computed
+            anew each time, or kept in ``cache_folder``.
+        cache_folder: for memory-mapped files, which are gone with the process.
+        gradient_checkpointing: whether activations are computed again in backward, layer by layer, instead of kept.
+
+    Raises:
+        SiteError: LoRA cannot be made random where it is.
+        ConfigError: a setting is wrong, or the cache folder cannot be written.
     """
 
     def __init__(
@@ -75,24 +71,32 @@ class LanguageModel:
         template: PromptTemplate | None = None,
         max_length: int = 128,
         normalize: Literal["sum", "mean"] = "sum",
-        token_budget: int = 16384,
+        token_budget: int | None = None,
+        cache_bytes: int = 4 << 30,
+        cache_folder: str | Path | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if normalize not in ("sum", "mean"):
             raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
         self.model, self.tokenizer, self.lora_config, self.name = model, tokenizer, lora_config, name
         self.model.requires_grad_(False).eval()
+        keep_differentiable(model)
         self.sites: LoraSites = find_sites(model)
-        self.normalize, self.token_budget = normalize, token_budget
+        self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
         # A given mask is taken as it is, so a row must fit into the window beyond which some models do not look back.
-        limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-        self.encoder = Encoder(tokenizer, template, min([max_length, *(limit for limit in limits if limit)]))
+        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        longest = min((limit for limit in limits if limit), default=None)
+        length = max_length if longest is None else min(max_length, longest)
+        self.encoder = Encoder(tokenizer, template, length, longest)
         adapted = [module for modules in self.sites.modules.values() for module in modules]
-        self._head: Any = model.get_output_embeddings()
-        head_names = [name for name, module in model.named_modules() if module is self._head]
-        if any(module in head_names for module in adapted):
+        head: Any = model.get_output_embeddings()
+        if any(module is head for name, module in model.named_modules() if name in adapted):
             raise SiteError("LoRA on the LM head cannot be random: the head sees answer positions, not rows of a draw.")
-        self.trunk = Trunk(model, adapted)
-        self._features: dict[bytes, Features] = {}
+        self.trunk = Trunk(model, adapted, TensorCache(cache_bytes, cache_folder))
+        self.feature_reader = FeatureReader(head, TensorCache(1 << 30, cache_folder), self._read_frozen, normalize)
+        self._forward: Forward | None = None
+        if gradient_checkpointing:
+            checkpoint_layers(model, self.sites)
 
     @property
     def device(self) -> torch.device:
@@ -140,121 +144,63 @@ class LanguageModel:
             site: value.expand(*batch, *value.shape[-3:]).reshape(count, per_task, *value.shape[-3:])
             for site, value in phi.items()
         }
-        chunk = count
-        if not torch.is_grad_enabled():
-            chunk = max(1, min(count, self.token_budget // episode.input_ids.numel()))
-        scores = [
-            self._score({site: value[i : i + chunk] for site, value in values.items()}, episode)
-            for i in range(0, count, chunk)
-        ]
+
+        def score(start: int, end: int) -> Tensor:
+            return self._score({site: value[start:end] for site, value in values.items()}, episode)
+
+        if torch.is_grad_enabled():
+            scores = [score(0, count)]
+        else:
+            scores = self.budget.run(score, count, episode.input_ids.numel())
         return torch.cat(scores).reshape(*draws, *episode.shape)
 
     def _score(self, values: Sites, episode: Episode) -> Tensor:
         """Score all options under values ``(D, T or 1, layers, out, in)``: ``(D, T * N * K)``."""
         draws, groups = next(iter(values.values())).shape[:2]
-        grouped = draws * groups > 1
-        bound = {site: value.flatten(0, 1) if grouped else value[0, 0] for site, value in values.items()}
-        states = self.trunk.states(episode, self._run)
-        with self.sites.bind(bound):
-            token_scores, _ = self._token_scores(episode, states, draws)
-        return option_scores(token_scores, episode, self.normalize)
+        # In the base's own 16 bits, or PEFT would compute the adapters in the values' 32: phi, its gradients and all
+        # that follows the scores stay in 32.
+        half = self.model.dtype if self.model.dtype.itemsize == 2 else None
+        bound = {site: value.flatten(0, 1) if draws * groups > 1 else value[0, 0] for site, value in values.items()}
+        with self.sites.bind({site: value.to(half or value.dtype) for site, value in bound.items()}):
+            read = self._read(episode, draws)
+        return option_scores(read.token_scores, episode, self.normalize)
 
-    def _token_scores(self, episode: Episode, states: Tensor | None, draws: int = 1) -> tuple[Tensor, Tensor]:
-        """Run the model on ``draws`` copies of an episode.
+    def _read(self, episode: Episode, draws: int = 1) -> Read:
+        if self._forward is None:
+            self._forward = choose_forward(self.model, self.sites, self.trunk, episode)
+        return self._forward(episode, draws)
 
-        Returns:
-            Log-probabilities ``(draws, Q)`` of the option tokens, and the hidden states ``(draws * M, d)`` that the
-            head read at the source positions. Without gradients the head reads them in pieces, see ``LOGIT_BYTES``.
-        """
-        rows, length = episode.input_ids.shape
-        copies = torch.arange(draws, device=episode.sources.device)[:, None]
-        sources = (episode.sources + copies * (rows * length)).flatten()
-        places = (episode.target_sources + copies * len(episode.sources)).flatten()
-        targets = episode.targets.repeat(draws)
-        if states is not None and draws > 1:
-            states = states.repeat(draws, 1, 1)
-        width = torch.promote_types(self.model.dtype, torch.float32).itemsize * len(self._head.weight)
-        step = len(sources) if torch.is_grad_enabled() else max(1, LOGIT_BYTES // width)
-        read: list[Tensor] = []
-
-        def gather(hidden: Tensor) -> Tensor:
-            read.append(hidden.flatten(0, 1)[sources])
-            return read[0][None, :step]
-
-        with self.trunk.skipped(states), self._head_reads(gather):
-            scores = token_log_probs(self._forward(episode, draws)[0], places, targets)
-        for start in range(step, len(sources), step):
-            logits = self._head_alone(read[0][None, start : start + step])
-            scores = scores + token_log_probs(logits, places - start, targets)
-        return scores.view(draws, -1), read[0]
-
-    def _head_alone(self, hidden: Tensor) -> Tensor:
-        """Logits ``(m, V)`` of hidden states ``(1, m, d)``, by the model's own forward: some scale or cap the logits.
-
-        The rest of the model sees a single token, and what it makes of it is not used.
-        """
-        token, mask = torch.zeros(1, 1, dtype=torch.long, device=hidden.device), hidden.new_zeros(1, 1, 1, 1)
-        with self.sites.unbound(), self.trunk.bypassed(), self._head_reads(lambda _: hidden):
-            output = self.model(input_ids=token, attention_mask=mask, position_ids=token, use_cache=False)
-        return output.logits[0]  # type: ignore[no-any-return]
-
-    def _forward(self, episode: Episode, draws: int = 1) -> Tensor:
-        output = self.model(
-            input_ids=episode.input_ids.repeat(draws, 1),
-            attention_mask=attention_mask(episode.segments, self.model.dtype).repeat(draws, 1, 1, 1),
-            position_ids=episode.position_ids.repeat(draws, 1),
-            use_cache=False,
-        )
-        return output.logits  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _head_reads(self, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Inside the block the LM head reads ``choose(hidden states (rows, L, d))``, of shape ``(1, positions, d)``."""
-        handle = self._head.register_forward_pre_hook(lambda _, args: (choose(args[0]),))
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _run(self, rows: Sequence[EncodedExample]) -> Tensor:
-        """Run the model over some rows for what a hook sees on the way; the head reads a single position."""
-        episode = collate([rows]).to(self.device)
-        with self._head_reads(lambda hidden: hidden[:1, :1]):
-            return self._forward(episode)
+    def _read_frozen(self, episode: Episode) -> Read:
+        with self.sites.unbound():
+            return self._read(episode)
 
     def features(self, episode: Episode) -> Features:
         """What the frozen LM knows of each example, whatever its label; computed once per example and kept."""
-        flat = [row for task in episode.rows for row in task]
-        missing = {row.key: row for row in flat if row is not None and row.key not in self._features}
-        ordered = sorted(missing.values(), key=len)
-        for start in range(0, len(ordered), 32):
-            batch = ordered[start : start + 32]
-            hidden, options, log_probs = self._compute_features(collate([batch]).to(self.device))
-            for i, row in enumerate(batch):
-                k = row.num_options
-                self._features[row.key] = Features(hidden[i].clone(), options[i, :k].clone(), log_probs[i, :k].clone())
-        tasks, width, most = episode.shape
-        d, like = self.hidden_size, self._head.weight
-        hidden, options = like.new_zeros(len(flat), 2, d), like.new_zeros(len(flat), most, d)
-        log_probs = like.new_full((len(flat), most), absent_score(like.dtype))
-        for i, present in enumerate(flat):
-            if present is not None:
-                known, k = self._features[present.key], present.num_options
-                hidden[i], options[i, :k], log_probs[i, :k] = known.hidden, known.options, known.log_probs
-        shape = (tasks, width)
-        return Features(hidden.unflatten(0, shape), options.unflatten(0, shape), log_probs.unflatten(0, shape))
+        return self.feature_reader(episode)
 
-    @torch.no_grad()
-    def _compute_features(self, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
-        _, rows, options = episode.shape
-        first = torch.searchsorted(episode.sources, torch.arange(rows, device=self.device) * episode.input_ids.shape[1])
-        states = self.trunk.states(episode, self._run)
-        token_scores, read = self._token_scores(episode, states)
-        top = read[first]  # (rows, d)
-        at_trunk = top if states is None else states.flatten(0, 1)[episode.sources[first]]
-        scores = option_scores(token_scores, episode, self.normalize)
-        log_probs = scores.view(rows, options).log_softmax(-1).to(top.dtype)
-        tokens = self._head.weight[episode.targets]  # (Q, d)
-        lengths = option_lengths(episode).to(top.dtype).clamp(min=1)
-        embedded = top.new_zeros(rows * options, top.shape[-1]).index_add(0, episode.target_options, tokens)
-        return torch.stack([at_trunk, top], 1), (embedded / lengths[:, None]).view(rows, options, -1), log_probs
+
+def keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes' 4-bit layers from repacking their weights, which they do on CPUs that compute in bfloat16.
+
+    They do it for good in the first forward whose input needs no gradient; from then on no gradient passes through.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def checkpoint_layers(model: Any, sites: LoraSites) -> None:
+    """Let transformers checkpoint the decoder layers; backward runs them again under what was bound in forward.
+
+    Raises:
+        ConfigError: the model does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not support it. Leave it off.")
+    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": sites.checkpoint_context}
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+    for module in model.modules():
+        # Layers are checkpointed in training mode only. Their own flag does not reach the dropout inside them.
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

@@ -21,7 +21,8 @@ from bayes_lora.report import Comparison, MethodResult
 from bayes_lora.run_folder import CURVE, POSTERIOR, WIDTHS, Journal, identity, prepare_run_folder, write_settings
 from bayes_lora.storage import write_json
 from bayes_lora.task_posterior import TaskPosterior, score
-from bayes_lora.tasks.episode import Episode, EpisodeSampler, collate
+from bayes_lora.tasks.episode import Episode, collate
+from bayes_lora.tasks.sampler import EpisodeSampler
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.training import FitState, fit
 from bayes_lora.width import WIDTHS as TRIED

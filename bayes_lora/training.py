@@ -21,7 +21,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from bayes_lora.errors import ConfigError, NonFiniteLoss
 from bayes_lora.objective import BetaELBO, linear_warmup
 from bayes_lora.seeding import seeded
-from bayes_lora.tasks.episode import Episode, EpisodeSampler
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.tasks.sampler import EpisodeSampler
 from bayes_lora.width import held_back_nll
 
 __all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit"]

@@ -1,8 +1,8 @@
 """The frozen trunk: layers below the first adapted one run once per example, and their output is kept.
 
-Nothing below the lowest LoRA layer depends on phi, so an example's hidden states at that layer's input never change.
-Later forwards swap the lower layers for pass-throughs, the last of which returns the kept states; embeddings, masks
-and rotary tables are still made by the Hugging Face model itself, so the result is that of the full forward.
+Nothing below the lowest LoRA layer depends on phi, so a row's hidden states at that layer's input never change. Later
+forwards swap the lower layers for pass-throughs, the last of which returns the kept states; embeddings, masks and rotary
+tables are still made by the Hugging Face model itself, so the result is that of the full forward.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from bayes_lora.tasks.episode import Episode
-from bayes_lora.tasks.prompts import EncodedExample
+from bayes_lora.cache import TensorCache
+from bayes_lora.tasks.batching import by_tokens
+from bayes_lora.tasks.episode import Episode, send
+from bayes_lora.tasks.packing import PackedRow
 
 __all__ = ["Trunk"]
+
+TOKENS = 4096
+"""The lower layers read at most this many tokens at a time, unless a single row has more."""
 
 
 class _PassThrough(nn.Module):
@@ -44,13 +49,13 @@ class Trunk:
         depth: index k of the first adapted layer; 0 where there is nothing to keep.
     """
 
-    def __init__(self, model: nn.Module, adapted: Sequence[str], cache_bytes: int = 4 << 30) -> None:
+    def __init__(self, model: nn.Module, adapted: Sequence[str], cache: TensorCache) -> None:
         """Find the decoder layers that hold the ``adapted`` modules.
 
         Args:
             model: the Hugging Face model.
             adapted: names of the modules with LoRA.
-            cache_bytes: hidden states are kept up to this size; past it they are computed anew each time.
+            cache: keeps hidden states; those for which it has no room are computed anew each time.
         """
         places = [re.match(r"(.*?)\.(\d+)\.", name) for name in adapted]
         stacks = {place[1] for place in places if place}
@@ -61,9 +66,7 @@ class Trunk:
             if isinstance(layers, nn.ModuleList):
                 self.layers = layers
                 self.depth = min(int(place[2]) for place in places if place)
-        self.cache_bytes = cache_bytes
-        self._cache: dict[bytes, Tensor] = {}
-        self._used = 0
+        self.cache = cache
 
     @contextmanager
     def skipped(self, states: Tensor | None) -> Iterator[None]:
@@ -94,7 +97,7 @@ class Trunk:
             for i, layer in originals.items():
                 layers[i] = layer
 
-    def states(self, episode: Episode, run: Callable[[Sequence[EncodedExample]], Tensor]) -> Tensor | None:
+    def states(self, episode: Episode, run: Callable[[Sequence[PackedRow]], Any]) -> Tensor | None:
         """Hidden states at the input of layer k for every row of an episode, ``(R, L, d)``, or None if k is 0.
 
         Args:
@@ -104,33 +107,25 @@ class Trunk:
         if self.depth == 0:
             return None
         flat = [row for task in episode.rows for row in task]
-        fresh: dict[bytes, Tensor] = {}
-        missing = {row.key: row for row in flat if row is not None and row.key not in self._cache}
-        if missing:
-            fresh = self._compute(list(missing.values()), run)
-        known = [torch.zeros(1) if row is None else fresh.get(row.key, self._cache.get(row.key)) for row in flat]
-        width = next(states.shape[-1] for states in known if states is not None and states.ndim == 2)
-        like = next(states for states in known if states is not None and states.ndim == 2)
-        padded = [like.new_zeros(1, width) if row is None else s for row, s in zip(flat, known, strict=True)]
-        return pad_sequence(padded, batch_first=True).to(episode.input_ids.device, non_blocking=True)  # type: ignore[arg-type]
+        missing = {row.key: row for row in flat if row is not None and row.key not in self.cache}
+        fresh = self._compute(list(missing.values()), run) if missing else {}
+        known = [None if row is None else fresh.get(row.key) or self.cache.get(row.key) for row in flat]
+        [like] = next(states for states in known if states is not None)
+        blank = like.new_zeros(1, like.shape[-1])
+        padded = pad_sequence([blank if states is None else states[0] for states in known], batch_first=True)
+        return send(padded, episode.input_ids.device)
 
     def _compute(
-        self, rows: list[EncodedExample], run: Callable[[Sequence[EncodedExample]], Tensor]
-    ) -> dict[bytes, Tensor]:
+        self, rows: list[PackedRow], run: Callable[[Sequence[PackedRow]], Any]
+    ) -> dict[bytes, tuple[Tensor, ...]]:
         assert self.layers is not None
-        fresh: dict[bytes, Tensor] = {}
+        fresh: dict[bytes, tuple[Tensor, ...]] = {}
         with torch.no_grad(), self._swapped(range(self.depth, len(self.layers))) as stand_ins:
-            # Neighbours in length share a forward, so little is padded.
-            ordered = sorted(rows, key=len)
-            for start in range(0, len(ordered), 32):
-                batch = ordered[start : start + 32]
-                run(batch)
+            for batch in by_tokens([len(row) for row in rows], TOKENS):
+                chosen = [rows[i] for i in batch]
+                run(chosen)
                 seen = stand_ins[0].seen
                 assert seen is not None
-                fresh |= {row.key: s[: len(row)].clone() for row, s in zip(batch, seen, strict=True)}
-        for key, states in fresh.items():
-            size = states.numel() * states.element_size()
-            if self._used + size <= self.cache_bytes:
-                self._cache[key] = states
-                self._used += size
+                for row, states in zip(chosen, seen, strict=True):
+                    fresh[row.key] = self.cache.put(row.key, (states[: len(row)],))
         return fresh

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from workload import twin
 
-from bayes_lora.language_model import attention_mask
 from bayes_lora.tasks import Episode
-from bayes_lora.tasks.prompts import EncodedExample
+from bayes_lora.tasks.episode import attention_mask
+from bayes_lora.tasks.packing import EncodedExample
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Stock:
     def packed_scores(self, episode: Episode) -> Tensor:
         """Option scores ``(T * N, K)`` of packed rows, the head on answer positions only."""
         rows = episode.input_ids
-        inputs = dict(attention_mask=attention_mask(episode.segments, self.model.dtype), input_ids=rows)
+        inputs = dict(attention_mask=attention_mask(episode.padded, self.model.dtype), input_ids=rows)
         logits = self._logits_at(episode.sources, position_ids=episode.position_ids, **inputs)
         tokens = logits[episode.target_sources, episode.targets] - logits.logsumexp(-1)[episode.target_sources]
         scores = tokens.new_zeros(episode.option_mask.numel()).index_add(0, episode.target_options, tokens)

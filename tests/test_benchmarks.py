@@ -145,7 +145,7 @@ def test_both_sides_of_a_comparison_compute_the_same_scores(name):
         for full in (False, True):
             rows = plain.row_scores(task, full_logits=full)
             torch.testing.assert_close(rows[mask[:, : rows.shape[1]]], scores[mask], rtol=1e-4, atol=1e-4)
-    gold = option_rows([row for task in episode.rows for row in task], setup.device, gold_only=True)
+    gold = option_rows([row for task in episode.examples for row in task], setup.device, gold_only=True)
     scores = plain.row_scores(gold, full_logits=False).view_as(ours).gather(-1, episode.answer[..., None])
     torch.testing.assert_close(scores, ours.gather(-1, episode.answer[..., None]), rtol=1e-4, atol=1e-4)
 
@@ -159,7 +159,7 @@ def test_the_baselines_train_their_loras_and_nothing_else():
     tasks, episode = training_episode(setup, lm)
     before = {name: value.clone() for name, value in setup.base.state_dict().items()}
     plain, by_task = Stock(setup.base, lm.lora_config), Stock(setup.base, lm.lora_config, len(tasks))
-    gold = option_rows([row for task in episode.rows for row in task], setup.device, gold_only=True)
+    gold = option_rows([row for task in episode.examples for row in task], setup.device, gold_only=True)
     for stock, step in (
         (plain, lambda: plain.packed_step(episode)),
         (plain, lambda: plain.causal_step(gold)),

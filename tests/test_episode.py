@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import EncodedExample, Encoder, Episode, EpisodeSampler, Example, Task, TaskSet, collate
 from bayes_lora.tasks.episode import attention_mask
-from bayes_lora.tasks.prompts import pack
+from bayes_lora.tasks.packing import pack
 
 IDS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 ROWS = st.builds(pack, IDS, st.lists(IDS, min_size=2, max_size=4), st.integers(0, 1))
@@ -70,7 +70,7 @@ def test_collate_is_the_straightforward_loop(tasks: list[list[EncodedExample]]) 
     for t, task in enumerate(tasks):
         for n in range(width):
             row = task[n] if n < len(task) else None
-            assert episode.rows[t][n] is row
+            assert episode.examples[t][n] is row
             assert episode.mask[t, n] == (row is not None)
             assert episode.answer[t, n] == (0 if row is None else row.answer)
             count = 0 if row is None else row.num_options
@@ -92,7 +92,7 @@ def test_support_is_shared_or_separate() -> None:
     assert shared.support is shared
     episode = collate(SMALL, SMALL[::-1], num_data=[7, 9], task_index=[3, 1], num_tasks=5)
     assert same(episode.support, collate(SMALL[::-1], task_index=[3, 1], num_tasks=5))
-    assert episode.support.rows == collate(SMALL[::-1]).rows
+    assert episode.support.examples == collate(SMALL[::-1]).examples
     assert episode.support.num_data.tolist() == [2, 1]
     assert episode.support.support is episode.support
     assert (episode.num_data.tolist(), episode.task_index.tolist(), episode.num_tasks) == ([7, 9], [3, 1], 5)
@@ -144,7 +144,7 @@ def encoder(tokenizer: Any) -> Encoder:
 
 def keys(episode: Episode) -> list[set[bytes]]:
     """Return the keys of each task's examples, all of them different."""
-    found = [[row.key for row in task if row is not None] for task in episode.rows]
+    found = [[row.key for row in task if row is not None] for task in episode.examples]
     assert all(len(set(task)) == len(task) for task in found)
     return [set(task) for task in found]
 
@@ -197,6 +197,26 @@ def test_all_tasks_and_examples_are_visited(tasks: TaskSet, encoder: Encoder) ->
     assert drawn == {row.key for task in tasks.values() for row in encoder(task.examples)}
 
 
+def test_demonstrations_stand_before_every_query(tasks: TaskSet, encoder: Encoder) -> None:
+    """They are the first support examples, solved; the guide's support has none."""
+    settings: dict[str, Any] = dict(tasks_per_episode=2, num_support=3, num_query=4, score_support=False, seed=2)
+    plain = EpisodeSampler(tasks, encoder, **settings)[1]
+    episode = EpisodeSampler(tasks, encoder, num_demonstrations=2, **settings)[1]
+    assert same(episode.support, plain.support)
+    for t, place in enumerate(episode.task_index.tolist()):
+        [row] = [row for row in episode.rows[t] if row is not None]
+        contexts = {example.context for example in row.examples}
+        known = {encoder([e])[0].key: e for e in tasks[f"task-{place}"].examples}
+        shown = [known[e.key] for e in episode.support.examples[t][:2] if e is not None]
+        assert contexts == {encoder([shown[0]], shown)[0].context}
+        assert encoder.tokenizer.decode(row.tokens[: len(next(iter(contexts)))]).count("Answer:") == 2
+    for wrong in (4, -1):
+        with pytest.raises(TaskError, match=f"num_demonstrations={wrong}: expected 0 to num_support=3"):
+            EpisodeSampler(tasks, encoder, num_demonstrations=wrong, **settings)
+    with pytest.raises(TaskError, match="score_support=False"):
+        EpisodeSampler(tasks, encoder, **settings | dict(num_demonstrations=2, score_support=True))
+
+
 def test_tasks_of_other_sizes(encoder: Encoder) -> None:
     """Each task's N is its own, and support given with the task is drawn anew."""
     examples = [Example(f"film {i}", ("yes", "no"), i % 2) for i in range(20)]
@@ -246,9 +266,10 @@ def test_no_query_is_fine_where_support_is_scored(tasks: TaskSet, encoder: Encod
 @given(tasks=RAGGED, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 def test_attention_mask_is_the_triple_loop(tasks: list[list[EncodedExample]], dtype: torch.dtype) -> None:
     """A token sees what stands before it in the prompt and in its own segment; no token sees nothing."""
-    segments = collate([[*task] for task in [*tasks, [SMALL[0][0]] * 5]]).segments  # has blank rows
+    padded = collate([[*task] for task in [*tasks, [SMALL[0][0]] * 5]]).padded  # has blank rows
+    segments = padded.segments
     rows, length = segments.shape
-    mask = attention_mask(segments, dtype)
+    mask = attention_mask(padded, dtype)
     assert (mask.shape, mask.dtype) == ((rows, 1, length, length), dtype)
     expected = []
     for row in segments.tolist():

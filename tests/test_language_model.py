@@ -3,7 +3,8 @@ import torch
 from conftest import BUILDERS, SIZES, build_lm, make_tasks
 from transformers import MistralConfig, MistralForCausalLM
 
-from bayes_lora import language_model
+from bayes_lora import forward
+from bayes_lora.cache import TensorCache
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.tasks import collate
 from bayes_lora.types import absent_score
@@ -63,7 +64,8 @@ def test_no_trunk_when_the_first_layer_is_adapted(tokenizer):
 
 
 def test_trunk_runs_once_per_example(lm, monkeypatch):
-    episode, _ = make_episode(lm)
+    episode, tasks = make_episode(lm)
+    lm.features(collate([lm.encoder(tasks[0].examples[5:6])]))  # on first use the fast path is compared with the plain
     calls = []
     lower = lm.model.model.layers[0]
     lower.register_forward_hook(lambda *_: calls.append(1))
@@ -72,9 +74,9 @@ def test_trunk_runs_once_per_example(lm, monkeypatch):
     torch.testing.assert_close(lm(random_phi(lm, 2, 1), episode), first, rtol=0, atol=0)
     lm.features(episode)
     assert len(calls) == 1
-    lm.trunk.cache_bytes, lm.trunk._cache = 0, {}
+    lm.trunk.cache = TensorCache(0)
     torch.testing.assert_close(lm(random_phi(lm, 2, 1), episode), first)  # past the budget: anew, with equal numbers
-    assert len(calls) == 2 and not lm.trunk._cache
+    assert len(calls) == 2 and len(lm.trunk.cache) == 0
 
 
 def test_draws_in_chunks_equal_draws_at_once(lm):
@@ -82,8 +84,15 @@ def test_draws_in_chunks_equal_draws_at_once(lm):
     phi = random_phi(lm, 7, 1, 1)
     with torch.no_grad():
         whole = lm(phi, episode)
-        lm.token_budget = 2 * episode.input_ids.numel()
+        lm.budget.tokens = 2 * episode.input_ids.numel()
         torch.testing.assert_close(lm(phi, episode), whole)
+
+
+def gradients(lm, episode):
+    """Of a task's gold scores, two draws of each task."""
+    phi = {site: value.requires_grad_() for site, value in random_phi(lm, 2, episode.shape[0], 1).items()}
+    lm(phi, episode).log_softmax(-1)[..., 0][:, episode.mask].sum().backward()
+    return {site: value.grad for site, value in phi.items()}
 
 
 @pytest.mark.parametrize("layers_known", [True, False])
@@ -93,15 +102,19 @@ def test_the_head_in_pieces_equals_the_head_at_once(any_lm, layers_known, monkey
         lm.trunk.layers, lm.trunk.depth = None, 0
     episode, _ = make_episode(lm)
     phi = random_phi(lm, 3, 2, 1)
-    whole = lm(phi, episode)  # with gradients: at once
+    whole, expected = lm(phi, episode), gradients(lm, episode)
     sizes = []
     lm.model.get_output_embeddings().register_forward_hook(lambda _, args, out: sizes.append(out.numel() * 8))
     for positions in (1, 7):
-        monkeypatch.setattr(language_model, "LOGIT_BYTES", positions * 320 * 8)
+        monkeypatch.setattr(forward, "LOGIT_BYTES", positions * 320 * 8)
         with torch.no_grad():
             torch.testing.assert_close(lm(phi, episode), whole)
-        assert max(sizes) <= language_model.LOGIT_BYTES
+        assert max(sizes) <= forward.LOGIT_BYTES
         assert len(sizes) == -(-3 * len(episode.sources) // positions)
+        sizes.clear()
+        for site, gradient in gradients(lm, episode).items():
+            torch.testing.assert_close(gradient, expected[site])
+        assert max(sizes) <= forward.LOGIT_BYTES
         sizes.clear()
     torch.testing.assert_close(lm(phi, episode), whole, rtol=0, atol=0)  # nothing is left bypassed
 
@@ -109,8 +122,8 @@ def test_the_head_in_pieces_equals_the_head_at_once(any_lm, layers_known, monkey
 def test_features_from_the_head_in_pieces(lm, monkeypatch):
     episode, _ = make_episode(lm)
     whole = lm.features(episode)
-    lm._features.clear()
-    monkeypatch.setattr(language_model, "LOGIT_BYTES", 5 * 320 * 8)
+    lm.feature_reader.cache = TensorCache(1 << 20)
+    monkeypatch.setattr(forward, "LOGIT_BYTES", 5 * 320 * 8)
     for part, expected in zip(lm.features(episode), whole, strict=True):
         torch.testing.assert_close(part, expected)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.tasks import EncodedExample, Encoder, Example, PromptTemplate
-from bayes_lora.tasks.episode import attention_mask
-from bayes_lora.tasks.prompts import pack
+from bayes_lora.tasks.episode import attention_mask, pad_rows
+from bayes_lora.tasks.packing import pack, pack_rows
 
 LETTERS = [chr(code) for code in range(32, 127)] + list("\n\té")
 TEXT = ["the film was good and bad. Answer: yes no maybe not so positive negative"] * 3
@@ -98,7 +99,7 @@ def check_row(row: EncodedExample, prompt: list[int], options: list[list[int]]) 
     assert len(row) == len(row.segments) == len(row.positions) == len(prompt) + sum(len(o) - 1 for o in options)
     assert row.sources.tolist() == sorted(set(row.sources.tolist()))
     assert set(row.target_sources.tolist()) == set(range(len(row.sources)))
-    seen = attention_mask(row.segments[None], row.tokens.double().dtype)[0, 0] == 0
+    seen = attention_mask(pad_rows(pack_rows([row])), torch.float64)[0, 0] == 0
     wanted = [(k, j) for k, option in enumerate(options) for j in range(len(option))]
     assert row.target_options.tolist() == [k for k, _ in wanted]
     for q, (k, j) in enumerate(wanted):
@@ -326,3 +327,51 @@ def test_texts_without_tokens_are_refused(sentencepiece: Any) -> None:
         encoder([Example("film", ("yes", "\u200b"), 0)])
     with pytest.raises(TaskError, match=r"example '\\u200b': the tokenizer makes no token of its prompt"):
         encoder([Example("\u200b", ("yes", "no"), 0)])
+
+
+# --- demonstrations ---
+
+DEMONSTRATIONS = [Example("a fine film", ("yes", "not so"), 1), Example("dull", ("yes", "no"), 0)]
+QUERY = Example("so so", ("yes", "maybe not"), 1)
+
+
+def test_demonstrations_are_solved_examples(any_tokenizer: Any) -> None:
+    """Prompt and gold option, a gap behind each; what the tokenizer begins a text with stands once, in front."""
+    template = PromptTemplate("{input}\nIs it?", " {option}", gap="\n\n")
+    encoder = Encoder(any_tokenizer, template)
+    [row] = encoder([QUERY], DEMONSTRATIONS)
+    [alone] = encoder([QUERY])
+    assert row.context is not None
+    pieces = ["a fine film\nIs it?", " not so", "\n\n", "dull\nIs it?", " yes", "\n\n"]
+    text = any_tokenizer.decode(row.context.tokens, skip_special_tokens=True)
+    assert text.replace(" ", "").replace("\n", "") == "".join(pieces).replace(" ", "").replace("\n", "")
+    begin = ids_of(any_tokenizer, "a", special=True)[: -len(ids_of(any_tokenizer, "a"))]
+    tokens = [*row.context.tokens.tolist(), *row.tokens.tolist()]
+    assert tokens[: len(begin)] == begin
+    assert tokens[len(begin) :].count(1) == 0 or not begin
+    assert [*begin, *row.tokens.tolist()] == alone.tokens.tolist()
+    assert torch.equal(row.targets, alone.targets)
+
+
+def test_the_gold_answer_of_a_query_is_no_part_of_its_row(tokenizer: Any) -> None:
+    """As it is of a demonstration's."""
+    encoder = Encoder(tokenizer)
+    relabelled = Example(QUERY.input, QUERY.options, 0)
+    [one], [two] = encoder([QUERY], DEMONSTRATIONS), encoder([relabelled], DEMONSTRATIONS)
+    assert one.key == two.key
+    changed = [Example(e.input, e.options, 1 - e.answer) for e in DEMONSTRATIONS]
+    assert encoder([QUERY], changed)[0].key != one.key
+
+
+def test_demonstrations_that_do_not_fit_are_left_out(tokenizer: Any) -> None:
+    """The first ones go, with one warning; none at all is an error."""
+    long = Example("word " * 8, ("yes", "no"), 0)
+    encoder = Encoder(tokenizer, max_length=80, max_positions=140)
+    with pytest.warns(UserWarning, match="2 of 3 demonstrations were left out: the model reads 140 tokens") as record:
+        [row] = encoder([QUERY], [long, long, DEMONSTRATIONS[1]])
+    assert len([w for w in record if "left out" in str(w.message)]) == 1
+    assert row.context is not None
+    assert len(row.context) + 80 <= 140
+    assert row.key == encoder([QUERY], [DEMONSTRATIONS[1]])[0].key
+    with pytest.raises(TaskError, match="the last one has .* tokens, but the model reads 90"):
+        Encoder(tokenizer, max_length=80, max_positions=90)([QUERY], DEMONSTRATIONS)

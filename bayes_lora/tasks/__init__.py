@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from bayes_lora.tasks.episode import Episode, EpisodeSampler, collate
+from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.metaicl import has_options, load_task, load_taskset, read_examples
-from bayes_lora.tasks.prompts import EncodedExample, Encoder, PromptTemplate
+from bayes_lora.tasks.packing import EncodedExample
+from bayes_lora.tasks.prompts import Encoder, PromptTemplate
+from bayes_lora.tasks.sampler import EpisodeSampler
 from bayes_lora.tasks.splits import load_split
 from bayes_lora.tasks.task import Example, Task, TaskSet
 

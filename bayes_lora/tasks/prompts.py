@@ -1,29 +1,22 @@
-"""From an example's text to one packed row of tokens: the prompt once, then all of its options.
-
-Each option sees the prompt and itself, and its positions continue from the prompt, so scoring the packed row equals
-scoring each option in a row of its own.
-"""
+"""From an example's text to tokens: the prompt, its options, and the demonstrations that stand before it."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from bayes_lora.errors import ConfigError, TaskError
+from bayes_lora.tasks.packing import Context, EncodedExample, in_context, pack
 from bayes_lora.tasks.task import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EncodedExample", "Encoder", "PromptTemplate"]
+__all__ = ["Encoder", "PromptTemplate"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +28,13 @@ class PromptTemplate:
             It should not end in a space: ``option`` begins with one.
         option: what the model is scored on, with ``{option}``.
         separator: joins the options where the prompt lists them.
+        gap: stands behind each demonstration.
     """
 
     prompt: str = "{options}?\n{input}\nAnswer:"
     option: str = " {option}"
     separator: str = " or "
+    gap: str = "\n\n"
 
     def __post_init__(self) -> None:
         if "{input}" not in self.prompt:
@@ -55,107 +50,89 @@ class PromptTemplate:
         return prompt, [self.option.replace("{option}", option) for option in example.options]
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedExample:
-    """One packed row. ``L`` tokens, ``M`` source positions, ``Q`` option tokens.
-
-    An option's last token is predicted but never read, so it is no part of the row.
-
-    Attributes:
-        tokens: ``(L,)`` token ids: prompt, then the options' tokens without their last ones.
-        segments: ``(L,)`` 0 in the prompt, ``k + 1`` in option ``k``.
-        positions: ``(L,)`` position ids.
-        sources: ``(M,)`` distinct row positions at which an option token is predicted.
-        target_sources: ``(Q,)`` for each option token, which source predicts it.
-        targets: ``(Q,)`` token ids of the options.
-        target_options: ``(Q,)`` the option to which each belongs.
-        num_options: number of options.
-        answer: index of the gold option.
-        key: hash of the row without its answer, under which what the frozen model computes of it may be kept.
-    """
-
-    tokens: Tensor
-    segments: Tensor
-    positions: Tensor
-    sources: Tensor
-    target_sources: Tensor
-    targets: Tensor
-    target_options: Tensor
-    num_options: int
-    answer: int
-    key: bytes = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-def pack(prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int) -> EncodedExample:
-    """Pack token ids of a prompt and of its options into one row."""
-    tokens, segments, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
-    sources, target_sources, targets, target_options = [len(prompt) - 1], [], [], []
-    for index, option in enumerate(options):
-        for offset, token in enumerate(option):
-            if offset == 0:
-                target_sources.append(0)
-            else:
-                tokens.append(option[offset - 1])
-                segments.append(index + 1)
-                positions.append(len(prompt) + offset - 1)
-                target_sources.append(len(sources))
-                sources.append(len(tokens) - 1)
-            targets.append(token)
-            target_options.append(index)
-    key = blake2b(repr((tokens, segments, targets, target_options)).encode(), digest_size=16).digest()
-    return EncodedExample(
-        tokens=torch.tensor(tokens),
-        segments=torch.tensor(segments),
-        positions=torch.tensor(positions),
-        sources=torch.tensor(sources),
-        target_sources=torch.tensor(target_sources),
-        targets=torch.tensor(targets),
-        target_options=torch.tensor(target_options),
-        num_options=len(options),
-        answer=answer,
-        key=key,
-    )
-
-
 class Encoder:
     """Turns examples into packed rows, and remembers those it has made.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
         template: how an example becomes text.
-        max_length: the longest row in tokens; of a longer one the input loses its beginning, with one warning that
-            counts.
+        max_length: the longest row of an example in tokens; of a longer one the input loses its beginning, with one
+            warning that counts.
+        max_positions: the longest path that the model reads: demonstrations and an example behind them. Of
+            demonstrations that do not fit the first are left out, with a warning; None sets no limit.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate | None = None, max_length: int = 512
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | None = None,
+        max_length: int = 512,
+        max_positions: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template or PromptTemplate()
-        self.max_length = max_length
+        self.max_length, self.max_positions = max_length, max_positions
         self.encode = lru_cache(maxsize=None)(self._encode)
         self._cut: set[Example] = set()
         self._option_ids = lru_cache(maxsize=None)(self._encode_option)
+        self._context = lru_cache(maxsize=None)(self._encode_context)
         # What the tokenizer puts before a text of its own accord (Llama's <s>), kept when the prompt is cut.
         plain, marked = self._ids("a"), self._ids("a", special=True)
         starts = (i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
         self._prefix = marked[: next(starts, 0)]
 
-    def __call__(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Encode examples; those that are cut for the first time are counted in one warning."""
-        encoded = [self.encode(example) for example in examples]
+    def __call__(self, examples: Sequence[Example], demonstrations: Sequence[Example] = ()) -> list[EncodedExample]:
+        """Encode examples, each behind the demonstrations if there are any.
+
+        Those that are cut for the first time are counted in one warning.
+
+        Args:
+            examples: their gold answers are no part of what the model reads.
+            demonstrations: solved examples that stand before each prompt, gold answers and all; examples with the same
+                demonstrations share them, see :mod:`bayes_lora.tasks.packing`.
+
+        Raises:
+            TaskError: the tokenizer makes nothing of a text, options fill ``max_length``, or no demonstration fits.
+        """
+        if not demonstrations:
+            return self._rows(examples)
+        context = self._context(tuple(demonstrations))
+        return [in_context(row, context) for row in self._rows(examples, begins=False)]
+
+    def _rows(self, examples: Sequence[Example], begins: bool = True) -> list[EncodedExample]:
+        encoded = [self.encode(example, begins) for example in examples]
         cut = {example for example, (_, was_cut) in zip(examples, encoded, strict=True) if was_cut} - self._cut
         if cut:
             self._cut |= cut
             warnings.warn(
                 f"{len(cut)} of {len(examples)} prompts are longer than max_length={self.max_length} tokens "
                 "and lost their beginning.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return [row for row, _ in encoded]
+
+    def _encode_context(self, demonstrations: tuple[Example, ...]) -> Context:
+        solved = []
+        for example, row in zip(demonstrations, self._rows(demonstrations, begins=False), strict=True):
+            prompt, gold = row.tokens[row.segments == 0], row.targets[row.target_options == example.answer]
+            solved.append([*prompt.tolist(), *gold.tolist(), *self._option_ids(self.template.gap)])
+        fitting = solved
+        if self.max_positions is not None:
+            room = self.max_positions - self.max_length - len(self._prefix)
+            while fitting and sum(map(len, fitting)) > room:
+                fitting = fitting[1:]
+        if not fitting:
+            raise TaskError(
+                f"demonstrations: the last one has {len(solved[-1])} tokens, but the model reads {self.max_positions} "
+                f"and max_length={self.max_length} are kept for the example itself. Lower max_length."
+            )
+        if len(fitting) < len(solved):
+            warnings.warn(
+                f"{len(solved) - len(fitting)} of {len(solved)} demonstrations were left out: the model reads "
+                f"{self.max_positions} tokens, of which max_length={self.max_length} are kept for the example itself.",
+                stacklevel=4,
+            )
+        return Context.of(self._prefix + [token for ids in fitting for token in ids])
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -172,10 +149,11 @@ class Encoder:
             raise TaskError(f"option {text!r}: the tokenizer makes no token of it. Give the option another text.")
         return tuple(ids)
 
-    def _encode(self, example: Example) -> tuple[EncodedExample, bool]:
+    def _encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
+        prefix = self._prefix if begins else []
         prompt, option_texts = self.template.render(example)
         options = [self._option_ids(text) for text in option_texts]
-        room = self.max_length - len(self._prefix) - sum(len(option) - 1 for option in options)
+        room = self.max_length - len(prefix) - sum(len(option) - 1 for option in options)
         if room < 1:
             raise TaskError(
                 f"example {example.input[:60]!r}: its options alone fill max_length={self.max_length} tokens. "
@@ -185,11 +163,11 @@ class Encoder:
         if not ids:
             raise TaskError(f"example {example.input[:60]!r}: the tokenizer makes no token of its prompt.")
         if len(ids) <= room:
-            return pack(self._prefix + ids, options, example.answer), False
+            return pack(prefix + ids, options, example.answer), False
         # The beginning of the *input* goes: what the template says before it (the options, say) stays.
         head, _, _ = self.template.prompt.partition("{input}")
         before = self._ids(head.replace("{options}", self.template.separator.join(example.options)))
         # Its last token may be another before the input: "Review: " ends in a space, "Review: good" has " good".
         kept = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
         kept = kept if kept < room else 0
-        return pack(self._prefix + ids[:kept] + ids[kept - room :], options, example.answer), True
+        return pack(prefix + ids[:kept] + ids[kept - room :], options, example.answer), True

@@ -1,0 +1,96 @@
+"""Which forward a language model can take: found by comparing scores on one example, on first use."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayes_lora.errors import ModelError
+from bayes_lora.forward import Forward, PackedForward, head_reads
+from bayes_lora.prompt_cache import PromptCacheForward
+from bayes_lora.sites import LoraSites
+from bayes_lora.tasks.episode import Episode, collate
+from bayes_lora.tasks.packing import EncodedExample
+from bayes_lora.trunk import Trunk
+
+__all__ = ["choose_forward"]
+
+TOLERANCES = {torch.float64: (1e-5, 1e-4), torch.float32: (1e-4, 1e-3)}
+"""How far scores may be apart, relative to the score and in nats; wrong masks or positions are off by far more."""
+COARSE = (0.03, 0.3)
+"""In 16 bits, and where a quantised base rounds activations by what else is in the batch."""
+
+
+@torch.no_grad()
+def choose_forward(model: Any, sites: LoraSites, trunk: Trunk, episode: Episode) -> Forward:
+    """The fastest forward whose scores of one example equal those of the model's ordinary forward, option by option.
+
+    Packed rows with the lower layers kept; else packed rows through all layers; else a key-value cache of the prompts.
+    What is passed over is named in one warning. ``trunk.depth`` is set to 0 where its states cannot be used.
+
+    Raises:
+        ModelError: none of them does.
+    """
+    examples = [e for task in episode.examples for e in task if e is not None]
+    example = min(examples, key=lambda e: len(e) + (0 if e.context is None else len(e.context)))
+    alone = collate([[example]]).to(episode.input_ids.device)
+    name = type(model).__name__
+    with sites.unbound():
+        expected = plain_scores(model, example)
+        packed = PackedForward(model, sites, trunk)
+        why = _difference(packed, alone, expected)
+        if why is None:
+            return packed
+        if trunk.depth:
+            depth, trunk.depth = trunk.depth, 0
+            if _difference(packed, alone, expected) is None:
+                _warn(f"{name}: starting at layer {depth} from kept hidden states, {why}. All layers run every time.")
+                return packed
+        prompts = PromptCacheForward(model)
+        still = _difference(prompts, alone, expected)
+    if still is not None:
+        raise ModelError(
+            f"{name} cannot be used: with packed rows under a 4-D mask, {why}; with a key-value cache, {still}. "
+            "Pass a causal LM of another architecture, or another attn_implementation in model_kwargs."
+        )
+    _warn(f"{name}: with packed rows under a 4-D mask, {why}. Options are scored from a key-value cache, more slowly.")
+    return prompts
+
+
+def plain_scores(model: Any, example: EncodedExample) -> Tensor:
+    """Scores ``(Q,)`` of an example's option tokens by the ordinary forward, a row for each option."""
+    head, scores = model.get_output_embeddings(), []
+    prompt = example.tokens[example.segments == 0]
+    before = prompt if example.context is None else torch.cat([example.context.tokens, prompt])
+    for k in range(example.num_options):
+        row = torch.cat([before, example.tokens[example.segments == k + 1]]).to(model.device)
+        targets = example.targets[example.target_options == k].to(model.device)
+        with head_reads(head, lambda hidden, count=len(targets): hidden[:, -count:]):  # type: ignore[misc]
+            logits = model(input_ids=row[None], use_cache=False).logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores.append(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+    return torch.cat(scores)
+
+
+def _difference(forward: Any, episode: Episode, expected: Tensor) -> str | None:
+    """What is wrong with a forward's scores; None where they are right."""
+    try:
+        scores = forward(episode).token_scores[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any type: each model has its own way to refuse arguments
+        return "it raises " + textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
+    model: Any = forward.model
+    quantised = getattr(model, "is_quantized", False)
+    relative, absolute = COARSE if quantised else TOLERANCES.get(model.dtype, COARSE)
+    if torch.allclose(scores, expected.to(scores.dtype), rtol=relative, atol=absolute):
+        return None
+    return f"its scores are off by {float((scores - expected).abs().max()):.3g} nats"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=6)

@@ -1,0 +1,182 @@
+"""Packed rows: a prompt once with all of its options behind it, and demonstrations once with many prompts behind them.
+
+A row is a tree. Demonstrations, if any, are its trunk, each example's prompt is a branch, and each of its options a
+twig: a token sees what lies between it and the root, and its positions count along that path alone. So scoring a packed
+row equals scoring every option of every example in a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+__all__ = ["Context", "EncodedExample", "PackedRow", "in_context", "pack", "pack_rows"]
+
+ROW_TOKENS = 2048
+"""Examples share a row up to about this length: attention costs its square, and a context is read once a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Demonstrations, tokenised: what stands before the prompts of several examples.
+
+    Attributes:
+        tokens: ``(C,)`` token ids.
+        key: hash of them.
+    """
+
+    tokens: Tensor
+    key: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, tokens: Sequence[int]) -> Context:
+        """Make a context of token ids."""
+        return cls(torch.tensor(tokens, dtype=torch.long), digest(tokens))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedExample:
+    """One example. ``L`` tokens, ``M`` source positions, ``Q`` option tokens; all positions count from its own prompt.
+
+    An option's last token is predicted but never read, so it is no part of the row.
+
+    Attributes:
+        tokens: ``(L,)`` token ids: prompt, then the options' tokens without their last ones.
+        segments: ``(L,)`` 0 in the prompt, ``k + 1`` in option ``k``.
+        positions: ``(L,)`` position ids.
+        sources: ``(M,)`` distinct places in ``tokens`` at which an option token is predicted; the first one is the
+            prompt's last.
+        target_sources: ``(Q,)`` for each option token, which source predicts it.
+        targets: ``(Q,)`` token ids of the options.
+        target_options: ``(Q,)`` the option to which each belongs.
+        num_options: number of options.
+        answer: index of the gold option.
+        key: hash of the row without its answer, under which what the frozen model computes of it may be kept.
+        context: what stands before the prompt.
+    """
+
+    tokens: Tensor
+    segments: Tensor
+    positions: Tensor
+    sources: Tensor
+    target_sources: Tensor
+    targets: Tensor
+    target_options: Tensor
+    num_options: int
+    answer: int
+    key: bytes = field(repr=False)
+    context: Context | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """A row of an episode: one example, or several that share a context. ``L`` tokens.
+
+    Attributes:
+        examples: in order.
+        starts: place in the row at which each example's prompt begins.
+        tokens: ``(L,)`` token ids.
+        segments: ``(L,)`` 0 in the context and in prompts, ``k + 1`` in an example's option ``k``.
+        owners: ``(L,)`` 0 in the context, ``i + 1`` in example ``i``.
+        positions: ``(L,)`` position ids.
+        key: hash, under which what the frozen model computes of the row may be kept.
+    """
+
+    examples: tuple[EncodedExample, ...]
+    starts: tuple[int, ...]
+    tokens: Tensor
+    segments: Tensor
+    owners: Tensor
+    positions: Tensor
+    key: bytes = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def digest(*parts: object) -> bytes:
+    """A hash of what the parts print."""
+    return blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def pack(prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int) -> EncodedExample:
+    """Pack token ids of a prompt and of its options into one row."""
+    tokens, segments, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
+    sources, target_sources, targets, target_options = [len(prompt) - 1], [], [], []
+    for index, option in enumerate(options):
+        for offset, token in enumerate(option):
+            if offset == 0:
+                target_sources.append(0)
+            else:
+                tokens.append(option[offset - 1])
+                segments.append(index + 1)
+                positions.append(len(prompt) + offset - 1)
+                target_sources.append(len(sources))
+                sources.append(len(tokens) - 1)
+            targets.append(token)
+            target_options.append(index)
+    return EncodedExample(
+        tokens=torch.tensor(tokens),
+        segments=torch.tensor(segments),
+        positions=torch.tensor(positions),
+        sources=torch.tensor(sources),
+        target_sources=torch.tensor(target_sources),
+        targets=torch.tensor(targets),
+        target_options=torch.tensor(target_options),
+        num_options=len(options),
+        answer=answer,
+        key=digest(tokens, segments, targets, target_options),
+    )
+
+
+def in_context(example: EncodedExample, context: Context) -> EncodedExample:
+    """The example behind a context. Its own positions stay as they are; :func:`pack_rows` shifts them."""
+    return replace(example, context=context, key=digest(context.key, example.key))
+
+
+def pack_rows(examples: Sequence[EncodedExample]) -> list[PackedRow]:
+    """Lay the examples of a task out in rows, in order: those with one context share rows, others stand alone."""
+    rows: list[PackedRow] = []
+    some: list[EncodedExample] = []
+    length = 0
+    for example in examples:
+        context = example.context
+        fits = some and context is not None and some[0].context is not None and some[0].context.key == context.key
+        if some and not (fits and length + len(example) <= ROW_TOKENS):
+            rows.append(_row(some))
+            some, length = [], 0
+        length += len(example) + (len(context) if context is not None and not some else 0)
+        some.append(example)
+    return [*rows, _row(some)] if some else rows
+
+
+def _row(examples: Sequence[EncodedExample]) -> PackedRow:
+    context = examples[0].context
+    if context is None:
+        [example] = examples
+        owners = torch.ones_like(example.segments)
+        return PackedRow((example,), (0,), example.tokens, example.segments, owners, example.positions, example.key)
+    shift, starts, blank = len(context), [], torch.zeros_like(context.tokens)
+    at = shift
+    for example in examples:
+        starts.append(at)
+        at += len(example)
+    return PackedRow(
+        examples=tuple(examples),
+        starts=tuple(starts),
+        tokens=torch.cat([context.tokens, *(example.tokens for example in examples)]),
+        segments=torch.cat([blank, *(example.segments for example in examples)]),
+        owners=torch.cat([blank, *(torch.full_like(e.segments, i) for i, e in enumerate(examples, start=1))]),
+        positions=torch.cat([torch.arange(shift), *(example.positions + shift for example in examples)]),
+        key=digest(*(example.key for example in examples)),
+    )

@@ -1,0 +1,230 @@
+"""Every fast way to run a language model against the plain one: shared demonstrations, checkpointing, 16 bits, caches."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import BUILDERS, TARGETS, build_lm, make_tasks
+from test_language_model import closeness, make_episode, random_phi
+from transformers import BloomConfig, BloomForCausalLM
+
+from bayes_lora import fast_path
+from bayes_lora.cache import TensorCache
+from bayes_lora.errors import ConfigError, ModelError
+from bayes_lora.forward import PackedForward
+from bayes_lora.prompt_cache import PromptCacheForward
+from bayes_lora.tasks import collate, packing
+from bayes_lora.trunk import Trunk
+
+
+def plain_scores(lm: Any, example: Any) -> torch.Tensor:
+    """An option a row, through Hugging Face's forward and full logits, whatever stands before the prompt."""
+    context = [] if example.context is None else example.context.tokens.tolist()
+    before = context + example.tokens[example.segments == 0].tolist()
+    scores = []
+    for k in range(example.num_options):
+        option = example.targets[example.target_options == k].tolist()
+        logits = lm.model(torch.tensor([before + option])).logits[0].log_softmax(-1)
+        scores.append(sum(logits[len(before) + i - 1, token] for i, token in enumerate(option)))
+    return torch.stack(scores)
+
+
+def expected_scores(lm: Any, phi: Any, episode: Any) -> torch.Tensor:
+    """A loop over draws, tasks, examples and options."""
+    draws, tasks = next(iter(phi.values())).shape[:2]
+    rows = []
+    for d in range(draws):
+        for t in range(tasks):
+            with lm.sites.bind({site: value[d, t, 0] for site, value in phi.items()}):
+                for example in episode.examples[t]:
+                    if example is not None:
+                        rows.append(plain_scores(lm, example))
+    return torch.cat(rows)
+
+
+def present(scores: torch.Tensor, episode: Any) -> torch.Tensor:
+    return scores[:, episode.option_mask].flatten()
+
+
+def check_against_plain(lm: Any, episode: Any, **tolerance: float) -> None:
+    """Scores, and gradients of a weighted sum of them."""
+    found, wanted = random_phi(lm, 2, 2, 1, seed=3), random_phi(lm, 2, 2, 1, seed=3)
+    for phi in (found, wanted):
+        for value in phi.values():
+            value.requires_grad_()
+    scores, expected = present(lm(found, episode), episode), expected_scores(lm, wanted, episode)
+    torch.testing.assert_close(scores, expected, **tolerance)
+    weights = torch.linspace(-1, 1, len(scores), dtype=scores.dtype)
+    (scores * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for site, value in found.items():
+        scale = float(wanted[site].grad.abs().max())
+        # Most models normalise in float32, whatever their dtype.
+        torch.testing.assert_close(value.grad, wanted[site].grad, rtol=1e-5, atol=(1e-4 if tolerance else 1e-5) * scale)
+
+
+def episode_with_demonstrations(lm: Any) -> Any:
+    tasks = list(make_tasks(2).values())
+    sizes = (3, 4)  # of queries: rows of other lengths, and an example that is absent
+    rows = [lm.encoder(t.examples[4 : 4 + n], t.examples[: 2 - i]) for i, (t, n) in enumerate(zip(tasks, sizes, strict=True))]
+    return collate(rows, [lm.encoder(task.examples[:4]) for task in tasks])
+
+
+@pytest.mark.parametrize("row_tokens", [2048, 1])
+def test_shared_demonstrations_equal_each_query_behind_its_own(
+    any_lm: Any, row_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "ROW_TOKENS", row_tokens)
+    episode = episode_with_demonstrations(any_lm)
+    assert len(episode.rows[1]) == (1 if row_tokens > 1 else 4)
+    assert any_lm.trunk.depth == 2
+    check_against_plain(any_lm, episode, **closeness(any_lm))
+    assert isinstance(any_lm._forward, PackedForward)
+
+
+def test_gradient_checkpointing_changes_nothing(any_lm: Any, tokenizer: Any) -> None:
+    """Backward runs the layers again, when other values, or none, are bound; once a layer."""
+    plain, lm = any_lm, build_lm(any_lm.name, tokenizer, gradient_checkpointing=True)
+    episode, _ = make_episode(lm)
+    calls = []
+    lm.trunk.layers[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+    inside = next(m for name, m in lm.trunk.layers[-1].named_modules() if name.endswith(("mlp.act_fn", "mlp.act")))
+    inside.register_forward_hook(lambda *_: calls.append(2))
+    found = {}
+    for one in (plain, lm):
+        phi = {site: value.requires_grad_() for site, value in random_phi(one, 2, 2, 1).items()}
+        scores = one(phi, episode)
+        calls.clear()
+        with lm.sites.bind(random_phi(lm, seed=8)):
+            present(scores, episode).square().sum().backward()
+        found[one] = scores, {site: value.grad for site, value in phi.items()}
+    assert calls == [2]  # the layer's forward alone is run again
+    torch.testing.assert_close(found[lm][0], found[plain][0])
+    for site, gradient in found[lm][1].items():
+        torch.testing.assert_close(gradient, found[plain][1][site])
+    assert not any(module.training for module in lm.model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_a_model_without_checkpointing_refuses_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not support it"):
+        build_lm("llama", tokenizer, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_base_in_16_bits_keeps_phi_and_scores_in_32(kind: str, tokenizer: Any) -> None:
+    """Gradients too, or small steps would be rounded away; values are those of float32 up to bfloat16's rounding."""
+    full, half = (build_lm(kind, tokenizer, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    episode, _ = make_episode(full)
+    seen = []
+    adapted = next(m for m in half.model.modules() if hasattr(m, "lora_A"))
+    adapted.lora_A["default"].register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out.dtype)))
+    results = []
+    for lm in (full, half):
+        phi = {s: (0.1 * v).float().requires_grad_() for s, v in random_phi(lm, 3, 2, 1).items()}
+        scores = lm(phi, episode)
+        assert scores.dtype == torch.float32
+        scores.log_softmax(-1)[..., 0][:, episode.mask].sum().backward()
+        gradients = torch.cat([value.grad.flatten() for value in phi.values()])
+        assert gradients.dtype == torch.float32
+        results.append((present(scores, episode), gradients))
+    assert set(seen[-1]) == {torch.bfloat16}
+    for whole, rounded in zip(*results, strict=True):
+        assert 0 < float((whole - rounded).detach().norm() / whole.detach().norm()) < 0.1
+    assert half.features(episode).log_probs.dtype == torch.float32
+
+
+# --- the check on first use, and where it leads ---
+
+
+@contextmanager
+def shifted(self: Any, states: Any) -> Any:
+    with original_skipped(self, None if states is None else states + 0.5):
+        yield
+
+
+original_skipped = Trunk.skipped
+
+
+def test_a_wrong_trunk_is_noticed_and_left_out(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning; scores are then those of the full forward."""
+    monkeypatch.setattr(Trunk, "skipped", shifted)
+    episode, _ = make_episode(lm)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM: starting at layer 2 from kept hidden states, its scores are off by"):
+        lm.features(episode)
+    assert lm.trunk.depth == 0
+    check_against_plain(lm, episode)
+    assert len(lm.trunk.cache) <= 1  # the example of the check
+
+
+def bloom(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    config = dict(vocab_size=320, hidden_size=16, n_layer=4, n_head=4, initializer_range=0.3)
+    monkeypatch.setitem(BUILDERS, "bloom", lambda: BloomForCausalLM(BloomConfig(**config)))
+    monkeypatch.setitem(TARGETS, "bloom", ["query_key_value", "dense"])
+    # Not float64: where a prompt is padded on the left, its lowest value is infinite in the softmax, which is float32.
+    return build_lm("bloom", tokenizer, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("demonstrations", [True, False])
+def test_a_model_without_4_d_masks_uses_its_key_value_cache(
+    tokenizer: Any, demonstrations: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bloom makes its position bias of a 2-D mask."""
+    lm = bloom(tokenizer, monkeypatch)
+    episode = episode_with_demonstrations(lm) if demonstrations else make_episode(lm)[0]
+    with pytest.warns(UserWarning, match="BloomForCausalLM: with packed rows under a 4-D mask, it raises .* key-value cache"):
+        features = lm.features(episode)
+    assert isinstance(lm._forward, PromptCacheForward) and lm.trunk.depth == 0
+    check_against_plain(lm, episode, rtol=1e-4, atol=1e-4)
+    alone = plain_scores(lm, episode.examples[1][2]).log_softmax(-1)
+    torch.testing.assert_close(features.log_probs[1, 2, : len(alone)], alone, rtol=1e-4, atol=1e-4)
+    prompt = episode.examples[1][2]
+    before = [] if prompt.context is None else prompt.context.tokens.tolist()
+    output = lm.model.transformer(torch.tensor([before + prompt.tokens[prompt.segments == 0].tolist()]))
+    torch.testing.assert_close(features.hidden[1, 2, 1], output.last_hidden_state[0, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", list(BUILDERS))
+def test_the_key_value_cache_scores_as_packed_rows_do(kind: str, tokenizer: Any) -> None:
+    """On models that can take either; options of one token need no second forward."""
+    lm = build_lm(kind, tokenizer, dtype=torch.float32)
+    episode, _ = make_episode(lm)
+    phi = random_phi(lm, 2, 2, 1)
+    packed = present(lm(phi, episode), episode)
+    lm._forward = PromptCacheForward(lm.model)
+    torch.testing.assert_close(present(lm(phi, episode), episode), packed, rtol=1e-4, atol=1e-4)
+    short = collate([[packing.pack([5, 6, 7], [[1], [2]], 0), packing.pack([9], [[1], [3]], 1)]])
+    phi = random_phi(lm, 2, 1, 1)
+    found = present(lm(phi, short), short)
+    torch.testing.assert_close(found, expected_scores(lm, phi, short), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_used_is_refused(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fast_path.plain_scores
+    monkeypatch.setattr(fast_path, "plain_scores", lambda *args: plain(*args) + 1.0)
+    with pytest.raises(ModelError, match="4-D mask, its scores are off by 1 nats; with a key-value cache, its scores are"):
+        lm.features(make_episode(lm)[0])
+
+
+def test_the_check_needs_no_warning_where_all_is_well(any_lm: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        any_lm.features(make_episode(any_lm)[0])
+    assert any_lm.trunk.depth == 2
+
+
+def test_states_on_disk_score_as_those_in_ram(lm: Any, tmp_path: Any) -> None:
+    episode, _ = make_episode(lm)
+    phi = random_phi(lm, 2, 2, 1)
+    first = lm(phi, episode)
+    lm.trunk.cache = TensorCache(0, tmp_path)
+    for _ in range(2):  # written, then read
+        torch.testing.assert_close(lm(phi, episode), first, rtol=0, atol=0)
+    assert lm.trunk.cache.ram_used == 0 and len(lm.trunk.cache) == 5
+    assert not list(tmp_path.iterdir())
