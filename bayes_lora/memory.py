@@ -34,6 +34,10 @@ class TokenBudget:
         self.device = device
         self.tokens = CPU_TOKENS if tokens is None and device.type != "cuda" else tokens
 
+    def per_item(self, count: int) -> int:
+        """Tokens that each of ``count`` items may have for all to fit into one forward."""
+        return max(1, (self.tokens or FIRST_TOKENS) // count)
+
     def run(self, score: Callable[[int, int], Result], count: int, tokens_each: int) -> list[Result]:
         """Run ``score(start, end)`` over ``count`` items of ``tokens_each`` tokens in chunks that fit, in order.
 

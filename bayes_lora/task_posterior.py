@@ -15,7 +15,9 @@ from bayes_lora.identity import check_identity, identity
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import Metrics, compute_metrics
 from bayes_lora.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import collate
+from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.types import Sites, absent_score
 
@@ -68,7 +70,13 @@ class TaskPosterior:
 
     @torch.no_grad()
     def predict(
-        self, queries: Sequence[Sequence[Example]], *, num_draws: int = 10, seed: int = 0, batch_size: int = 64
+        self,
+        queries: Sequence[Sequence[Example]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Sequence[Example]] | None = None,
+        max_tokens: int | None = None,
     ) -> list[Tensor]:
         """Posterior predictive log-probabilities of each task's query examples, nats.
 
@@ -76,35 +84,62 @@ class TaskPosterior:
             queries: per task, its examples (their gold answers are not used).
             num_draws: S; 0 predicts with the posterior mean.
             seed: of the draws, which are the same for all examples: a draw is one coherent model.
-            batch_size: examples per forward, times the draws that fit the language model's token budget.
+            demonstrations: per task, solved examples that stand before each query (in-context learning, on top of the
+                posterior); a forward reads them once for many queries.
+            max_tokens: of queries per forward, times the draws that fit the language model's token budget; by default
+                so many that all draws fit.
 
         Returns:
             Per task ``(len(query), K)``, with :func:`absent_score` where an option is absent.
+
+        Raises:
+            TaskError: queries or demonstrations are of other tasks, or demonstrations do not fit into the context.
         """
-        if len(queries) != len(self.names):
-            raise TaskError(f"expected one list of examples for each of {len(self.names)} tasks, got {len(queries)}.")
+        for name, given in (("queries", queries), ("demonstrations", demonstrations)):
+            if given is not None and len(given) != len(self.names):
+                raise TaskError(
+                    f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(given)}."
+                )
         phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.loc.items()}
+        budget = max_tokens or self.lm.budget.per_item(max(1, num_draws))
+        shown: Sequence[Sequence[Example]] = demonstrations or [()] * len(queries)
         return [
-            self._predict({site: v if v.shape[-5] == 1 else v[:, i : i + 1] for site, v in phi.items()}, q, batch_size)
-            for i, q in enumerate(queries)
+            self._predict(
+                {site: v if v.shape[-5] == 1 else v[:, i : i + 1] for site, v in phi.items()},
+                self.lm.encoder(query, shown[i]),
+                budget,
+            )
+            for i, query in enumerate(queries)
         ]
 
-    def _predict(self, phi: Sites, query: Sequence[Example], batch_size: int) -> Tensor:
+    def _predict(self, phi: Sites, rows: Sequence[EncodedExample], max_tokens: int) -> Tensor:
         """One task: rows of like length share a forward with all draws, then go back to their places."""
-        rows = self.lm.encoder(query)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        batches = by_tokens([len(row) for row in rows], max_tokens)
         width = max(row.num_options for row in rows)
         pieces = []
-        for start in range(0, len(rows), batch_size):
-            episode = collate([[rows[i] for i in order[start : start + batch_size]]]).to(self.lm.device)
+        for batch in batches:
+            episode = collate([[rows[i] for i in batch]]).to(self.lm.device)
             log_probs = predictive(self.lm(phi, episode))[0]
             absent = width - log_probs.shape[-1]
             pieces.append(nn.functional.pad(log_probs, (0, absent), value=absent_score(log_probs.dtype)))
-        return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
+        order = torch.tensor([i for batch in batches for i in batch], device=pieces[0].device)
+        return torch.cat(pieces)[order.argsort()]
 
-    def evaluate(self, tasks: Sequence[Task], *, num_draws: int = 10, seed: int = 0) -> dict[str, Metrics]:
-        """Metrics on the labelled query examples of each task, by task name."""
-        predictions = self.predict([task.query for task in tasks], num_draws=num_draws, seed=seed)
+    def evaluate(
+        self, tasks: Sequence[Task], *, num_draws: int = 10, seed: int = 0, num_demonstrations: int = 0
+    ) -> dict[str, Metrics]:
+        """Metrics on the labelled query examples of each task, by task name.
+
+        Args:
+            tasks: those adapted to.
+            num_draws: S; 0 predicts with the posterior mean.
+            seed: of the draws.
+            num_demonstrations: of each task's support, how many stand solved before every query.
+        """
+        shown = [task.support[:num_demonstrations] for task in tasks]
+        predictions = self.predict(
+            [task.query for task in tasks], num_draws=num_draws, seed=seed, demonstrations=shown
+        )
         return {task.name: score(task.query, p) for task, p in zip(tasks, predictions, strict=True)}
 
     def select(self, name: str) -> TaskPosterior:

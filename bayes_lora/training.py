@@ -15,6 +15,7 @@ from typing import Any
 import pyro
 import torch
 from accelerate import Accelerator
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -126,16 +127,32 @@ def fit(
     state.average = state.average or {name: p.detach().clone() for name, p in objective.named_parameters()}
     objective.train()
     losses: list[float] = []
-    while state.step < config.steps and (not held_back or state.stale < config.patience):
+    checks = is_validation_enabled()
+
+    def draw(step: int) -> Episode:
+        return sampler[step * accelerator.num_processes + accelerator.process_index].to(device)
+
+    def goes_on() -> bool:
+        return state.step < config.steps and (not held_back or state.stale < config.patience)
+
+    episode = draw(state.step) if goes_on() else None
+    while goes_on():
         objective.warm(linear_warmup(state.step, config.warmup))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
         index = state.step * accelerator.num_processes + accelerator.process_index
-        episode = sampler[index].to(device)
         torch.manual_seed(config.seed * 1_000_003 + index)  # a resumed run draws what a whole one would have drawn
-        loss = _loss(prepared, objective, episode, state.step) / num_data
-        _update(objective, loss, stepper, accelerator, config.clip_norm, state.step)
-        losses.append(float(loss.detach()))
+        assert episode is not None
+        optimizer.zero_grad()
+        # Once is enough: later steps run the same program, and every check waits for the device.
+        with pyro.validation_enabled(checks):
+            loss = _loss(prepared, objective, episode, state.step) / num_data
+            accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
+        seen, checks = episode, False
+        episode = draw(state.step + 1)  # while the device is at work
+        losses.append(_checked(objective, seen, loss, norm, state.step))
+        stepper.step()
         state.step += 1
         _update_average(objective, state, config.average)
         if on_step:
@@ -162,22 +179,20 @@ def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Te
         if site is None:
             raise
         raise NonFiniteLoss(f"step {step}: {site}.") from error
-    if not torch.isfinite(loss):
-        site = _blame_site(objective, episode) or "no single site is to blame: the sum overflows. Try a smaller beta"
-        raise NonFiniteLoss(f"step {step}: the loss is {float(loss.detach())}; {site}.")
     return loss
 
 
-def _update(
-    objective: BetaELBO, loss: Tensor, optimizer: Any, accelerator: Accelerator, clip_norm: float, step: int
-) -> None:
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(objective.parameters(), clip_norm)
-    if norm is not None and not torch.isfinite(norm):
+def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, step: int) -> float:
+    """The loss per example as a number, if it and its gradient's norm are finite; a step's one wait for the device."""
+    loss = loss.detach()
+    value, size = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
+    if not math.isfinite(value):
+        site = _blame_site(objective, episode) or "no single site is to blame: the sum overflows. Try a smaller beta"
+        raise NonFiniteLoss(f"step {step}: the loss is {value}; {site}.")
+    if not math.isfinite(size):
         names = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         raise NonFiniteLoss(f"step {step}: the gradient of {names[:3]} is not finite. Try a lower learning_rate.")
-    optimizer.step()
+    return float(value)
 
 
 def _update_average(objective: BetaELBO, state: FitState, decay: float) -> None:

@@ -118,12 +118,30 @@ def test_draws_through_pyro_have_the_same_moments(posterior, unseen):
 
 def test_predictions_are_averages_of_single_models_in_the_order_asked(posterior, unseen):
     adapted, task = posterior.adapt(unseen), unseen[1]
-    predictions = adapted.predict([t.query for t in unseen], num_draws=3, seed=5, batch_size=4)
+    predictions = adapted.predict([t.query for t in unseen], num_draws=3, seed=5, max_tokens=200)
     phi = adapted.draw(3, seed=5)
     for i, example in enumerate(task.query):
         episode = collate([posterior.lm.encoder([example])])
         probs = [posterior.lm({s: v[d, 1:2] for s, v in phi.items()}, episode)[0, 0].softmax(-1) for d in range(3)]
         torch.testing.assert_close(predictions[1][i].exp(), sum(probs) / 3)
+
+
+def test_demonstrations_stand_before_every_query(posterior, unseen):
+    """Read once for all queries of a forward, they give what each query behind them gives alone."""
+    adapted, task = posterior.adapt(unseen), unseen[1]
+    shown = [task.support[:2] for task in unseen]
+    predictions = adapted.predict([t.query for t in unseen], num_draws=3, seed=5, demonstrations=shown)
+    phi = adapted.draw(3, seed=5)
+    for i, example in enumerate(task.query):
+        episode = collate([posterior.lm.encoder([example], task.support[:2])])
+        probs = [posterior.lm({s: v[d, 1:2] for s, v in phi.items()}, episode)[0, 0].softmax(-1) for d in range(3)]
+        torch.testing.assert_close(predictions[1][i].exp(), sum(probs) / 3)
+    assert not torch.allclose(predictions[1], adapted.predict([t.query for t in unseen], num_draws=3, seed=5)[1])
+    metrics = adapted.evaluate(unseen, num_draws=3, seed=5, num_demonstrations=2)[task.name]
+    gold = predictions[1].gather(-1, torch.tensor([[e.answer] for e in task.query]))
+    assert metrics.nll == pytest.approx(-float(gold.mean()))
+    with pytest.raises(TaskError, match="demonstrations: expected one list of examples for each of 3 tasks, got 1"):
+        adapted.predict([t.query for t in unseen], demonstrations=shown[:1])
 
 
 def test_no_draws_predicts_with_the_mean(posterior, unseen):

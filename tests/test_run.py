@@ -15,7 +15,7 @@ from bayes_lora.posterior import Posterior
 from bayes_lora.progress import bars
 from bayes_lora.report import MEAN, Comparison, MethodResult, metrics_table
 from bayes_lora.run import build_episodes, compare, divide, fit_posterior
-from bayes_lora.tasks import Task, TaskSet
+from bayes_lora.tasks import Example, Task, TaskSet, collate
 
 METHODS = [
     "pretrained",
@@ -40,8 +40,9 @@ def test_held_back_tasks_are_read_under_the_bar_too(lm, tasks, monkeypatch):
     """Afterwards the frozen layers run no more."""
     seen = []
     monkeypatch.setattr("bayes_lora.run.fit", lambda *_, **kwargs: seen.append(runs[:]) or kwargs["state"])
-    runs, run = [], lm._run
-    monkeypatch.setattr(lm, "_run", lambda rows: runs.append(len(rows)) or run(rows))
+    lm.features(collate([lm.encoder([Example("on first use", ("a", "b"), 0)])]))
+    runs, compute = [], lm.trunk._compute
+    monkeypatch.setattr(lm.trunk, "_compute", lambda rows, run: runs.append(len(rows)) or compute(rows, run))
     with bars(Console(file=StringIO())) as progress:
         fit_posterior(lm, tasks, CONFIG, progress=progress)
     kept, held = divide(tasks, CONFIG)

@@ -1,0 +1,187 @@
+"""AnalyticELBO against Pyro's own estimators: values, gradients, what it keeps, and what it refuses."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from test_objective import build, make_episode
+from torch import nn
+
+from bayes_lora.elbo import AnalyticELBO
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides import NormalTheta, PointTheta
+from bayes_lora.objective import BetaELBO
+
+
+def loss_and_gradients(objective, episode):
+    objective.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    loss = objective(episode)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in objective.named_parameters()}
+
+
+@pytest.mark.parametrize("theta", [PointTheta, NormalTheta])  # LogNormal against Gamma has no closed form
+def test_values_and_gradients_are_pyro_s(lm, theta):
+    episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
+    objective = build(lm, theta=theta)
+    assert isinstance(objective.elbo, AnalyticELBO)
+    loss, gradients = loss_and_gradients(objective, episode)
+    objective.elbo = TraceMeanField_ELBO()
+    expected, theirs = loss_and_gradients(objective, episode)
+    torch.testing.assert_close(loss, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, theirs[name])
+
+
+def saved_bytes(objective, episode):
+    """Bytes of the tensors that forward keeps for backward, each memory counted once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(episode)
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+class Far(nn.Module):
+    """A likelihood that keeps nothing: what is kept is the estimator's and the guide's."""
+
+    hidden_size = 16
+
+    def __init__(self, lm):
+        super().__init__()
+        self.features = lm.features
+
+    def forward(self, phi, episode):
+        return sum(value.sum() for value in phi.values()) * 1e-6 + torch.zeros(episode.shape, dtype=torch.float64)
+
+
+def test_it_keeps_less(lm):
+    episode, objective = make_episode(lm), build(lm)
+    objective.model.program.likelihood = Far(lm)
+    ours = saved_bytes(objective, episode)
+    objective.elbo = TraceMeanField_ELBO()
+    phi = sum(2 * value.numel() * 8 for value in lm.sites.initial().values())  # of two tasks
+    assert ours < saved_bytes(objective, episode) - 3 * phi
+
+
+def test_latent_log_densities_are_not_computed(lm, monkeypatch):
+    calls = []
+    log_prob = dist.Normal.log_prob
+    monkeypatch.setattr(dist.Normal, "log_prob", lambda self, value: calls.append(self) or log_prob(self, value))
+    objective, episode = build(lm), make_episode(lm)
+    objective(episode)
+    theta = len(objective.model.program.initial)  # a point's divergence is the prior's density there
+    assert len(calls) == theta
+
+
+def test_particles_are_averaged_in_one_forward(lm):
+    """The mean over draws of phi of the loss, with the language model called once for all of them."""
+    episode = make_episode(lm)
+    single = build(lm)
+    many = BetaELBO(single.model.program, single.guide.program, beta=0.3, gamma=0.7, num_particles=3).eval()
+    calls, likelihood = [], single.model.program.likelihood
+
+    def watched(phi, episode):
+        calls.append({site: value.detach() for site, value in phi.items()})
+        return likelihood(phi, episode)
+
+    watched.features, watched.hidden_size = likelihood.features, likelihood.hidden_size
+    single.model.program.likelihood = watched
+    torch.manual_seed(1)
+    loss = many(episode)
+    assert len(calls) == 1
+    phi = calls[0]
+    assert phi["q_proj.lora_A"].shape[:3] == (3, 2, 1)
+    log_lik = likelihood(phi, episode).log_softmax(-1).gather(-1, episode.answer.expand(3, 2, -1)[..., None])[..., 0]
+    nll = -(log_lik * episode.mask).sum() / 3
+    terms = single.terms(episode)
+    prior = (loss_and_gradients(single, episode)[0] - torch.tensor(_nll(single, episode)) - 0.3 * terms["kl"]) / 0.7
+    torch.testing.assert_close(loss.detach(), nll.detach() + 0.3 * terms["kl"] + 0.7 * prior)
+    with pytest.raises(ConfigError, match="num_particles: expected at least 1, got 0"):
+        BetaELBO(single.model.program, single.guide.program, num_particles=0)
+
+
+def _nll(objective, episode):
+    torch.manual_seed(5)
+    return objective.terms(episode)["nll"]
+
+
+def coin():
+    p = pyro.sample("p", dist.Beta(2.0, 3.0))
+    with pyro.plate("data", 3, dim=-1):
+        pyro.sample("x", dist.Bernoulli(p), obs=torch.tensor([1.0, 0.0, 1.0]))
+
+
+class Posterior(pyro.nn.PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self):
+        pyro.sample("p", dist.Beta(self.a, self.b))
+
+
+def test_any_family_and_svi():
+    """Beta against Beta; SVI reads the loss and the gradients."""
+    guide = Posterior()
+    for elbo in (AnalyticELBO(), TraceMeanField_ELBO()):
+        torch.manual_seed(0)
+        loss = elbo.differentiable_loss(coin, guide)
+        loss.backward()
+        torch.manual_seed(0)
+        assert SVI(coin, guide, pyro.optim.Adam({"lr": 0.1}), loss=elbo).evaluate_loss() == pytest.approx(float(loss.detach()))
+    torch.testing.assert_close(guide.a.grad / 2, _expected_gradient(guide))
+
+
+def _expected_gradient(guide):
+    torch.manual_seed(0)
+    [gradient] = torch.autograd.grad(TraceMeanField_ELBO().differentiable_loss(coin, guide), guide.a)
+    return gradient
+
+
+def test_auxiliary_sites_of_the_guide_count():
+    def guide():
+        shift = pyro.sample("shift", dist.Normal(0.3, 2.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(shift + 1.0))
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.5))
+
+    torch.manual_seed(0)
+    loss = AnalyticELBO().differentiable_loss(model, guide)
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss, TraceMeanField_ELBO().differentiable_loss(model, guide))
+    torch.manual_seed(0)
+    trace = pyro.poutine.trace(guide).get_trace()
+    shift = trace.nodes["shift"]["value"]
+    by_hand = dist.Normal(0.3, 2.0).log_prob(shift) - dist.Normal(0.0, 1.5).log_prob(shift + 1.0)
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_what_cannot_be_reparameterised_is_refused():
+    def model():
+        pyro.sample("k", dist.Bernoulli(0.3))
+
+    def guide():
+        pyro.sample("k", dist.Bernoulli(torch.tensor(0.4, requires_grad=True)))
+
+    with pytest.raises(NotImplementedError, match="site 'k': expected a reparameterised distribution, got Bernoulli"):
+        AnalyticELBO().differentiable_loss(model, guide)
+    Trace_ELBO().differentiable_loss(model, guide)
+
+
+def test_misplaced_plates_are_named(lm):
+    """As by Pyro's estimators: a batch dimension without a plate."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+
+    with pytest.raises(ValueError, match='at site "z", invalid log_prob shape'):
+        AnalyticELBO(max_plate_nesting=2).differentiable_loss(model, model)
