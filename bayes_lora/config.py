@@ -26,7 +26,15 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """The base model, its LoRA and its prompts. See :func:`bayes_lora.load_language_model`."""
+    """The base model, its LoRA, its prompts, and how it runs. See :func:`bayes_lora.load_language_model`.
+
+    Attributes:
+        dtype: of the base; None is bfloat16 on a GPU that computes in it, else float32.
+        quantization: of the base, through bitsandbytes.
+        gradient_checkpointing: less memory in training, for a second forward through the adapted layers.
+        cache_gib: RAM for hidden states below the adapted layers.
+        cache_folder: where those that RAM has no room for are kept, until the process ends.
+    """
 
     name: str = DEFAULT_MODEL
     rank: Count = 8
@@ -36,6 +44,11 @@ class LanguageModelConfig:
     normalize: Literal["sum", "mean"] = "sum"
     template: PromptTemplate = field(default_factory=PromptTemplate)
     seed: Seed = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    gradient_checkpointing: bool = False
+    cache_gib: NonNegative = 4.0
+    cache_folder: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayes_lora.cache import TensorCache
 from bayes_lora.forward import Read
+from bayes_lora.memory import TokenBudget
 from bayes_lora.scoring import option_lengths, option_scores
 from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import Episode, collate, send
@@ -17,9 +18,6 @@ from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.types import absent_score
 
 __all__ = ["FeatureReader", "Features"]
-
-TOKENS = 4096
-"""The model reads at most this many tokens at a time, unless a single example has more."""
 
 
 class Features(NamedTuple):
@@ -44,6 +42,7 @@ class FeatureReader:
         embeddings: the model's output embeddings.
         cache: keeps them.
         read: runs the model without LoRA.
+        budget: how many tokens it reads at a time.
         normalize: as :class:`bayes_lora.language_model.LanguageModel` scores options.
     """
 
@@ -52,9 +51,11 @@ class FeatureReader:
         embeddings: torch.nn.Module,
         cache: TensorCache,
         read: Callable[[Episode], Read],
+        budget: TokenBudget,
         normalize: Literal["sum", "mean"],
     ) -> None:
-        self.embeddings, self.cache, self.read, self.normalize = embeddings, cache, read, normalize
+        self.embeddings, self.cache, self.read = embeddings, cache, read
+        self.budget, self.normalize = budget, normalize
 
     def __call__(self, episode: Episode) -> Features:
         """The features of an episode's examples, whatever their labels, where the episode is."""
@@ -75,7 +76,7 @@ class FeatureReader:
 
     def _compute(self, examples: Sequence[EncodedExample], device: torch.device) -> dict[bytes, tuple[Tensor, ...]]:
         fresh = {}
-        for batch in by_tokens([len(example) for example in examples], TOKENS):
+        for batch in by_tokens([len(example) for example in examples], self.budget.per_item(1)):
             chosen = [examples[i] for i in batch]
             hidden, options, log_probs = self._read(collate([chosen]).to(device))
             for i, example in enumerate(chosen):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from bayes_lora.errors import PosteriorError
@@ -37,7 +38,7 @@ def weight_sample(model: nn.Module) -> dict[str, list[float]]:
     matrices = _matrices(model)
     names = sorted(matrices)
     chosen = [names[i] for i in _spread(len(names), NUM_MATRICES)]
-    return {name: [float(f"{value:.6g}") for value in _values(matrices[name]).tolist()] for name in chosen}
+    return {name: [float(f"{value:.6g}") for value in _values(*matrices[name]).tolist()] for name in chosen}
 
 
 def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> None:
@@ -69,9 +70,13 @@ def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> N
         )
 
 
-def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The frozen matrices under the names they had before PEFT wrapped their layers."""
-    return {name.replace(".base_layer.", "."): value for name, value in model.named_parameters() if value.ndim > 1}
+def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """The frozen matrices and the modules they are of, under the names they had before PEFT wrapped their layers."""
+    return {
+        name.replace(".base_layer.", "."): (model.get_submodule(name.rpartition(".")[0]), value)
+        for name, value in model.named_parameters()
+        if value.ndim > 1
+    }
 
 
 def _spread(size: int, count: int) -> list[int]:
@@ -79,15 +84,17 @@ def _spread(size: int, count: int) -> list[int]:
     return sorted({size * (2 * i + 1) // (2 * count) for i in range(count)} if size else ())
 
 
-def _values(matrix: Tensor) -> Tensor:
+def _values(module: nn.Module, matrix: Tensor) -> Tensor:
+    if type(matrix).__name__ in ("Params4bit", "Int8Params"):  # bitsandbytes' codes mean nothing without their scales
+        matrix = dequantize_bnb_weight(matrix, state=getattr(module, "state", None))
     places = torch.tensor(_spread(matrix.numel(), NUM_VALUES), device=matrix.device)
     return matrix.detach().flatten()[places].to("cpu", torch.float64)
 
 
-def _alike(saved: Any, matrix: Tensor | None) -> bool:
-    if matrix is None:
+def _alike(saved: Any, found: tuple[nn.Module, Tensor] | None) -> bool:
+    if found is None:
         return False
-    values = _values(matrix)
+    values = _values(*found)
     try:
         expected = torch.tensor(saved, dtype=torch.float64)
     except (TypeError, ValueError):

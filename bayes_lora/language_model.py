@@ -92,8 +92,9 @@ class LanguageModel:
         head: Any = model.get_output_embeddings()
         if any(module is head for name, module in model.named_modules() if name in adapted):
             raise SiteError("LoRA on the LM head cannot be random: the head sees answer positions, not rows of a draw.")
-        self.trunk = Trunk(model, adapted, TensorCache(cache_bytes, cache_folder))
-        self.feature_reader = FeatureReader(head, TensorCache(1 << 30, cache_folder), self._read_frozen, normalize)
+        self.trunk = Trunk(model, adapted, TensorCache(cache_bytes, cache_folder), self.budget)
+        known = TensorCache(1 << 30, cache_folder)
+        self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)
         self._forward: Forward | None = None
         if gradient_checkpointing:
             checkpoint_layers(model, self.sites)

@@ -28,6 +28,11 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
         template=config.template,
         max_length=config.max_length,
         normalize=config.normalize,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        gradient_checkpointing=config.gradient_checkpointing,
+        cache_bytes=int(config.cache_gib * 2**30),
+        cache_folder=config.cache_folder,
     )
 
 

@@ -138,9 +138,11 @@ def load_language_model_of(run: Path) -> LanguageModel:
 def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     """What must be the same for a run to go on: the settings, and each task's examples, in order.
 
-    ``fit.steps`` and ``fit.patience`` are left out, for they say only when to stop.
+    ``fit.steps`` and ``fit.patience`` are left out, for they say only when to stop, and so is the cache's place.
     """
     settings = config.to_dict()
+    for name in ("cache_gib", "cache_folder"):
+        del settings["language_model"][name]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in ("steps", "patience")}
     return [settings, [[name, _digest(task)] for name, task in tasks.items()]]
 

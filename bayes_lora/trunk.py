@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bayes_lora.cache import TensorCache
+from bayes_lora.memory import TokenBudget
 from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import Episode, send
 from bayes_lora.tasks.packing import PackedRow
 
 __all__ = ["Trunk"]
-
-TOKENS = 4096
-"""The lower layers read at most this many tokens at a time, unless a single row has more."""
 
 
 class _PassThrough(nn.Module):
@@ -49,13 +47,14 @@ class Trunk:
         depth: index k of the first adapted layer; 0 where there is nothing to keep.
     """
 
-    def __init__(self, model: nn.Module, adapted: Sequence[str], cache: TensorCache) -> None:
+    def __init__(self, model: nn.Module, adapted: Sequence[str], cache: TensorCache, budget: TokenBudget) -> None:
         """Find the decoder layers that hold the ``adapted`` modules.
 
         Args:
             model: the Hugging Face model.
             adapted: names of the modules with LoRA.
             cache: keeps hidden states; those for which it has no room are computed anew each time.
+            budget: how many tokens the lower layers read at a time.
         """
         places = [re.match(r"(.*?)\.(\d+)\.", name) for name in adapted]
         stacks = {place[1] for place in places if place}
@@ -66,7 +65,7 @@ class Trunk:
             if isinstance(layers, nn.ModuleList):
                 self.layers = layers
                 self.depth = min(int(place[2]) for place in places if place)
-        self.cache = cache
+        self.cache, self.budget = cache, budget
 
     @contextmanager
     def skipped(self, states: Tensor | None) -> Iterator[None]:
@@ -121,7 +120,7 @@ class Trunk:
         assert self.layers is not None
         fresh: dict[bytes, tuple[Tensor, ...]] = {}
         with torch.no_grad(), self._swapped(range(self.depth, len(self.layers))) as stand_ins:
-            for batch in by_tokens([len(row) for row in rows], TOKENS):
+            for batch in by_tokens([len(row) for row in rows], self.budget.per_item(1)):
                 chosen = [rows[i] for i in batch]
                 run(chosen)
                 seen = stand_ins[0].seen
