@@ -11,10 +11,10 @@ BENCH_ARGS ?=
 CHECKED := bayes_lora models guides tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format types wheel clean
+.PHONY: help setup demo test test-quantized bench lint format types wheel clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP)  ## make .venv and install everything into it
 	@:
@@ -35,6 +35,10 @@ demo: setup  ## train and evaluate on the shipped tasks; the report lands in run
 
 test: setup  ## run the tests; PYTEST_ARGS chooses some
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest $(PYTEST_ARGS)
+
+test-quantized: setup  ## install bitsandbytes, and run the tests that need it
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^bitsandbytes==' constraints.txt)"
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest tests/test_quantized.py
 
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)

@@ -2,9 +2,9 @@ r"""An ELBO estimator that holds on to no more than it needs: Pyro's ``TraceMean
 
 .. math:: \mathrm{ELBO} = \mathbb E_q[\log p(y \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
 
-in nats, with the divergence in closed form where the two families have one. Pyro's estimator computes the log-density of
-every latent site besides, and keeps what backward would need of it; with LoRA weights of their own for every task of an
-episode that is the largest thing in memory after the language model's activations.
+in nats, with the divergence in closed form where the two families have one. Pyro's estimator computes the log-density
+of every latent site besides, and keeps what backward would need of it; with LoRA weights of their own for every task of
+an episode that is the largest thing in memory after the language model's activations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["AnalyticELBO"]
 
 
-class AnalyticELBO(TraceMeanField_ELBO):  # type: ignore[misc]
+class AnalyticELBO(TraceMeanField_ELBO):
     """The estimator of ``TraceMeanField_ELBO``: the same values and gradients, for the same models and guides.
 
     Log-densities are computed for observed sites, and for latent ones whose divergence has no closed form. Divergences
@@ -40,7 +40,7 @@ class AnalyticELBO(TraceMeanField_ELBO):  # type: ignore[misc]
 
     Args:
         num_particles: draws of the latent variables that the loss averages over; with ``vectorize_particles=True`` and
-            ``max_plate_nesting=2`` (the plates of :class:`bayes_lora.models.HierarchicalNormal`) they share one forward.
+            ``max_plate_nesting=2`` (the two plates of our models) they share one forward.
 
     Raises:
         NotImplementedError: a latent site of the guide is not reparameterised; names it.
@@ -79,9 +79,8 @@ class AnalyticELBO(TraceMeanField_ELBO):  # type: ignore[misc]
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss in nats, whose gradient is that of the negative ELBO."""
-        losses = [
-            self._differentiable_loss_particle(*traces)[1] for traces in self._get_traces(model, guide, args, kwargs)
-        ]
+        traces: Any = self._get_traces(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
+        losses = [self._differentiable_loss_particle(*pair)[1] for pair in traces]
         loss: Tensor = sum(losses) / self.num_particles
         return loss
 

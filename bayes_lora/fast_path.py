@@ -69,7 +69,8 @@ def plain_scores(model: Any, example: EncodedExample) -> Tensor:
     for k in range(example.num_options):
         row = torch.cat([before, example.tokens[example.segments == k + 1]]).to(model.device)
         targets = example.targets[example.target_options == k].to(model.device)
-        with head_reads(head, lambda hidden, count=len(targets): hidden[:, -count:]):  # type: ignore[misc]
+        count = len(targets)
+        with head_reads(head, lambda hidden, count=count: hidden[:, -count:]):  # type: ignore[misc]
             logits = model(input_ids=row[None], use_cache=False).logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores.append(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0])

@@ -70,7 +70,7 @@ def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> N
         )
 
 
-def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     """The frozen matrices and the modules they are of, under the names they had before PEFT wrapped their layers."""
     return {
         name.replace(".base_layer.", "."): (model.get_submodule(name.rpartition(".")[0]), value)
@@ -84,14 +84,15 @@ def _spread(size: int, count: int) -> list[int]:
     return sorted({size * (2 * i + 1) // (2 * count) for i in range(count)} if size else ())
 
 
-def _values(module: nn.Module, matrix: Tensor) -> Tensor:
-    if type(matrix).__name__ in ("Params4bit", "Int8Params"):  # bitsandbytes' codes mean nothing without their scales
+def _values(module: nn.Module, matrix: nn.Parameter | Tensor) -> Tensor:
+    # bitsandbytes' codes mean nothing without their scales.
+    if isinstance(matrix, nn.Parameter) and type(matrix).__name__ in ("Params4bit", "Int8Params"):
         matrix = dequantize_bnb_weight(matrix, state=getattr(module, "state", None))
     places = torch.tensor(_spread(matrix.numel(), NUM_VALUES), device=matrix.device)
     return matrix.detach().flatten()[places].to("cpu", torch.float64)
 
 
-def _alike(saved: Any, found: tuple[nn.Module, Tensor] | None) -> bool:
+def _alike(saved: Any, found: tuple[nn.Module, nn.Parameter] | None) -> bool:
     if found is None:
         return False
     values = _values(*found)

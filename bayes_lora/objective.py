@@ -98,7 +98,8 @@ class BetaELBO(nn.Module):
         self.beta, self.gamma = self.full_beta, self.full_gamma
         self.model, self.guide = _Scaled(model, self), _Scaled(guide, self)
         # Two plates: task and example.
-        self.elbo: Any = elbo or AnalyticELBO(num_particles, max_plate_nesting=2, vectorize_particles=True)
+        make: Any = AnalyticELBO
+        self.elbo: Any = elbo or make(num_particles, max_plate_nesting=2, vectorize_particles=True)
 
     def forward(self, episode: Episode) -> Tensor:
         """Return the loss in nats, summed over the collection's examples; divide by their number to read it."""

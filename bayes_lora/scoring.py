@@ -33,10 +33,9 @@ def token_log_probs(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """``logits[rows, targets] - logsumexp(logits)[rows]``: backward holds one more tensor of the logits' size, not three.
+    """``logits[rows, targets] - logsumexp(logits)[rows]``, whose backward makes one tensor of the logits' size.
 
-    A vocabulary is wide; torch's own backward makes a tensor for the indexing, one for the softmax and one for their
-    products.
+    A vocabulary is wide; torch's own backward makes one for the indexing, one for the softmax, one for their product.
     """
 
     @staticmethod

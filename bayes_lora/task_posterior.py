@@ -137,9 +137,7 @@ class TaskPosterior:
             num_demonstrations: of each task's support, how many stand solved before every query.
         """
         shown = [task.support[:num_demonstrations] for task in tasks]
-        predictions = self.predict(
-            [task.query for task in tasks], num_draws=num_draws, seed=seed, demonstrations=shown
-        )
+        predictions = self.predict([task.query for task in tasks], num_draws=num_draws, seed=seed, demonstrations=shown)
         return {task.name: score(task.query, p) for task, p in zip(tasks, predictions, strict=True)}
 
     def select(self, name: str) -> TaskPosterior:

@@ -1,8 +1,8 @@
 """The frozen trunk: layers below the first adapted one run once per example, and their output is kept.
 
-Nothing below the lowest LoRA layer depends on phi, so a row's hidden states at that layer's input never change. Later
-forwards swap the lower layers for pass-throughs, the last of which returns the kept states; embeddings, masks and rotary
-tables are still made by the Hugging Face model itself, so the result is that of the full forward.
+Nothing below the lowest LoRA layer depends on phi, so a row's hidden states at that layer's input never change.
+Later forwards swap the lower layers for pass-throughs, the last of which returns the kept states; embeddings, masks
+and rotary tables are still made by the Hugging Face model itself, so the result is that of the full forward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cases of training and of prediction: each takes a setup, measures both sides in turn, and returns its lines."""
+"""The cases of training: each takes a setup, measures both sides in turn, and returns its lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from bayes_lora.language_model import LanguageModel
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import BetaELBO
 from bayes_lora.recipes import build_objective
-from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks import Episode, collate
 
 
@@ -156,62 +155,3 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     kept = [p for group in optimizer.param_groups for p in group["params"]]
     kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(value.numel() * value.element_size() for value in kept)
-
-
-def fixed_posterior(lm: LanguageModel) -> TaskPosterior:
-    """A posterior of one task around PEFT's initial values."""
-    loc = {site: value[None, None] for site, value in lm.sites.initial().items()}
-    return TaskPosterior(lm, loc, {site: torch.full_like(value, 0.01) for site, value in loc.items()}, ("task",))
-
-
-@torch.no_grad()
-def prediction_draws(setup: Setup) -> list[Result]:
-    """S draws through the top third of the layers, the trunk cached, against one pass of PEFT through all layers."""
-    shape, draws = setup.shape, setup.sizes.draws
-    top = shape.layers // 3
-    lm = setup.language_model(top)
-    examples = setup.task(1000, setup.sizes.queries).support
-    posterior, plain = fixed_posterior(lm), Stock(setup.base, lm.lora_config)
-    posterior.predict([examples], num_draws=1)  # fills the trunk's cache
-    sides = {
-        "one pass": lambda: plain.packed_scores(collate([lm.encoder(examples)]).to(setup.device)),
-        "ours": lambda: posterior.predict([examples], num_draws=draws),
-    }
-    seconds = interleave(sides, setup.device, budget=setup.sizes.budget, rounds=setup.sizes.rounds)
-    episode = collate([lm.encoder(examples)])
-    tokens, length, positions = episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)
-    one = flops(shape, tokens, length, positions, lora_layers=top)
-    ours = draws * flops(shape, tokens, length, positions, layers=top, lora_layers=top)
-    details = rates(setup, seconds, {"ours": ours, "one pass": one}) | {"range": spread(seconds, "ours", "one pass")}
-    details |= {"layers": top, "draws": draws, "tokens": tokens}
-    what = f"prediction with {draws} draws, adapters in the top third, trunk cached, against one pass without cache"
-    value = ratio(seconds, "ours", "one pass")
-    return [Result("predict_draws", what, value, "x", "<=", 4.0, ours / one, seconds, details)]
-
-
-@torch.no_grad()
-def prediction_options(setup: Setup) -> list[Result]:
-    """Packed options against one row per option, both with the head on answer positions only and no cache."""
-    shape, sizes = setup.shape, setup.sizes
-    lm = setup.language_model()
-    prompt = (sizes.wide_prompt, sizes.wide_prompt)
-    examples = setup.task(2000, sizes.wide_queries, options=sizes.wide_options, prompt=prompt).support
-    posterior, plain = fixed_posterior(lm), Stock(setup.base, lm.lora_config)
-    encoded = lm.encoder(examples)
-    sides = {
-        "a row per option": lambda: plain.row_scores(option_rows(encoded, setup.device), full_logits=False),
-        "ours": lambda: posterior.predict([examples], num_draws=0),
-        "a row per option, full logits": lambda: plain.row_scores(option_rows(encoded, setup.device), full_logits=True),
-    }
-    seconds = interleave(sides, setup.device, budget=sizes.budget, rounds=sizes.rounds)
-    episode, rows = collate([encoded]), option_rows(encoded, setup.device)
-    work = {
-        "ours": flops(shape, episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)),
-        "a row per option": flops(shape, rows.tokens, rows.input_ids.shape[1], int(rows.scored.sum())),
-    }
-    bound = work["a row per option"] / work["ours"]
-    details = rates(setup, seconds, work) | {"range": spread(seconds, "a row per option", "ours")}
-    details["ratio_full_logits"] = ratio(seconds, "a row per option, full logits", "ours")
-    what = f"prediction, {sizes.wide_options} options, {sizes.wide_prompt}-token prompts, against a row per option"
-    value = ratio(seconds, "a row per option", "ours")
-    return [Result("predict_options", what, value, "x", ">=", 3.0, bound, seconds, details)]

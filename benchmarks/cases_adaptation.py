@@ -17,8 +17,8 @@ from workload import SHAPES, Setup, SharedNormal
 from bayes_lora.adaptation import adapt
 from bayes_lora.baselines import finetune_lora
 from bayes_lora.config import RunConfig
-from bayes_lora.guides import GuideNetwork
 from bayes_lora.features import Features
+from bayes_lora.guides import GuideNetwork
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import BetaELBO

@@ -19,6 +19,7 @@ TITLES = {
     "step_stock": "training step, against PEFT task by task",
     "predict_draws": "prediction with draws, against one pass",
     "predict_options": "packed options, against a row each",
+    "predict_shots": "shared demonstrations, against each its own",
     "adapt": "one pass of the guide, against LoRA steps",
     "collection": "memory, larger against smaller collections",
     "pyro": "Pyro's overhead a step",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import prediction_draws, prediction_options, training_step
+from cases import training_step
 from cases_adaptation import adaptation, collection_memory, pyro_overhead
+from cases_prediction import prediction_demonstrations, prediction_draws, prediction_options
 from harness import Result, machine, matmul_rate
 from reporting import plot, print_profile, print_table
 from rich.console import Console
@@ -27,6 +28,7 @@ CASES: dict[str, Callable[[Setup], Any]] = {
     "step": training_step,
     "draws": prediction_draws,
     "options": prediction_options,
+    "demonstrations": prediction_demonstrations,
     "adapt": adaptation,
     "collection": collection_memory,
     "pyro": pyro_overhead,

@@ -79,7 +79,8 @@ class Sizes:
         support: examples that a new task is adapted to.
         steps: LoRA steps that adaptation is compared with.
         draws: S of a prediction.
-        queries: examples of a prediction with draws.
+        queries: examples of a prediction with draws, or with demonstrations.
+        demonstrations: solved examples before each of them.
         wide_queries: examples of the prediction with many options.
         wide_options: its options.
         wide_prompt: its prompts, in tokens.
@@ -98,6 +99,7 @@ class Sizes:
     steps: int = 10
     draws: int = 10
     queries: int = 16
+    demonstrations: int = 8
     wide_queries: int = 4
     wide_options: int = 5
     wide_prompt: int = 120
@@ -111,7 +113,7 @@ class Sizes:
     def quick(cls) -> Sizes:
         """Sizes for a test."""
         return cls(
-            tasks=2, examples=2, prompt=(4, 8), options=(2, 3), support=4, steps=2, draws=2, queries=3, wide_queries=2,
+            tasks=2, examples=2, prompt=(4, 8), options=(2, 3), support=4, steps=2, draws=2, queries=3, demonstrations=2, wide_queries=2,
             wide_prompt=12, collections=(4, 8), task_size=8, collection_tasks=2, budget=0.2, rounds=(2, 3),
         )  # fmt: skip
 

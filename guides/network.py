@@ -27,8 +27,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_lora.guides.theta import PointTheta, attribute, show_to_svi
 from bayes_lora.features import Features
+from bayes_lora.guides.theta import PointTheta, attribute, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 

@@ -136,7 +136,8 @@ def test_any_family_and_svi():
         loss = elbo.differentiable_loss(coin, guide)
         loss.backward()
         torch.manual_seed(0)
-        assert SVI(coin, guide, pyro.optim.Adam({"lr": 0.1}), loss=elbo).evaluate_loss() == pytest.approx(float(loss.detach()))
+        svi = SVI(coin, guide, pyro.optim.Adam({"lr": 0.1}), loss=elbo)
+        assert svi.evaluate_loss() == pytest.approx(float(loss.detach()))
     torch.testing.assert_close(guide.a.grad / 2, _expected_gradient(guide))
 
 

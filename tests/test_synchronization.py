@@ -3,8 +3,8 @@
 import pyro
 import pytest
 import torch
-from test_objective import build, make_episode
 from test_language_model import random_phi
+from test_objective import build, make_episode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_lora.objective import BetaELBO
@@ -34,7 +34,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("wrong", [lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: torch.bincount(x.long().abs())])
+READS = [lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: torch.bincount(x.long().abs())]
+
+
+@pytest.mark.parametrize("wrong", READS)
 def test_the_watch_sees_what_waits(wrong):
     with Waits() as waits:
         wrong(torch.randn(4))

@@ -140,7 +140,8 @@ def collate(
     flat = [example for task in examples for example in task]
     some = [(i, example) for i, example in enumerate(flat) if example is not None]
     padded = pad_rows([row for task in rows for row in task])
-    length, options, shape = padded.input_ids.shape[1], max(e.num_options for _, e in some), (len(examples), len(examples[0]))
+    length, options = padded.input_ids.shape[1], max(e.num_options for _, e in some)
+    shape = (len(examples), len(examples[0]))
     begins = [
         r * length + start
         for r, row in enumerate(row for task in rows for row in task)
