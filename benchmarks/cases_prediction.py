@@ -98,8 +98,6 @@ def prediction_demonstrations(setup: Setup) -> list[Result]:
     }
     details: dict[str, Any] = rates(setup, seconds, work) | {"range": spread(seconds, *pair)}
     details |= {"tokens": {pair[0]: tokens, pair[1]: shared.input_ids.numel()}}
-    what = (
-        f"prediction, {sizes.queries} queries behind {sizes.demonstrations} demonstrations, against each behind its own"
-    )
+    what = f"prediction, {sizes.queries} queries that share {sizes.demonstrations} demonstrations, against each its own"
     bound = work[pair[0]] / work[pair[1]]
     return [Result("predict_shots", what, ratio(seconds, *pair), "x", ">=", 3.0, bound, seconds, details)]

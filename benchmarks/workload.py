@@ -113,8 +113,9 @@ class Sizes:
     def quick(cls) -> Sizes:
         """Sizes for a test."""
         return cls(
-            tasks=2, examples=2, prompt=(4, 8), options=(2, 3), support=4, steps=2, draws=2, queries=3, demonstrations=2, wide_queries=2,
-            wide_prompt=12, collections=(4, 8), task_size=8, collection_tasks=2, budget=0.2, rounds=(2, 3),
+            tasks=2, examples=2, prompt=(4, 8), options=(2, 3), support=4, steps=2, draws=2, queries=3,
+            demonstrations=2, wide_queries=2, wide_prompt=12, collections=(4, 8), task_size=8, collection_tasks=2,
+            budget=0.2, rounds=(2, 3),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ CASES = {
     "step_stock",
     "predict_draws",
     "predict_options",
+    "predict_shots",
     "adapt",
     "collection",
     "pyro",

@@ -115,7 +115,7 @@ class Encoder:
         solved = []
         for example, row in zip(demonstrations, self._rows(demonstrations, begins=False), strict=True):
             prompt, gold = row.tokens[row.segments == 0], row.targets[row.target_options == example.answer]
-            solved.append([*prompt.tolist(), *gold.tolist(), *self._option_ids(self.template.gap)])
+            solved.append([*prompt.tolist(), *gold.tolist(), *self._ids_behind(self.template.gap)])
         fitting = solved
         if self.max_positions is not None:
             room = self.max_positions - self.max_length - len(self._prefix)
@@ -138,16 +138,19 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _encode_option(self, text: str) -> tuple[int, ...]:
-        # Tokenised behind a cue, since SentencePiece marks the beginning of a text with a token of its own.
+        ids = self._ids_behind(text)
+        if not ids:
+            raise TaskError(f"option {text!r}: the tokenizer makes no token of it. Give the option another text.")
+        return tuple(ids)
+
+    def _ids_behind(self, text: str) -> list[int]:
+        """Tokens of a text behind others: SentencePiece marks the beginning of a text with a token of its own."""
         ids = self._ids(text)
         for cue in (self.template.prompt.rpartition("}")[2].strip(), "Answer:", "\n"):
             before, joined = self._ids(cue), self._ids(cue + text)
             if before and joined[: len(before)] == before:  # else the text's first letters merge with the cue's last
-                ids = joined[len(before) :]
-                break
-        if not ids:
-            raise TaskError(f"option {text!r}: the tokenizer makes no token of it. Give the option another text.")
-        return tuple(ids)
+                return joined[len(before) :]
+        return ids
 
     def _encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
         prefix = self._prefix if begins else []
