@@ -7,8 +7,9 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from test_objective import build, make_episode
 from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
 
-from bayes_lora.elbo import AnalyticELBO
+from bayes_lora.elbo import AnalyticELBO, divergence
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import NormalTheta, PointTheta
 from bayes_lora.objective import BetaELBO
@@ -33,6 +34,33 @@ def test_values_and_gradients_are_pyro_s(lm, theta):
     torch.testing.assert_close(loss, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, theirs[name])
+
+
+def normals():
+    """Parameters whose shapes broadcast: a task's own q, a shared scale, p of all tasks."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 1, 3, 4), (3, 4), (3, 1), (4,)]
+    values = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [(value.exp() if i % 2 else value).requires_grad_() for i, value in enumerate(values)]
+
+
+def test_divergence_of_normals():
+    loc, scale, prior_loc, prior_scale = normals()
+    q, p = (dist.Normal(*pair).to_event(2) for pair in ((loc, scale), (prior_loc, prior_scale)))
+    found = divergence(q, p.expand([2, 1]))
+    assert found.shape == (2, 1)
+    torch.testing.assert_close(found, torch.distributions.kl_divergence(q, p.expand([2, 1])))
+    draws = q.sample((200_000,))
+    ratio = q.log_prob(draws) - p.log_prob(draws)
+    assert ((ratio.mean(0) - found).abs() < 5 * ratio.std(0) / 200_000**0.5).all()
+
+
+def test_gradients_of_the_divergence_of_normals():
+    def function(loc, scale, prior_loc, prior_scale):
+        return divergence(dist.Normal(loc, scale).to_event(2), dist.Normal(prior_loc, prior_scale).to_event(2))
+
+    assert gradcheck(function, normals())
+    assert gradgradcheck(function, normals())
 
 
 def saved_bytes(objective, episode):
