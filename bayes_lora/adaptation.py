@@ -6,14 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from torch import nn
 
 from bayes_lora.errors import NonFiniteLoss
-from bayes_lora.guides.theta import attribute
+from bayes_lora.guides.gradient import Descent, Displacement
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
@@ -41,27 +38,6 @@ def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws:
     return phi
 
 
-class _Refined(PyroModule):
-    """A guide whose q(phi) starts at given normals and is free; theta stays at a point."""
-
-    def __init__(self, theta: Sites, phi: dict[str, dist.TorchDistribution]) -> None:
-        super().__init__()
-        self.point, self.sites = theta, [name for name in phi]
-        for name, normal in phi.items():
-            setattr(self, attribute("loc", name), nn.Parameter(normal.mean.detach().clone()))
-            setattr(self, attribute("log_scale", name), nn.Parameter(normal.stddev.detach().log()))
-
-    def normal(self, name: str) -> dist.TorchDistribution:
-        loc, log_scale = getattr(self, attribute("loc", name)), getattr(self, attribute("log_scale", name))
-        normal: dist.TorchDistribution = dist.Normal(loc, log_scale.exp()).to_event(3)
-        return normal
-
-    def forward(self, episode: Episode) -> Sites:
-        values = {name: pyro.sample(name, dist.Delta(value, event_dim=3)) for name, value in self.point.items()}
-        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-            return values | {name: pyro.sample(name, self.normal(name)) for name in self.sites}
-
-
 def adapt(
     objective: BetaELBO,
     lm: LanguageModel,
@@ -84,38 +60,33 @@ def adapt(
         steps: K.
         learning_rate: Adam's, for loc and log scale.
         width: factor on the standard deviations in the end, see :mod:`bayes_lora.width`.
-        seed: of the draws inside the steps.
+        seed: of the draws inside the steps, and of those that the guide takes on its own.
     """
     episode = collate([lm.encoder(task.support) for task in tasks]).to(lm.device)
     model, guide = objective.model.program, objective.guide.program
-    with evaluating(objective), torch.no_grad(), AtMean():
+    with evaluating(objective), torch.no_grad(), AtMean(), seeded(seed, lm.device):
         trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
     theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
     phi = {name: node["fn"] for name, node in sites.items() if name.startswith("phi.")}
-    refined = _Refined(theta, phi)
+    start = {name.removeprefix("phi."): (normal.mean, normal.stddev) for name, normal in phi.items()}
     if steps:
-        with evaluating(objective), seeded(seed, lm.device):
-            _descend(BetaELBO(model, refined, beta=objective.full_beta), refined, episode, steps, learning_rate)
-    with torch.no_grad():
-        normals = {name.removeprefix("phi."): refined.normal(name) for name in refined.sites}
-        prefix = "theta.loc."
-        loc = {name.removeprefix(prefix): value for name, value in theta.items() if name.startswith(prefix)}
-        loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in loc.items()}
-        # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
-        loc |= {site: normal.mean.contiguous() for site, normal in normals.items()}
-        scale = {site: (width * normal.stddev).contiguous() for site, normal in normals.items()}
+        descent = Descent(model, lambda part, site: learning_rate, beta=objective.full_beta)
+        # What diverges is named below, once all steps are taken.
+        with evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
+            moved = descent(episode, theta, start, steps)
+        _check_finite(moved, steps)
+        start = {s: (loc + moved["loc", s], scale * moved["log_scale", s].exp()) for s, (loc, scale) in start.items()}
+    prefix = "theta.loc."
+    loc = {name.removeprefix(prefix): value for name, value in theta.items() if name.startswith(prefix)}
+    loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in loc.items()}
+    # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
+    loc |= {site: mean.contiguous() for site, (mean, _) in start.items()}
+    scale = {site: (width * sd).contiguous() for site, (_, sd) in start.items()}
     return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks))
 
 
-def _descend(objective: BetaELBO, refined: _Refined, episode: Episode, steps: int, learning_rate: float) -> None:
-    parameters = list(refined.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    for step in range(steps):
-        gradients = torch.autograd.grad(objective(episode), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        broken = [name for name, value in refined.named_parameters() if not value.isfinite().all()]
-        if broken:
-            raise NonFiniteLoss(f"step {step} of adaptation: {broken[:3]} are not finite. Try a lower learning_rate.")
+def _check_finite(moved: Displacement, steps: int) -> None:
+    broken = [f"{part} of {site!r}" for (part, site), value in moved.items() if not value.isfinite().all()]
+    if broken:
+        raise NonFiniteLoss(f"after {steps} steps of adaptation {broken[:3]} is not finite. Lower learning_rate.")

@@ -15,7 +15,15 @@ from bayes_lora.model_files import DEFAULT_MODEL
 from bayes_lora.tasks.prompts import PromptTemplate
 from bayes_lora.training import FitConfig
 
-__all__ = ["EpisodeConfig", "GuideConfig", "LanguageModelConfig", "ObjectiveConfig", "PriorConfig", "RunConfig"]
+__all__ = [
+    "EpisodeConfig",
+    "GradientConfig",
+    "GuideConfig",
+    "LanguageModelConfig",
+    "ObjectiveConfig",
+    "PriorConfig",
+    "RunConfig",
+]
 
 # Ranges that :meth:`RunConfig.from_dict` checks.
 Count = Annotated[int, Field(ge=1)]
@@ -74,11 +82,25 @@ class GuideConfig:
 
 
 @dataclass(frozen=True)
+class GradientConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.GradientGuide`; beta is the objective's where it is None."""
+
+    steps: Annotated[int, Field(ge=0)] = 5
+    learning_rate: Positive = 2e-3
+    optimizer: Literal["sgd", "adam"] = "adam"
+    beta: Positive | None = None
+    num_particles: Count = 1
+    second_order: bool = False
+    learn_rates: bool = False
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Keyword arguments of :class:`bayes_lora.objective.BetaELBO`."""
 
     beta: Positive = 1e-3
     gamma: Positive | None = None
+    num_particles: Count = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,7 @@ class EpisodeConfig:
         num_support: support examples per task.
         num_query: query examples per task.
         score_support: whether the likelihood is taken on support and query, or on the query alone.
+        num_demonstrations: of the support, how many examples stand solved before every query.
         examples_per_task: of larger training tasks this many are drawn, once; None takes all.
         held_back: share (below 1) or number of the training tasks that choose the checkpoint; 0 holds back none.
         held_back_shots: support and query size of a held-back task.
@@ -99,6 +122,7 @@ class EpisodeConfig:
     num_support: Count = 16
     num_query: Count = 8
     score_support: bool = False
+    num_demonstrations: Annotated[int, Field(ge=0)] = 0
     examples_per_task: Count | None = 64
     held_back: NonNegative = 0.12
     held_back_shots: Count = 16
@@ -112,6 +136,7 @@ class RunConfig:
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     fit: FitConfig = field(default_factory=FitConfig)

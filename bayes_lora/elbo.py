@@ -24,7 +24,23 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-__all__ = ["AnalyticELBO", "divergence"]
+__all__ = ["AnalyticELBO", "ScaleLatents", "divergence"]
+
+
+class ScaleLatents(Messenger):
+    """Effect handler: scales log-densities of ``phi.*`` sites by beta and of ``theta.*`` sites by gamma.
+
+    Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO.
+    """
+
+    def __init__(self, beta: float | Tensor, gamma: float | Tensor) -> None:
+        super().__init__()
+        self.scales = {"phi": beta, "theta": gamma}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        prefix = msg["name"].partition(".")[0]
+        if not msg["is_observed"] and prefix in self.scales:
+            msg["scale"] = msg["scale"] * self.scales[prefix]
 
 
 class AnalyticELBO(TraceMeanField_ELBO):

@@ -18,30 +18,13 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from bayes_lora.elbo import AnalyticELBO
+from bayes_lora.elbo import AnalyticELBO, ScaleLatents
 from bayes_lora.errors import ConfigError
 from bayes_lora.tasks.episode import Episode
 
 __all__ = ["BetaELBO", "ScaleLatents", "evaluating", "linear_warmup"]
-
-
-class ScaleLatents(Messenger):
-    """Effect handler: scales log-densities of ``phi.*`` sites by beta and of ``theta.*`` sites by gamma.
-
-    Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO.
-    """
-
-    def __init__(self, beta: float | Tensor, gamma: float | Tensor) -> None:
-        super().__init__()
-        self.scales = {"phi": beta, "theta": gamma}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        prefix = msg["name"].partition(".")[0]
-        if not msg["is_observed"] and prefix in self.scales:
-            msg["scale"] = msg["scale"] * self.scales[prefix]
 
 
 class _Scaled(nn.Module):

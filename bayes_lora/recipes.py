@@ -1,13 +1,16 @@
-"""Named (model, guide, objective) triples, built from settings."""
+"""Named (model, guide, objective) triples of ABMLL (arXiv 2508.14285), built from settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
+
+from pyro.nn import PyroModule
 
 from bayes_lora.config import LanguageModelConfig, RunConfig
 from bayes_lora.errors import ConfigError, did_you_mean
-from bayes_lora.guides import GuideNetwork, NormalTheta, PointTheta
+from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.loading import load_language_model
 from bayes_lora.models import HierarchicalNormal
@@ -36,16 +39,50 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
     )
 
 
+def abmll(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """Hierarchical normal prior, K gradient steps from theta, beta-scaled ELBO: the paper's inference."""
+    model = _model(lm, config)
+    return _objective(model, GradientGuide(model, theta=THETAS[config.guide.theta], **_gradient(config)), config)
+
+
 def abmll_network(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """Hierarchical normal prior, guide network, beta-scaled ELBO (arXiv 2508.14285)."""
-    model = HierarchicalNormal(lm, lm.sites.initial(), **asdict(config.prior))
+    """The same with a guide network: one forward pass."""
+    model = _model(lm, config)
+    return _objective(model, _network(model, config), config)
+
+
+def abmll_network_gradient(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """The same with K gradient steps from where the guide network points (semi-amortised)."""
+    model = _model(lm, config)
+    return _objective(model, GradientGuide(model, start=_network(model, config), **_gradient(config)), config)
+
+
+THETAS = {"point": PointTheta, "normal": NormalTheta}
+
+
+def _model(lm: LanguageModel, config: RunConfig) -> HierarchicalNormal:
+    return HierarchicalNormal(lm, lm.sites.initial(), **asdict(config.prior))
+
+
+def _network(model: HierarchicalNormal, config: RunConfig) -> GuideNetwork:
     settings = asdict(config.guide)
-    theta = {"point": PointTheta, "normal": NormalTheta}[settings.pop("theta")]
-    guide = GuideNetwork(model, theta=theta, **settings)
-    return BetaELBO(model, guide, beta=config.objective.beta, gamma=config.objective.gamma)
+    return GuideNetwork(model, theta=THETAS[settings.pop("theta")], **settings)
 
 
-RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {"abmll-network": abmll_network}
+def _gradient(config: RunConfig) -> dict[str, Any]:
+    settings = asdict(config.gradient)
+    return settings | {"beta": config.objective.beta if settings["beta"] is None else settings["beta"]}
+
+
+def _objective(model: HierarchicalNormal, guide: PyroModule, config: RunConfig) -> BetaELBO:
+    return BetaELBO(model, guide, **asdict(config.objective))
+
+
+RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {
+    "abmll": abmll,
+    "abmll-network": abmll_network,
+    "abmll-network-gradient": abmll_network_gradient,
+}
 
 
 def build_objective(lm: LanguageModel, config: RunConfig) -> BetaELBO:

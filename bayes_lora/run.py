@@ -150,9 +150,13 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
         num_support=settings.num_support,
         num_query=settings.num_query,
         score_support=settings.score_support,
+        num_demonstrations=settings.num_demonstrations,
         seed=config.seed,
     )
-    episodes = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in held.values()]
+    shown = settings.num_demonstrations
+    episodes = [
+        collate([lm.encoder(task.query, task.support[:shown])], [lm.encoder(task.support)]) for task in held.values()
+    ]
     return sampler, [episode.to(lm.device) for episode in episodes]
 
 

@@ -7,6 +7,7 @@ from itertools import count
 from statistics import median
 from typing import Any
 
+import pyro
 import torch
 from cases import OurStep, rates
 from flops import flops
@@ -145,14 +146,22 @@ def pyro_overhead(setup: Setup) -> list[Result]:
     episode = collate(encoded)
     with torch.no_grad():
         network(episode)
+
+    def validated() -> None:
+        with pyro.validation_enabled():
+            network(episode).backward()
+
     sides = {
         "ours": lambda: network(episode).backward(),
+        "ours, Pyro's validation on": validated,
         "forward alone": lambda: network(episode),
         "guide alone": lambda: network.guide(episode),
         "ours, mean-field guide": lambda: mean_field(episode).backward(),
         "Adam": optimizer.step,
     }
-    seconds = interleave(sides, CPU, budget=min(10.0, setup.sizes.budget), rounds=(5, 50))
+    # As fit() has it after its first step.
+    with pyro.validation_enabled(False):
+        seconds = interleave(sides, CPU, budget=min(10.0, setup.sizes.budget), rounds=(5, 50))
     milliseconds = {name: 1e3 * median(times) for name, times in seconds.items()}
     details = {"medians_ms": milliseconds, "sites": len(initial), "rounds": len(seconds["ours"])}
     what = "Pyro's overhead a step: model, guide, ELBO and backward, Llama-3-8B's sites, LM a constant"

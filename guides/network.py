@@ -102,15 +102,16 @@ class GuideNetwork(PyroModule):
         theta = self.theta()
         phi: Sites = {}
         with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-            for site, (loc, scale) in self.posterior(episode.support, model.phi_prior(theta)).items():
+            for site, (loc, scale) in self.posterior(episode.support, theta).items():
                 phi[site] = pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
         return phi
 
-    def posterior(self, support: Episode, prior: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    def posterior(self, support: Episode, theta: Sites) -> dict[str, tuple[Tensor, Tensor]]:
         """Location and scale of q(phi | support), ``(T, 1, layers, out, in)``, per random site."""
+        (model,) = self._model
         code = self.code(support)
         posterior = {}
-        for site, (loc, scale) in prior.items():
+        for site, (loc, scale) in model.phi_prior(theta).items():
             layers = loc.shape[-3]
             head = self._get("head", site)(code.pooled).unflatten(-1, (layers, -1))  # (T, layers, m + 1)
             shift = torch.einsum("tlm,lmoi->tloi", head[..., :-1], self._get("directions", site))

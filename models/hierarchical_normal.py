@@ -102,22 +102,30 @@ class HierarchicalNormal(PyroModule):
         tasks = task_plate(episode)
         log_lik = self.likelihood(self._sample_phi(tasks), episode)
         with tasks:
-            observe(log_lik, episode)
+            self.observe(log_lik, episode)
         return log_lik
+
+    def observe(self, log_lik: Tensor, episode: Episode) -> None:
+        """Observe the gold options. The one place where N enters: a task's sum is scaled from n examples to its N."""
+        seen = episode.mask.sum(-1, keepdim=True)
+        mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
+        with (
+            pyro.plate("example", episode.mask.shape[-1], dim=-1),
+            pyro.poutine.scale(scale=(episode.num_data[:, None] / seen).to(log_lik.dtype)),
+            pyro.poutine.mask(mask=mask),
+        ):
+            pyro.sample("answer", self.answer(log_lik), obs=self.answered(episode))
+
+    def answer(self, log_lik: Tensor) -> dist.TorchDistribution:
+        """p(y | x, phi), a batch of ``(T, N)``."""
+        answer: dist.TorchDistribution = dist.Categorical(logits=log_lik)
+        return answer
+
+    def answered(self, episode: Episode) -> Tensor:
+        """What was observed, ``(T, N)``."""
+        return episode.answer
 
 
 def task_plate(episode: Episode) -> pyro.plate:
     """The plate of the collection's tasks, of which the episode holds some: scales T tasks up to all."""
     return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
-
-
-def observe(log_lik: Tensor, episode: Episode) -> None:
-    """Observe the gold options. The one place where N enters: each task's sum is scaled from n examples to its N."""
-    seen = episode.mask.sum(-1, keepdim=True)
-    mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
-    with (
-        pyro.plate("example", episode.mask.shape[-1], dim=-1),
-        pyro.poutine.scale(scale=(episode.num_data[:, None] / seen).to(log_lik.dtype)),
-        pyro.poutine.mask(mask=mask),
-    ):
-        pyro.sample("answer", dist.Categorical(logits=log_lik), obs=episode.answer)

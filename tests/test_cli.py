@@ -235,7 +235,7 @@ BAD_FITS = {
     "unknown section": (["--set", "objektive.beta=1"], ["unknown key 'objektive'", "objective"]),
     "value": (["--set", "fit.steps=many"], ["fit.steps", "'many'"]),
     "malformed setting": (["--set", "fit.steps"], ["expected section.key=value"]),
-    "recipe": (["--set", "recipe=abmll"], ["recipe 'abmll' is unknown", "abmll-network"]),
+    "recipe": (["--set", "recipe=abml"], ["recipe 'abml' is unknown", "abmll"]),
     "no such task": (["--names", "task-1,tusk-2"], ["'tusk-2'", "did you mean", "'task-2'"]),
     "no splits": (["--split", "demo"], ["splits.json"]),
     "config": (["--config", "nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),

@@ -36,7 +36,7 @@ def posterior_and_prior(objective, episode):
     model, guide = objective.model.program, objective.guide.program
     theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
     prior = model.phi_prior(theta)
-    return theta, prior, guide.posterior(episode.support, prior)
+    return theta, prior, guide.posterior(episode.support, theta)
 
 
 @pytest.mark.parametrize("random", ["A", "B", "AB"])

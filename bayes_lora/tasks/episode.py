@@ -95,6 +95,11 @@ class Episode:
         """What a guide may read: the support sets, which are the scored examples themselves if none were given."""
         return self if self.separate_support is None else self.separate_support
 
+    def alone(self) -> Episode:
+        """The same examples as all there is: neither tasks nor examples stand for others that were not drawn."""
+        index = torch.arange(len(self.task_index), device=self.task_index.device)
+        return replace(self, task_index=index, num_tasks=len(index), num_data=self.mask.sum(-1))
+
     def to(self, device: torch.device | str) -> Episode:
         """Copy the tensors to a device; to a GPU through pinned memory, without waiting for it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
