@@ -24,7 +24,7 @@ from bayes_lora.elbo import AnalyticELBO, ScaleLatents
 from bayes_lora.errors import ConfigError
 from bayes_lora.tasks.episode import Episode
 
-__all__ = ["BetaELBO", "ScaleLatents", "evaluating", "linear_warmup"]
+__all__ = ["BetaELBO", "ScaleLatents", "evaluating"]
 
 
 class _Scaled(nn.Module):
@@ -133,8 +133,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(before)
-
-
-def linear_warmup(step: int, steps: int, start: float = 0.1) -> float:
-    """Fraction of beta at a step: linear from ``start`` to 1 over ``steps`` steps, then 1."""
-    return 1.0 if steps <= 0 else min(1.0, start + (1.0 - start) * step / steps)

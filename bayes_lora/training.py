@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bayes_lora.errors import ConfigError, NonFiniteLoss
-from bayes_lora.objective import BetaELBO, linear_warmup
+from bayes_lora.objective import BetaELBO
+from bayes_lora.schedules import SCHEDULES, Schedule, beta_fraction
 from bayes_lora.seeding import seeded
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.tasks.sampler import EpisodeSampler
@@ -38,7 +39,8 @@ class FitConfig:
         learning_rate: Adam's; decays to a tenth on a cosine.
         average: decay of the exponential moving average of the parameters that is kept; 0 keeps the last ones.
         clip_norm: gradient norm of the loss per example (nats) above which gradients are scaled down.
-        warmup: steps over which beta rises linearly to its full value.
+        schedule: of beta, see :mod:`bayes_lora.schedules`: ``"constant"``, ``"linear"`` or ``"cyclical"``.
+        warmup: steps over which beta rises linearly to its full value, once or in each cycle.
         eval_every: steps between looks at the held-back tasks.
         patience: stop after this many looks without improvement.
         num_draws: draws at each look.
@@ -49,6 +51,7 @@ class FitConfig:
     learning_rate: float = 1.5e-3
     average: float = 0.97
     clip_norm: float = 1.0
+    schedule: Schedule = "linear"
     warmup: int = 20
     eval_every: int = 20
     patience: int = 4
@@ -57,8 +60,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("warmup", "seed", "average") and not value > 0:
+            if name not in ("schedule", "warmup", "seed", "average") and not value > 0:
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 <= self.average < 1:
             raise ConfigError(f"average: expected a decay of at least 0 and below 1, got {self.average}.")
 
@@ -137,7 +142,7 @@ def fit(
 
     episode = draw(state.step) if goes_on() else None
     while goes_on():
-        objective.warm(linear_warmup(state.step, config.warmup))
+        objective.warm(beta_fraction(config.schedule, state.step, config.warmup))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
         index = state.step * accelerator.num_processes + accelerator.process_index

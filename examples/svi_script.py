@@ -12,7 +12,8 @@ from pyro.optim import ClippedAdam
 import bayes_lora
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import ScaleLatents, linear_warmup
+from bayes_lora.objective import ScaleLatents
+from bayes_lora.schedules import linear_warmup
 from bayes_lora.tasks import EpisodeSampler, collate
 from bayes_lora.width import held_back_nll
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO, linear_warmup
+from bayes_lora.objective import BetaELBO
+from bayes_lora.schedules import linear_warmup
 from bayes_lora.tasks import EpisodeSampler
 from bayes_lora.training import FitConfig, fit
 

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FLAGS = {"quickstart.py": ["--steps", "2", "--run", "{tmp}/run"], "svi_script.py": ["--steps", "2"]}
-SHOWS = {"quickstart.py": "one pass + 10 steps: Metrics(", "svi_script.py": "unseen tasks: NLL "}
+FLAGS = {
+    "paper.py": ["--steps", "1", "--inner", "1"],
+    "quickstart.py": ["--steps", "2", "--run", "{tmp}/run"],
+    "svi_script.py": ["--steps", "2"],
+}
+SHOWS = {
+    "paper.py": "ours, one pass",
+    "quickstart.py": "one pass + 10 steps: Metrics(",
+    "svi_script.py": "unseen tasks: NLL ",
+}
 
 
 def test_every_example_is_run_here():

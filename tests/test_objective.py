@@ -9,7 +9,7 @@ from torch.distributions import Gamma, Normal, kl_divergence
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GuideNetwork, NormalTheta, PointTheta
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO, linear_warmup
+from bayes_lora.objective import BetaELBO
 from bayes_lora.tasks import collate
 
 
@@ -197,11 +197,6 @@ def test_point_theta_is_a_point_in_the_paper_s_parametrisation(lm):
     assert isinstance(q, dist.Delta)
     torch.testing.assert_close(q.v.rsqrt(), torch.full_like(q.v, 0.05))
     assert float(q.log_prob(q.v)) == 0.0
-
-
-def test_warm_up():
-    assert [linear_warmup(s, 4, 0.2) for s in (0, 2, 4, 9)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
-    assert linear_warmup(0, 0) == 1.0
 
 
 def test_bad_settings_are_refused(lm):
