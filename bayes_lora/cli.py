@@ -1,4 +1,4 @@
-"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch."""
+"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch | dry-run."""
 
 from __future__ import annotations
 
@@ -198,6 +198,23 @@ def fetch() -> None:
     from bayes_lora.model_files import fetch_default_model
 
     say(str(fetch_default_model()))
+
+
+@app.command("dry-run")
+def dry_run(
+    architecture: Annotated[Path, typer.Option(help="The base model's config.json, or one like it.")],
+    config: Config = None,
+    settings: Set = None,
+) -> None:
+    """Show a run's LoRA sites, parameter counts and an estimate of its memory; nothing is loaded or downloaded.
+
+    Example: `bayes-lora dry-run --config llama-3-8b.yaml --architecture llama-3-8b.json` (both in examples/configs)
+    """
+    from bayes_lora.dry_run import dry_run as look
+    from bayes_lora.dry_run import read_architecture
+
+    for table in look(_config(config, settings), read_architecture(architecture)).tables():
+        out.print(table)
 
 
 def _config(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bayes_lora import cli
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch"]
+COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "dry-run"]
 SMALL = [
     "language_model.rank=2",
     "language_model.top_layers=2",
@@ -172,6 +172,18 @@ def test_demo(call, model_folder, tmp_path):
         assert sorted(result["tasks"]) == adapters
     for task in adapters:
         assert task in out and (run / "adapters" / task / "adapter_config.json").is_file()
+
+
+def test_a_dry_run_shows_sizes_and_loads_nothing(call, refuse, tmp_path):
+    llama = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(llama | {"num_attention_heads": 4, "vocab_size": 500}))
+    words = ["dry-run", "--architecture", tmp_path / "config.json", *settings()]
+    code, out, _ = call(*words)
+    assert code == 0
+    assert all(text in out for text in ("q_proj.lora_A", "o_proj.lora_B", "trained", "activations", "total"))
+    assert f"{2 * (2 * 2 * 64 + 2 * 2 * 64):,}" in out  # LoRA weights: two layers, q and o, rank 2
+    (tmp_path / "config.json").write_text("{")
+    assert "expected the config.json of a causal LM" in refuse(*words)
 
 
 def test_evaluate_reads_the_metaicl_layout_beside_files(call, data, fitted, tmp_path):

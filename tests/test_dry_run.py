@@ -1,0 +1,108 @@
+"""Sizes of a run without its numbers: against closed formulas, and against what a forward keeps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import make_tasks
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bayes_lora.config import EpisodeConfig, LanguageModelConfig, RunConfig
+from bayes_lora.dry_run import dry_run, read_architecture
+from bayes_lora.errors import ModelFileError, SiteError
+from bayes_lora.language_model import LanguageModel
+from bayes_lora.loading import inject
+from bayes_lora.recipes import build_objective
+from bayes_lora.tasks import collate
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+
+
+def closed_form(values, rank):
+    """Base parameters and LoRA weights of a Llama or Qwen2 with LoRA on q, v, o and the three MLP matrices."""
+    h, m, layers = values["hidden_size"], values["intermediate_size"], values["num_hidden_layers"]
+    kv = h // values["num_attention_heads"] * values["num_key_value_heads"]
+    biases = h + 2 * kv if values["model_type"] == "qwen2" else 0
+    layer = 2 * h * h + 2 * h * kv + 3 * h * m + 2 * h + biases
+    lora = rank * ((h + h) + (h + kv) + (h + h) + 3 * (h + m))
+    return layers * layer + 2 * values["vocab_size"] * h + h, layers * lora
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen2-7b"])
+def test_the_shipped_settings(name):
+    config = RunConfig.load(CONFIGS / f"{name}.yaml")
+    values = json.loads((CONFIGS / f"{name}.json").read_text())
+    found = dry_run(config, read_architecture(CONFIGS / f"{name}.json"))
+    base, lora = closed_form(values, 8)
+    # theta's location and precision; the gradient guide has no other parameters.
+    assert found.parameters == {"base": base, "lora": lora, "trained": 2 * lora}
+    assert 7.6e9 < base < 8.1e9
+    h, m, layers = values["hidden_size"], values["intermediate_size"], values["num_hidden_layers"]
+    assert found.sites["down_proj.lora_A"] == (layers, 8, m) and found.sites["gate_proj.lora_B"] == (layers, m, 8)
+    assert len(found.sites) == 12 and found.tokens == 2 * 6 * 512
+    assert found.memory["base"] == 2 * base
+    assert found.memory["trained"] == 20 * 2 * lora and found.memory["phi"] == 32 * 2 * lora
+    assert found.memory["activations"] == 2 * found.tokens * (layers * h + 7 * h + 4 * m)
+    assert found.memory["total"] == sum(size for name, size in found.memory.items() if name != "total")
+
+
+def test_four_bits_and_what_is_not_quantised():
+    config = RunConfig.load(CONFIGS / "llama-3-8b.yaml", ["language_model.quantization=4bit"])
+    found = dry_run(config, read_architecture(CONFIGS / "llama-3-8b.json"))
+    embeddings, norms = 2 * 128256 * 4096, (2 * 32 + 1) * 4096
+    linear = found.parameters["base"] - embeddings - norms
+    assert found.memory["base"] == 2 * (embeddings + norms) + linear // 2
+
+
+SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=5, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "v_proj", "o_proj", "down_proj"]])
+def test_trained_parameters_and_activations_are_those_of_a_real_run(tokenizer, targets):
+    """The network guide's parameters to the last one; what a forward keeps for backward within 15 %."""
+    settings = LanguageModelConfig(rank=3, top_layers=5, target_modules=targets, max_length=64, dtype="float32")
+    episodes = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=4)
+    config = RunConfig(language_model=settings, episodes=episodes)
+    found = dry_run(config, LlamaConfig(**SMALL))
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    lora = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM")
+    inject(lora, model)
+    lm = LanguageModel(model, tokenizer, lora, max_length=64)
+    assert found.sites == lm.sites.shapes
+    objective = build_objective(lm, config)
+    assert found.parameters["trained"] == sum(p.numel() for p in objective.parameters())
+    assert found.parameters["base"] == sum(p.numel() for p in model.parameters())
+    tasks = [task.examples[:4] for task in make_tasks(2).values()]
+    episode = collate([lm.encoder(task) for task in tasks])
+    phi = {site: torch.randn(2, 1, *shape).requires_grad_() for site, shape in lm.sites.shapes.items()}
+    lm(phi, episode)  # the check on first use
+    kept = {}
+    ours = {value.untyped_storage().data_ptr() for value in (*phi.values(), *model.parameters())}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in ours:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scores = lm(phi, episode)
+    assert scores.requires_grad
+    logits = len(episode.sources) * 320 * 4
+    share = episode.input_ids.numel() / found.tokens
+    assert (sum(kept.values()) - logits) / (found.memory["activations"] * share) == pytest.approx(1.0, abs=0.15)
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    config = replace(RunConfig(), language_model=LanguageModelConfig(target_modules=["q_projj"]))
+    with pytest.raises(SiteError, match="no module 'q_projj' .did you mean 'q_proj'"):
+        dry_run(config, LlamaConfig(**SMALL))
+    for text in ("", "[]", '{"hidden_size": 3}', '{"model_type": "lama"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelFileError, match="expected the config.json of a causal LM, with its model_type"):
+            read_architecture(tmp_path / "config.json")
+    with pytest.raises(ModelFileError, match="missing.json"):
+        read_architecture(tmp_path / "missing.json")
