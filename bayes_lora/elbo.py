@@ -120,7 +120,8 @@ def divergence(q: Any, p: Any) -> Tensor:
     Raises:
         NotImplementedError: it has no closed form.
     """
-    normals = [getattr(fn, "base_dist", fn) for fn in (q, p)]
+    # Independent alone is unwrapped: what masks or transforms a normal has another divergence.
+    normals = [fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn for fn in (q, p)]
     if all(type(fn) is Normal for fn in normals) and len(q.event_shape) == len(p.event_shape):
         (one, other), events = normals, len(q.event_shape)
         each: Tensor = _NormalDivergence.apply(one.loc, one.scale, other.loc, other.scale)  # type: ignore[no-untyped-call]

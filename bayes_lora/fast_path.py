@@ -1,4 +1,4 @@
-"""Which forward a language model can take: found by comparing scores on one example, on first use."""
+"""Which forward a language model can take: found by comparing scores on made-up examples, on first use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_lora.errors import ModelError
+from bayes_lora.errors import ConfigError, ModelError
 from bayes_lora.forward import Forward, PackedForward, head_reads
 from bayes_lora.prompt_cache import PromptCacheForward
 from bayes_lora.sites import LoraSites
 from bayes_lora.tasks.episode import Episode, collate
-from bayes_lora.tasks.packing import EncodedExample
+from bayes_lora.tasks.packing import Context, EncodedExample, in_context, pack
 from bayes_lora.trunk import Trunk
 
 __all__ = ["choose_forward"]
@@ -26,32 +26,37 @@ COARSE = (0.03, 0.3)
 
 
 @torch.no_grad()
-def choose_forward(model: Any, sites: LoraSites, trunk: Trunk, episode: Episode) -> Forward:
-    """The fastest forward whose scores of one example equal those of the model's ordinary forward, option by option.
+def choose_forward(model: Any, sites: LoraSites, trunk: Trunk) -> Forward:
+    """The fastest forward whose scores equal those of the model's ordinary forward, a row for each option.
 
     Packed rows with the lower layers kept; else packed rows through all layers; else a key-value cache of the prompts.
     What is passed over is named in one warning. ``trunk.depth`` is set to 0 where its states cannot be used.
 
     Raises:
         ModelError: none of them does.
+        ConfigError: one does that gradient checkpointing cannot be had with.
     """
-    examples = [e for task in episode.examples for e in task if e is not None]
-    example = min(examples, key=lambda e: len(e) + (0 if e.context is None else len(e.context)))
-    alone = collate([[example]]).to(episode.input_ids.device)
-    name = type(model).__name__
+    name, checked = type(model).__name__, probe(model)
+    examples = [example for task in checked.examples for example in task if example is not None]
     with sites.unbound():
-        expected = plain_scores(model, example)
+        with trunk.watched():
+            expected = torch.cat([plain_scores(model, example) for example in examples])
         packed = PackedForward(model, sites, trunk)
-        why = _difference(packed, alone, expected)
+        why = _difference(packed, checked, expected)
         if why is None:
             return packed
         if trunk.depth:
             depth, trunk.depth = trunk.depth, 0
-            if _difference(packed, alone, expected) is None:
+            if _difference(packed, checked, expected) is None:
                 _warn(f"{name}: starting at layer {depth} from kept hidden states, {why}. All layers run every time.")
                 return packed
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ConfigError(
+                f"gradient_checkpointing: {name} needs a key-value cache, which it cannot be had with, for with packed "
+                f"rows under a 4-D mask, {why}. Leave it off."
+            )
         prompts = PromptCacheForward(model)
-        still = _difference(prompts, alone, expected)
+        still = _difference(prompts, checked, expected)
     if still is not None:
         raise ModelError(
             f"{name} cannot be used: with packed rows under a 4-D mask, {why}; with a key-value cache, {still}. "
@@ -59,6 +64,28 @@ def choose_forward(model: Any, sites: LoraSites, trunk: Trunk, episode: Episode)
         )
     _warn(f"{name}: with packed rows under a 4-D mask, {why}. Options are scored from a key-value cache, more slowly.")
     return prompts
+
+
+def probe(model: Any) -> Episode:
+    """Examples of random tokens in which everything differs that a forward could confuse.
+
+    Two tasks: in one, examples of unequal length share a context, in rows that are longer than any window of layers
+    that look back a fixed number of places; in the other an example stands alone, in a shorter row. Options have one to
+    three tokens.
+    """
+    generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
+
+    def tokens(count: int) -> list[int]:
+        drawn: list[int] = torch.randint(vocabulary, (count,), generator=generator).tolist()
+        return drawn
+
+    options = [[tokens(n) for n in counts] for counts in ((3, 1, 2), (1, 3), (2, 3, 1))]
+    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    room = min((limit for limit in limits if limit), default=1024) - 20
+    window = getattr(model.config, "window_size", None) or 0
+    context = Context.of(tokens(max(2, min(room, 8 + window))))
+    shared = [in_context(pack(tokens(n), o, 0), context) for n, o in zip((7, 4), options, strict=False)]
+    return collate([shared, [pack(tokens(5), options[2], 0)]]).to(model.device)
 
 
 def plain_scores(model: Any, example: EncodedExample) -> Tensor:
@@ -78,9 +105,11 @@ def plain_scores(model: Any, example: EncodedExample) -> Tensor:
 
 
 def _difference(forward: Any, episode: Episode, expected: Tensor) -> str | None:
-    """What is wrong with a forward's scores; None where they are right."""
+    """What is wrong with a forward's scores, or with the head alone; None where they are right."""
     try:
-        scores = forward(episode).token_scores[0]
+        found = [forward(episode).token_scores[0]]
+        if isinstance(forward, PackedForward):
+            found.append(forward(episode, most_positions=2).token_scores[0])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any type: each model has its own way to refuse arguments
@@ -88,9 +117,10 @@ def _difference(forward: Any, episode: Episode, expected: Tensor) -> str | None:
     model: Any = forward.model
     quantised = getattr(model, "is_quantized", False)
     relative, absolute = COARSE if quantised else TOLERANCES.get(model.dtype, COARSE)
-    if torch.allclose(scores, expected.to(scores.dtype), rtol=relative, atol=absolute):
-        return None
-    return f"its scores are off by {float((scores - expected).abs().max()):.3g} nats"
+    for scores in found:
+        if not torch.allclose(scores, expected.to(scores.dtype), rtol=relative, atol=absolute):
+            return f"its scores are off by {float((scores - expected).abs().max()):.3g} nats"
+    return None
 
 
 def _warn(text: str) -> None:

@@ -76,7 +76,7 @@ class FeatureReader:
 
     def _compute(self, examples: Sequence[EncodedExample], device: torch.device) -> dict[bytes, tuple[Tensor, ...]]:
         fresh = {}
-        for batch in by_tokens([len(example) for example in examples], self.budget.per_item(1)):
+        for batch in by_tokens([len(e) + len(e.context or ()) for e in examples], self.budget.per_item(1)):
             chosen = [examples[i] for i in batch]
             hidden, options, log_probs = self._read(collate([chosen]).to(device))
             for i, example in enumerate(chosen):

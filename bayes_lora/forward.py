@@ -60,8 +60,8 @@ class PackedForward:
         self.model, self.sites, self.trunk = model, sites, trunk
         self.head: Any = model.get_output_embeddings()
 
-    def __call__(self, episode: Episode, draws: int = 1) -> Read:
-        """See :class:`Forward`."""
+    def __call__(self, episode: Episode, draws: int = 1, most_positions: int | None = None) -> Read:
+        """See :class:`Forward`; the head reads at most ``most_positions`` at a time, by default what its budget holds."""
         with torch.no_grad(), self.sites.unbound():
             states = self.trunk.states(episode, self._run)
         rows, length = episode.input_ids.shape
@@ -70,7 +70,7 @@ class PackedForward:
         places = (episode.target_sources + copies * len(episode.sources)).flatten()
         targets = episode.targets.repeat(draws)
         width = torch.promote_types(self.model.dtype, torch.float32).itemsize * len(self.head.weight)
-        step = max(1, LOGIT_BYTES // width)
+        step = most_positions or max(1, LOGIT_BYTES // width)
         read: list[Tensor] = []
 
         def gather(hidden: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class LanguageModel:
 
     def _read(self, episode: Episode, draws: int = 1) -> Read:
         if self._forward is None:
-            self._forward = choose_forward(self.model, self.sites, self.trunk, episode)
+            self._forward = choose_forward(self.model, self.sites, self.trunk)
         return self._forward(episode, draws)
 
     def _read_frozen(self, episode: Episode) -> Read:
@@ -202,6 +202,10 @@ def checkpoint_layers(model: Any, sites: LoraSites) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
     for module in model.modules():
-        # Layers are checkpointed in training mode only. Their own flag does not reach the dropout inside them.
+        # Layers are checkpointed in training mode only. Their own flag does not reach the modules inside them, but some
+        # apply a rate of dropout themselves.
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)

@@ -71,7 +71,9 @@ class Posterior:
         write_tensors(folder / TENSORS, self.objective.state_dict())
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
         sites = {site: list(shape) for site, shape in self.lm.sites.shapes.items()}
-        facts = {"config": self.config.to_dict(), "sites": sites, "width": self.width, "versions": versions}
+        config = self.config.to_dict()
+        config["language_model"]["cache_folder"] = None  # of this machine
+        facts = {"config": config, "sites": sites, "width": self.width, "versions": versions}
         write_json(folder / CONFIG, facts | identity(self.lm))
 
     @classmethod

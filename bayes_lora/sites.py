@@ -123,14 +123,8 @@ class LoraSites:
         """Inside the block nothing is bound, whatever was bound outside."""
         return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
-    @contextmanager
-    def _bound(self, weights: Mapping[str, Sequence[Tensor | None]]) -> Iterator[None]:
-        before = self._current()
-        self._assign(weights)
-        try:
-            yield
-        finally:
-            self._assign(before)
+    def _bound(self, weights: Mapping[str, Sequence[Tensor | None]]) -> AbstractContextManager[None]:
+        return _Binding(self, weights)
 
     def _current(self) -> dict[str, list[Tensor | None]]:
         return {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
@@ -168,6 +162,21 @@ class LoraSites:
             missing, extra = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
             raise SiteError(f"LoRA weights do not fit the sites: missing {missing[:4]}, not wanted {extra[:4]}.")
         return {site: torch.stack([weights[name] for name in group], dim=-3) for site, group in names.items()}
+
+
+class _Binding(AbstractContextManager[None]):
+    """Binds weights, and restores what was bound; may be entered again, as every backward through a checkpoint does."""
+
+    def __init__(self, sites: LoraSites, weights: Mapping[str, Sequence[Tensor | None]]) -> None:
+        self.sites, self.weights = sites, weights
+        self.before: list[dict[str, list[Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.sites._current())
+        self.sites._assign(self.weights)
+
+    def __exit__(self, *_: object) -> None:
+        self.sites._assign(self.before.pop())
 
 
 def _factor(site: str) -> str:

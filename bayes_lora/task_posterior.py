@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,29 +101,32 @@ class TaskPosterior:
                     f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(given)}."
                 )
         phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.loc.items()}
-        budget = max_tokens or self.lm.budget.per_item(max(1, num_draws))
         shown: Sequence[Sequence[Example]] = demonstrations or [()] * len(queries)
         return [
             self._predict(
                 {site: v if v.shape[-5] == 1 else v[:, i : i + 1] for site, v in phi.items()},
                 self.lm.encoder(query, shown[i]),
-                budget,
+                lambda: max_tokens or self.lm.budget.per_item(max(1, num_draws)),
             )
             for i, query in enumerate(queries)
         ]
 
-    def _predict(self, phi: Sites, rows: Sequence[EncodedExample], max_tokens: int) -> Tensor:
+    def _predict(self, phi: Sites, rows: Sequence[EncodedExample], max_tokens: Callable[[], int]) -> Tensor:
         """One task: rows of like length share a forward with all draws, then go back to their places."""
-        batches = by_tokens([len(row) for row in rows], max_tokens)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         width = max(row.num_options for row in rows)
-        pieces = []
-        for batch in batches:
+        pieces: list[Tensor] = []
+        done = 0
+        while done < len(order):
+            # Asked anew each time, for the first forward may measure it. Queries are worth their demonstrations.
+            budget = max(max_tokens(), len(rows[0].context or ()))
+            batch = order[done : done + len(by_tokens([len(rows[i]) for i in order[done:]], budget)[0])]
+            done += len(batch)
             episode = collate([[rows[i] for i in batch]]).to(self.lm.device)
             log_probs = predictive(self.lm(phi, episode))[0]
             absent = width - log_probs.shape[-1]
             pieces.append(nn.functional.pad(log_probs, (0, absent), value=absent_score(log_probs.dtype)))
-        order = torch.tensor([i for batch in batches for i in batch], device=pieces[0].device)
-        return torch.cat(pieces)[order.argsort()]
+        return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
 
     def evaluate(
         self, tasks: Sequence[Task], *, num_draws: int = 10, seed: int = 0, num_demonstrations: int = 0

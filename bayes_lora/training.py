@@ -156,7 +156,7 @@ def fit(
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
         seen, checks = episode, False
         episode = draw(state.step + 1)  # while the device is at work
-        losses.append(_checked(objective, seen, loss, norm, state.step))
+        losses.append(_checked(objective, seen, loss, norm, state.step, config.seed * 1_000_003 + index))
         stepper.step()
         state.step += 1
         _update_average(objective, state, config.average)
@@ -187,7 +187,7 @@ def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Te
     return loss
 
 
-def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, step: int) -> float:
+def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, step: int, seed: int) -> float:
     """The loss per example as a number, if it and its gradient's norm are finite; a step's one wait for the device."""
     loss = loss.detach()
     value, size = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
@@ -195,6 +195,10 @@ def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor |
         site = _blame_site(objective, episode) or "no single site is to blame: the sum overflows. Try a smaller beta"
         raise NonFiniteLoss(f"step {step}: the loss is {value}; {site}.")
     if not math.isfinite(size):
+        # Clipping has spread it over all gradients; made again, they tell where it came from.
+        objective.zero_grad()
+        torch.manual_seed(seed)
+        objective(episode).backward()
         names = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         raise NonFiniteLoss(f"step {step}: the gradient of {names[:3]} is not finite. Try a lower learning_rate.")
     return float(value)

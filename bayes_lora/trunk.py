@@ -28,16 +28,18 @@ __all__ = ["Trunk"]
 class _PassThrough(nn.Module):
     """Stands in for a decoder layer: returns what it is given, or ``states`` if there are any; may record its input."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
         super().__init__()
+        self.in_tuple = in_tuple
         # Some models choose the mask by an attribute of the layer.
         self.attention_type = getattr(layer, "attention_type", None)
         self.states: Tensor | None = None
         self.seen: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.seen = hidden_states
-        return hidden_states if self.states is None else self.states
+        output = hidden_states if self.states is None else self.states
+        return (output,) if self.in_tuple else output
 
 
 class Trunk:
@@ -66,6 +68,21 @@ class Trunk:
                 self.layers = layers
                 self.depth = min(int(place[2]) for place in places if place)
         self.cache, self.budget = cache, budget
+        self._in_tuple = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside the block it is noted whether the model's layers return tuples, as those that replace them must."""
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            self._in_tuple = isinstance(output, tuple)
+
+        handles = [layer.register_forward_hook(note) for layer in (self.layers or ())]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def skipped(self, states: Tensor | None) -> Iterator[None]:
@@ -87,7 +104,7 @@ class Trunk:
     def _swapped(self, indices: range) -> Iterator[list[_PassThrough]]:
         layers = self.layers if self.layers is not None else nn.ModuleList()
         originals = {i: layers[i] for i in indices}
-        stand_ins = [_PassThrough(layer) for layer in originals.values()]
+        stand_ins = [_PassThrough(layer, self._in_tuple) for layer in originals.values()]
         for i, stand_in in zip(indices, stand_ins, strict=True):
             layers[i] = stand_in
         try:

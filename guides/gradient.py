@@ -122,17 +122,21 @@ class GradientGuide(PyroModule):
     def posterior(self, support: Episode, theta: Sites) -> Normals:
         """Location and scale of q(phi | support), ``(T, 1, layers, out, in)``, per random site.
 
-        The steps are taken at the mean of q(theta), once for all draws of theta, and move each draw's start alike.
+        The steps are taken at the mean of q(theta), once for all draws of theta: a draw moves where they end by as much
+        as it moves p(phi | theta).
         """
-        here = self._begin(support, theta)
-        if self.steps == 0:
-            return here
+        (model,) = self._model
         mean = {site: self.theta.distribution(site).mean for site in self.theta.positive}
-        moved = self.displacement(support, mean, self._begin(support, mean))
-        return {
-            site: (loc + moved["loc", site], scale * moved["log_scale", site].exp())
-            for site, (loc, scale) in here.items()
-        }
+        start = self._begin(support, mean)
+        moved = self.displacement(support, mean, start) if self.steps else None
+        here, there = model.phi_prior(theta), model.phi_prior(mean)
+        posterior = {}
+        for site, (loc, scale) in start.items():
+            if moved is not None:
+                loc, scale = loc + moved["loc", site], scale * moved["log_scale", site].exp()
+            (here_loc, here_scale), (there_loc, there_scale) = here[site], there[site]
+            posterior[site] = loc + (here_loc - there_loc), scale * (here_scale / there_scale)
+        return posterior
 
     def _begin(self, support: Episode, theta: Sites) -> Normals:
         (model,) = self._model

@@ -55,6 +55,16 @@ def test_divergence_of_normals():
     assert ((ratio.mean(0) - found).abs() < 5 * ratio.std(0) / 200_000**0.5).all()
 
 
+def test_only_plain_normals_are_normals():
+    """A masked one counts where its mask is true; a transformed one is another distribution."""
+    mask = torch.tensor([True, False, True])
+    q, p = (dist.Normal(torch.full((3,), loc), 1.0).mask(mask) for loc in (1.0, 0.0))
+    torch.testing.assert_close(divergence(q, p), torch.tensor([0.5, 0.0, 0.5]))
+    moved = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [dist.transforms.AffineTransform(3.0, 2.0)])
+    with pytest.raises(NotImplementedError):
+        divergence(moved, dist.Normal(0.0, 1.0))
+
+
 def test_gradients_of_the_divergence_of_normals():
     def function(loc, scale, prior_loc, prior_scale):
         return divergence(dist.Normal(loc, scale).to_event(2), dist.Normal(prior_loc, prior_scale).to_event(2))

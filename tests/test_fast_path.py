@@ -10,9 +10,19 @@ import pytest
 import torch
 from conftest import BUILDERS, TARGETS, build_lm, make_tasks
 from test_language_model import closeness, make_episode, random_phi
-from transformers import BloomConfig, BloomForCausalLM
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from bayes_lora import fast_path
+from bayes_lora import fast_path, forward
 from bayes_lora.cache import TensorCache
 from bayes_lora.errors import ConfigError, ModelError
 from bayes_lora.forward import PackedForward
@@ -111,6 +121,39 @@ def test_gradient_checkpointing_changes_nothing(any_lm: Any, tokenizer: Any) -> 
     assert not any(module.training for module in lm.model.modules() if isinstance(module, torch.nn.Dropout))
 
 
+def test_backward_twice_through_checkpoints(lm: Any, tokenizer: Any) -> None:
+    """As for second-order gradient steps."""
+    plain, lm = lm, build_lm("llama", tokenizer, gradient_checkpointing=True)
+    episode, _ = make_episode(lm)
+    seconds = []
+    for one in (plain, lm):
+        phi = {site: value.requires_grad_() for site, value in random_phi(one, 2, 2, 1).items()}
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = present(one(phi, episode), episode).square().sum()
+            first = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            sum(value.square().sum() for value in first).backward()
+        seconds.append(phi["o_proj.lora_B"].grad)
+    torch.testing.assert_close(*seconds)
+
+
+def test_checkpointed_layers_apply_no_dropout(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT's do it themselves, by their own flag."""
+    config = dict(vocab_size=320, hidden_size=16, ffn_dim=24, num_hidden_layers=4, num_attention_heads=4)
+    settings = dict(config, word_embed_proj_dim=16, max_position_embeddings=256, dropout=0.4, init_std=0.3)
+    monkeypatch.setitem(BUILDERS, "opt", lambda: OPTForCausalLM(OPTConfig(**settings)))
+    monkeypatch.setitem(TARGETS, "opt", ["q_proj", "v_proj"])
+    lm = build_lm("opt", tokenizer, gradient_checkpointing=True)
+    check_against_plain(lm, make_episode(lm)[0])
+
+
+def test_checkpointing_and_a_key_value_cache_exclude_each_other(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = bloom(tokenizer, monkeypatch, gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match="gradient_checkpointing: BloomForCausalLM needs a key-value cache"):
+        lm.features(make_episode(lm)[0])
+
+
 def test_a_model_without_checkpointing_refuses_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
 
@@ -162,15 +205,15 @@ def test_a_wrong_trunk_is_noticed_and_left_out(lm: Any, monkeypatch: pytest.Monk
         lm.features(episode)
     assert lm.trunk.depth == 0
     check_against_plain(lm, episode)
-    assert len(lm.trunk.cache) <= 1  # the example of the check
+    assert len(lm.trunk.cache) == 2  # the made-up rows of the check
 
 
-def bloom(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def bloom(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Any:
     config = dict(vocab_size=320, hidden_size=16, n_layer=4, n_head=4, initializer_range=0.3)
     monkeypatch.setitem(BUILDERS, "bloom", lambda: BloomForCausalLM(BloomConfig(**config)))
     monkeypatch.setitem(TARGETS, "bloom", ["query_key_value", "dense"])
     # Not float64: where a prompt is padded on the left, its lowest value is infinite in the softmax, which is float32.
-    return build_lm("bloom", tokenizer, dtype=torch.float32)
+    return build_lm("bloom", tokenizer, dtype=torch.float32, **kwargs)
 
 
 @pytest.mark.parametrize("demonstrations", [True, False])
@@ -205,6 +248,29 @@ def test_the_key_value_cache_scores_as_packed_rows_do(kind: str, tokenizer: Any)
     phi = random_phi(lm, 2, 1, 1)
     found = present(lm(phi, short), short)
     torch.testing.assert_close(found, expected_scores(lm, phi, short), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_its_own_is_noticed_before_it_matters(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-Neo's local layers look back 8 places of the row, whatever the mask; a short row does not show it."""
+    sizes = dict(vocab_size=320, hidden_size=16, num_layers=4, num_heads=4, window_size=8, max_position_embeddings=256)
+    layers = dict(attention_types=[[["global", "local"], 2]], initializer_range=0.3)
+    monkeypatch.setitem(BUILDERS, "neo", lambda: GPTNeoForCausalLM(GPTNeoConfig(**sizes, **layers)))
+    monkeypatch.setitem(TARGETS, "neo", ["q_proj", "v_proj"])
+    lm = build_lm("neo", tokenizer, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="GPTNeoForCausalLM: with packed rows .* its scores are off"):
+        lm.features(collate([[packing.pack([5, 6], [[1], [2]], 0)]]))
+    check_against_plain(lm, make_episode(lm)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_return_tuples(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-J's do: a kept trunk, and the head alone, in pieces."""
+    sizes = dict(vocab_size=320, n_embd=16, n_layer=4, n_head=4, rotary_dim=2, n_positions=256, initializer_range=0.3)
+    monkeypatch.setitem(BUILDERS, "gptj", lambda: GPTJForCausalLM(GPTJConfig(**sizes)))
+    monkeypatch.setitem(TARGETS, "gptj", ["q_proj", "v_proj", "out_proj"])
+    monkeypatch.setattr(forward, "LOGIT_BYTES", 3 * 320 * 8)
+    lm = build_lm("gptj", tokenizer)
+    check_against_plain(lm, episode_with_demonstrations(lm), rtol=1e-5, atol=1e-5)
+    assert lm.trunk.depth == 2
 
 
 def test_a_model_that_cannot_be_used_is_refused(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

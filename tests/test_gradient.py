@@ -189,6 +189,39 @@ def test_after_the_network(lm):
     assert any("head" in name for name in moved) and any("theta" in name for name in moved)
 
 
+def test_the_steps_begin_where_the_network_points(lm, monkeypatch):
+    """At one and the same draw of its dropout."""
+    torch.manual_seed(3)
+    model = HierarchicalNormal(lm, lm.sites.initial(), initial_scale=(0.3, 0.2))
+    network = GuideNetwork(model, directions=2, hidden=6, bilinear=2, dropout=0.5).double().train()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter += 0.3 * torch.randn_like(parameter) * ("head" in name)
+    guide = GradientGuide(model, start=network, steps=1, learning_rate=1e-12)
+    starts, posterior = [], network.posterior
+    monkeypatch.setattr(network, "posterior", lambda *args: starts.append(posterior(*args)) or starts[-1])
+    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    found = guide.posterior(make_episode(lm).support, theta)
+    assert len(starts) == 1
+    for site, (loc, scale) in found.items():
+        torch.testing.assert_close(loc, starts[0][site][0])
+        torch.testing.assert_close(scale, starts[0][site][1])
+
+
+def test_draws_of_theta_move_the_end_as_they_move_the_prior(lm):
+    guide = build(lm, theta=NormalTheta).guide.program
+    model, support = guide._model[0], make_episode(lm).support
+    mean = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    moved = {site: value + 0.1 if ".loc." in site else 4.0 * value for site, value in mean.items()}
+    torch.manual_seed(1)
+    one = guide.posterior(support, mean)
+    torch.manual_seed(1)
+    two = guide.posterior(support, moved)
+    for site in model.random_sites:
+        torch.testing.assert_close(two[site][0], one[site][0] + 0.1)
+        torch.testing.assert_close(two[site][1], one[site][1] / 2)
+
+
 def test_bad_settings_are_refused(lm):
     for wrong in (dict(steps=-1), dict(num_particles=0), dict(learning_rate=0.0), dict(beta=0.0)):
         with pytest.raises(ConfigError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):

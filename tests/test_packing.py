@@ -68,11 +68,18 @@ def test_rows_hold_all_examples_in_order(task: list[EncodedExample], limit: int)
     for row in rows:
         contexts = {example.context for example in row.examples}
         assert len(contexts) == 1
-        assert len(row.examples) == 1 or (None not in contexts and len(row) <= limit)
+        assert len(row.examples) == 1 or (None not in contexts and sum(map(len, row.examples)) <= limit)
         assert len(row) == len(row.tokens) == len(row.segments) == len(row.owners) == len(row.positions)
     keys = [row.key for row in rows]
     contents = [(tuple(e.key for e in row.examples)) for row in rows]
     assert len(set(keys)) == len(set(contents))
+
+
+def test_a_long_context_is_read_once_for_many_examples() -> None:
+    """It does not count against what examples may share a row."""
+    context = Context.of([1] * (2 * packing.ROW_TOKENS))
+    few = [in_context(pack([i, 2], [[3], [4, 5]], 0), context) for i in range(50)]
+    assert len(pack_rows(few)) == 1
 
 
 def test_a_context_is_part_of_the_key() -> None:

@@ -1,5 +1,6 @@
 import json
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -142,6 +143,29 @@ def test_demonstrations_stand_before_every_query(posterior, unseen):
     assert metrics.nll == pytest.approx(-float(gold.mean()))
     with pytest.raises(TaskError, match="demonstrations: expected one list of examples for each of 3 tasks, got 1"):
         adapted.predict([t.query for t in unseen], demonstrations=shown[:1])
+
+
+def test_a_budget_that_the_first_forward_finds_is_used_by_the_next(posterior, unseen):
+    adapted, task = posterior.adapt(unseen[:1]), unseen[0]
+    lm, sizes = posterior.lm, []
+    whole = adapted.predict([task.query], num_draws=2)[0]
+    lm.budget.tokens = 2 * len(lm.encoder(task.query)[0])
+    run = lm.budget.run
+
+    def found(score, count, tokens):
+        sizes.append(tokens)
+        lm.budget.tokens = 4096
+        return run(score, count, tokens)
+
+    lm.budget.run = found
+    torch.testing.assert_close(adapted.predict([task.query], num_draws=2)[0], whole)
+    assert len(sizes) == 2 and sizes[1] > 2 * sizes[0]
+
+
+def test_a_saved_posterior_names_no_cache_folder(posterior, tmp_path):
+    settings = replace(posterior.config.language_model, cache_folder=str(tmp_path / "states"))
+    Posterior(posterior.lm, posterior.objective, replace(posterior.config, language_model=settings)).save(tmp_path / "p")
+    assert str(tmp_path / "states") not in (tmp_path / "p" / "posterior.json").read_text()
 
 
 def test_no_draws_predicts_with_the_mean(posterior, unseen):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["Context", "EncodedExample", "PackedRow", "in_context", "pack", "pack_rows"]
 
-ROW_TOKENS = 2048
-"""Examples share a row up to about this length: attention costs its square, and a context is read once a row."""
+ROW_TOKENS = 1024
+"""Examples share a row up to so many tokens of their own: attention costs a row's square, a context is read once a row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ def pack_rows(examples: Sequence[EncodedExample]) -> list[PackedRow]:
         if some and not (fits and length + len(example) <= ROW_TOKENS):
             rows.append(_row(some))
             some, length = [], 0
-        length += len(example) + (len(context) if context is not None and not some else 0)
+        length += len(example)
         some.append(example)
     return [*rows, _row(some)] if some else rows
 
