@@ -61,7 +61,7 @@ class PackedForward:
         self.head: Any = model.get_output_embeddings()
 
     def __call__(self, episode: Episode, draws: int = 1, most_positions: int | None = None) -> Read:
-        """See :class:`Forward`; the head reads at most ``most_positions`` at a time, by default what its budget holds."""
+        """See :class:`Forward`; the head reads ``most_positions`` at a time, by default what its budget holds."""
         with torch.no_grad(), self.sites.unbound():
             states = self.trunk.states(episode, self._run)
         rows, length = episode.input_ids.shape

@@ -164,7 +164,8 @@ def test_a_budget_that_the_first_forward_finds_is_used_by_the_next(posterior, un
 
 def test_a_saved_posterior_names_no_cache_folder(posterior, tmp_path):
     settings = replace(posterior.config.language_model, cache_folder=str(tmp_path / "states"))
-    Posterior(posterior.lm, posterior.objective, replace(posterior.config, language_model=settings)).save(tmp_path / "p")
+    config = replace(posterior.config, language_model=settings)
+    Posterior(posterior.lm, posterior.objective, config).save(tmp_path / "p")
     assert str(tmp_path / "states") not in (tmp_path / "p" / "posterior.json").read_text()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Context", "EncodedExample", "PackedRow", "in_context", "pack", "pack_rows"]
 
 ROW_TOKENS = 1024
-"""Examples share a row up to so many tokens of their own: attention costs a row's square, a context is read once a row."""
+"""Examples share a row up to so many tokens of their own: attention costs a row's square, a context its length."""
 
 
 @dataclass(frozen=True, eq=False)
