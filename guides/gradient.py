@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine import runtime
@@ -29,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayes_lora.elbo import AnalyticELBO, ScaleLatents
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.theta import PointTheta, attribute, show_to_svi
+from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -113,11 +112,7 @@ class GradientGuide(PyroModule):
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi; reads only ``episode.support``."""
         theta = self.theta()
-        phi: Sites = {}
-        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-            for site, (loc, scale) in self.posterior(episode.support, theta).items():
-                phi[site] = pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
-        return phi
+        return sample_phi(episode, self.posterior(episode.support, theta))
 
     def posterior(self, support: Episode, theta: Sites) -> Normals:
         """Location and scale of q(phi | support), ``(T, 1, layers, out, in)``, per random site.
@@ -195,11 +190,8 @@ class Descent:
 
     def _gradients(self, support: Episode, theta: Sites, point: Displacement) -> Displacement:
         def guide(episode: Episode) -> None:
-            with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-                for part, site in point:
-                    if part == "loc":
-                        normal = dist.Normal(point["loc", site], point["log_scale", site].exp()).to_event(3)
-                        pyro.sample(f"phi.{site}", normal)
+            loc = {site: value for (part, site), value in point.items() if part == "loc"}
+            sample_phi(episode, {site: (loc[site], point["log_scale", site].exp()) for site in loc})
 
         attention = _twice_differentiable() if self.second else nullcontext()
         with _apart(), torch.enable_grad(), attention:

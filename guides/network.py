@@ -20,15 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pyro
-import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayes_lora.features import Features
-from bayes_lora.guides.theta import PointTheta, attribute, show_to_svi
+from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -98,13 +96,8 @@ class GuideNetwork(PyroModule):
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi; reads only ``episode.support``."""
-        (model,) = self._model
         theta = self.theta()
-        phi: Sites = {}
-        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-            for site, (loc, scale) in self.posterior(episode.support, theta).items():
-                phi[site] = pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
-        return phi
+        return sample_phi(episode, self.posterior(episode.support, theta))
 
     def posterior(self, support: Episode, theta: Sites) -> dict[str, tuple[Tensor, Tensor]]:
         """Location and scale of q(phi | support), ``(T, 1, layers, out, in)``, per random site."""

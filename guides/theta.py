@@ -1,4 +1,4 @@
-"""q(theta): a point, or independent normals. Parts of guides, not guides: they sample the model's theta sites alone."""
+"""q(theta): a point, or independent normals; and what guides share. They sample the model's theta sites alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
-__all__ = ["NormalTheta", "PointTheta", "attribute", "show_to_svi"]
+__all__ = ["NormalTheta", "PointTheta", "attribute", "sample_phi", "show_to_svi"]
 
 
 def attribute(prefix: str, site: str) -> str:
@@ -29,6 +30,15 @@ def show_to_svi(module: nn.Module) -> None:
     """
     for parameter in module.parameters():
         parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+
+
+def sample_phi(episode: Episode, normals: dict[str, tuple[Tensor, Tensor]]) -> Sites:
+    """Sample ``phi.<site>`` for an episode's tasks from normals ``(T, 1, layers, out, in)``: location and scale."""
+    with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
+        return {
+            site: pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
+            for site, (loc, scale) in normals.items()
+        }
 
 
 class PointTheta(PyroModule):
