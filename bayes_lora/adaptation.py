@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 
 from bayes_lora.errors import NonFiniteLoss
-from bayes_lora.guides.gradient import Descent, Displacement
+from bayes_lora.guides.gradient import Descent, Point, from_point, to_point
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
@@ -68,25 +68,25 @@ def adapt(
         trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
     theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
-    phi = {name: node["fn"] for name, node in sites.items() if name.startswith("phi.")}
-    start = {name.removeprefix("phi."): (normal.mean, normal.stddev) for name, normal in phi.items()}
+    start = {name.removeprefix("phi."): node["fn"] for name, node in sites.items() if name.startswith("phi.")}
     if steps:
         descent = Descent(model, lambda part, site: learning_rate, beta=objective.full_beta)
         # What diverges is named below, once all steps are taken.
         with evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
             moved = descent(episode, theta, start, steps)
         _check_finite(moved, steps)
-        start = {s: (loc + moved["loc", s], scale * moved["log_scale", s].exp()) for s, (loc, scale) in start.items()}
+        begin = to_point(start, len(tasks))
+        start = from_point(start, {key: begin[key] + moved[key] for key in begin})
     prefix = "theta.loc."
     loc = {name.removeprefix(prefix): value for name, value in theta.items() if name.startswith(prefix)}
     loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in loc.items()}
     # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
-    loc |= {site: mean.contiguous() for site, (mean, _) in start.items()}
-    scale = {site: (width * sd).contiguous() for site, (_, sd) in start.items()}
+    loc |= {site: fn.mean.contiguous() for site, fn in start.items()}
+    scale = {site: (width * fn.stddev).contiguous() for site, fn in start.items()}
     return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks))
 
 
-def _check_finite(moved: Displacement, steps: int) -> None:
+def _check_finite(moved: Point, steps: int) -> None:
     broken = [f"{part} of {site!r}" for (part, site), value in moved.items() if not value.isfinite().all()]
     if broken:
         raise NonFiniteLoss(f"after {steps} steps of adaptation {broken[:3]} is not finite. Lower learning_rate.")

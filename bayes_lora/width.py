@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from bayes_lora.adaptation import draw_phi
 from bayes_lora.errors import ConfigError
+from bayes_lora.families import widened
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
 from bayes_lora.task_posterior import predictive
@@ -30,7 +30,7 @@ WIDTHS = (1.0, 1.4, 2.0, 2.8)
 
 
 class Widened(Messenger):
-    """Effect handler: the standard deviation of every normal ``phi.*`` site is multiplied by ``width``.
+    """Effect handler: the standard deviation of every ``phi.*`` site is multiplied by ``width``.
 
     Around a guide, it draws from the widened q(phi | S), whatever the guide.
     """
@@ -42,10 +42,8 @@ class Widened(Messenger):
         self.width = width
 
     def _pyro_sample(self, msg: Any) -> None:
-        normal = getattr(msg["fn"], "base_dist", msg["fn"])
-        if msg["name"].startswith("phi.") and isinstance(normal, torch.distributions.Normal) and not msg["done"]:
-            events = len(msg["fn"].event_shape)
-            msg["fn"] = dist.Normal(normal.loc, self.width * normal.scale).to_event(events)
+        if msg["name"].startswith("phi.") and not msg["done"]:
+            msg["fn"] = widened(msg["fn"], self.width)
 
 
 def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:

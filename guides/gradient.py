@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine import runtime
@@ -28,17 +29,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayes_lora.elbo import AnalyticELBO, ScaleLatents
 from bayes_lora.errors import ConfigError
+from bayes_lora.families import Parts, from_parts, to_parts
 from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
-__all__ = ["Descent", "GradientGuide"]
+__all__ = ["Descent", "GradientGuide", "from_point", "to_point"]
 
-Normals = dict[str, tuple[Tensor, Tensor]]
-"""Site name to location and scale, ``(T, 1, layers, out, in)`` or what broadcasts to it."""
+Distributions = dict[str, dist.TorchDistribution]
+"""Site name to a distribution, of batch ``(T, 1)`` or what broadcasts to it."""
 
-Displacement = dict[tuple[str, str], Tensor]
-"""``("loc", site)`` and ``("log_scale", site)`` to a tensor of the site's shape."""
+Point = dict[tuple[str, str], Tensor]
+"""``(part, site)`` to an unconstrained parameter, ``("loc", site)`` and ``("log_scale", site)`` for normals."""
 
 
 class GradientGuide(PyroModule):
@@ -46,17 +48,17 @@ class GradientGuide(PyroModule):
 
     Args:
         model: a hierarchical model with ``random_sites``, ``theta()`` and ``phi_prior(theta)``.
-        start: a guide with ``theta`` and ``posterior(support, theta)`` at whose normals the steps begin; by default
-            they begin at p(phi | theta).
+        start: a guide with ``theta`` and ``posterior(support, theta)`` at which the steps begin; by default they
+            begin at p(phi | theta).
         theta: makes q(theta) from the model, where ``start`` has none: :class:`PointTheta` or :class:`NormalTheta`.
         steps: K.
-        learning_rate: alpha, of loc and log scale.
+        learning_rate: alpha, of every part of the family (loc and log scale of normals).
         optimizer: ``"sgd"``, or ``"adam"`` (each task's and element's own moments, none kept between episodes).
         beta: weight of the divergence inside; independent of the objective's.
         num_particles: draws of phi per step, in one forward.
         second_order: whether theta's gradient flows through the steps. For small models: every step keeps its graph,
             and attention takes its plain form, the only one that can be differentiated twice.
-        learn_rates: whether alpha is learnt, one for loc and one for log scale of each site.
+        learn_rates: whether alpha is learnt, one for each part of each site (its loc, its log scale).
 
     Raises:
         ConfigError: a setting is out of range.
@@ -92,9 +94,10 @@ class GradientGuide(PyroModule):
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
         self.beta, self.num_particles, self.second_order = beta, num_particles, second_order
         if learn_rates:
-            for site in model.random_sites:
-                for part in ("loc", "log_scale"):
-                    self._set(part, site, nn.Parameter(torch.tensor(learning_rate).log()))
+            with torch.no_grad():
+                prior = model.phi_prior(model.initial_theta())
+            for part, site in to_point(prior):
+                self._set(part, site, nn.Parameter(torch.tensor(learning_rate).log()))
         show_to_svi(self)
 
     @property
@@ -114,33 +117,31 @@ class GradientGuide(PyroModule):
         theta = self.theta()
         return sample_phi(episode, self.posterior(episode.support, theta))
 
-    def posterior(self, support: Episode, theta: Sites) -> Normals:
-        """Location and scale of q(phi | support), ``(T, 1, layers, out, in)``, per random site.
+    def posterior(self, support: Episode, theta: Sites) -> Distributions:
+        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
 
         The steps are taken at the mean of q(theta), once for all draws of theta: a draw moves where they end by as much
         as it moves p(phi | theta).
         """
         (model,) = self._model
+        tasks = len(support.task_index)
         mean = {site: self.theta.distribution(site).mean for site in self.theta.positive}
         start = self._begin(support, mean)
-        moved = self.displacement(support, mean, start) if self.steps else None
-        here, there = model.phi_prior(theta), model.phi_prior(mean)
-        posterior = {}
-        for site, (loc, scale) in start.items():
-            if moved is not None:
-                loc, scale = loc + moved["loc", site], scale * moved["log_scale", site].exp()
-            (here_loc, here_scale), (there_loc, there_scale) = here[site], there[site]
-            posterior[site] = loc + (here_loc - there_loc), scale * (here_scale / there_scale)
-        return posterior
+        if not self.steps and self.start is None:
+            return {site: fn.expand((tasks, 1)) if not fn.batch_shape else fn for site, fn in start.items()}
+        here, there, end = to_point(model.phi_prior(theta)), to_point(model.phi_prior(mean)), to_point(start, tasks)
+        moved = self.displacement(support, mean, start) if self.steps else {}
+        for key in end:
+            end[key] = end[key] + moved.get(key, 0.0) + (here[key] - there[key])
+        return from_point(start, end)
 
-    def _begin(self, support: Episode, theta: Sites) -> Normals:
+    def _begin(self, support: Episode, theta: Sites) -> Distributions:
         (model,) = self._model
-        prior: Normals = model.phi_prior(theta) if self.start is None else self.start.posterior(support, theta)
-        tasks = len(support.task_index)
-        return {site: (_of_tasks(loc, tasks), _of_tasks(scale, tasks)) for site, (loc, scale) in prior.items()}
+        begin: Distributions = model.phi_prior(theta) if self.start is None else self.start.posterior(support, theta)
+        return begin
 
-    def displacement(self, support: Episode, theta: Sites, start: Normals) -> Displacement:
-        """How far K steps move ``("loc", site)`` and ``("log_scale", site)`` from ``start``, at one value of theta."""
+    def displacement(self, support: Episode, theta: Sites, start: Distributions) -> Point:
+        """How far K steps move each ``(part, site)`` from ``start``, at one value of theta."""
         (model,) = self._model
         second = self.second_order and torch.is_grad_enabled()
         descent = Descent(model, self._rate, self.optimizer, self.beta, self.num_particles, second)
@@ -173,25 +174,23 @@ class Descent:
         self.elbo: Any = make(num_particles, max_plate_nesting=2, vectorize_particles=True)
         self.direction = Adam() if optimizer == "adam" else lambda _, gradient: gradient
 
-    def __call__(self, support: Episode, theta: Sites, start: Normals, steps: int) -> Displacement:
+    def __call__(self, support: Episode, theta: Sites, start: Distributions, steps: int) -> Point:
         """Take the steps; every task counts for itself, whatever collection it is from."""
-        origin = {("loc", site): loc for site, (loc, _) in start.items()}
-        origin |= {("log_scale", site): scale.log() for site, (_, scale) in start.items()}
+        origin = to_point(start, len(support.task_index))
         if not self.second:
             origin = {key: value.detach() for key, value in origin.items()}
             theta = {site: value.detach() for site, value in theta.items()}
         moved = {key: torch.zeros_like(value) for key, value in origin.items()}
         alone = support.alone()
         for _ in range(steps):
-            gradients = self._gradients(alone, theta, {key: origin[key] + moved[key] for key in origin})
+            gradients = self._gradients(alone, theta, start, {key: origin[key] + moved[key] for key in origin})
             for key, gradient in gradients.items():
                 moved[key] = moved[key] - self.rate(*key) * self.direction(key, gradient)
         return moved
 
-    def _gradients(self, support: Episode, theta: Sites, point: Displacement) -> Displacement:
+    def _gradients(self, support: Episode, theta: Sites, like: Distributions, point: Point) -> Point:
         def guide(episode: Episode) -> None:
-            loc = {site: value for (part, site), value in point.items() if part == "loc"}
-            sample_phi(episode, {site: (loc[site], point["log_scale", site].exp()) for site in loc})
+            sample_phi(episode, from_point(like, point))
 
         attention = _twice_differentiable() if self.second else nullcontext()
         with _apart(), torch.enable_grad(), attention:
@@ -224,8 +223,20 @@ class Adam:
         return first / (1 - a**count) / (root + self.epsilon)
 
 
-def _of_tasks(value: Tensor, tasks: int) -> Tensor:
-    return value.expand(tasks, 1, *value.shape[-3:]) if value.ndim == 3 else value
+def to_point(distributions: Distributions, tasks: int | None = None) -> Point:
+    """The unconstrained parameters of all sites, ``(tasks, 1, layers, out, in)`` each where tasks is given."""
+    point = {(part, site): value for site, fn in distributions.items() for part, value in to_parts(fn).items()}
+    if tasks is None:
+        return point
+    return {key: v.expand(tasks, 1, *v.shape[-3:]) if v.ndim == 3 else v for key, v in point.items()}
+
+
+def from_point(like: Distributions, point: Point) -> Distributions:
+    """Distributions of the families of ``like`` with these parameters."""
+    parts: dict[str, Parts] = {site: {} for site in like}
+    for (part, site), value in point.items():
+        parts[site][part] = value
+    return {site: from_parts(fn, parts[site]) for site, fn in like.items()}
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -99,12 +100,13 @@ class GuideNetwork(PyroModule):
         theta = self.theta()
         return sample_phi(episode, self.posterior(episode.support, theta))
 
-    def posterior(self, support: Episode, theta: Sites) -> dict[str, tuple[Tensor, Tensor]]:
-        """Location and scale of q(phi | support), ``(T, 1, layers, out, in)``, per random site."""
+    def posterior(self, support: Episode, theta: Sites) -> dict[str, dist.TorchDistribution]:
+        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
         (model,) = self._model
         code = self.code(support)
         posterior = {}
-        for site, (loc, scale) in model.phi_prior(theta).items():
+        for site, prior in model.phi_prior(theta).items():
+            loc, scale = prior.base_dist.loc, prior.base_dist.scale
             layers = loc.shape[-3]
             head = self._get("head", site)(code.pooled).unflatten(-1, (layers, -1))  # (T, layers, m + 1)
             shift = torch.einsum("tlm,lmoi->tloi", head[..., :-1], self._get("directions", site))
@@ -115,7 +117,8 @@ class GuideNetwork(PyroModule):
                 shift = shift + torch.einsum("tsli,tso->tloi", each, code.residual)
             log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
             # In one exponential and one addcmul, for backward keeps what every other operation returns, for every task.
-            posterior[site] = torch.addcmul(loc, scale, shift[:, None]), (scale.log() + log_ratio).exp()
+            moved, scale = torch.addcmul(loc, scale, shift[:, None]), (scale.log() + log_ratio).exp()
+            posterior[site] = dist.Normal(moved, scale).to_event(3)
         return posterior
 
     def code(self, support: Episode) -> Code:

@@ -32,13 +32,10 @@ def show_to_svi(module: nn.Module) -> None:
         parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
 
 
-def sample_phi(episode: Episode, normals: dict[str, tuple[Tensor, Tensor]]) -> Sites:
-    """Sample ``phi.<site>`` for an episode's tasks from normals ``(T, 1, layers, out, in)``: location and scale."""
+def sample_phi(episode: Episode, posterior: dict[str, dist.TorchDistribution]) -> Sites:
+    """Sample ``phi.<site>`` for an episode's tasks from q(phi | support), of batch ``(T, 1)`` per site."""
     with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-        return {
-            site: pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
-            for site, (loc, scale) in normals.items()
-        }
+        return {site: pyro.sample(f"phi.{site}", fn) for site, fn in posterior.items()}
 
 
 class PointTheta(PyroModule):

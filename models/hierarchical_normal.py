@@ -81,9 +81,13 @@ class HierarchicalNormal(PyroModule):
             theta[f"theta.precision.{site}"] = pyro.sample(f"theta.precision.{site}", gamma)
         return theta
 
-    def phi_prior(self, theta: Sites) -> dict[str, tuple[Tensor, Tensor]]:
-        """Location and scale of p(phi | theta) for the random sites."""
-        return {s: (theta[f"theta.loc.{s}"], theta[f"theta.precision.{s}"].rsqrt()) for s in self.random_sites}
+    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+        """p(phi | theta) of one task, per random site."""
+        prior: dict[str, dist.TorchDistribution] = {}
+        for site in self.random_sites:
+            loc, precision = theta[f"theta.loc.{site}"], theta[f"theta.precision.{site}"]
+            prior[site] = dist.Normal(loc, precision.rsqrt()).to_event(3)
+        return prior
 
     def sample_phi(self, episode: Episode) -> Sites:
         """Sample theta and phi; returns phi for every LoRA site, ``(T, 1, layers, out, in)`` where it is random."""
@@ -93,8 +97,8 @@ class HierarchicalNormal(PyroModule):
         theta = self.theta()
         phi = {site: theta[f"theta.loc.{site}"] for site in self.initial}
         with tasks:
-            for site, (loc, scale) in self.phi_prior(theta).items():
-                phi[site] = pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
+            for site, prior in self.phi_prior(theta).items():
+                phi[site] = pyro.sample(f"phi.{site}", prior)
         return phi
 
     def forward(self, episode: Episode) -> Tensor:

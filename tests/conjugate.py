@@ -69,7 +69,7 @@ class LinearModel(HierarchicalNormal):
 
     def phi_prior(self, theta):
         loc = theta[f"theta.loc.{SITE}"]
-        return {SITE: (loc, torch.full_like(loc, TAU))}
+        return {SITE: dist.Normal(loc, torch.full_like(loc, TAU)).to_event(3)}
 
     def answer(self, log_lik):
         return dist.Normal(log_lik, NOISE)

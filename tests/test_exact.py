@@ -64,8 +64,8 @@ def fitted(name, episode):
 
 def normals(model, guide, support):
     theta = {f"theta.loc.{SITE}": model.initial[SITE]}
-    loc, scale = guide.posterior(support, theta)[SITE]
-    return loc.detach()[:, 0, 0, 0], scale.detach()[:, 0, 0, 0]
+    q = guide.posterior(support, theta)[SITE].base_dist
+    return q.loc.detach()[:, 0, 0, 0], q.scale.detach()[:, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", GUIDES)

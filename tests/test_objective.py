@@ -50,9 +50,9 @@ def test_loss_equals_its_definition(lm, random):
     torch.manual_seed(5)
     phi = {site: theta[f"theta.loc.{site}"] for site in lm.sites.shapes}
     divergence = 0.0
-    for site, (loc, scale) in posterior.items():
-        phi[site] = Normal(loc, scale).rsample()
-        divergence = divergence + kl_divergence(Normal(loc, scale), Normal(*prior[site])).sum()
+    for site, fn in posterior.items():
+        phi[site] = fn.base_dist.rsample()
+        divergence = divergence + kl_divergence(fn.base_dist, prior[site].base_dist).sum()
     log_probs = lm(phi, episode).log_softmax(-1).gather(-1, episode.answer[..., None])[..., 0]
     log_lik = log_probs[0, :2].sum() * 11 / 2 + log_probs[1, :3].sum() * 5 / 3
     log_prior = sum(
@@ -97,9 +97,9 @@ def test_the_guide_starts_at_the_prior(lm):
     objective, episode = build(lm, move=False), make_episode(lm)
     assert objective.terms(episode)["kl"] == pytest.approx(0.0, abs=1e-9)
     theta, prior, posterior = posterior_and_prior(objective, episode)
-    for site, (loc, scale) in posterior.items():
-        torch.testing.assert_close(loc, prior[site][0].expand_as(loc))
-        torch.testing.assert_close(scale, prior[site][1].expand_as(scale))
+    for site, fn in posterior.items():
+        torch.testing.assert_close(fn.mean, prior[site].mean.expand_as(fn.mean))
+        torch.testing.assert_close(fn.stddev, prior[site].stddev.expand_as(fn.stddev))
     torch.testing.assert_close(theta["theta.loc.q_proj.lora_A"], lm.sites.initial()["q_proj.lora_A"])
 
 
@@ -108,16 +108,20 @@ def test_the_guide_reads_the_support_alone_and_in_any_order(lm):
     tasks = list(make_tasks(2).values())
     support = [lm.encoder(task.examples[:4]) for task in tasks]
     one, two = ([lm.encoder(task.examples[i : i + 2]) for task in tasks] for i in (4, 8))
-    posteriors = [posterior_and_prior(objective, collate(query, support))[2] for query in (one, two)]
-    shuffled = posterior_and_prior(objective, collate(one, [rows[::-1] for rows in support]))[2]
-    padded = posterior_and_prior(objective, collate(one, [support[0], support[1][:2]]))[2]
-    alone = posterior_and_prior(objective, collate(one[:1], support[:1]))[2]
-    for site, (loc, _) in posteriors[0].items():
-        assert torch.equal(loc, posteriors[1][site][0])
-        torch.testing.assert_close(shuffled[site][0], loc)
-        torch.testing.assert_close(padded[site][0][0], loc[0])
-        torch.testing.assert_close(alone[site][0][0], loc[0])
-        assert not torch.allclose(padded[site][0][1], loc[1])
+
+    def means(episode):
+        return {site: fn.mean for site, fn in posterior_and_prior(objective, episode)[2].items()}
+
+    plain, other = (means(collate(query, support)) for query in (one, two))
+    shuffled = means(collate(one, [rows[::-1] for rows in support]))
+    padded = means(collate(one, [support[0], support[1][:2]]))
+    alone = means(collate(one[:1], support[:1]))
+    for site, loc in plain.items():
+        assert torch.equal(loc, other[site])
+        torch.testing.assert_close(shuffled[site], loc)
+        torch.testing.assert_close(padded[site][0], loc[0])
+        torch.testing.assert_close(alone[site][0], loc[0])
+        assert not torch.allclose(padded[site][1], loc[1])
         assert not torch.allclose(loc[0], loc[1])
 
 

@@ -210,9 +210,9 @@ def test_a_plain_pyro_guide_can_be_fitted(lm):
             theta = self.theta()
             prior = self._model[0].phi_prior(theta)
             with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-                for site, (_, scale) in prior.items():
+                for site, fn in prior.items():
                     loc = getattr(self, "m_" + site.replace(".", "_"))
-                    pyro.sample(f"phi.{site}", dist.Normal(loc, scale).to_event(3))
+                    pyro.sample(f"phi.{site}", dist.Normal(loc, fn.base_dist.scale).to_event(3))
 
     objective, sampler, _ = build(lm)
     plain = BetaELBO(objective.model.program, Shared(objective.model.program).double(), beta=1e-3)

@@ -1,0 +1,81 @@
+"""What gradient steps move: a distribution as a few unconstrained tensors, and back.
+
+A family is a distribution type with three functions. They are registered for normals here, and for other families in
+their own modules::
+
+    @to_parts.register
+    def _(fn: MyFamily) -> Parts: ...
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+__all__ = ["Parts", "from_parts", "to_parts", "widened"]
+
+Parts = dict[str, Tensor]
+"""Name of an unconstrained parameter (``"loc"``, ``"log_scale"``) to its value ``(*batch, layers, out, in)``."""
+
+
+@singledispatch
+def to_parts(fn: Any) -> Parts:
+    """The unconstrained parameters of a distribution.
+
+    Raises:
+        NotImplementedError: no family is registered for its type.
+    """
+    raise _unknown(fn)
+
+
+@singledispatch
+def from_parts(fn: Any, parts: Parts) -> Any:
+    """A distribution of the same family and event dimension as ``fn``, with these parameters."""
+    raise _unknown(fn)
+
+
+@singledispatch
+def widened(fn: Any, width: float) -> Any:
+    """The same distribution with its standard deviations multiplied by ``width``; itself where none is registered."""
+    return fn
+
+
+def _unknown(fn: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"no family is registered for {type(fn).__name__}. Use Normal(loc, scale).to_event(3), or register the type "
+        "with bayes_lora.families.to_parts, from_parts and widened."
+    )
+
+
+@to_parts.register
+def _(fn: torch.distributions.Independent) -> Parts:
+    return to_parts(fn.base_dist)
+
+
+@from_parts.register
+def _(fn: torch.distributions.Independent, parts: Parts) -> Any:
+    return from_parts(fn.base_dist, parts).to_event(fn.reinterpreted_batch_ndims)
+
+
+@widened.register
+def _(fn: torch.distributions.Independent, width: float) -> Any:
+    return widened(fn.base_dist, width).to_event(fn.reinterpreted_batch_ndims)
+
+
+@to_parts.register
+def _(fn: torch.distributions.Normal) -> Parts:
+    return {"loc": fn.loc, "log_scale": fn.scale.log()}
+
+
+@from_parts.register
+def _(fn: torch.distributions.Normal, parts: Parts) -> Any:
+    return dist.Normal(parts["loc"], parts["log_scale"].exp())
+
+
+@widened.register
+def _(fn: torch.distributions.Normal, width: float) -> Any:
+    return dist.Normal(fn.loc, width * fn.scale)
