@@ -10,10 +10,12 @@ import torch
 from pyro.poutine.messenger import Messenger
 
 from bayes_lora.errors import NonFiniteLoss
+from bayes_lora.families import widened
 from bayes_lora.guides.gradient import Descent, Point, from_point, to_point
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
+from bayes_lora.sites import factor_sites
 from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.task import Task
@@ -64,7 +66,7 @@ def adapt(
     """
     episode = collate([lm.encoder(task.support) for task in tasks]).to(lm.device)
     model, guide = objective.model.program, objective.guide.program
-    with evaluating(objective), torch.no_grad(), AtMean(), seeded(seed, lm.device):
+    with evaluating(objective), torch.no_grad(), AtMean(), objective.handled(), seeded(seed, lm.device):
         trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
     theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
@@ -72,18 +74,31 @@ def adapt(
     if steps:
         descent = Descent(model, lambda part, site: learning_rate, beta=objective.full_beta)
         # What diverges is named below, once all steps are taken.
-        with evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
+        with objective.handled(), evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
             moved = descent(episode, theta, start, steps)
         _check_finite(moved, steps)
         begin = to_point(start, len(tasks))
         start = from_point(start, {key: begin[key] + moved[key] for key in begin})
+    return _posterior(lm, theta, {site: widened(fn, width) for site, fn in start.items()}, tasks)
+
+
+def _posterior(lm: LanguageModel, theta: Sites, phi: dict[str, Any], tasks: Sequence[Task]) -> TaskPosterior:
     prefix = "theta.loc."
     loc = {name.removeprefix(prefix): value for name, value in theta.items() if name.startswith(prefix)}
     loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in loc.items()}
+    scale: Sites = {}
+    noise: Sites = {}
+    for site, fn in phi.items():
+        if site in lm.sites.delta_shapes:
+            weight, factors = fn.base_dist.deferred(), factor_sites(site)
+            loc |= zip(factors, (weight.loc_A, weight.loc_B), strict=True)
+            noise |= zip(factors, (weight.scale_A, weight.scale_B), strict=True)
+        else:
+            loc[site], scale[site] = fn.mean, fn.stddev
     # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
-    loc |= {site: fn.mean.contiguous() for site, fn in start.items()}
-    scale = {site: (width * fn.stddev).contiguous() for site, fn in start.items()}
-    return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks))
+    parts = ({site: value.contiguous() for site, value in part.items()} for part in (loc, scale, noise))
+    loc, scale, noise = parts
+    return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks), noise)
 
 
 def _check_finite(moved: Point, steps: int) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "ObjectiveConfig",
     "PriorConfig",
     "RunConfig",
+    "WeightSpaceConfig",
 ]
 
 # Ranges that :meth:`RunConfig.from_dict` checks.
@@ -68,6 +69,16 @@ class PriorConfig:
     loc_scale: Positive = 1.0
     concentration: Positive = 1.0
     rate: Positive = 0.01
+
+
+@dataclass(frozen=True)
+class WeightSpaceConfig:
+    """Keyword arguments of :class:`bayes_lora.models.WeightSpace`."""
+
+    offset: Positive = 1e-3
+    loc_scale: Positive = 1.0
+    concentration: Positive = 1.0
+    rate: Positive = 1e-6
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,7 @@ class RunConfig:
     recipe: str = "abmll-network"
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
+    weight_space: WeightSpaceConfig = field(default_factory=WeightSpaceConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Normal
+from pyro.distributions import Normal, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
@@ -24,11 +24,11 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-__all__ = ["AnalyticELBO", "ScaleLatents", "divergence"]
+__all__ = ["AnalyticELBO", "ScaleLatents", "divergence", "site_divergence"]
 
 
 class ScaleLatents(Messenger):
-    """Effect handler: scales log-densities of ``phi.*`` sites by beta and of ``theta.*`` sites by gamma.
+    """Effect handler: scales log-densities of ``phi.*`` sites by beta and of ``theta.*`` sites by gamma, factors too.
 
     Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO.
     """
@@ -39,7 +39,8 @@ class ScaleLatents(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         prefix = msg["name"].partition(".")[0]
-        if not msg["is_observed"] and prefix in self.scales:
+        # A pyro.factor of theta or phi is observed, yet none of the data.
+        if prefix in self.scales and (not msg["is_observed"] or isinstance(msg["fn"], Unit)):
             msg["scale"] = msg["scale"] * self.scales[prefix]
 
 
@@ -85,7 +86,7 @@ class AnalyticELBO(TraceMeanField_ELBO):
                     elbo = elbo + site["log_prob_sum"]
                     _check_shape(site, site["log_prob"], self.max_plate_nesting)
                 else:
-                    elbo = elbo - _divergence(name, guide_trace, model_trace, self.max_plate_nesting)
+                    elbo = elbo - site_divergence(name, guide_trace, model_trace, self.max_plate_nesting)
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace.nodes:  # auxiliary sites of the guide
                 elbo = elbo - _log_density(name, site).sum()
@@ -100,7 +101,7 @@ class AnalyticELBO(TraceMeanField_ELBO):
         return loss
 
 
-def _divergence(name: str, guide_trace: Any, model_trace: Any, max_plate_nesting: float) -> Tensor:
+def site_divergence(name: str, guide_trace: Any, model_trace: Any, max_plate_nesting: float) -> Tensor:
     """KL of one site, scaled, masked and summed: in closed form, or else of the draw."""
     q, p = guide_trace.nodes[name], model_trace.nodes[name]
     _check_reparameterised(name, q)

@@ -3,7 +3,7 @@
 A family is a distribution type with three functions. They are registered for normals here, and for other families in
 their own modules::
 
-    @to_parts.register
+    @to_parts.register(MyFamily)
     def _(fn: MyFamily) -> Parts: ...
 """
 
@@ -51,31 +51,31 @@ def _unknown(fn: Any) -> NotImplementedError:
     )
 
 
-@to_parts.register
-def _(fn: torch.distributions.Independent) -> Parts:
+@to_parts.register(torch.distributions.Independent)
+def _(fn: Any) -> Parts:
     return to_parts(fn.base_dist)
 
 
-@from_parts.register
-def _(fn: torch.distributions.Independent, parts: Parts) -> Any:
+@from_parts.register(torch.distributions.Independent)
+def _(fn: Any, parts: Parts) -> Any:
     return from_parts(fn.base_dist, parts).to_event(fn.reinterpreted_batch_ndims)
 
 
-@widened.register
-def _(fn: torch.distributions.Independent, width: float) -> Any:
+@widened.register(torch.distributions.Independent)
+def _(fn: Any, width: float) -> Any:
     return widened(fn.base_dist, width).to_event(fn.reinterpreted_batch_ndims)
 
 
-@to_parts.register
-def _(fn: torch.distributions.Normal) -> Parts:
+@to_parts.register(torch.distributions.Normal)
+def _(fn: Any) -> Parts:
     return {"loc": fn.loc, "log_scale": fn.scale.log()}
 
 
-@from_parts.register
-def _(fn: torch.distributions.Normal, parts: Parts) -> Any:
+@from_parts.register(torch.distributions.Normal)
+def _(fn: Any, parts: Parts) -> Any:
     return dist.Normal(parts["loc"], parts["log_scale"].exp())
 
 
-@widened.register
-def _(fn: torch.distributions.Normal, width: float) -> Any:
+@widened.register(torch.distributions.Normal)
+def _(fn: Any, width: float) -> Any:
     return dist.Normal(fn.loc, width * fn.scale)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_lora.cache import TensorCache
 from bayes_lora.errors import ConfigError, SiteError
@@ -133,7 +134,9 @@ class LanguageModel:
         """
         self.sites.check(phi)
         tasks = episode.shape[0]
-        batch = torch.broadcast_shapes(*(value.shape[:-3] for value in phi.values())) or (1, 1)
+        # Over tensors and the parts of deferred weights alike.
+        leaves: list[Tensor] = tree_leaves(phi)
+        batch = torch.broadcast_shapes(*(value.shape[:-3] for value in leaves)) or (1, 1)
         if len(batch) < 2 or batch[-1] != 1 or batch[-2] not in (1, tasks):
             raise SiteError(
                 f"phi has batch shape {tuple(batch)}: expected (*draws, {tasks} or 1, 1), "
@@ -141,13 +144,10 @@ class LanguageModel:
             )
         draws, per_task = batch[:-2], batch[-2]
         count = math.prod(draws)
-        values = {
-            site: value.expand(*batch, *value.shape[-3:]).reshape(count, per_task, *value.shape[-3:])
-            for site, value in phi.items()
-        }
+        values = tree_map(lambda v: v.expand(*batch, *v.shape[-3:]).reshape(count, per_task, *v.shape[-3:]), phi)
 
         def score(start: int, end: int) -> Tensor:
-            return self._score({site: value[start:end] for site, value in values.items()}, episode)
+            return self._score(tree_map(lambda value: value[start:end], values), episode)
 
         if torch.is_grad_enabled():
             scores = [score(0, count)]
@@ -157,12 +157,14 @@ class LanguageModel:
 
     def _score(self, values: Sites, episode: Episode) -> Tensor:
         """Score all options under values ``(D, T or 1, layers, out, in)``: ``(D, T * N * K)``."""
-        draws, groups = next(iter(values.values())).shape[:2]
-        # In the base's own 16 bits, or PEFT would compute the adapters in the values' 32: phi, its gradients and all
-        # that follows the scores stay in 32.
-        half = self.model.dtype if self.model.dtype.itemsize == 2 else None
-        bound = {site: value.flatten(0, 1) if draws * groups > 1 else value[0, 0] for site, value in values.items()}
-        with self.sites.bind({site: value.to(half or value.dtype) for site, value in bound.items()}):
+        draws, groups = tree_leaves(values)[0].shape[:2]
+        bound: Sites = tree_map(lambda value: value.flatten(0, 1) if draws * groups > 1 else value[0, 0], values)
+        if self.model.dtype.itemsize == 2:
+            # In the base's own 16 bits, or PEFT would compute the adapters in the values' 32: phi, its gradients and
+            # all that follows the scores stay in 32. Whole updates are computed in 32, for their variances are small.
+            whole = self.sites.delta_shapes
+            bound = {site: value if site in whole else value.to(self.model.dtype) for site, value in bound.items()}
+        with self.sites.bind(bound):
             read = self._read(episode, draws)
         return option_scores(read.token_scores, episode, self.normalize)
 

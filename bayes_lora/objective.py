@@ -12,7 +12,7 @@ is the negative ELBO. N enters in the model's ``answer`` site; the divergences a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -20,7 +20,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from bayes_lora.elbo import AnalyticELBO, ScaleLatents
+from bayes_lora.elbo import AnalyticELBO, ScaleLatents, site_divergence
 from bayes_lora.errors import ConfigError
 from bayes_lora.tasks.episode import Episode
 
@@ -37,7 +37,7 @@ class _Scaled(nn.Module):
 
     def forward(self, episode: Episode) -> Any:
         (objective,) = self._objective
-        with ScaleLatents(objective.beta, objective.gamma):
+        with objective.handled(), ScaleLatents(objective.beta, objective.gamma):
             return self.program(episode)
 
 
@@ -57,6 +57,8 @@ class BetaELBO(nn.Module):
         beta: weight of KL(q(phi) || p(phi | theta)).
         gamma: weight of KL(q(theta) || p(theta)); by default beta, as in arXiv 2508.14285 v2.
         num_particles: draws of phi over which the loss averages, all in one forward.
+        handler: makes an effect handler under which model and guide run wherever they are used, such as
+            :class:`bayes_lora.deferred.LocalReparameterization`.
         elbo: any Pyro ELBO; by default :class:`bayes_lora.elbo.AnalyticELBO`, with analytic divergences where the
             families have them.
     """
@@ -69,6 +71,7 @@ class BetaELBO(nn.Module):
         beta: float = 1.0,
         gamma: float | None = None,
         num_particles: int = 1,
+        handler: Callable[[], AbstractContextManager[Any]] = nullcontext,
         elbo: ELBO | None = None,
     ) -> None:
         super().__init__()
@@ -79,6 +82,7 @@ class BetaELBO(nn.Module):
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
         self.full_beta, self.full_gamma = beta, beta if gamma is None else gamma
         self.beta, self.gamma = self.full_beta, self.full_gamma
+        self.handled = handler
         self.model, self.guide = _Scaled(model, self), _Scaled(guide, self)
         # Two plates: task and example.
         make: Any = AnalyticELBO
@@ -101,14 +105,12 @@ class BetaELBO(nn.Module):
         with torch.no_grad(), unscaled(self):
             guide = pyro.poutine.trace(self.guide).get_trace(episode)
             model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(episode)
-            model.compute_log_prob()
-            priors: dict[str, Any] = dict(model.nodes)
-            terms = {"nll": -float(model.nodes["answer"]["log_prob_sum"])}
-            nodes: dict[str, Any] = dict(guide.nodes)
-            for name, site in nodes.items():
-                if site["type"] == "sample" and name.startswith("phi."):
-                    divergence = torch.distributions.kl_divergence(site["fn"], priors[name]["fn"])
-                    terms[f"kl.{name[4:]}"] = float((divergence * site["scale"]).sum())
+            model.compute_log_prob(lambda _, site: site["is_observed"])
+            nodes: dict[str, Any] = dict(model.nodes)
+            terms = {"nll": -float(nodes["answer"]["log_prob_sum"])}
+            for name in nodes:
+                if name.startswith("phi."):
+                    terms[f"kl.{name[4:]}"] = float(site_divergence(name, guide, model, 2))
         terms["kl"] = sum(value for name, value in terms.items() if name.startswith("kl."))
         return terms
 

@@ -9,11 +9,12 @@ from typing import Any
 from pyro.nn import PyroModule
 
 from bayes_lora.config import LanguageModelConfig, RunConfig
+from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.errors import ConfigError, did_you_mean
 from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.loading import load_language_model
-from bayes_lora.models import HierarchicalNormal
+from bayes_lora.models import HierarchicalNormal, WeightSpace
 from bayes_lora.objective import BetaELBO
 from bayes_lora.seeding import seeded
 
@@ -57,6 +58,13 @@ def abmll_network_gradient(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     return _objective(model, GradientGuide(model, start=_network(model, config), **_gradient(config)), config)
 
 
+def abmll_weight(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """Random weight updates, K gradient steps from theta, local reparameterisation: the paper's text."""
+    model = WeightSpace(lm, lm.sites.initial(), **asdict(config.weight_space))
+    guide = GradientGuide(model, theta=THETAS[config.guide.theta], **_gradient(config))
+    return _objective(model, guide, config, handler=LocalReparameterization)
+
+
 THETAS = {"point": PointTheta, "normal": NormalTheta}
 
 
@@ -74,14 +82,15 @@ def _gradient(config: RunConfig) -> dict[str, Any]:
     return settings | {"beta": config.objective.beta if settings["beta"] is None else settings["beta"]}
 
 
-def _objective(model: HierarchicalNormal, guide: PyroModule, config: RunConfig) -> BetaELBO:
-    return BetaELBO(model, guide, **asdict(config.objective))
+def _objective(model: PyroModule, guide: PyroModule, config: RunConfig, **kwargs: Any) -> BetaELBO:
+    return BetaELBO(model, guide, **asdict(config.objective), **kwargs)
 
 
 RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {
     "abmll": abmll,
     "abmll-network": abmll_network,
     "abmll-network-gradient": abmll_network_gradient,
+    "abmll-weight": abmll_weight,
 }
 
 

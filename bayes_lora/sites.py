@@ -11,48 +11,19 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bayes_lora.errors import SiteError, did_you_mean
+from bayes_lora.slots import Bound, Slot, unchanged
 from bayes_lora.types import Sites, SiteShapes
 
-__all__ = ["LoraSites", "Slot", "find_sites"]
+__all__ = ["LoraSites", "Slot", "delta_site", "factor_sites", "find_sites"]
 
 FACTORS = ("lora_A", "lora_B")
-
-
-class Slot(nn.Module):
-    """A linear map without bias whose weight is bound from outside: ``y = x W^T``.
-
-    A bound weight is 2-D ``(out, in)``, one for all rows, or 3-D ``(groups, out, in)``: then the rows of the batch
-    are taken in order as ``groups`` blocks of equal size, and each block has its own weight (one ``bmm``).
-    Unbound, the slot holds PEFT's initial value, for which the adapter adds nothing.
-    """
-
-    initial: Tensor
-
-    def __init__(self, initial: Tensor) -> None:
-        super().__init__()
-        # A buffer, so that it follows .to(device), but not in the state dict: it is no parameter of the LM.
-        self.register_buffer("initial", initial.detach().clone(), persistent=False)
-        self.bound: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The bound value, or PEFT's initial one. PEFT reads its ``dtype``."""
-        return self.initial if self.bound is None else self.bound
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(rows, ..., in)`` to ``(rows, ..., out)``."""
-        weight = self.weight
-        if weight.ndim == 2:
-            return F.linear(x, weight)
-        grouped = x.reshape(weight.shape[0], -1, weight.shape[-1])  # (groups, rows / groups * length, in)
-        return torch.bmm(grouped, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
 
 
 class LoraSites:
@@ -60,6 +31,8 @@ class LoraSites:
 
     Attributes:
         shapes: site name to event shape ``(layers, out, in)``.
+        delta_shapes: likewise for whole updates, which may be bound in place of their two factors:
+            ``q_proj.delta_weight`` for ``q_proj.lora_A`` and ``q_proj.lora_B``.
         modules: site name to the adapted modules' Hugging Face names, in layer order.
     """
 
@@ -69,6 +42,11 @@ class LoraSites:
         self.shapes: SiteShapes = {
             site: (len(slots), slots[0].initial.shape[0], slots[0].initial.shape[1])
             for site, slots in self._slots.items()
+        }
+        self.delta_shapes: SiteShapes = {
+            delta_site(a): (self.shapes[a][0], self.shapes[factor_sites(delta_site(a))[1]][1], self.shapes[a][2])
+            for a in self.shapes
+            if ".lora_A" in a
         }
 
     def __repr__(self) -> str:
@@ -88,11 +66,17 @@ class LoraSites:
         return {site: torch.stack([slot.initial for slot in slots]) for site, slots in self._slots.items()}
 
     def check(self, values: Sites) -> None:
-        """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes."""
-        for site in values.keys() - self.shapes.keys():
-            near = did_you_mean(site, self.shapes, list_all=True)
+        """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes.
+
+        A ``delta_weight`` stands for both of its factors.
+        """
+        whole = {site: shape for site, shape in self.delta_shapes.items() if site in values}
+        replaced = {factor for site in whole for factor in factor_sites(site)}
+        expected = {site: shape for site, shape in self.shapes.items() if site not in replaced} | whole
+        for site in values.keys() - expected.keys():
+            near = did_you_mean(site, expected, list_all=True)
             raise SiteError(f"site {site!r}: the model has no such site{near}.")
-        for site, shape in self.shapes.items():
+        for site, shape in expected.items():
             if site not in values:
                 raise SiteError(f"site {site!r}: no value given. Expected one of event shape {shape}.")
             got = tuple(values[site].shape[-3:])
@@ -106,7 +90,8 @@ class LoraSites:
 
         Args:
             values: per site ``(layers, out, in)``, or ``(groups, layers, out, in)`` for a batch whose rows are
-                grouped by draw.
+                grouped by draw; a tensor, or what has a ``shape`` and gives a function of activations for each of its
+                ``layers()``.
 
         Raises:
             SiteError: a site is missing, unknown, of the wrong event shape, or has another number of groups.
@@ -116,20 +101,31 @@ class LoraSites:
         if len(groups) > 1 or any(len(group) > 1 for group in groups):
             got = {site: tuple(value.shape) for site, value in values.items()}
             raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for every site alike, got {got}.")
-        with self._bound({site: value.unbind(-3) for site, value in values.items()}):
+        with self._bound(self._by_slot(values)):
             yield
+
+    def _by_slot(self, values: Sites) -> dict[str, Sequence[Bound]]:
+        bound: dict[str, Sequence[Bound]] = {}
+        for site, value in values.items():
+            layers: Sequence[Bound] = value.unbind(-3) if isinstance(value, Tensor) else value.layers()
+            if site in self.delta_shapes:
+                a, b = factor_sites(site)
+                bound |= {a: [unchanged] * len(layers), b: layers}
+            else:
+                bound[site] = layers
+        return bound
 
     def unbound(self) -> AbstractContextManager[None]:
         """Inside the block nothing is bound, whatever was bound outside."""
         return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
-    def _bound(self, weights: Mapping[str, Sequence[Tensor | None]]) -> AbstractContextManager[None]:
+    def _bound(self, weights: Mapping[str, Sequence[Bound]]) -> AbstractContextManager[None]:
         return _Binding(self, weights)
 
-    def _current(self) -> dict[str, list[Tensor | None]]:
+    def _current(self) -> dict[str, list[Bound]]:
         return {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
 
-    def _assign(self, weights: Mapping[str, Sequence[Tensor | None]]) -> None:
+    def _assign(self, weights: Mapping[str, Sequence[Bound]]) -> None:
         for site, slots in self._slots.items():
             for slot, weight in zip(slots, weights[site], strict=True):
                 slot.bound = weight
@@ -167,9 +163,9 @@ class LoraSites:
 class _Binding(AbstractContextManager[None]):
     """Binds weights, and restores what was bound; may be entered again, as every backward through a checkpoint does."""
 
-    def __init__(self, sites: LoraSites, weights: Mapping[str, Sequence[Tensor | None]]) -> None:
+    def __init__(self, sites: LoraSites, weights: Mapping[str, Sequence[Bound]]) -> None:
         self.sites, self.weights = sites, weights
-        self.before: list[dict[str, list[Tensor | None]]] = []
+        self.before: list[dict[str, list[Bound]]] = []
 
     def __enter__(self) -> None:
         self.before.append(self.sites._current())
@@ -183,6 +179,16 @@ def _factor(site: str) -> str:
     return next(factor for factor in FACTORS if f".{factor}" in site)
 
 
+def delta_site(site: str) -> str:
+    """The name of the whole update of which a site is a factor."""
+    return re.sub(r"\.lora_[AB]", ".delta_weight", site)
+
+
+def factor_sites(site: str) -> tuple[str, str]:
+    """The names of an update's factors A and B."""
+    return site.replace(".delta_weight", ".lora_A"), site.replace(".delta_weight", ".lora_B")
+
+
 def _layer_index(name: str) -> int:
     numbers = re.findall(r"\.(\d+)\.", f".{name}.")
     return int(numbers[0]) if numbers else 0
@@ -192,6 +198,7 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
     """Replace the LoRA linears of a PEFT-injected model by slots, and return its sites.
 
     Layers of one module kind whose shapes differ become sites of their own, ``q_proj.lora_A``, ``q_proj.lora_A.2``.
+    Both factors of a layer are of the same number.
 
     A ``lora_dropout`` is taken out, with one warning: a draw of phi is one model, which gives one answer.
 
@@ -199,31 +206,35 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
         SiteError: the model has no LoRA layer, or one whose factors are not plain linears (embeddings,
             convolutions, DoRA, ``lora_bias=True``).
     """
-    found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot]]]] = {}
+    found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot, Slot]]]] = {}
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     for name, layer in sorted(layers, key=lambda pair: _layer_index(pair[0])):
         if adapter not in layer.lora_A or layer.lora_variant or not isinstance(layer.lora_A[adapter], nn.Linear):
             raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got {layer!r}.")
         if layer.lora_B[adapter].bias is not None:
             raise SiteError(f"module {name!r}: its LoRA has a bias, which no site holds. Set lora_bias=False.")
-        for factor in FACTORS:
-            factors = getattr(layer, factor)
-            # At least float32, whatever the base: bfloat16 would round small steps of its weights to nothing.
-            initial = factors[adapter].weight
-            slot = Slot(initial.to(torch.promote_types(initial.dtype, torch.float32)))
-            factors[adapter] = slot
-            kind = f"{name.rpartition('.')[2]}.{factor}"
-            found.setdefault(kind, {}).setdefault(tuple(slot.initial.shape), []).append((name, slot))
+        a, b = (_replace(getattr(layer, factor), adapter) for factor in FACTORS)
+        shapes = (*a.initial.shape, *b.initial.shape)
+        found.setdefault(name.rpartition(".")[2], {}).setdefault(shapes, []).append((name, a, b))
     _drop_dropout([layer for _, layer in layers], adapter)
     if not found:
         raise SiteError("the model has no LoRA layer. Inject some first: peft.inject_adapter_in_model(config, model).")
     return LoraSites(
         {
-            kind if index == 1 else f"{kind}.{index}": pairs
+            f"{kind}.{factor}" + (f".{index}" if index > 1 else ""): [(name, slots[f]) for name, *slots in layers]
             for kind, by_shape in found.items()
-            for index, pairs in enumerate(by_shape.values(), start=1)
+            for f, factor in enumerate(FACTORS)
+            for index, layers in enumerate(by_shape.values(), start=1)
         }
     )
+
+
+def _replace(factors: Any, adapter: str) -> Slot:
+    # At least float32, whatever the base: bfloat16 would round small steps of its weights to nothing.
+    initial = factors[adapter].weight
+    slot = Slot(initial.to(torch.promote_types(initial.dtype, torch.float32)))
+    factors[adapter] = slot
+    return slot
 
 
 def _drop_dropout(layers: Sequence[LoraLayer], adapter: str) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from bayes_lora.deferred import DeferredWeight
 from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
 from bayes_lora.identity import check_identity, identity
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import Metrics, compute_metrics
+from bayes_lora.seeding import seeded
+from bayes_lora.sites import factor_sites
 from bayes_lora.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import collate
@@ -40,22 +46,28 @@ def predictive(log_lik: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TaskPosterior:
-    """q(phi | support) of T tasks: independent normals, elementwise.
+    """q(phi | support) of T tasks: independent normals, elementwise, over LoRA factors or over whole updates.
 
     Attributes:
         lm: the language model.
         loc: per LoRA site ``(T, 1, layers, out, in)`` (size 1 for T where the site is shared by all tasks).
         scale: likewise, for the random sites alone.
         names: the tasks' names.
+        noise: where whole updates are random, ``N(B A, (B_s A_s)^2)`` with the locations for B and A: the factors of
+            their scales, under the names of LoRA sites.
     """
 
     lm: LanguageModel
     loc: Sites
     scale: Sites
     names: tuple[str, ...]
+    noise: Sites = field(default_factory=dict)
 
     def draw(self, num_draws: int, *, seed: int = 0) -> Sites:
-        """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed."""
+        """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed.
+
+        Whole updates are not drawn but deferred: noise enters where they meet activations.
+        """
         if num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
@@ -66,6 +78,11 @@ class TaskPosterior:
             # Drawn on the CPU, so that a seed means the same on every device.
             noise = torch.randn(num_draws, *scale.shape, generator=generator, dtype=scale.dtype)
             phi[site] = self.loc[site] + scale * noise.to(scale.device)
+        for site, factors in ((site, factor_sites(site)) for site in self.lm.sites.delta_shapes):
+            if factors[0] in self.noise:
+                parts = [phi.pop(a) for a in factors] + [self.noise[a] for a in factors]
+                whole: Any = DeferredWeight(*(value.expand(num_draws, *value.shape) for value in parts))
+                phi[site] = whole
         return phi
 
     @torch.no_grad()
@@ -102,14 +119,16 @@ class TaskPosterior:
                 )
         phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.loc.items()}
         shown: Sequence[Sequence[Example]] = demonstrations or [()] * len(queries)
-        return [
-            self._predict(
-                {site: v if v.shape[-5] == 1 else v[:, i : i + 1] for site, v in phi.items()},
-                self.lm.encoder(query, shown[i]),
-                lambda: max_tokens or self.lm.budget.per_item(max(1, num_draws)),
-            )
-            for i, query in enumerate(queries)
-        ]
+        # Deferred weights draw while they are used.
+        with seeded(seed, self.lm.device) if self.noise else nullcontext():
+            return [
+                self._predict(
+                    tree_map(lambda v, i=i: v if v.shape[-5] == 1 else v[:, i : i + 1], phi),
+                    self.lm.encoder(query, shown[i]),
+                    lambda: max_tokens or self.lm.budget.per_item(max(1, num_draws)),
+                )
+                for i, query in enumerate(queries)
+            ]
 
     def _predict(self, phi: Sites, rows: Sequence[EncodedExample], max_tokens: Callable[[], int]) -> Tensor:
         """One task: rows of like length share a forward with all draws, then go back to their places."""
@@ -149,7 +168,8 @@ class TaskPosterior:
             raise TaskError(f"task {name!r} is not among those adapted to: {list(self.names)}.")
         i = self.names.index(name)
         loc = {site: value if len(value) == 1 else value[i : i + 1] for site, value in self.loc.items()}
-        return TaskPosterior(self.lm, loc, {s: v[i : i + 1] for s, v in self.scale.items()}, (name,))
+        scale, noise = ({s: v[i : i + 1] for s, v in part.items()} for part in (self.scale, self.noise))
+        return TaskPosterior(self.lm, loc, scale, (name,), noise)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the posterior to a folder (safetensors and JSON).
@@ -159,9 +179,10 @@ class TaskPosterior:
         """
         tensors = {f"loc.{site}": value for site, value in self.loc.items()}
         tensors |= {f"scale.{site}": value for site, value in self.scale.items()}
+        tensors |= {f"noise.{site}": value for site, value in self.noise.items()}
         with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(folder / TENSORS, tensors)
-            facts = {"names": list(self.names), "random_sites": list(self.scale)}
+            facts = {"names": list(self.names), "random_sites": [*self.scale, *self.noise]}
             write_json(folder / NAMES, facts | identity(self.lm))
 
     @classmethod
@@ -173,23 +194,25 @@ class TaskPosterior:
                 other than ``lm``'s.
         """
         tensors, facts = read_tensors(Path(path) / TENSORS), read_json(Path(path) / NAMES)
-        parts: dict[str, Sites] = {"loc": {}, "scale": {}}
+        parts: dict[str, Sites] = {"loc": {}, "scale": {}, "noise": {}}
         for name, value in tensors.items():
             part, _, site = name.partition(".")
             parts.get(part, {})[site] = value.to(lm.device)
         try:
             lm.sites.check(parts["loc"])
             names, random = tuple(facts["names"]), set(facts["random_sites"])
-            sizes = {site: tuple(value.shape) for site, value in parts["scale"].items()}
+            scales = parts["scale"] | parts["noise"]
+            sizes = {site: tuple(value.shape) for site, value in scales.items()}
             if random != sizes.keys() or any(
-                shape[:2] != (len(names), 1) or shape != tuple(parts["loc"][site].shape)
+                shape[:2] != (len(names), 1)
+                or not _fits(shape, tuple(parts["loc"][site].shape), factor=site in parts["noise"])
                 for site, shape in sizes.items()
             ):
                 raise SiteError(f"expected scales of {sorted(random)} for {len(names)} tasks, got {sizes}")
         except (SiteError, KeyError, TypeError) as error:
             raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
         check_identity(facts, lm, Path(path))
-        return cls(lm, parts["loc"], parts["scale"], names)
+        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"])
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.
@@ -201,7 +224,10 @@ class TaskPosterior:
 
         Raises:
             TaskError: there is more than one task; ``select`` one first.
+            ConfigError: a draw of whole updates was asked for, which is no LoRA.
         """
+        if draw is not None and self.noise:
+            raise ConfigError("draw: whole updates are random here, and a draw of them is no LoRA. Export the mean.")
         if len(self.names) != 1:
             raise TaskError(
                 f"an adapter holds one task, this posterior {len(self.names)}: select() one of {self.names}."
@@ -224,3 +250,10 @@ def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:
     counts = torch.tensor([len(example.options) for example in examples])
     mask = torch.arange(log_probs.shape[-1]) < counts[:, None]
     return compute_metrics(log_probs.cpu(), answer, mask)
+
+
+def _fits(shape: tuple[int, ...], loc: tuple[int, ...], *, factor: bool) -> bool:
+    """Whether a scale has the shape of its location; where it is a factor of one, its rank may be another."""
+    if not factor:
+        return shape == loc
+    return shape[:-2] == loc[:-2] and (shape[-1] == loc[-1] or shape[-2] == loc[-2])

@@ -51,7 +51,7 @@ def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: i
     total, count = 0.0, 0
     model = objective.model.program
     for episode in episodes:
-        with evaluating(objective), torch.no_grad(), Widened(width):
+        with objective.handled(), evaluating(objective), torch.no_grad(), Widened(width):
             phi = draw_phi(model, objective.guide.program, episode, num_draws)
         with torch.no_grad():
             log_probs: Tensor = predictive(model.likelihood(phi, episode))

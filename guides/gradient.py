@@ -27,6 +27,7 @@ from pyro.poutine import runtime
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.elbo import AnalyticELBO, ScaleLatents
 from bayes_lora.errors import ConfigError
 from bayes_lora.families import Parts, from_parts, to_parts
@@ -241,12 +242,12 @@ def from_point(like: Distributions, point: Point) -> Distributions:
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Inside the block Pyro is as if no model, guide or plate were running around it.
+    """Inside the block Pyro is as if no model, guide or plate were running around it; local reparameterisation stays.
 
     ``poutine.block`` hides sites, but the names and dimensions of the plates around it would stay taken.
     """
     handlers, plates = list(runtime._PYRO_STACK), runtime._DIM_ALLOCATOR._stack
-    runtime._PYRO_STACK.clear()
+    runtime._PYRO_STACK[:] = [handler for handler in handlers if isinstance(handler, LocalReparameterization)]
     runtime._DIM_ALLOCATOR._stack = []
     try:
         yield

@@ -10,22 +10,20 @@ elementwise over the factors A and B of every adapted layer.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
-from torch import Tensor
 
 from bayes_lora.errors import ConfigError
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.models.hierarchical_model import HierarchicalModel
 from bayes_lora.types import Likelihood, Sites
 
 __all__ = ["HierarchicalNormal"]
 
 
-class HierarchicalNormal(PyroModule):
+class HierarchicalNormal(HierarchicalModel):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
     Sites: ``theta.loc.<site>`` for every LoRA site; ``theta.precision.<site>`` and ``phi.<site>`` for the random ones;
@@ -52,12 +50,12 @@ class HierarchicalNormal(PyroModule):
         concentration: float = 1.0,
         rate: float = 0.01,
     ) -> None:
-        super().__init__()
+        super().__init__(likelihood, initial)
         if random not in ("A", "B", "AB"):
             raise ConfigError(f"random: expected 'A', 'B' or 'AB', got {random!r}.")
         if min(initial_scale) <= 0:
             raise ConfigError(f"initial_scale: expected two positive numbers (for A and B), got {initial_scale}.")
-        self.likelihood, self.initial, self.initial_scale = likelihood, initial, initial_scale
+        self.initial_scale = initial_scale
         self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
         for name, value in (("loc_scale", loc_scale), ("concentration", concentration), ("rate", rate)):
             self.register_buffer(name, torch.tensor(value, dtype=next(iter(initial.values())).dtype))
@@ -89,47 +87,6 @@ class HierarchicalNormal(PyroModule):
             prior[site] = dist.Normal(loc, precision.rsqrt()).to_event(3)
         return prior
 
-    def sample_phi(self, episode: Episode) -> Sites:
-        """Sample theta and phi; returns phi for every LoRA site, ``(T, 1, layers, out, in)`` where it is random."""
-        return self._sample_phi(task_plate(episode))
-
-    def _sample_phi(self, tasks: pyro.plate) -> Sites:
-        theta = self.theta()
-        phi = {site: theta[f"theta.loc.{site}"] for site in self.initial}
-        with tasks:
-            for site, prior in self.phi_prior(theta).items():
-                phi[site] = pyro.sample(f"phi.{site}", prior)
-        return phi
-
-    def forward(self, episode: Episode) -> Tensor:
-        """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
-        tasks = task_plate(episode)
-        log_lik = self.likelihood(self._sample_phi(tasks), episode)
-        with tasks:
-            self.observe(log_lik, episode)
-        return log_lik
-
-    def observe(self, log_lik: Tensor, episode: Episode) -> None:
-        """Observe the gold options. The one place where N enters: a task's sum is scaled from n examples to its N."""
-        seen = episode.mask.sum(-1, keepdim=True)
-        mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
-        with (
-            pyro.plate("example", episode.mask.shape[-1], dim=-1),
-            pyro.poutine.scale(scale=(episode.num_data[:, None] / seen).to(log_lik.dtype)),
-            pyro.poutine.mask(mask=mask),
-        ):
-            pyro.sample("answer", self.answer(log_lik), obs=self.answered(episode))
-
-    def answer(self, log_lik: Tensor) -> dist.TorchDistribution:
-        """p(y | x, phi), a batch of ``(T, N)``."""
-        answer: dist.TorchDistribution = dist.Categorical(logits=log_lik)
-        return answer
-
-    def answered(self, episode: Episode) -> Tensor:
-        """What was observed, ``(T, N)``."""
-        return episode.answer
-
-
-def task_plate(episode: Episode) -> pyro.plate:
-    """The plate of the collection's tasks, of which the episode holds some: scales T tasks up to all."""
-    return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
+    def shared(self, theta: Sites) -> Sites:
+        """The factor that is not random."""
+        return {site: theta[f"theta.loc.{site}"] for site in self.initial if site not in self.random_sites}

@@ -5,18 +5,21 @@
 Given mu, the posterior of b_i is N(m_i, P_i^-1) with P_i = F_i^T F_i / noise^2 + 1 / tau^2, F_i = X_i A^T.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import pyro
 import pyro.distributions as dist
 import torch
 
+from bayes_lora.deferred import DeferredWeight
 from bayes_lora.features import Features
-from bayes_lora.models import HierarchicalNormal
+from bayes_lora.models import HierarchicalNormal, WeightSpace
 from bayes_lora.tasks import Episode, collate
 from bayes_lora.tasks.packing import pack
 
 SITE, RANK, WIDTH = "linear.lora_B", 2, 3
+UPDATE = "linear.delta_weight"
 TAU, NOISE, LOC_SCALE = 0.8, 0.7, 1.5
 MU = torch.tensor([0.6, -0.4], dtype=torch.float64)
 A = torch.tensor([[1.0, 0.5, -0.3], [0.2, -1.0, 0.8]], dtype=torch.float64)
@@ -76,6 +79,33 @@ class LinearModel(HierarchicalNormal):
 
     def answered(self, episode):
         return episode.y
+
+
+class WholeLikelihood(LinearLikelihood):
+    """The same for an update ``(1, r)`` of a weight that reads ``A x``; drawn, or deferred to each input."""
+
+    def __call__(self, phi, episode):
+        weight, f = phi[UPDATE], episode.x @ A.T
+        if isinstance(weight, torch.Tensor):
+            return (weight[..., 0, 0, :] * f).sum(-1)
+        [layer] = weight.layers()
+        *draws, tasks, _, _, _ = layer.shape
+        each = DeferredWeight(*(value.flatten(0, -3) for value in layer))
+        return each(f.repeat(math.prod(draws), 1, 1)).view(*draws, tasks, f.shape[1])
+
+
+class LinearWeightSpace(WeightSpace):
+    """p(mu) p(b_i | mu) p(y | x, b_i), mu and tau as products of factors."""
+
+    def __init__(self):
+        factors = {SITE.replace("B", "A"): MU.view(1, 1, RANK), SITE: torch.ones(1, 1, 1, dtype=MU.dtype)}
+        super().__init__(WholeLikelihood(), factors, offset=TAU, rate=1e-9)
+
+    def initial_theta(self):
+        towards = torch.tensor([0.7, 0.5], dtype=MU.dtype).view(1, 1, RANK)  # all scales may shrink from there
+        return super().initial_theta() | {"theta.scale.linear.lora_A": towards}
+
+    answer, answered = LinearModel.answer, LinearModel.answered
 
 
 def make_data(tasks=3, examples=6, orthogonal=False, seed=0):

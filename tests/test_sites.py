@@ -104,7 +104,9 @@ def test_layers_of_other_shapes_become_sites_of_their_own(tokenizer):
     sites = find_sites(model)
     assert sites.shapes["q_proj.lora_B"] == (3, 16, 2)
     assert sites.shapes["q_proj.lora_B.2"] == (1, 20, 2)
-    assert sites.shapes["q_proj.lora_A"] == (4, 2, 16)
+    assert sites.shapes["q_proj.lora_A"] == (3, 2, 16)  # the numbers of both factors are the same
+    assert sites.shapes["q_proj.lora_A.2"] == (1, 2, 16)
+    assert sites.delta_shapes == {"q_proj.delta_weight": (3, 16, 16), "q_proj.delta_weight.2": (1, 20, 16)}
     assert "model.layers.3.self_attn.q_proj.lora_B" in sites.unstack(sites.initial())
 
 

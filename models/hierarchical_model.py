@@ -1,0 +1,104 @@
+r"""What every hierarchical model shares: plates, and the likelihood of the answers.
+
+.. math:: p(\theta) \prod_i p(\phi_i \mid \theta) \prod_j p(y_{ij} \mid x_{ij}, \phi_i)
+
+A model says what theta is and how phi depends on it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.types import Likelihood, Sites
+
+__all__ = ["HierarchicalModel", "task_plate"]
+
+
+class HierarchicalModel(PyroModule):
+    """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
+
+    A subclass gives ``initial_theta``, ``theta`` and ``phi_prior``, and fills ``random_sites``.
+
+    Attributes:
+        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start.
+        random_sites: the sites of phi.
+    """
+
+    random_sites: list[str]
+
+    def __init__(self, likelihood: Likelihood, initial: Sites) -> None:
+        super().__init__()
+        self.likelihood, self.initial = likelihood, initial
+
+    @abstractmethod
+    def initial_theta(self) -> Sites:
+        """Where guides start each theta site."""
+
+    @abstractmethod
+    def theta(self) -> Sites:
+        """Sample p(theta)."""
+
+    @abstractmethod
+    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+        """p(phi | theta) of one task, per random site; event ``(layers, out, in)``."""
+
+    def shared(self, theta: Sites) -> Sites:
+        """Values of the LoRA sites that all tasks share."""
+        return {}
+
+    def sample_phi(self, episode: Episode) -> Sites:
+        """Sample theta and phi; returns phi for every LoRA site, ``(T, 1, layers, out, in)`` where it is random."""
+        return self._sample_phi(task_plate(episode))
+
+    def _sample_phi(self, tasks: pyro.plate) -> Sites:
+        theta = self.theta()
+        phi = self.shared(theta)
+        with tasks:
+            for site, prior in self.phi_prior(theta).items():
+                phi[site] = pyro.sample(f"phi.{site}", prior)
+        return phi
+
+    def forward(self, episode: Episode) -> Tensor:
+        """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
+        tasks = task_plate(episode)
+        log_lik = self.likelihood(self._sample_phi(tasks), episode)
+        with tasks:
+            self.observe(log_lik, episode)
+        return log_lik
+
+    def observe(self, log_lik: Tensor, episode: Episode) -> None:
+        """Observe the gold options. The one place where N enters: a task's sum is scaled from n examples to its N."""
+        mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
+        with (
+            pyro.plate("example", episode.mask.shape[-1], dim=-1),
+            pyro.poutine.scale(scale=examples_scale(episode, log_lik)),
+            pyro.poutine.mask(mask=mask),
+        ):
+            pyro.sample("answer", self.answer(log_lik), obs=self.answered(episode))
+
+    def answer(self, log_lik: Tensor) -> dist.TorchDistribution:
+        """p(y | x, phi), a batch of ``(T, N)``."""
+        answer: dist.TorchDistribution = dist.Categorical(logits=log_lik)
+        return answer
+
+    def answered(self, episode: Episode) -> Tensor:
+        """What was observed, ``(T, N)``."""
+        return episode.answer
+
+
+def task_plate(episode: Episode) -> pyro.plate:
+    """The plate of the collection's tasks, of which the episode holds some: scales T tasks up to all."""
+    return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
+
+
+def examples_scale(episode: Episode, like: Tensor) -> Tensor:
+    """N / n of each task, ``(T, 1)``."""
+    return (episode.num_data[:, None] / episode.mask.sum(-1, keepdim=True)).to(like.dtype)

@@ -1,0 +1,102 @@
+r"""Hierarchical prior over whole weight updates, the *weight* form of ABMLL (arXiv 2508.14285).
+
+.. math::
+    B^\theta_\mu, A^\theta_\mu, B^\theta_\sigma, A^\theta_\sigma &\sim \mathcal N(0, s_0^2), \qquad
+    1 / \sigma_\theta^2 \propto \mathrm{Gamma}(a_0, b_0) \\
+    \Delta W_i \mid \theta &\sim \mathcal N(B^\theta_\mu A^\theta_\mu,\; \sigma_\theta^2), \qquad
+    \sigma_\theta = B^\theta_\sigma A^\theta_\sigma + c \\
+    y_{ij} \mid x_{ij}, \Delta W_i &\sim \mathrm{Categorical}(p_{W_0 + \Delta W_i}(\cdot \mid x_{ij}))
+
+elementwise over the update of every adapted layer. Two pairs of LoRA factors describe theta, and two more each task's
+posterior. Entries are normal here, where in the *factor* form they are sums of products of normals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.factored_normal import FactoredNormal, over_rows
+from bayes_lora.models.hierarchical_model import HierarchicalModel
+from bayes_lora.sites import delta_site, factor_sites
+from bayes_lora.types import Likelihood, Sites
+
+__all__ = ["WeightSpace"]
+
+
+class WeightSpace(HierarchicalModel):
+    """p(theta) p(dW_i | theta) p(y | x, dW_i) as a Pyro program.
+
+    Sites: ``theta.loc.<site>`` and ``theta.scale.<site>`` for every LoRA site, ``theta.precision.<update>`` (a factor);
+    ``phi.<update>`` for every update, ``q_proj.delta_weight``; ``answer``. PEFT's scaling multiplies what the update
+    adds, its noise included. Run it under :class:`bayes_lora.deferred.LocalReparameterization`, or every task has
+    matrices of its own in memory.
+
+    Args:
+        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start both pairs (B of scales at zero).
+        offset: c, the standard deviation of every entry at the start.
+        loc_scale: s_0.
+        concentration: a_0.
+        rate: b_0; the Gamma density of each entry's precision, at what the factors make of it, weighs p(theta). By
+            default a scale of 1e-3 is typical; the paper's 0.01, that of 0.1, goes with its gamma of 1e-8.
+    """
+
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        initial: Sites,
+        *,
+        offset: float = 1e-3,
+        loc_scale: float = 1.0,
+        concentration: float = 1.0,
+        rate: float = 1e-6,
+    ) -> None:
+        super().__init__(likelihood, initial)
+        for name, value in dict(offset=offset, loc_scale=loc_scale, concentration=concentration, rate=rate).items():
+            if not value > 0:
+                raise ConfigError(f"{name}: expected a positive number, got {value}.")
+        self.random_sites = [delta_site(site) for site in initial if ".lora_A" in site]
+        self.offset, self.concentration, self.rate = offset, concentration, rate
+        self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=next(iter(initial.values())).dtype))
+
+    def initial_theta(self) -> Sites:
+        """Where guides start each theta site."""
+        theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
+        for site, value in self.initial.items():
+            theta[f"theta.scale.{site}"] = torch.zeros_like(value) if ".lora_B" in site else value
+        return theta
+
+    def theta(self) -> Sites:
+        """Sample p(theta): two pairs of factors for every update."""
+        theta: Sites = {}
+        for name, value in self.initial_theta().items():
+            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
+            theta[name] = pyro.sample(name, prior)
+        for site, prior in self.phi_prior(theta).items():
+            pyro.factor(f"theta.precision.{site}", self._log_gamma(prior.base_dist))
+        return theta
+
+    def _log_gamma(self, prior: FactoredNormal) -> Tensor:
+        """Log-density of each entry's precision up to a constant, summed; nats."""
+
+        def log_density(entries: Tensor) -> Tensor:
+            variance = entries.square()
+            return (1.0 - self.concentration) * variance.log() - self.rate / variance
+
+        return over_rows(lambda q: log_density(q.scale_B @ q.scale_A + self.offset), prior).sum(-1)
+
+    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+        """p(dW | theta) of one task, per update."""
+        prior: dict[str, dist.TorchDistribution] = {}
+        for site in self.random_sites:
+            a, b = factor_sites(site)
+            factors = [theta[f"theta.{part}.{factor}"] for part in ("loc", "scale") for factor in (a, b)]
+            normal: Any = FactoredNormal(*factors, offset=self.offset)
+            prior[site] = normal.to_event(1)
+        return prior
