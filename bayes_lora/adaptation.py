@@ -7,11 +7,12 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 
 from bayes_lora.errors import NonFiniteLoss
 from bayes_lora.families import widened
-from bayes_lora.guides.gradient import Descent, Point, from_point, to_point
+from bayes_lora.guides.descent import Descent, Point, from_point, to_point
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
@@ -93,8 +94,10 @@ def _posterior(lm: LanguageModel, theta: Sites, phi: dict[str, Any], tasks: Sequ
             weight, factors = fn.base_dist.deferred(), factor_sites(site)
             loc |= zip(factors, (weight.loc_A, weight.loc_B), strict=True)
             noise |= zip(factors, (weight.scale_A, weight.scale_B), strict=True)
-        else:
-            loc[site], scale[site] = fn.mean, fn.stddev
+        elif site in lm.sites.shapes:
+            loc[site] = fn.mean
+            if not isinstance(fn, Delta):
+                scale[site] = fn.stddev
     # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
     parts = ({site: value.contiguous() for site, value in part.items()} for part in (loc, scale, noise))
     loc, scale, noise = parts

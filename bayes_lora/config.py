@@ -16,6 +16,7 @@ from bayes_lora.tasks.prompts import PromptTemplate
 from bayes_lora.training import FitConfig
 
 __all__ = [
+    "ActivationSpaceConfig",
     "EpisodeConfig",
     "GradientConfig",
     "GuideConfig",
@@ -82,6 +83,14 @@ class WeightSpaceConfig:
 
 
 @dataclass(frozen=True)
+class ActivationSpaceConfig:
+    """Keyword arguments of :class:`bayes_lora.models.ActivationSpace`."""
+
+    offset: float = -20.0
+    loc_scale: Positive = 1.0
+
+
+@dataclass(frozen=True)
 class GuideConfig:
     """Keyword arguments of :class:`bayes_lora.guides.GuideNetwork`; ``theta`` is ``point`` or ``normal``."""
 
@@ -101,6 +110,7 @@ class GradientConfig:
     optimizer: Literal["sgd", "adam"] = "adam"
     beta: Positive | None = None
     num_particles: Count = 1
+    batch_size: Count | None = None
     second_order: bool = False
     learn_rates: bool = False
 
@@ -147,6 +157,7 @@ class RunConfig:
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     weight_space: WeightSpaceConfig = field(default_factory=WeightSpaceConfig)
+    activation_space: ActivationSpaceConfig = field(default_factory=ActivationSpaceConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

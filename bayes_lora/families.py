@@ -66,6 +66,16 @@ def _(fn: Any, width: float) -> Any:
     return widened(fn.base_dist, width).to_event(fn.reinterpreted_batch_ndims)
 
 
+@to_parts.register(dist.Delta)
+def _(fn: Any) -> Parts:
+    return {"value": fn.v}
+
+
+@from_parts.register(dist.Delta)
+def _(fn: Any, parts: Parts) -> Any:
+    return dist.Delta(parts["value"], event_dim=fn.event_dim)
+
+
 @to_parts.register(torch.distributions.Normal)
 def _(fn: Any) -> Parts:
     return {"loc": fn.loc, "log_scale": fn.scale.log()}

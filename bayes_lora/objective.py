@@ -108,9 +108,11 @@ class BetaELBO(nn.Module):
             model.compute_log_prob(lambda _, site: site["is_observed"])
             nodes: dict[str, Any] = dict(model.nodes)
             terms = {"nll": -float(nodes["answer"]["log_prob_sum"])}
-            for name in nodes:
+            for name, site in nodes.items():
                 if name.startswith("phi."):
-                    terms[f"kl.{name[4:]}"] = float(site_divergence(name, guide, model, 2))
+                    factor = site["is_observed"]
+                    kl = -site["log_prob_sum"] if factor else site_divergence(name, guide, model, 2)
+                    terms[f"kl.{name[4:]}"] = float(kl)
         terms["kl"] = sum(value for name, value in terms.items() if name.startswith("kl."))
         return terms
 

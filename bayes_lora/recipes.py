@@ -14,7 +14,7 @@ from bayes_lora.errors import ConfigError, did_you_mean
 from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.loading import load_language_model
-from bayes_lora.models import HierarchicalNormal, WeightSpace
+from bayes_lora.models import ActivationSpace, HierarchicalNormal, WeightSpace
 from bayes_lora.objective import BetaELBO
 from bayes_lora.seeding import seeded
 
@@ -65,6 +65,12 @@ def abmll_weight(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     return _objective(model, guide, config, handler=LocalReparameterization)
 
 
+def abmll_released(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """Noise at activations, K gradient steps on minibatches: what the authors' code does (see docs/method.md)."""
+    model = ActivationSpace(lm, lm.sites.initial(), **asdict(config.activation_space))
+    return _objective(model, GradientGuide(model, theta=THETAS[config.guide.theta], **_gradient(config)), config)
+
+
 THETAS = {"point": PointTheta, "normal": NormalTheta}
 
 
@@ -91,6 +97,7 @@ RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {
     "abmll-network": abmll_network,
     "abmll-network-gradient": abmll_network_gradient,
     "abmll-weight": abmll_weight,
+    "abmll-released": abmll_released,
 }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-__all__ = ["seeded"]
+__all__ = ["same_noise", "seeded"]
 
 
 @contextmanager
@@ -29,3 +29,24 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def same_noise(device: torch.device | str = "cpu") -> Callable[[], AbstractContextManager[None]]:
+    """Remember where torch's generators stand; in blocks of what is returned, torch draws what it draws from here on.
+
+    Args:
+        device: where, besides the CPU, the block draws.
+    """
+    device = torch.device(device)
+    gpus = [device] if device.type == "cuda" else []
+    state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in gpus]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with torch.random.fork_rng(devices=gpus):
+            torch.set_rng_state(state)
+            for gpu, value in zip(gpus, states, strict=True):
+                torch.cuda.set_rng_state(value, gpu)
+            yield
+
+    return again

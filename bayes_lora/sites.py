@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bayes_lora.errors import SiteError, did_you_mean
-from bayes_lora.slots import Bound, Slot, unchanged
+from bayes_lora.seeding import same_noise
+from bayes_lora.slots import Bound, Slot, delta_site, factor_sites, unchanged
 from bayes_lora.types import Sites, SiteShapes
 
 __all__ = ["LoraSites", "Slot", "delta_site", "factor_sites", "find_sites"]
@@ -135,7 +136,11 @@ class LoraSites:
 
         Gradient checkpointing runs the forward again inside ``backward``, when :meth:`bind` has been left.
         """
-        return nullcontext(), self._bound(self._current())
+        current = self._current()
+        bound = [value for values in current.values() for value in values]
+        draws = any(value is not None and not isinstance(value, Tensor) for value in bound)
+        device = next(iter(self._slots.values()))[0].initial.device
+        return nullcontext(), _Binding(self, current, same_noise(device) if draws else nullcontext)
 
     def unstack(self, values: Sites) -> dict[str, Tensor]:
         """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``."""
@@ -160,33 +165,33 @@ class LoraSites:
         return {site: torch.stack([weights[name] for name in group], dim=-3) for site, group in names.items()}
 
 
-class _Binding(AbstractContextManager[None]):
-    """Binds weights, and restores what was bound; may be entered again, as every backward through a checkpoint does."""
+Noise = Callable[[], AbstractContextManager[Any]]
 
-    def __init__(self, sites: LoraSites, weights: Mapping[str, Sequence[Bound]]) -> None:
-        self.sites, self.weights = sites, weights
-        self.before: list[dict[str, list[Bound]]] = []
+
+class _Binding(AbstractContextManager[None]):
+    """Binds weights, and restores what was bound; may be entered again, as every backward through a checkpoint does.
+
+    Where ``noise`` is given, torch draws inside what it drew when that was made.
+    """
+
+    def __init__(self, sites: LoraSites, weights: Mapping[str, Sequence[Bound]], noise: Noise = nullcontext) -> None:
+        self.sites, self.weights, self.noise = sites, weights, noise
+        self.before: list[tuple[dict[str, list[Bound]], ExitStack]] = []
 
     def __enter__(self) -> None:
-        self.before.append(self.sites._current())
+        stack = ExitStack()
+        stack.enter_context(self.noise())
+        self.before.append((self.sites._current(), stack))
         self.sites._assign(self.weights)
 
     def __exit__(self, *_: object) -> None:
-        self.sites._assign(self.before.pop())
+        before, stack = self.before.pop()
+        self.sites._assign(before)
+        stack.close()
 
 
 def _factor(site: str) -> str:
     return next(factor for factor in FACTORS if f".{factor}" in site)
-
-
-def delta_site(site: str) -> str:
-    """The name of the whole update of which a site is a factor."""
-    return re.sub(r"\.lora_[AB]", ".delta_weight", site)
-
-
-def factor_sites(site: str) -> tuple[str, str]:
-    """The names of an update's factors A and B."""
-    return site.replace(".delta_weight", ".lora_A"), site.replace(".delta_weight", ".lora_B")
 
 
 def _layer_index(name: str) -> int:

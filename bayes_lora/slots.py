@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from bayes_lora.deferred import linear
 
-__all__ = ["Bound", "Slot", "unchanged"]
+__all__ = ["Bound", "Slot", "delta_site", "factor_sites", "unchanged"]
 
 Bound = Tensor | Callable[[Tensor], Tensor] | None
 """A weight, a function of activations, or nothing."""
@@ -45,3 +46,13 @@ class Slot(nn.Module):
         if self.bound is None or isinstance(self.bound, Tensor):
             return linear(x, self.weight)
         return self.bound(x)
+
+
+def delta_site(site: str) -> str:
+    """The name of the whole update of which a site is a factor."""
+    return re.sub(r"\.lora_[AB]", ".delta_weight", site)
+
+
+def factor_sites(site: str) -> tuple[str, str]:
+    """The names of an update's factors A and B."""
+    return site.replace(".delta_weight", ".lora_A"), site.replace(".delta_weight", ".lora_B")

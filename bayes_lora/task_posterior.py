@@ -71,7 +71,7 @@ class TaskPosterior:
         if num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
-        phi = dict(self.loc)
+        phi = {site: loc[None] for site, loc in self.loc.items()}
         # In the order of the model's sites, for files keep none, and a seed must mean the same after loading.
         for site in (site for site in self.lm.sites.shapes if site in self.scale):
             scale = self.scale[site]
@@ -80,8 +80,8 @@ class TaskPosterior:
             phi[site] = self.loc[site] + scale * noise.to(scale.device)
         for site, factors in ((site, factor_sites(site)) for site in self.lm.sites.delta_shapes):
             if factors[0] in self.noise:
-                parts = [phi.pop(a) for a in factors] + [self.noise[a] for a in factors]
-                whole: Any = DeferredWeight(*(value.expand(num_draws, *value.shape) for value in parts))
+                parts = [phi.pop(a) for a in factors] + [self.noise[a][None] for a in factors]
+                whole: Any = DeferredWeight(*(value.expand(num_draws, *value.shape[1:]) for value in parts))
                 phi[site] = whole
         return phi
 
@@ -117,6 +117,8 @@ class TaskPosterior:
                 raise TaskError(
                     f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(given)}."
                 )
+        if not self.scale and not self.noise:
+            num_draws = 0  # all draws are the mean
         phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.loc.items()}
         shown: Sequence[Sequence[Example]] = demonstrations or [()] * len(queries)
         # Deferred weights draw while they are used.

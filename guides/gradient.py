@@ -15,33 +15,20 @@ differentiated through (second order). With K = 0 it is the prior, and :math:`\l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any, Literal
 
-import pyro
-import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
-from pyro.poutine import runtime
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayes_lora.deferred import LocalReparameterization
-from bayes_lora.elbo import AnalyticELBO, ScaleLatents
 from bayes_lora.errors import ConfigError
-from bayes_lora.families import Parts, from_parts, to_parts
+from bayes_lora.guides.descent import Descent, Distributions, Point, from_point, to_point
 from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
-__all__ = ["Descent", "GradientGuide", "from_point", "to_point"]
-
-Distributions = dict[str, dist.TorchDistribution]
-"""Site name to a distribution, of batch ``(T, 1)`` or what broadcasts to it."""
-
-Point = dict[tuple[str, str], Tensor]
-"""``(part, site)`` to an unconstrained parameter, ``("loc", site)`` and ``("log_scale", site)`` for normals."""
+__all__ = ["GradientGuide"]
 
 
 class GradientGuide(PyroModule):
@@ -57,6 +44,8 @@ class GradientGuide(PyroModule):
         optimizer: ``"sgd"``, or ``"adam"`` (each task's and element's own moments, none kept between episodes).
         beta: weight of the divergence inside; independent of the objective's.
         num_particles: draws of phi per step, in one forward.
+        batch_size: examples of each support set per step, in turn; their likelihood stands for the whole set's. None
+            takes all.
         second_order: whether theta's gradient flows through the steps. For small models: every step keeps its graph,
             and attention takes its plain form, the only one that can be differentiated twice.
         learn_rates: whether alpha is learnt, one for each part of each site (its loc, its log scale).
@@ -76,14 +65,17 @@ class GradientGuide(PyroModule):
         optimizer: Literal["sgd", "adam"] = "adam",
         beta: float = 1.0,
         num_particles: int = 1,
+        batch_size: int | None = None,
         second_order: bool = False,
         learn_rates: bool = False,
     ) -> None:
         super().__init__()
-        if steps < 0 or num_particles < 1 or not learning_rate > 0 or not beta > 0:
+        counts = (num_particles, 1 if batch_size is None else batch_size)
+        if steps < 0 or min(counts) < 1 or not learning_rate > 0 or not beta > 0:
             raise ConfigError(
-                "expected steps of at least 0, num_particles of at least 1, positive learning_rate and beta; got "
-                f"steps={steps}, num_particles={num_particles}, learning_rate={learning_rate}, beta={beta}."
+                "expected steps of at least 0, num_particles and batch_size of at least 1, positive learning_rate and "
+                f"beta; got steps={steps}, num_particles={num_particles}, batch_size={batch_size}, "
+                f"learning_rate={learning_rate}, beta={beta}."
             )
         if optimizer not in ("sgd", "adam"):
             raise ConfigError(f"optimizer: expected 'sgd' or 'adam', got {optimizer!r}.")
@@ -94,6 +86,7 @@ class GradientGuide(PyroModule):
             self.own_theta = theta(model)
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
         self.beta, self.num_particles, self.second_order = beta, num_particles, second_order
+        self.batch_size = batch_size
         if learn_rates:
             with torch.no_grad():
                 prior = model.phi_prior(model.initial_theta())
@@ -145,117 +138,5 @@ class GradientGuide(PyroModule):
         """How far K steps move each ``(part, site)`` from ``start``, at one value of theta."""
         (model,) = self._model
         second = self.second_order and torch.is_grad_enabled()
-        descent = Descent(model, self._rate, self.optimizer, self.beta, self.num_particles, second)
+        descent = Descent(model, self._rate, self.optimizer, self.beta, self.num_particles, second, self.batch_size)
         return descent(support, theta, start, self.steps)
-
-
-class Descent:
-    """The steps themselves; see :class:`GradientGuide` for what is set.
-
-    Args:
-        model: a Pyro model whose theta sites can be conditioned on.
-        rate: step size of ``(part, site)``.
-        optimizer: ``"sgd"`` or ``"adam"``.
-        beta: weight of the divergence.
-        num_particles: draws per step.
-        second: whether the displacement can be differentiated in theta and start.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        rate: Callable[[str, str], Tensor | float],
-        optimizer: Literal["sgd", "adam"] = "adam",
-        beta: float = 1.0,
-        num_particles: int = 1,
-        second: bool = False,
-    ) -> None:
-        self.model, self.rate, self.second, self.scale = model, rate, second, ScaleLatents(beta, 1.0)
-        make: Any = AnalyticELBO
-        self.elbo: Any = make(num_particles, max_plate_nesting=2, vectorize_particles=True)
-        self.direction = Adam() if optimizer == "adam" else lambda _, gradient: gradient
-
-    def __call__(self, support: Episode, theta: Sites, start: Distributions, steps: int) -> Point:
-        """Take the steps; every task counts for itself, whatever collection it is from."""
-        origin = to_point(start, len(support.task_index))
-        if not self.second:
-            origin = {key: value.detach() for key, value in origin.items()}
-            theta = {site: value.detach() for site, value in theta.items()}
-        moved = {key: torch.zeros_like(value) for key, value in origin.items()}
-        alone = support.alone()
-        for _ in range(steps):
-            gradients = self._gradients(alone, theta, start, {key: origin[key] + moved[key] for key in origin})
-            for key, gradient in gradients.items():
-                moved[key] = moved[key] - self.rate(*key) * self.direction(key, gradient)
-        return moved
-
-    def _gradients(self, support: Episode, theta: Sites, like: Distributions, point: Point) -> Point:
-        def guide(episode: Episode) -> None:
-            sample_phi(episode, from_point(like, point))
-
-        attention = _twice_differentiable() if self.second else nullcontext()
-        with _apart(), torch.enable_grad(), attention:
-            point = {
-                key: value if self.second and value.requires_grad else value.detach().requires_grad_()
-                for key, value in point.items()
-            }
-            model = self.scale(pyro.condition(self.model, data=theta))
-            loss = self.elbo.differentiable_loss(model, self.scale(guide), support)
-            gradients = torch.autograd.grad(loss, list(point.values()), create_graph=self.second)
-        return dict(zip(point, gradients, strict=True))
-
-
-class Adam:
-    """Directions of Adam (Kingma and Ba, arXiv 1412.6980) as functions of gradients, to be differentiated through."""
-
-    def __init__(self, decays: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8) -> None:
-        self.decays, self.epsilon = decays, epsilon
-        self.moments: dict[tuple[str, str], tuple[int, Tensor, Tensor]] = {}
-
-    def __call__(self, key: tuple[str, str], gradient: Tensor) -> Tensor:
-        """The direction for one tensor, whose moments are kept under the key."""
-        zero = torch.zeros_like(gradient)
-        count, first, second = self.moments.get(key, (0, zero, zero))
-        count, (a, b) = count + 1, self.decays
-        first, second = a * first + (1 - a) * gradient, b * second + (1 - b) * gradient.square()
-        self.moments[key] = (count, first, second)
-        # Under the root, where the derivative at zero would be infinite.
-        root = (second / (1 - b**count) + self.epsilon**2).sqrt()
-        return first / (1 - a**count) / (root + self.epsilon)
-
-
-def to_point(distributions: Distributions, tasks: int | None = None) -> Point:
-    """The unconstrained parameters of all sites, ``(tasks, 1, layers, out, in)`` each where tasks is given."""
-    point = {(part, site): value for site, fn in distributions.items() for part, value in to_parts(fn).items()}
-    if tasks is None:
-        return point
-    return {key: v.expand(tasks, 1, *v.shape[-3:]) if v.ndim == 3 else v for key, v in point.items()}
-
-
-def from_point(like: Distributions, point: Point) -> Distributions:
-    """Distributions of the families of ``like`` with these parameters."""
-    parts: dict[str, Parts] = {site: {} for site in like}
-    for (part, site), value in point.items():
-        parts[site][part] = value
-    return {site: from_parts(fn, parts[site]) for site, fn in like.items()}
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Inside the block Pyro is as if no model, guide or plate were running around it; local reparameterisation stays.
-
-    ``poutine.block`` hides sites, but the names and dimensions of the plates around it would stay taken.
-    """
-    handlers, plates = list(runtime._PYRO_STACK), runtime._DIM_ALLOCATOR._stack
-    runtime._PYRO_STACK[:] = [handler for handler in handlers if isinstance(handler, LocalReparameterization)]
-    runtime._DIM_ALLOCATOR._stack = []
-    try:
-        yield
-    finally:
-        runtime._PYRO_STACK[:], runtime._DIM_ALLOCATOR._stack = handlers, plates
-
-
-def _twice_differentiable() -> AbstractContextManager[None]:
-    """Inside the block attention takes the form that has a second derivative."""
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context

@@ -1,0 +1,149 @@
+r"""Noise at activations under a hierarchy of adapters, the *activation* form of ABMLL (the code of arXiv 2508.14285).
+
+.. math::
+    \theta = (B_\mu, A_\mu, B_v, A_v) &\sim \mathcal N(0, s_0^2), \qquad p(\phi_i \mid \theta) \propto 1 \\
+    h \mid x, \theta &\sim \mathcal N(B^\theta_\mu A^\theta_\mu x,\; e^{B^\theta_v A^\theta_v x + c})
+        \quad\text{a priori, and with } \phi_i \text{ a posteriori}
+
+for every token and adapted layer. A task's four factors are points, held near theta's by the divergence of the
+activations they give; it is estimated by the one draw that the language model makes, and summed over tokens and layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from bayes_lora.activation import DeferredActivation, LogRatios
+from bayes_lora.families import Parts, from_parts, to_parts
+from bayes_lora.models.hierarchical_model import HierarchicalModel, examples_scale, task_plate
+from bayes_lora.sites import delta_site, factor_sites
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.types import Likelihood, Sites
+
+__all__ = ["ActivationSpace", "Flat"]
+
+
+class Flat(dist.TorchDistribution):
+    """An improper flat density over tensors of three event dimensions; what it draws is ``at``.
+
+    Args:
+        at: ``(*batch, layers, out, in)``.
+    """
+
+    arg_constraints = {"at": constraints.independent(constraints.real, 3)}
+    support = constraints.independent(constraints.real, 3)
+    has_rsample = True
+
+    def __init__(self, at: Tensor) -> None:
+        self.at = at
+        super().__init__(at.shape[:-3], at.shape[-3:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Flat:
+        """The same for a larger batch."""
+        return Flat(self.at.expand(*batch_shape, *self.event_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """``at``."""
+        return self.at
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """``at``."""
+        return self.at.expand(self._extended_shape(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Zero."""
+        shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-3])
+        return value.new_zeros(()).expand(shape)
+
+
+@to_parts.register
+def _(fn: Flat) -> Parts:
+    return {"value": fn.at}
+
+
+@from_parts.register
+def _(fn: Flat, parts: Parts) -> Any:
+    return dist.Delta(parts["value"], event_dim=3)
+
+
+class ActivationSpace(HierarchicalModel):
+    """p(theta) p(h | x, theta) p(y | x, h) as a Pyro program.
+
+    Sites: ``theta.loc.<site>`` and ``theta.log_variance.<site>`` for every LoRA site, ``phi.<site>`` and
+    ``phi.log_variance.<site>``, ``phi.activations`` (a factor, the divergence); ``answer``. PEFT's scaling multiplies
+    what the adapter adds, its noise included. Predictions take the mean: :meth:`sample_phi` returns plain LoRAs.
+
+    Args:
+        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start both pairs (B of variances at 0).
+        offset: c, the log-variance at the start.
+        loc_scale: s_0.
+    """
+
+    def __init__(
+        self, likelihood: Likelihood, initial: Sites, *, offset: float = -20.0, loc_scale: float = 1.0
+    ) -> None:
+        super().__init__(likelihood, initial)
+        self.random_sites = [*initial, *(f"log_variance.{site}" for site in initial)]
+        like = next(iter(initial.values()))
+        self.register_buffer("offset", torch.full((1, 1, 1), offset, dtype=like.dtype))
+        self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=like.dtype))
+
+    def initial_theta(self) -> Sites:
+        """Where guides start each theta site."""
+        theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
+        for site, value in self.initial.items():
+            theta[f"theta.log_variance.{site}"] = torch.zeros_like(value) if ".lora_B" in site else value
+        return theta
+
+    def theta(self) -> Sites:
+        """Sample p(theta): two pairs of factors for every adapted module."""
+        theta: Sites = {}
+        for name, value in self.initial_theta().items():
+            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
+            theta[name] = pyro.sample(name, prior)
+        return theta
+
+    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+        """A flat density at theta's own values."""
+        prior: dict[str, dist.TorchDistribution] = {}
+        for site in self.random_sites:
+            prior[site] = Flat(theta[f"theta.{site}" if site.startswith("log_variance.") else f"theta.loc.{site}"])
+        return prior
+
+    def sample_phi(self, episode: Episode) -> Sites:
+        """Sample theta and phi; returns the LoRA of each task's mean."""
+        _, phi = self._sample(task_plate(episode))
+        return {site: phi[site] for site in self.initial}
+
+    def _sample(self, tasks: pyro.plate) -> tuple[dict[str, dist.TorchDistribution], Sites]:
+        prior = self.phi_prior(self.theta())
+        with tasks:
+            return prior, {site: pyro.sample(f"phi.{site}", fn) for site, fn in prior.items()}
+
+    def forward(self, episode: Episode) -> Tensor:
+        """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
+        tasks = task_plate(episode)
+        prior, phi = self._sample(tasks)
+        updates = {delta_site(site): factor_sites(delta_site(site)) for site in self.initial if ".lora_A" in site}
+        deferred: dict[str, Any] = {}
+        for update, factors in updates.items():
+            names = [*factors, *(f"log_variance.{site}" for site in factors)]
+            values = [*(phi[name] for name in names), *(prior[name].mean for name in names)]
+            values.append(self.offset.expand(len(self.initial[factors[0]]), 1, 1))
+            deferred[update] = DeferredActivation(*values)
+        layers = sum(len(self.initial[a]) for a, _ in updates.values())
+        with LogRatios(episode.padded.segments >= 0, layers) as ratios:
+            log_lik = self.likelihood(deferred, episode)
+        with tasks, pyro.poutine.scale(scale=examples_scale(episode, log_lik)):
+            pyro.factor("phi.activations", -ratios.total(log_lik.shape[:-2])[..., None])
+        with tasks:
+            self.observe(log_lik, episode)
+        return log_lik
