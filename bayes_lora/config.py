@@ -106,7 +106,7 @@ class GradientConfig:
     """Keyword arguments of :class:`bayes_lora.guides.GradientGuide`; beta is the objective's where it is None."""
 
     steps: Annotated[int, Field(ge=0)] = 5
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive | dict[str, Positive] = 2e-3
     optimizer: Literal["sgd", "adam"] = "adam"
     beta: Positive | None = None
     num_particles: Count = 1

@@ -15,7 +15,7 @@ differentiated through (second order). With K = 0 it is the prior, and :math:`\l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,8 @@ class GradientGuide(PyroModule):
             begin at p(phi | theta).
         theta: makes q(theta) from the model, where ``start`` has none: :class:`PointTheta` or :class:`NormalTheta`.
         steps: K.
-        learning_rate: alpha, of every part of the family (loc and log scale of normals).
+        learning_rate: alpha; one for each part of the family, ``{"loc": 2e-3, "log_scale": 0.1}``, or one for all. Few
+            steps change a scale only where its own rate is large.
         optimizer: ``"sgd"``, or ``"adam"`` (each task's and element's own moments, none kept between episodes).
         beta: weight of the divergence inside; independent of the objective's.
         num_particles: draws of phi per step, in one forward.
@@ -61,7 +62,7 @@ class GradientGuide(PyroModule):
         start: PyroModule | None = None,
         theta: Callable[[Any], PyroModule] = PointTheta,
         steps: int = 5,
-        learning_rate: float = 2e-3,
+        learning_rate: float | Mapping[str, float] = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
         beta: float = 1.0,
         num_particles: int = 1,
@@ -71,7 +72,8 @@ class GradientGuide(PyroModule):
     ) -> None:
         super().__init__()
         counts = (num_particles, 1 if batch_size is None else batch_size)
-        if steps < 0 or min(counts) < 1 or not learning_rate > 0 or not beta > 0:
+        rates = learning_rate.values() if isinstance(learning_rate, Mapping) else (learning_rate,)
+        if steps < 0 or min(counts) < 1 or not all(rate > 0 for rate in rates) or not beta > 0:
             raise ConfigError(
                 "expected steps of at least 0, num_particles and batch_size of at least 1, positive learning_rate and "
                 f"beta; got steps={steps}, num_particles={num_particles}, batch_size={batch_size}, "
@@ -87,11 +89,13 @@ class GradientGuide(PyroModule):
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
         self.beta, self.num_particles, self.second_order = beta, num_particles, second_order
         self.batch_size = batch_size
-        if learn_rates:
-            with torch.no_grad():
-                prior = model.phi_prior(model.initial_theta())
-            for part, site in to_point(prior):
-                self._set(part, site, nn.Parameter(torch.tensor(learning_rate).log()))
+        with torch.no_grad():
+            point = to_point(model.phi_prior(model.initial_theta()))
+        parts = {part for part, _ in point}
+        if isinstance(learning_rate, Mapping) and learning_rate.keys() != parts:
+            raise ConfigError(f"learning_rate: expected one for each of {sorted(parts)}, got {dict(learning_rate)}.")
+        for part, site in point if learn_rates else ():
+            self._set(part, site, nn.Parameter(torch.tensor(self._first_rate(part)).log()))
         show_to_svi(self)
 
     @property
@@ -104,7 +108,10 @@ class GradientGuide(PyroModule):
 
     def _rate(self, part: str, site: str) -> Tensor | float:
         log_rate = getattr(self, attribute(f"log_rate_{part}", site), None)
-        return self.learning_rate if log_rate is None else log_rate.exp()
+        return self._first_rate(part) if log_rate is None else log_rate.exp()
+
+    def _first_rate(self, part: str) -> float:
+        return self.learning_rate[part] if isinstance(self.learning_rate, Mapping) else self.learning_rate
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi; reads only ``episode.support``."""

@@ -224,6 +224,23 @@ def test_draws_of_theta_move_the_end_as_they_move_the_prior(lm):
         torch.testing.assert_close(two[site].stddev, one[site].stddev / 2)
 
 
+def test_each_part_may_have_its_own_rate(lm, monkeypatch):
+    """A step of plain descent is proportional to it."""
+    fixed_noise(monkeypatch)
+    episode = make_episode(lm)
+    one, two = (
+        build(lm, steps=1, optimizer="sgd", learning_rate=rate).guide.program
+        for rate in (0.01, {"loc": 0.02, "log_scale": 0.05})
+    )
+    theta = {site: one.theta.distribution(site).mean for site in one.theta.positive}
+    start = one._begin(episode.support, theta)
+    moved = [guide.displacement(episode.support, theta, start) for guide in (one, two)]
+    for (part, site), value in moved[0].items():
+        torch.testing.assert_close(moved[1][part, site], {"loc": 2.0, "log_scale": 5.0}[part] * value)
+    with pytest.raises(ConfigError, match=r"expected one for each of \['loc', 'log_scale'\], got {'loc': 0.1}"):
+        build(lm, learning_rate={"loc": 0.1})
+
+
 def test_bad_settings_are_refused(lm):
     for wrong in (dict(steps=-1), dict(num_particles=0), dict(learning_rate=0.0), dict(beta=0.0)):
         with pytest.raises(ConfigError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
