@@ -14,7 +14,7 @@ from rich.console import Console
 from bayes_lora.errors import ModelFileError
 from bayes_lora.packaged_model import CONVERTED_FOLDER, DEFAULT_MODEL, MEGABYTES, PACKAGE, convert_package
 
-__all__ = ["DEFAULT_MODEL", "fetch_default_model", "find_model"]
+__all__ = ["DEFAULT_MODEL", "default_model_here", "fetch_default_model", "find_model"]
 
 HUB_ANSWER_SECONDS = 5.0
 # A resolver without a network may hang for longer than any socket time-out, hence a second, outer limit.
@@ -48,6 +48,12 @@ def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progr
     return _find_in_hub_cache(str(name_or_path)) or _download_from_hub(str(name_or_path))
 
 
+def default_model_here(cache_dir: Path | None = None) -> Path | None:
+    """The folder of :data:`DEFAULT_MODEL` where it is on this machine, in the Hugging Face cache or converted."""
+    target = (cache_dir or _default_cache_dir()) / CONVERTED_FOLDER
+    return _find_in_hub_cache(DEFAULT_MODEL) or (target if _is_model_folder(target) else None)
+
+
 def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True) -> Path:
     """Make :data:`DEFAULT_MODEL` available on this machine, and return its folder.
 
@@ -59,9 +65,9 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
         ModelFileError: neither the hub nor the package index can be reached, or the file is not as expected.
     """
     target = (cache_dir or _default_cache_dir()) / CONVERTED_FOLDER
-    cached = _find_in_hub_cache(DEFAULT_MODEL) or (target if _is_model_folder(target) else None)
-    if cached is not None:
-        return cached
+    here = default_model_here(cache_dir)
+    if here is not None:
+        return here
     console = Console(file=sys.stderr, quiet=not progress)
     try:
         return _download_from_hub(DEFAULT_MODEL)
