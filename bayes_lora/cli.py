@@ -160,6 +160,7 @@ def evaluate(
     queries: Annotated[int, typer.Option(help="At most this many query examples per task.", min=1)] = 200,
     steps: Annotated[str, typer.Option(help="Gradient steps after the one pass: numbers, commas between.")] = "0,10",
     draws: Draws = 10,
+    demonstrations: Annotated[int, typer.Option(help="Solved support examples before every query.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and reliability.png.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -183,7 +184,14 @@ def evaluate(
     if left_out:
         say(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks, on which the posterior was fitted")
     with bars() as progress:
-        comparison = compare(posterior, list(unseen.values()), steps=counts, num_draws=draws, progress=progress)
+        comparison = compare(
+            posterior,
+            list(unseen.values()),
+            steps=counts,
+            num_draws=draws,
+            num_demonstrations=demonstrations,
+            progress=progress,
+        )
     out.print(comparison.table())
     if output is not None:
         comparison.write(output)

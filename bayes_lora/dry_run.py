@@ -160,10 +160,11 @@ def _memory(
     per_token = layers * hidden + whole if settings.gradient_checkpointing else layers * whole
     bits = 8 * itemsize if settings.quantization is None else BITS[settings.quantization]
     draws = episodes.tasks_per_episode * config.objective.num_particles
+    pairs = 2 if config.recipe in ("abmll-weight", "abmll-released") else 1  # of factors, for mean and scale
     memory = {
         "base": (parameters["base"] - quantised) * itemsize + quantised * bits // 8,
         "trained": 5 * 4 * parameters["trained"],
-        "phi": 8 * 4 * draws * parameters["lora"],
+        "phi": pairs * 8 * 4 * draws * parameters["lora"],
         "activations": tokens * per_token * itemsize,
     }
     return memory | {"total": sum(memory.values())}, tokens

@@ -192,6 +192,7 @@ def compare(
     num_draws: int = 10,
     lora_steps: int = 10,
     lora_learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    num_demonstrations: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
     """Evaluate on unseen tasks: the pretrained model, a LoRA fine-tuned at each step size, and the posterior.
@@ -204,6 +205,8 @@ def compare(
         num_draws: S, of the posterior predictive.
         lora_steps: Adam steps of the LoRA baseline.
         lora_learning_rates: its step sizes, a row each.
+        num_demonstrations: of each task's support, how many examples stand solved before every query, whatever the
+            method: the pretrained model then learns in context.
         progress: shows a bar.
     """
     lm = posterior.lm
@@ -230,15 +233,15 @@ def compare(
     for name, method in methods.items():
         if progress is not None and bar is not None:
             progress.update(bar, description=name)
-        results[name] = _evaluate(method, tasks, advance)
+        results[name] = _evaluate(method, tasks, num_demonstrations, advance)
     return Comparison(results)
 
 
-def _evaluate(method: Method, tasks: Sequence[Task], advance: Callable[[], None]) -> MethodResult:
+def _evaluate(method: Method, tasks: Sequence[Task], shown: int, advance: Callable[[], None]) -> MethodResult:
     metrics, confidence, correct = {}, [], []
     for task in tasks:
         adapted, num_draws = method(task)
-        [log_probs] = adapted.predict([task.query], num_draws=num_draws)
+        [log_probs] = adapted.predict([task.query], num_draws=num_draws, demonstrations=[task.support[:shown]])
         metrics[task.name] = score(task.query, log_probs)
         answer = torch.tensor([example.answer for example in task.query])
         sure, right = top_confidence(log_probs.cpu(), answer)

@@ -128,6 +128,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
         check_predictions(out, questions)
 
     words = ("--tasks", data / "unseen", "--shots", 4, "--queries", 5, "--steps", "0, 1,0", "--draws", 2)
+    words += ("--demonstrations", 1)
     code, out, _ = call("evaluate", "--run", run, *words, "--output", out_folder)
     assert code == 0
     for word in ("task-4", "task-5", "mean", "pretrained", "ours, one pass + 1 steps"):

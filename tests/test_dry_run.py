@@ -49,6 +49,16 @@ def test_the_shipped_settings(name):
     assert found.memory["total"] == sum(size for name, size in found.memory.items() if name != "total")
 
 
+@pytest.mark.parametrize("recipe", ["abmll-weight", "abmll-released"])
+def test_forms_with_two_pairs_of_factors(recipe):
+    """For theta and for every task."""
+    architecture = read_architecture(CONFIGS / "llama-3-8b.json")
+    configs = [RunConfig.load(CONFIGS / "llama-3-8b.yaml", [f"recipe={name}"]) for name in (recipe, "abmll")]
+    found, plain = (dry_run(config, architecture) for config in configs)
+    assert found.parameters["trained"] == 2 * plain.parameters["lora"]
+    assert found.memory["phi"] == 2 * plain.memory["phi"]
+
+
 def test_four_bits_and_what_is_not_quantised():
     config = RunConfig.load(CONFIGS / "llama-3-8b.yaml", ["language_model.quantization=4bit"])
     found = dry_run(config, read_architecture(CONFIGS / "llama-3-8b.json"))

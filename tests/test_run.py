@@ -8,6 +8,7 @@ from conftest import make_tasks
 from rich.console import Console
 from test_storage import CONFIG, assert_equal, names
 
+from bayes_lora.baselines import pretrained
 from bayes_lora.config import EpisodeConfig, RunConfig
 from bayes_lora.errors import PosteriorError, TaskError
 from bayes_lora.metrics import Metrics, expected_calibration_error
@@ -123,6 +124,19 @@ def test_compare_and_report(comparison, tmp_path):
         assert values.keys() == {"tasks", "mean", "pooled"}
         assert values["pooled"].keys() == {"ece", "adaptive_ece", "per_example_gap"}
         assert values["mean"]["nll"] == pytest.approx(sum(row["nll"] for row in values["tasks"].values()) / 2)
+
+
+def test_demonstrations_stand_before_every_query_whatever_the_method(lm, tasks):
+    posterior, _ = fit_posterior(lm, tasks, CONFIG)
+    [task] = [list(make_tasks(num_tasks=6).values())[5].split(4, seed=0)]
+    settings = dict(steps=(1,), num_draws=3, lora_steps=2, lora_learning_rates=(1e-3,))
+    shown, plain = (compare(posterior, [task], num_demonstrations=k, **settings).results for k in (2, 0))
+    expected = posterior.adapt(task, steps=1).evaluate([task], num_draws=3, num_demonstrations=2)
+    assert shown["ours, one pass + 1 steps"].metrics[task.name] == expected[task.name]
+    in_context = pretrained(lm, [task]).evaluate([task], num_draws=0, num_demonstrations=2)
+    assert shown["pretrained"].metrics[task.name] == in_context[task.name]
+    for name, result in shown.items():
+        assert result.mean.nll != plain[name].mean.nll
 
 
 def test_the_pooled_ece_is_that_of_all_tasks_together():
