@@ -65,7 +65,7 @@ def adapt(
         width: factor on the standard deviations in the end, see :mod:`bayes_lora.width`.
         seed: of the draws inside the steps, and of those that the guide takes on its own.
     """
-    episode = collate([lm.encoder(task.support) for task in tasks]).to(lm.device)
+    episode = collate([lm.encoder(task.support) for task in tasks]).unseen().to(lm.device)
     model, guide = objective.model.program, objective.guide.program
     with evaluating(objective), torch.no_grad(), AtMean(), objective.handled(), seeded(seed, lm.device):
         trace = pyro.poutine.trace(guide).get_trace(episode)

@@ -157,7 +157,7 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
     episodes = [
         collate([lm.encoder(task.query, task.support[:shown])], [lm.encoder(task.support)]) for task in held.values()
     ]
-    return sampler, [episode.to(lm.device) for episode in episodes]
+    return sampler, [episode.unseen().to(lm.device) for episode in episodes]
 
 
 def _split_held_back(task: Task, shots: int, seed: int) -> Task:

@@ -3,6 +3,19 @@
 from bayes_lora.models.activation_space import ActivationSpace
 from bayes_lora.models.hierarchical_model import HierarchicalModel
 from bayes_lora.models.hierarchical_normal import HierarchicalNormal
+from bayes_lora.models.horseshoe import RegularizedHorseshoe
+from bayes_lora.models.independent_normal import IndependentNormal
+from bayes_lora.models.layerwise_scale import LayerwiseScale
+from bayes_lora.models.rank_ard import RankARD
 from bayes_lora.models.weight_space import WeightSpace
 
-__all__ = ["ActivationSpace", "HierarchicalModel", "HierarchicalNormal", "WeightSpace"]
+__all__ = [
+    "ActivationSpace",
+    "HierarchicalModel",
+    "HierarchicalNormal",
+    "IndependentNormal",
+    "LayerwiseScale",
+    "RankARD",
+    "RegularizedHorseshoe",
+    "WeightSpace",
+]

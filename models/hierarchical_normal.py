@@ -65,8 +65,12 @@ class HierarchicalNormal(HierarchicalModel):
         theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
         for site in self.random_sites:
             scale = self.initial_scale[".lora_B" in site]
-            theta[f"theta.precision.{site}"] = torch.full_like(self.initial[site], scale**-2)
+            theta[f"theta.precision.{site}"] = self.initial[site].new_full(self.precision_shape(site), scale**-2)
         return theta
+
+    def precision_shape(self, site: str) -> tuple[int, ...]:
+        """Of ``theta.precision.<site>``; what broadcasts to the site's event shape."""
+        return tuple(self.initial[site].shape)
 
     def theta(self) -> Sites:
         """Sample p(theta): locations and, for random sites, precisions."""
@@ -75,7 +79,7 @@ class HierarchicalNormal(HierarchicalModel):
             prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
             theta[f"theta.loc.{site}"] = pyro.sample(f"theta.loc.{site}", prior)
         for site in self.random_sites:
-            gamma = dist.Gamma(self.concentration, self.rate).expand(self.initial[site].shape).to_event(3)
+            gamma = dist.Gamma(self.concentration, self.rate).expand(self.precision_shape(site)).to_event(3)
             theta[f"theta.precision.{site}"] = pyro.sample(f"theta.precision.{site}", gamma)
         return theta
 

@@ -24,7 +24,15 @@ from pyro.infer import TraceMeanField_ELBO
 
 from bayes_lora.adaptation import draw_phi
 from bayes_lora.deferred import LocalReparameterization
-from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta
+from bayes_lora.guides import (
+    GradientGuide,
+    GuideNetwork,
+    MeanField,
+    NormalTheta,
+    PointTheta,
+    SharedMeanField,
+    SharedPoint,
+)
 from bayes_lora.objective import BetaELBO
 from bayes_lora.width import Widened
 
@@ -52,6 +60,7 @@ GUIDES = {
     "gradient, learnt rates": (lambda model: descent(model, learn_rates=True), 0),
     "network": (network, 1500),
     "network, then gradient": (lambda model: descent(model, start=network(model), steps=100), 0),
+    "mean field": (lambda model: MeanField(model, num_tasks=3), 1500),
     "weight space, drawn": (of_updates, 0),
     "weight space, deferred": (of_updates, 0),
 }
@@ -119,6 +128,29 @@ def test_the_best_independent_normal_where_it_does_not(name):
     posterior = torch.distributions.MultivariateNormal(mean, precision_matrix=precision)
     expected = torch.distributions.kl_divergence(q, posterior)
     torch.testing.assert_close(log_evidence(x, y) - elbo(x, y, loc, scale), expected, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("make", [SharedMeanField, SharedPoint])
+def test_one_posterior_for_all_tasks(make):
+    """Its ELBO summed over tasks is greatest at sum_i P_i (m - m_i) = 0, and at the mean of their precisions."""
+    x, _, y = make_data()
+    episode, model = linear_episode(x, y), LinearModel()
+    guide = make(model)
+    objective = BetaELBO(model, guide, num_particles=64)
+    optimizer = torch.optim.Adam([p for name, p in guide.named_parameters() if "theta" not in name], lr=0.01)
+    for step in range(800):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 800)
+        optimizer.zero_grad()
+        objective(episode).backward()
+        optimizer.step()
+    mean, precision = exact_posterior(x, y)
+    expected = torch.linalg.solve(precision.sum(0), (precision @ mean[..., None]).sum(0))[:, 0]
+    sd = precision.diagonal(dim1=-2, dim2=-1).mean(0).rsqrt()
+    [fn] = guide.posterior(episode, model.initial_theta()).values()
+    assert ((fn.mean.detach()[:, 0, 0, 0] - expected).abs() / sd).max() < 0.1
+    assert ((MU - expected).abs() / sd).max() > 0.3
+    if make is SharedMeanField:
+        assert (fn.stddev.detach()[:, 0, 0, 0] / sd).log().abs().max() < 0.05
 
 
 def test_the_objective_is_the_elbo():

@@ -54,7 +54,7 @@ class Episode:
         answer: ``(T, N)`` index of the gold option.
         mask: ``(T, N)`` true where there is an example.
         num_data: ``(T,)`` each task's N, to which the likelihood of these examples is scaled.
-        task_index: ``(T,)`` the tasks' places in the collection.
+        task_index: ``(T,)`` the tasks' places in the collection; -1 for tasks that are not of it.
         num_tasks: size of the collection from which the tasks were drawn.
         examples: per task its ``N`` encoded examples, ``None`` where it has fewer.
         rows: per task its rows, ``None`` where it has fewer than another.
@@ -99,6 +99,11 @@ class Episode:
         """The same examples as all there is: neither tasks nor examples stand for others that were not drawn."""
         index = torch.arange(len(self.task_index), device=self.task_index.device)
         return replace(self, task_index=index, num_tasks=len(index), num_data=self.mask.sum(-1))
+
+    def unseen(self) -> Episode:
+        """The same tasks as ones that the collection does not have: a guide that keeps something for each has none."""
+        support = None if self.separate_support is None else self.separate_support.unseen()
+        return replace(self, task_index=torch.full_like(self.task_index, -1), separate_support=support)
 
     def to(self, device: torch.device | str) -> Episode:
         """Copy the tensors to a device; to a GPU through pinned memory, without waiting for it."""

@@ -1,0 +1,95 @@
+r"""Regularised horseshoe: few weights differ between tasks, and those may differ a lot (arXiv 1707.01694).
+
+.. math::
+    \mu_\theta &\sim \mathcal N(0, s_0^2), \qquad \tau_l \sim \mathrm{C}^+(0, \tau_0), \qquad
+    \lambda \sim \mathrm{C}^+(0, 1) \\
+    \phi_i \mid \theta &\sim \mathcal N(\mu_\theta, \tau_l^2 \tilde\lambda^2), \qquad
+    \tilde\lambda^2 = \frac{c^2 \lambda^2}{c^2 + \tau_l^2 \lambda^2}
+
+with one global scale for each layer l of a site and a local one for each weight. c is the slab's width: the largest
+standard deviation that a weight can have.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.models.hierarchical_model import HierarchicalModel
+from bayes_lora.types import Likelihood, Sites
+
+__all__ = ["RegularizedHorseshoe"]
+
+
+class RegularizedHorseshoe(HierarchicalModel):
+    """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
+
+    Sites: ``theta.loc.<site>`` for every LoRA site; ``theta.local.<site>`` (lambda), ``theta.global.<site>`` (tau,
+    ``(layers, 1, 1)``) and ``phi.<site>`` for the random ones; ``answer``.
+
+    Args:
+        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start ``theta.loc``.
+        random: which factors are random: ``"A"``, ``"B"`` or ``"AB"``.
+        global_scale: tau_0, at which guides start tau, for ``lora_A`` and ``lora_B``.
+        slab: c.
+        loc_scale: s_0.
+    """
+
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        initial: Sites,
+        *,
+        random: Literal["A", "B", "AB"] = "AB",
+        global_scale: tuple[float, float] = (0.1, 0.05),
+        slab: float = 1.0,
+        loc_scale: float = 1.0,
+    ) -> None:
+        super().__init__(likelihood, initial)
+        if random not in ("A", "B", "AB"):
+            raise ConfigError(f"random: expected 'A', 'B' or 'AB', got {random!r}.")
+        if min(*global_scale, slab, loc_scale) <= 0:
+            got = f"{global_scale}, {slab} and {loc_scale}"
+            raise ConfigError(f"expected positive global_scale, slab and loc_scale, got {got}.")
+        self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
+        self.global_scale, self.slab = global_scale, slab
+        self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=next(iter(initial.values())).dtype))
+
+    def initial_theta(self) -> Sites:
+        """Where guides start each theta site."""
+        theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
+        for site in self.random_sites:
+            value = self.initial[site]
+            theta[f"theta.local.{site}"] = torch.ones_like(value)
+            theta[f"theta.global.{site}"] = value.new_full((len(value), 1, 1), self.global_scale[".lora_B" in site])
+        return theta
+
+    def theta(self) -> Sites:
+        """Sample p(theta): locations, local and global scales."""
+        theta: Sites = {}
+        for name, value in self.initial_theta().items():
+            _, part, site = name.split(".", 2)
+            prior: dist.TorchDistribution = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale)
+            if part != "loc":
+                scale = self.global_scale[".lora_B" in site] if part == "global" else 1.0
+                prior = dist.HalfCauchy(torch.full_like(self.loc_scale, scale))
+            theta[name] = pyro.sample(name, prior.expand(value.shape).to_event(3))  # type: ignore[no-untyped-call]
+        return theta
+
+    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+        """p(phi | theta) of one task, per random site."""
+        prior: dict[str, dist.TorchDistribution] = {}
+        for site in self.random_sites:
+            free = theta[f"theta.global.{site}"] * theta[f"theta.local.{site}"]
+            scale = self.slab * free / (self.slab**2 + free.square()).sqrt()
+            prior[site] = dist.Normal(theta[f"theta.loc.{site}"], scale).to_event(3)
+        return prior
+
+    def shared(self, theta: Sites) -> Sites:
+        """The factor that is not random."""
+        return {site: theta[f"theta.loc.{site}"] for site in self.initial if site not in self.random_sites}
