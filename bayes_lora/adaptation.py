@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 
 from bayes_lora.errors import NonFiniteLoss
 from bayes_lora.families import widened
-from bayes_lora.guides.descent import Descent, Point, from_point, to_point
+from bayes_lora.guides.descent import Descent, Distributions, Point, from_point, to_point
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
@@ -22,7 +22,7 @@ from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.task import Task
 from bayes_lora.types import Sites
 
-__all__ = ["AtMean", "adapt", "draw_phi"]
+__all__ = ["AtMean", "adapt", "draw_phi", "one_pass"]
 
 
 class AtMean(Messenger):
@@ -66,14 +66,9 @@ def adapt(
         seed: of the draws inside the steps, and of those that the guide takes on its own.
     """
     episode = collate([lm.encoder(task.support) for task in tasks]).unseen().to(lm.device)
-    model, guide = objective.model.program, objective.guide.program
-    with evaluating(objective), torch.no_grad(), AtMean(), objective.handled(), seeded(seed, lm.device):
-        trace = pyro.poutine.trace(guide).get_trace(episode)
-    sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
-    theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
-    start = {name.removeprefix("phi."): node["fn"] for name, node in sites.items() if name.startswith("phi.")}
+    theta, start = one_pass(objective, episode, seed)
     if steps:
-        descent = Descent(model, lambda part, site: learning_rate, beta=objective.full_beta)
+        descent = Descent(objective.model.program, lambda part, site: learning_rate, beta=objective.full_beta)
         # What diverges is named below, once all steps are taken.
         with objective.handled(), evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
             moved = descent(episode, theta, start, steps)
@@ -81,6 +76,16 @@ def adapt(
         begin = to_point(start, len(tasks))
         start = from_point(start, {key: begin[key] + moved[key] for key in begin})
     return _posterior(lm, theta, {site: widened(fn, width) for site, fn in start.items()}, tasks)
+
+
+def one_pass(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Sites, Distributions]:
+    """The mean of q(theta), and q(phi | support) there, per random site."""
+    device = episode.mask.device
+    with evaluating(objective), torch.no_grad(), AtMean(), objective.handled(), seeded(seed, device):
+        trace = pyro.poutine.trace(objective.guide.program).get_trace(episode)
+    sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
+    return theta, {name.removeprefix("phi."): node["fn"] for name, node in sites.items() if name.startswith("phi.")}
 
 
 def _posterior(lm: LanguageModel, theta: Sites, phi: dict[str, Any], tasks: Sequence[Task]) -> TaskPosterior:

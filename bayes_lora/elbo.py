@@ -19,10 +19,13 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
+
+from bayes_lora.errors import SiteError, did_you_mean
 
 __all__ = ["AnalyticELBO", "ScaleLatents", "divergence", "site_divergence"]
 
@@ -71,6 +74,7 @@ class AnalyticELBO(TraceMeanField_ELBO):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         if is_validation_enabled():
+            check_sites(model_trace, guide_trace)
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
         if is_validation_enabled():
@@ -99,6 +103,39 @@ class AnalyticELBO(TraceMeanField_ELBO):
         losses = [self._differentiable_loss_particle(*pair)[1] for pair in traces]
         loss: Tensor = sum(losses) / self.num_particles
         return loss
+
+
+def check_sites(model_trace: Any, guide_trace: Any) -> None:
+    """Compare the latent sites of a guide with those of a model that was replayed against it.
+
+    Raises:
+        SiteError: one has a site that the other lacks, or of another event shape.
+    """
+    of_model, of_guide = (_latent(trace) for trace in (model_trace, guide_trace))
+    for name in of_guide.keys() - of_model.keys():
+        near = did_you_mean(name, of_model, list_all=True)
+        raise SiteError(f"site {name!r}: the guide samples it, the model has no such site{near}.")
+    for name, site in of_model.items():
+        if name not in of_guide:
+            near = did_you_mean(name, of_guide, list_all=True)
+            raise SiteError(f"site {name!r}: the model samples it, the guide does not{near}; it would keep its prior.")
+        expected, got = (tuple(one["fn"].event_shape) for one in (site, of_guide[name]))
+        if expected != got:
+            hint = " Add .to_event(3)." if len(got) < len(expected) else ""
+            expected_here = f"expected event shape {expected} as in the model, the guide has {got}"
+            raise SiteError(f"site {name!r}: {expected_here}.{hint}")
+
+
+def _latent(trace: Any) -> dict[str, Any]:
+    """All but plates, and what a guide samples for itself."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not isinstance(site["fn"], _Subsample)
+        and not site["infer"].get("is_auxiliary")
+    }
 
 
 def site_divergence(name: str, guide_trace: Any, model_trace: Any, max_plate_nesting: float) -> Tensor:

@@ -12,6 +12,7 @@ import transformers
 
 from bayes_lora.adaptation import adapt
 from bayes_lora.config import RunConfig
+from bayes_lora.diagnosis import Diagnosis, diagnose
 from bayes_lora.errors import PosteriorError
 from bayes_lora.identity import check_identity, identity
 from bayes_lora.language_model import LanguageModel
@@ -56,6 +57,12 @@ class Posterior:
         width = self.width if width is None else width
         listed = [tasks] if isinstance(tasks, Task) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
         return adapt(self.objective, self.lm, listed, steps=steps, learning_rate=learning_rate, width=width, seed=seed)
+
+    def diagnose(self, tasks: Sequence[Task], *, steps: int = 0, num_draws: int = 10, seed: int = 0) -> Diagnosis:
+        """Whether the draws do anything on these tasks' query examples, and how wide each site is beside its prior."""
+        return diagnose(
+            self.objective, self.lm, list(tasks), steps=steps, width=self.width, num_draws=num_draws, seed=seed
+        )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write parameters (safetensors) and settings (JSON) to a folder.

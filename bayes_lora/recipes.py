@@ -1,4 +1,4 @@
-"""Named (model, guide, objective) triples of ABMLL (arXiv 2508.14285), built from settings."""
+"""Named (model, guide, objective) triples, of ABMLL (arXiv 2508.14285) and what it is compared with, from settings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pyro.nn import PyroModule
 from bayes_lora.config import LanguageModelConfig, RunConfig
 from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.errors import ConfigError, did_you_mean
-from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta
+from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta, SharedMeanField, SharedPoint
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.loading import load_language_model
-from bayes_lora.models import ActivationSpace, HierarchicalNormal, WeightSpace
+from bayes_lora.models import ActivationSpace, HierarchicalNormal, IndependentNormal, WeightSpace
 from bayes_lora.objective import BetaELBO
 from bayes_lora.seeding import seeded
 
@@ -71,6 +71,20 @@ def abmll_released(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     return _objective(model, GradientGuide(model, theta=THETAS[config.guide.theta], **_gradient(config)), config)
 
 
+def blob(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """Independent normal over A, B shared, one mean-field posterior for all tasks (BLoB, arXiv 2406.11675)."""
+    prior = config.prior
+    model = IndependentNormal(lm, lm.sites.initial(), random="A", scale=prior.initial_scale, loc_scale=prior.loc_scale)
+    return _objective(model, SharedMeanField(model, theta=THETAS[config.guide.theta]), config)
+
+
+def multitask_lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """One LoRA for all tasks, most probable under a fixed normal prior: the ordinary fine-tuning, with weight decay."""
+    prior = config.prior
+    model = IndependentNormal(lm, lm.sites.initial(), scale=prior.initial_scale, loc_scale=prior.loc_scale)
+    return _objective(model, SharedPoint(model), config)
+
+
 THETAS = {"point": PointTheta, "normal": NormalTheta}
 
 
@@ -98,6 +112,8 @@ RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {
     "abmll-network-gradient": abmll_network_gradient,
     "abmll-weight": abmll_weight,
     "abmll-released": abmll_released,
+    "blob": blob,
+    "multitask-lora": multitask_lora,
 }
 
 

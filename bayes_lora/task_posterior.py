@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bayes_lora.deferred import DeferredWeight
 from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
+from bayes_lora.factored_normal import FactoredNormal
 from bayes_lora.identity import check_identity, identity
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import Metrics, compute_metrics
@@ -62,6 +64,18 @@ class TaskPosterior:
     scale: Sites
     names: tuple[str, ...]
     noise: Sites = field(default_factory=dict)
+
+    def distributions(self) -> dict[str, TorchDistribution]:
+        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
+        found: dict[str, TorchDistribution] = {}
+        for site, scale in self.scale.items():
+            found[site] = Normal(self.loc[site], scale).to_event(3)
+        for site in self.lm.sites.delta_shapes:
+            a, b = factor_sites(site)
+            if a in self.noise:
+                normal: Any = FactoredNormal(self.loc[a], self.loc[b], self.noise[a], self.noise[b])
+                found[site] = normal.to_event(1)
+        return found
 
     def draw(self, num_draws: int, *, seed: int = 0) -> Sites:
         """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed.

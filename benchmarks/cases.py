@@ -11,9 +11,10 @@ from flops import flops
 from harness import Result, interleave, memory, ratio, ratio_of_fastest, spread
 from profiling import profile_step
 from stock import Rows, Stock, option_rows
-from workload import Setup, SharedNormal
+from workload import Setup
 
 from bayes_lora.config import RunConfig
+from bayes_lora.guides import SharedMeanField
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import BetaELBO
@@ -45,7 +46,7 @@ def training_step(setup: Setup) -> tuple[list[Result], dict[str, Any]]:
     lm.features(episode)
     network = OurStep(build_objective(lm, RunConfig()))
     model = HierarchicalNormal(lm, lm.sites.initial())
-    mean_field = OurStep(BetaELBO(model, SharedNormal(model), beta=1e-3).to(setup.device))
+    mean_field = OurStep(BetaELBO(model, SharedMeanField(model), beta=1e-3).to(setup.device))
     plain, by_task = Stock(setup.base, lm.lora_config), Stock(setup.base, lm.lora_config, len(tasks))
     ours = {"ours": lambda: network(episode)}
     sides = {"plain PEFT": lambda: plain.packed_step(episode)} | ours

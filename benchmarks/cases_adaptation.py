@@ -13,13 +13,13 @@ from cases import OurStep, rates
 from flops import flops
 from harness import Result, interleave, memory, ratio, spread
 from stock import Rows, Stock, option_rows
-from workload import SHAPES, Setup, SharedNormal
+from workload import SHAPES, Setup
 
 from bayes_lora.adaptation import adapt
 from bayes_lora.baselines import finetune_lora
 from bayes_lora.config import RunConfig
 from bayes_lora.features import Features
-from bayes_lora.guides import GuideNetwork
+from bayes_lora.guides import GuideNetwork, SharedMeanField
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import BetaELBO
@@ -139,7 +139,7 @@ def pyro_overhead(setup: Setup) -> list[Result]:
         initial[f"{kind}.lora_B"] = torch.zeros(shape.layers, rows // 128, 2)
     model = HierarchicalNormal(likelihood, initial)
     network = BetaELBO(model, GuideNetwork(model), beta=1e-3)
-    mean_field = BetaELBO(model, SharedNormal(model), beta=1e-3)
+    mean_field = BetaELBO(model, SharedMeanField(model), beta=1e-3)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
     lm = setup.language_model(1)
     encoded = [lm.encoder(setup.task(i, setup.sizes.examples).support) for i in range(setup.sizes.tasks)]

@@ -12,15 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from bayes_lora.guides.theta import PointTheta, attribute
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.loading import inject
 from bayes_lora.tasks import Example, PromptTemplate, Task
@@ -203,25 +199,3 @@ def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
-
-
-class SharedNormal(PyroModule):
-    """The cheapest guide: theta is a point, and q(phi_i) one mean-field normal for all tasks, with a draw for each."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.theta = PointTheta(model)
-        self.sites = list(model.random_sites)
-        for site in self.sites:
-            value = model.initial[site]
-            setattr(self, attribute("mean", site), nn.Parameter(value.clone()))
-            setattr(self, attribute("log_scale", site), nn.Parameter(torch.full_like(value, -3.0)))
-
-    def forward(self, episode: Any) -> Any:
-        self.theta()
-        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-            return {site: pyro.sample(f"phi.{site}", self.normal(site)) for site in self.sites}
-
-    def normal(self, site: str) -> Any:
-        mean, log_scale = getattr(self, attribute("mean", site)), getattr(self, attribute("log_scale", site))
-        return dist.Normal(mean, log_scale.exp()).to_event(3)

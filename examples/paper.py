@@ -3,7 +3,8 @@
 python examples/paper.py                          # the shipped tasks; about three minutes on two CPU cores
 python examples/paper.py --tasks data/crossfit --split cls-45 --steps 200
 
-The Gaussian is over LoRA factors here; the paper's is over their product.
+The Gaussian is over LoRA factors; with --recipe abmll-weight over whole updates, as in the paper's text, and with
+--recipe abmll-released at activations, as in its authors' code (see docs/method.md).
 """
 
 import argparse
@@ -20,7 +21,7 @@ from bayes_lora.training import FitConfig
 MODULES = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def main(model: str | None, tasks: Path | None, split: str, steps: int, inner: int, beta: float) -> None:
+def main(model: str | None, tasks: Path | None, split: str, recipe: str, steps: int, inner: int, beta: float) -> None:
     settings = dict(rank=8, top_layers=4, target_modules=MODULES)
     lm = bayes_lora.load_language_model(*([model] if model else []), **settings)
     if tasks is None:
@@ -30,7 +31,7 @@ def main(model: str | None, tasks: Path | None, split: str, steps: int, inner: i
         training = bayes_lora.load_taskset(tasks, names, merge_duplicates=True)
         unseen = bayes_lora.load_taskset(tasks, unseen_names, merge_duplicates=True)
     config = RunConfig(
-        recipe="abmll",
+        recipe=recipe,
         # Narrow: noise on six modules of a layer adds up. The paper begins at a standard deviation of 4.5e-5.
         prior=PriorConfig(initial_scale=(0.02, 0.01)),
         guide=GuideConfig(theta="point"),
@@ -53,6 +54,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--tasks", type=Path, help="a folder in the MetaICL layout; by default the shipped tasks")
     parser.add_argument("--split", default="cls-45", help="of that folder's splits.json")
+    parser.add_argument("--recipe", default="abmll", help="abmll, abmll-weight or abmll-released")
     parser.add_argument("--steps", type=int, default=12, help="episodes of meta-learning")
     parser.add_argument("--inner", type=int, default=5, help="K, gradient steps per task")
     parser.add_argument("--beta", type=float, default=1e-3, help="weight of the Kullback-Leibler divergences")

@@ -2,8 +2,8 @@ r"""Free parameters for the posterior, not amortised: for each task its own, or 
 
 .. math:: q(\phi_i) = F_{\lambda_i} \quad\text{or}\quad q(\phi_i) = F_\lambda
 
-F is the family of p(phi | theta): for independent normals, mean field (in BLoB, arXiv 2406.11675, one for all tasks). It
-starts at the prior.
+F is the family of p(phi | theta): for independent normals, mean field (in BLoB, arXiv 2406.11675, one for all tasks).
+It starts at the prior.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class SharedMeanField(PyroModule):
 class MeanField(SharedMeanField):
     """q(theta) prod_i q(phi_i), with parameters for each task of a collection.
 
-    Tasks that the collection does not have (``Episode.unseen()``) stay at p(phi | theta). Memory grows with the number of
-    tasks: two numbers for every LoRA weight of each, for normals.
+    Tasks that the collection does not have (``Episode.unseen()``) stay at p(phi | theta). Memory grows with the number
+    of tasks: two numbers for every LoRA weight of each, for normals.
 
     Args:
         model: as in :class:`SharedMeanField`.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_lora.activation import DeferredActivation, LogRatios
+from bayes_lora.errors import ConfigError
 from bayes_lora.families import Parts, from_parts, to_parts
 from bayes_lora.models.hierarchical_model import HierarchicalModel, examples_scale, task_plate
 from bayes_lora.sites import delta_site, factor_sites
@@ -117,6 +118,14 @@ class ActivationSpace(HierarchicalModel):
         for site in self.random_sites:
             prior[site] = Flat(theta[f"theta.{site}" if site.startswith("log_variance.") else f"theta.loc.{site}"])
         return prior
+
+    def render(self, episode: Episode, filename: str | None = None) -> Any:
+        """Not to be had.
+
+        Raises:
+            ConfigError: always, for what is random here are no sites.
+        """
+        raise ConfigError("render: in ActivationSpace noise enters at every token, which no plate diagram shows.")
 
     def sample_phi(self, episode: Episode) -> Sites:
         """Sample theta and phi; returns the LoRA of each task's mean."""

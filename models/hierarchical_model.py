@@ -8,13 +8,16 @@ A model says what theta is and how phi depends on it.
 from __future__ import annotations
 
 from abc import abstractmethod
+from importlib.util import find_spec
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from bayes_lora.errors import ConfigError
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Likelihood, Sites
 
@@ -74,6 +77,25 @@ class HierarchicalModel(PyroModule):
             self.observe(log_lik, episode)
         return log_lik
 
+    def render(self, episode: Episode, filename: str | None = None) -> Any:
+        """The plate diagram, a ``graphviz.Digraph``; written to ``filename`` as an image where one is given.
+
+        Args:
+            episode: any, for its shapes; the language model is not run.
+            filename: ``model.png``, ``model.pdf``, ...; needs the program ``dot`` as well.
+
+        Raises:
+            ConfigError: the Python package graphviz is missing.
+        """
+        if find_spec("graphviz") is None:
+            raise ConfigError("render: needs the Python package graphviz: pip install 'bayes-lora[render]'.")
+        likelihood = self.likelihood
+        self.likelihood = _depends_on_phi
+        try:
+            return pyro.render_model(self, model_args=(episode,), filename=filename, render_distributions=True)
+        finally:
+            self.likelihood = likelihood
+
     def observe(self, log_lik: Tensor, episode: Episode) -> None:
         """Observe the gold options. The one place where N enters: a task's sum is scaled from n examples to its N."""
         mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
@@ -92,6 +114,11 @@ class HierarchicalModel(PyroModule):
     def answered(self, episode: Episode) -> Tensor:
         """What was observed, ``(T, N)``."""
         return episode.answer
+
+
+def _depends_on_phi(phi: Sites, episode: Episode) -> Tensor:
+    """Option scores without a language model."""
+    return sum(value.sum((-3, -2, -1)) for value in phi.values())[..., None] + torch.zeros(episode.shape)  # type: ignore
 
 
 def task_plate(episode: Episode) -> pyro.plate:

@@ -78,7 +78,7 @@ class RegularizedHorseshoe(HierarchicalModel):
             if part != "loc":
                 scale = self.global_scale[".lora_B" in site] if part == "global" else 1.0
                 prior = dist.HalfCauchy(torch.full_like(self.loc_scale, scale))
-            theta[name] = pyro.sample(name, prior.expand(value.shape).to_event(3))  # type: ignore[no-untyped-call]
+            theta[name] = pyro.sample(name, prior.expand(value.shape).to_event(3))
         return theta
 
     def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tasks
+from test_matrix import GUIDES, PRIORS
 from torch.utils.flop_counter import FlopCounterMode
 
 from bayes_lora.tasks import collate
@@ -218,3 +219,15 @@ def test_sides_are_timed_in_turn():
     seconds = interleave(sides, torch.device("cpu"), budget=0.0, rounds=(3, 9))
     assert calls == ["a", "b"] * 3
     assert [len(times) for times in seconds.values()] == [3, 3]
+
+
+def test_the_zoo_is_measured(tmp_path, capsys):
+    import zoo
+
+    zoo.main(["--quick", "--output", str(tmp_path / "zoo.json")])
+    lines = {line["name"]: line for line in json.loads((tmp_path / "zoo.json").read_text())["lines"]}
+    assert set(lines) == {*PRIORS, *GUIDES}
+    assert all(line[key] > 0 for line in lines.values() for key in ("parameters", "memory", "time"))
+    # Location and scale of q and of theta; of the rest, closed forms as well.
+    assert lines["HierarchicalNormal"]["parameters"] == 4.0 and lines["GradientGuide"]["parameters"] == 2.0
+    assert "RankARD" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """AnalyticELBO against Pyro's own estimators: values, gradients, what it keeps, and what it refuses."""
 
+from contextlib import nullcontext
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,8 +12,9 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from bayes_lora.elbo import AnalyticELBO, divergence
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.guides import NormalTheta, PointTheta
+from bayes_lora.models import IndependentNormal
 from bayes_lora.objective import BetaELBO
 
 
@@ -224,3 +227,33 @@ def test_misplaced_plates_are_named(lm):
 
     with pytest.raises(ValueError, match='at site "z", invalid log_prob shape'):
         AnalyticELBO(max_plate_nesting=2).differentiable_loss(model, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q | {"phi.o_proj.lora_C": q["phi.o_proj.lora_B"]}, r"'phi.o_proj.lora_C': the guide samples it"),
+        (lambda q: {n: fn for n, fn in q.items() if "phi.v_" not in n}, r"'phi.v_proj.lora_B': the model samples it"),
+        (
+            lambda q: q | {"theta.loc.q_proj.lora_A": dist.Delta(q["theta.loc.q_proj.lora_A"].v, event_dim=2)},
+            r"'theta.loc.q_proj.lora_A': expected event shape \(2, 3, 16\) as in the model, the guide has \(3, 16\)",
+        ),
+        (
+            lambda q: q | {"phi.q_proj.lora_B": dist.Normal(torch.zeros(2, 3, 16), torch.ones(2, 3, 16)).to_event(3)},
+            r"'q_proj.lora_B': expected event shape \(2, 16, 3\) .*, got \(2, 3, 16\). Did you pass it transposed",
+        ),
+    ],
+)
+def test_sites_that_do_not_match_are_named(lm, change, message):
+    model = IndependentNormal(lm, lm.sites.initial(), random="B")
+    theta = {name: dist.Delta(value, event_dim=3) for name, value in model.initial_theta().items()}
+    fns = change(theta | {f"phi.{site}": fn for site, fn in model.phi_prior({}).items()})
+
+    def guide(episode):
+        tasks = pyro.plate("task", 2, dim=-2)
+        for name, fn in fns.items():
+            with tasks if name.startswith("phi.") else nullcontext():
+                pyro.sample(name, fn)
+
+    with pytest.raises(SiteError, match=message):
+        BetaELBO(model, guide)(make_episode(lm))

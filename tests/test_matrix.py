@@ -134,7 +134,7 @@ def test_pairs_that_cannot_work_say_so_when_they_are_made(lm, prior, guide):
 
 
 def test_every_model_and_guide_has_a_row_and_a_page():
-    """And the signature of the others: ``(likelihood, initial, *, ...)`` and ``(model, ...)``, called with an episode."""
+    """And the others' signature: ``(likelihood, initial, *, ...)`` or ``(model, ...)``, and ``forward(episode)``."""
     assert set(bayes_lora.models.__all__) - NOT_PRIORS == set(PRIORS)
     assert set(bayes_lora.guides.__all__) - NOT_GUIDES == set(GUIDES)
     zoo = (Path(__file__).parent.parent / "docs" / "zoo.md").read_text(encoding="utf-8")

@@ -1,0 +1,143 @@
+r"""Do the draws do anything? A posterior's width, in predictions and beside its prior.
+
+A posterior that is too narrow predicts as its mean does, and its calibration is that of a point; one that is too wide
+predicts worse than its mean. Both happen silently: the loss is finite, the divergence positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from bayes_lora.adaptation import adapt, one_pass
+from bayes_lora.elbo import divergence
+from bayes_lora.language_model import LanguageModel
+from bayes_lora.objective import BetaELBO
+from bayes_lora.task_posterior import TaskPosterior, score
+from bayes_lora.tasks.episode import collate
+from bayes_lora.tasks.task import Task
+
+__all__ = ["Diagnosis", "SiteWidth", "diagnose"]
+
+NARROW, WIDE = 0.01, 0.2
+"""Draws that change no answer and move probabilities by less than this share are none; draws that cost more nats than
+this are noise."""
+
+
+@dataclass(frozen=True)
+class SiteWidth:
+    """One site, averaged over tasks.
+
+    Attributes:
+        divergence: KL(q(phi | support) || p(phi | theta)) a task, nats.
+        scale: mean standard deviation of q.
+        prior_scale: of p(phi | theta).
+    """
+
+    divergence: float
+    scale: float
+    prior_scale: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the draws change, averaged over tasks.
+
+    Attributes:
+        nll: mean NLL (nats) of the posterior mean, and of the average over draws.
+        ece: likewise.
+        moved: mean change of the answers' probabilities (total variation).
+        changed: share of the questions whose most probable answer is another.
+        sites: each site's width.
+        warnings: what is wrong, and the setting to change; empty where nothing is.
+    """
+
+    nll: tuple[float, float]
+    ece: tuple[float, float]
+    moved: float
+    changed: float
+    sites: dict[str, SiteWidth]
+    warnings: tuple[str, ...]
+
+    def table(self) -> Table:
+        """A line per site, and what the draws change in the title."""
+        title = (
+            f"mean / draws: NLL {self.nll[0]:.3f} / {self.nll[1]:.3f}, ECE {self.ece[0]:.3f} / {self.ece[1]:.3f}; "
+            f"{self.changed:.1%} of the answers changed, probabilities moved by {self.moved:.3f}"
+        )
+        table = Table("site", "KL (nats a task)", "sd", "prior sd", title=title, caption="\n".join(self.warnings))
+        for site, width in self.sites.items():
+            table.add_row(site, f"{width.divergence:.1f}", f"{width.scale:.2e}", f"{width.prior_scale:.2e}")
+        return table
+
+
+def diagnose(
+    objective: BetaELBO,
+    lm: LanguageModel,
+    tasks: Sequence[Task],
+    *,
+    steps: int = 0,
+    width: float = 1.0,
+    num_draws: int = 10,
+    seed: int = 0,
+) -> Diagnosis:
+    """Adapt to tasks, and compare the mean with draws on their query examples.
+
+    Args:
+        objective: the fitted model and guide.
+        lm: the language model.
+        tasks: split into support and query.
+        steps: gradient steps after the guide's one pass.
+        width: factor on the standard deviations.
+        num_draws: S.
+        seed: of the draws.
+    """
+    adapted = adapt(objective, lm, tasks, steps=steps, width=width, seed=seed)
+    queries = [task.query for task in tasks]
+    mean, drawn = (adapted.predict(queries, num_draws=count, seed=seed) for count in (0, num_draws))
+    metrics = [[score(t.query, p) for t, p in zip(tasks, side, strict=True)] for side in (mean, drawn)]
+    pairs = list(zip(mean, drawn, strict=True))
+    nll, ece = (tuple(fmean(getattr(m, name) for m in side) for side in metrics) for name in ("nll", "ece"))
+    moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
+    changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
+    sites = _sites(objective, lm, tasks, adapted, seed)
+    warnings = _warnings(nll, moved, changed, sites)
+    return Diagnosis(nll, ece, moved, changed, sites, warnings)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _sites(
+    objective: BetaELBO, lm: LanguageModel, tasks: Sequence[Task], adapted: TaskPosterior, seed: int
+) -> dict[str, SiteWidth]:
+    episode = collate([lm.encoder(task.support) for task in tasks]).unseen().to(lm.device)
+    theta, _ = one_pass(objective, episode, seed)
+    prior, sites = objective.model.program.phi_prior(theta), {}
+    for site, q in adapted.distributions().items():
+        p = prior[site]
+        sites[site] = SiteWidth(float(divergence(q, p).mean()), float(q.stddev.mean()), float(p.stddev.mean()))
+    return sites
+
+
+def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth]) -> tuple[str, ...]:
+    if not sites:
+        return ("The posterior is a point: draws are the mean. Use a guide with a scale, such as GradientGuide.",)
+    found = []
+    if moved < NARROW and not changed:
+        found.append(
+            f"Collapsed: draws move probabilities by {moved:.4f} and change no answer. Raise prior.initial_scale or "
+            "objective.beta, or adapt with a larger width."
+        )
+    if nll[1] > nll[0] + WIDE:
+        found.append(
+            f"Run-away: draws cost {nll[1] - nll[0]:.2f} nats beside the mean. Lower prior.initial_scale, or adapt "
+            "with a smaller width."
+        )
+    wide = [site for site, width in sites.items() if width.scale > 3.0 * width.prior_scale]
+    if wide:
+        found.append(f"Wider than three times the prior: {wide[:3]}. Raise objective.beta, which holds q to the prior.")
+    return tuple(found)

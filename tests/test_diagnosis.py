@@ -1,0 +1,78 @@
+"""What a diagnosis says of posteriors that are right, too narrow, too wide, or points."""
+
+import pytest
+import torch
+from conftest import make_tasks
+from rich.console import Console
+from test_matrix import GUIDES, PRIORS
+from torch.distributions import Normal, kl_divergence
+
+from bayes_lora.adaptation import adapt, one_pass
+from bayes_lora.config import RunConfig
+from bayes_lora.deferred import LocalReparameterization
+from bayes_lora.diagnosis import diagnose
+from bayes_lora.objective import BetaELBO
+from bayes_lora.posterior import Posterior
+from bayes_lora.tasks import collate
+
+
+@pytest.fixture
+def tasks():
+    return [task.split(4, seed=1) for task in make_tasks(2).values()]
+
+
+def objective(lm, prior="HierarchicalNormal", guide="GradientGuide"):
+    torch.manual_seed(3)
+    model = PRIORS[prior](lm)
+    handler = {"handler": LocalReparameterization} if prior == "WeightSpace" else {}
+    return BetaELBO(model, GUIDES[guide](model), beta=1e-2, **handler)
+
+
+def test_the_numbers_are_those_of_the_predictions(lm, tasks):
+    one = objective(lm)
+    found = diagnose(one, lm, tasks, steps=2, width=1.5, num_draws=6, seed=3)
+    adapted = adapt(one, lm, tasks, steps=2, width=1.5, seed=3)
+    mean, drawn = (adapted.evaluate(tasks, num_draws=draws, seed=3) for draws in (0, 6))
+    for i, side in enumerate((mean, drawn)):
+        assert found.nll[i] == pytest.approx(sum(m.nll for m in side.values()) / 2)
+        assert found.ece[i] == pytest.approx(sum(m.ece for m in side.values()) / 2)
+    predictions = [adapted.predict([task.query for task in tasks], num_draws=draws, seed=3) for draws in (0, 6)]
+    distances = [(a.exp() - b.exp()).clamp_min(0).sum(-1).mean() for a, b in zip(*predictions, strict=True)]
+    assert found.moved == pytest.approx(float(sum(distances) / 2))
+    episode = collate([lm.encoder(task.support) for task in tasks])
+    prior = one.model.program.phi_prior(one_pass(one, episode)[0])
+    assert found.sites.keys() == adapted.scale.keys()
+    for site, width in found.sites.items():
+        q = Normal(adapted.loc[site], adapted.scale[site])
+        assert width.divergence == pytest.approx(float(kl_divergence(q, prior[site].base_dist).sum().detach()) / 2)
+        assert width.scale == pytest.approx(float(adapted.scale[site].mean()))
+        assert width.prior_scale == pytest.approx(float(prior[site].stddev.mean().detach()))
+
+
+@pytest.mark.parametrize(
+    ("width", "word"), [(1e-4, "Collapsed: draws move probabilities by 0.00"), (60.0, "Wider than")]
+)
+def test_a_wrong_width_is_named(lm, tasks, width, word):
+    found = diagnose(objective(lm), lm, tasks, width=width)
+    assert any(warning.startswith(word) for warning in found.warnings)
+    console = Console(record=True, width=160)
+    console.print(found.table())
+    text = console.export_text()
+    for words in ("mean / draws: NLL", "q_proj.lora_B", "prior sd", word[:9]):
+        assert words in text
+
+
+def test_draws_that_ruin_predictions_are_named(lm, tasks, monkeypatch):
+    monkeypatch.setattr("bayes_lora.diagnosis.WIDE", -1e9)  # whatever they cost
+    assert any("Run-away: draws cost" in warning for warning in diagnose(objective(lm), lm, tasks).warnings)
+
+
+def test_a_point_is_named(lm, tasks):
+    found = diagnose(objective(lm, guide="SharedPoint"), lm, tasks)
+    assert "The posterior is a point" in found.warnings[0] and found.moved == 0.0
+
+
+def test_whole_updates_and_a_good_width(lm, tasks):
+    found = Posterior(lm, objective(lm, "WeightSpace"), RunConfig()).diagnose(tasks)
+    assert found.sites.keys() == lm.sites.delta_shapes.keys()
+    assert found.moved > 0.01 and not found.warnings
