@@ -40,6 +40,7 @@ def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
     makers: dict[str, Callable[[Any], Any]] = {
         "GradientGuide": lambda model: guides.GradientGuide(model, steps=5),
         "GuideNetwork": guides.GuideNetwork,
+        "Laplace": lambda model: guides.Laplace(model, steps=10),
         "MeanField": lambda model: guides.MeanField(model, num_tasks=tasks),
         "SharedMeanField": guides.SharedMeanField,
         "SharedPoint": guides.SharedPoint,

@@ -26,9 +26,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_lora.errors import ConfigError
 from bayes_lora.features import Features
-from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
+from bayes_lora.guides.theta import PointTheta, attribute, check_normal, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -64,7 +63,7 @@ class GuideNetwork(PyroModule):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
-        _check_normal(model)
+        check_normal(model, "GuideNetwork")
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
         self._model = (model,)
         self.theta = theta(model)
@@ -160,17 +159,6 @@ class GuideNetwork(PyroModule):
             bias = bias + rate * (torch.einsum("tn,tnk,tnkd->td", weight, error, options) - decay * bias)
             error = gold - (log_probs + torch.einsum("td,tnkd->tnk", bias, options)).softmax(-1)
         return bias, error
-
-
-def _check_normal(model: Any) -> None:
-    with torch.no_grad():
-        prior = model.phi_prior(model.initial_theta())
-    for site, fn in prior.items():
-        if not isinstance(getattr(fn, "base_dist", fn), torch.distributions.Normal):
-            raise ConfigError(
-                f"GuideNetwork: expected p(phi | theta) to be normal, got {fn} for site {site!r} of "
-                f"{type(model).__name__}. Use GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
-            )
 
 
 class Code(NamedTuple):

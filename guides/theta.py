@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,10 +12,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from bayes_lora.errors import ConfigError
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
-__all__ = ["NormalTheta", "PointTheta", "attribute", "sample_phi", "show_to_svi"]
+__all__ = ["NormalTheta", "PointTheta", "attribute", "check_normal", "sample_phi", "show_to_svi"]
 
 
 def attribute(prefix: str, site: str) -> str:
@@ -36,6 +38,18 @@ def sample_phi(episode: Episode, posterior: dict[str, dist.TorchDistribution]) -
     """Sample ``phi.<site>`` for an episode's tasks from q(phi | support), of batch ``(T, 1)`` per site."""
     with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
         return {site: pyro.sample(f"phi.{site}", fn) for site, fn in posterior.items()}
+
+
+def check_normal(model: Any, guide: str) -> None:
+    """Refuse a model whose p(phi | theta) is not normal."""
+    with torch.no_grad():
+        prior = model.phi_prior(model.initial_theta())
+    for site, fn in prior.items():
+        if not isinstance(getattr(fn, "base_dist", fn), torch.distributions.Normal):
+            raise ConfigError(
+                f"{guide}: expected p(phi | theta) to be normal, got {fn} for site {site!r} of "
+                f"{type(model).__name__}. Use GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
+            )
 
 
 class PointTheta(PyroModule):

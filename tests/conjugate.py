@@ -32,6 +32,9 @@ class LinearEpisode(Episode):
     x: torch.Tensor = None
     y: torch.Tensor = None
 
+    def each_alone(self):
+        return linear_episode(self.x.flatten(0, 1)[:, None], self.y.flatten(0, 1)[:, None])
+
 
 def linear_episode(x, y, support=None, **kwargs):
     rows = [[pack([1, 2], [[3], [4]], 0)] * x.shape[1]] * len(x)

@@ -27,6 +27,7 @@ from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.guides import (
     GradientGuide,
     GuideNetwork,
+    Laplace,
     MeanField,
     NormalTheta,
     PointTheta,
@@ -48,6 +49,11 @@ def network(model):
     return GuideNetwork(model, directions=4, hidden=32, bilinear=2, dropout=0.0).double()
 
 
+def laplace(model):
+    """The mode, and as many answers as its curvature needs here."""
+    return Laplace(model, steps=150, learning_rate=0.03, optimizer="sgd", num_samples=2000)
+
+
 def of_updates(model):
     """The same steps on the factors of a whole update's mean and scale."""
     return descent(model, optimizer="adam", learning_rate=0.01, steps=600)
@@ -60,6 +66,7 @@ GUIDES = {
     "gradient, learnt rates": (lambda model: descent(model, learn_rates=True), 0),
     "network": (network, 1500),
     "network, then gradient": (lambda model: descent(model, start=network(model), steps=100), 0),
+    "Laplace": (laplace, 0),
     "mean field": (lambda model: MeanField(model, num_tasks=3), 1500),
     "weight space, drawn": (of_updates, 0),
     "weight space, deferred": (of_updates, 0),

@@ -14,7 +14,7 @@ from bayes_lora import models
 from bayes_lora.adaptation import adapt, draw_phi
 from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides import GradientGuide, GuideNetwork, MeanField, NormalTheta, SharedMeanField, SharedPoint
+from bayes_lora.guides import GradientGuide, GuideNetwork, Laplace, MeanField, NormalTheta, SharedMeanField, SharedPoint
 from bayes_lora.objective import BetaELBO
 from bayes_lora.tasks import EpisodeSampler
 from bayes_lora.types import Guide, Likelihood, Model
@@ -32,6 +32,7 @@ PRIORS = {
 GUIDES = {
     "GradientGuide": lambda model: GradientGuide(model, steps=2, learning_rate=0.01),
     "GuideNetwork": lambda model: GuideNetwork(model, theta=NormalTheta, directions=2, hidden=6, bilinear=2).double(),
+    "Laplace": lambda model: Laplace(model, steps=2, learning_rate=0.01, num_samples=2),
     "MeanField": lambda model: MeanField(model, num_tasks=4),
     "SharedMeanField": lambda model: SharedMeanField(model, theta=NormalTheta),
     "SharedPoint": SharedPoint,
@@ -39,7 +40,9 @@ GUIDES = {
 # What cannot work, and what the error says to do instead.
 REFUSED = {
     ("ActivationSpace", "GuideNetwork"): "Use GradientGuide, or a model of LoRA factors",
+    ("ActivationSpace", "Laplace"): "Use GradientGuide, or a model of LoRA factors",
     ("WeightSpace", "GuideNetwork"): "Use GradientGuide, or a model of LoRA factors",
+    ("WeightSpace", "Laplace"): "Use GradientGuide, or a model of LoRA factors",
     ("WeightSpace", "SharedPoint"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
 }
 # Parts of q(theta), not methods of their own; and the base class of models.

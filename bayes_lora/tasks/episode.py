@@ -100,6 +100,11 @@ class Episode:
         index = torch.arange(len(self.task_index), device=self.task_index.device)
         return replace(self, task_index=index, num_tasks=len(index), num_data=self.mask.sum(-1))
 
+    def each_alone(self) -> Episode:
+        """Every example as a task of its own, in the order of tasks and examples."""
+        rows = [[example] for task in self.examples for example in task if example is not None]
+        return collate(rows).to(self.mask.device)
+
     def unseen(self) -> Episode:
         """The same tasks as ones that the collection does not have: a guide that keeps something for each has none."""
         support = None if self.separate_support is None else self.separate_support.unseen()

@@ -1,0 +1,99 @@
+"""Laplace's approximation on a tiny language model: its curvature, where it stands, and what it refuses."""
+
+import pytest
+import torch
+from conftest import make_tasks
+from test_matrix import PRIORS, start
+from test_objective import make_episode
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides import Laplace
+from bayes_lora.models import HierarchicalNormal
+from bayes_lora.tasks import collate
+
+
+def build(lm, **kwargs):
+    model = HierarchicalNormal(lm, start(lm), random="B", initial_scale=(0.2, 0.3))
+    return model, Laplace(model, **dict(steps=3, learning_rate=0.01, beta=0.5) | kwargs)
+
+
+def mean_theta(guide):
+    return {site: guide.theta.distribution(site).mean.detach() for site in guide.theta.positive}
+
+
+def test_the_fisher_information_is_that_of_a_loop(lm):
+    """Over tasks, examples and options, each weighed by its probability; draws average to it within 6 standard errors."""
+    rows = [lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())]
+    support = collate(rows)
+    model, guide = build(lm, num_samples=1)
+    theta = mean_theta(guide)
+    phi = {site: fn.expand((2, 1)).sample() for site, fn in model.phi_prior(theta).items()}
+    expected = {site: torch.zeros_like(value) for site, value in phi.items()}
+    for t, examples in enumerate(rows):
+        for example in examples:
+            own = {site: value[t : t + 1].clone().requires_grad_() for site, value in phi.items()}
+            log_probs = lm(model.shared(theta) | own, collate([[example]])).log_softmax(-1).flatten()
+            for log_prob in log_probs:
+                gradients = torch.autograd.grad(log_prob, list(own.values()), retain_graph=True)
+                for site, gradient in zip(own, gradients, strict=True):
+                    expected[site][t] += log_prob.exp().detach() * gradient[0].square()
+    torch.manual_seed(0)
+    draws = [guide.fisher(support, theta, phi) for _ in range(150)]
+    for site, value in expected.items():
+        found = torch.stack([draw[site] for draw in draws])
+        error = found.std(0).clamp_min(1e-12) / 150**0.5
+        assert ((found.mean(0) - value).abs() / error).max() < 6.0
+        assert (found.mean(0).sum() / value.sum() - 1).abs() < 0.1
+
+
+def test_it_stands_at_the_mode_with_the_prior_s_and_the_data_s_precision(lm):
+    """At the end of many steps the gradient of log p(S, phi | theta), tempered, is nearly zero."""
+    model, guide = build(lm, steps=300, learning_rate=0.02, num_samples=4)
+    theta, support = mean_theta(guide), make_episode(lm).support
+    torch.manual_seed(0)
+    found = guide.posterior(support, theta)
+    prior = model.phi_prior(theta)
+    gradients = []
+    for values in ({site: fn.mean for site, fn in prior.items()}, {site: fn.mean for site, fn in found.items()}):
+        phi = {s: v.expand(2, 1, *v.shape[-3:]).detach().clone().requires_grad_() for s, v in values.items()}
+        log_probs = lm(model.shared(theta) | phi, support).log_softmax(-1)
+        log_lik = log_probs.gather(-1, support.answer[..., None])[..., 0][support.mask].sum()
+        joint = log_lik + 0.5 * sum(prior[site].log_prob(value).sum() for site, value in phi.items())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(joint, list(phi.values()))]).norm())
+    assert gradients[1] < 0.02 * gradients[0]
+    torch.manual_seed(0)
+    fisher = guide.fisher(support, theta, {site: fn.mean.detach() for site, fn in found.items()})
+    for site, fn in found.items():
+        expected = prior[site].variance.reciprocal() + fisher[site] / 0.5
+        torch.testing.assert_close(fn.variance.reciprocal().detach(), expected.detach())
+
+
+def test_more_examples_leave_less_variance(lm):
+    model, guide = build(lm, num_samples=8)
+    task = next(iter(make_tasks(1).values()))
+    few, many = (guide.posterior(collate([lm.encoder(task.examples[:count])]), mean_theta(guide)) for count in (2, 10))
+    for site, prior in model.phi_prior(mean_theta(guide)).items():
+        assert (many[site].stddev < prior.stddev).all()
+        assert many[site].stddev.mean() < few[site].stddev.mean()
+
+
+def test_theta_moves_the_posterior_as_it_moves_the_prior(lm):
+    _, guide = build(lm)
+    support, theta = make_episode(lm).support, mean_theta(guide)
+    moved = {name: value + 0.1 if ".loc." in name else 4.0 * value for name, value in theta.items()}
+    posteriors = []
+    for one in (theta, moved):
+        torch.manual_seed(1)
+        posteriors.append(guide.posterior(support, one))
+    precision = theta["theta.precision.q_proj.lora_B"]
+    one, two = (found["q_proj.lora_B"] for found in posteriors)
+    torch.testing.assert_close(two.mean, one.mean + 0.1)
+    torch.testing.assert_close(two.variance.reciprocal(), one.variance.reciprocal() + 3.0 * precision)
+
+
+def test_what_is_refused(lm):
+    for wrong in (dict(steps=-1), dict(num_samples=0), dict(learning_rate=0.0), dict(beta=0.0)):
+        with pytest.raises(ConfigError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
+            build(lm, **wrong)
+    with pytest.raises(ConfigError, match="Laplace: expected p.phi | theta. to be normal, got .* of WeightSpace"):
+        Laplace(PRIORS["WeightSpace"](lm))
