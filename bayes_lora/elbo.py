@@ -25,15 +25,19 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from bayes_lora.errors import SiteError, did_you_mean
+from bayes_lora.errors import ConfigError, SiteError, did_you_mean
 
 __all__ = ["AnalyticELBO", "ScaleLatents", "divergence", "site_divergence"]
 
 
 class ScaleLatents(Messenger):
-    """Effect handler: scales log-densities of ``phi.*`` sites by beta and of ``theta.*`` sites by gamma, factors too.
+    """Effect handler: scales log-densities of ``phi.*`` sites by beta, of ``theta.*`` sites by gamma; factors too.
 
-    Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO.
+    Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO. What a guide
+    samples for all latent variables together, as Pyro's autoguides do, is scaled by beta.
+
+    Raises:
+        ConfigError: there is such a site, and gamma is not beta.
     """
 
     def __init__(self, beta: float | Tensor, gamma: float | Tensor) -> None:
@@ -42,6 +46,13 @@ class ScaleLatents(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         prefix = msg["name"].partition(".")[0]
+        if msg["infer"].get("is_auxiliary"):
+            if self.scales["phi"] != self.scales["theta"]:
+                raise ConfigError(
+                    f"gamma: expected beta, {self.scales['phi']}, for site {msg['name']!r} stands for phi and theta "
+                    f"together; got {self.scales['theta']}."
+                )
+            prefix = "phi"
         # A pyro.factor of theta or phi is observed, yet none of the data.
         if prefix in self.scales and (not msg["is_observed"] or isinstance(msg["fn"], Unit)):
             msg["scale"] = msg["scale"] * self.scales[prefix]

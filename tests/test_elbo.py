@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal
 from test_objective import build, make_episode
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -257,3 +258,22 @@ def test_sites_that_do_not_match_are_named(lm, change, message):
 
     with pytest.raises(SiteError, match=message):
         BetaELBO(model, guide)(make_episode(lm))
+
+
+def test_pyro_s_autoguides_are_weighed_by_beta(lm):
+    """The latent variable that they share is: the loss has no divergence but that of beta, and gamma cannot differ."""
+    model = IndependentNormal(lm, lm.sites.initial(), random="B")
+    guide, episode = AutoLowRankMultivariateNormal(model, init_scale=0.05, rank=2), make_episode(lm)
+    guide(episode)  # its parameters are made, under draws of their own
+    torch.manual_seed(1)
+    loss = BetaELBO(model, guide, beta=0.01)(episode).detach()
+    torch.manual_seed(1)
+    trace = pyro.poutine.trace(guide).get_trace(episode)
+    trace.compute_log_prob()
+    replayed = pyro.poutine.trace(pyro.poutine.replay(model, trace)).get_trace(episode)
+    replayed.compute_log_prob()
+    answer = replayed.nodes["answer"]["log_prob_sum"]
+    expected = -answer - 0.01 * (replayed.log_prob_sum() - answer - trace.log_prob_sum())
+    torch.testing.assert_close(loss, expected.detach())
+    with pytest.raises(ConfigError, match="gamma: expected beta, 0.01, for site '_AutoLowRank.*; got 0.5"):
+        BetaELBO(model, guide, beta=0.01, gamma=0.5)(episode)

@@ -11,12 +11,14 @@ FLAGS = {
     "paper.py": ["--steps", "1", "--inner", "1"],
     "quickstart.py": ["--steps", "2", "--run", "{tmp}/run"],
     "svi_script.py": ["--steps", "2"],
+    "swap_guide.py": ["--steps", "2"],
     "swap_prior.py": ["--steps", "2"],
 }
 SHOWS = {
     "paper.py": "ours, one pass",
     "quickstart.py": "one pass + 10 steps: Metrics(",
     "svi_script.py": "unseen tasks: NLL ",
+    "swap_guide.py": "low rank, Pyro's, step 2: ",
     "swap_prior.py": "a plain function, step 2: ",
 }
 

@@ -22,7 +22,7 @@ def mean_theta(guide):
 
 
 def test_the_fisher_information_is_that_of_a_loop(lm):
-    """Over tasks, examples and options, each weighed by its probability; draws average to it within 6 standard errors."""
+    """Over tasks, examples and options, each weighed by its probability; draws within 6 standard errors."""
     rows = [lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())]
     support = collate(rows)
     model, guide = build(lm, num_samples=1)

@@ -134,7 +134,10 @@ def test_tokens_spell_the_rendered_text(any_tokenizer: Any, data: st.DataObject,
     """The prompt's tokens followed by an option's decode to the text that the template gives."""
     exact = any_tokenizer.bos_token_id == any_tokenizer.eos_token_id  # the byte-level one
     letters = st.characters(exclude_categories=["Cs"]) if exact else st.sampled_from(LETTERS)
-    texts = st.text(letters, min_size=1, max_size=12).filter(str.strip)
+    # Around the name of a special token, decoding does not give back all spaces.
+    special = any_tokenizer.all_special_tokens
+    plain = st.text(letters, min_size=1, max_size=12).filter(str.strip)
+    texts = plain.filter(lambda text: not any(token in text for token in special))
     options = data.draw(st.lists(texts, min_size=2, max_size=4, unique=True))
     example = Example(data.draw(texts), tuple(options), data.draw(st.integers(0, len(options) - 1)))
     [row] = Encoder(any_tokenizer, template, max_length=10_000)([example])
