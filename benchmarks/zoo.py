@@ -1,7 +1,7 @@
 """What each prior and each guide costs: trained parameters, time and memory of a step, against one plain PEFT LoRA.
 
 python benchmarks/zoo.py           # results/zoo-cpu.json, and the lines of docs/zoo.md on the screen; ten minutes
-python benchmarks/zoo.py --quick --output /tmp/zoo.json
+python benchmarks/zoo.py --only Laplace,RankARD
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bayes_lora import guides, models
 from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO
-from bayes_lora.storage import write_json
+from bayes_lora.storage import read_json, write_json
 
 PLAIN = "plain PEFT LoRA"
 
@@ -51,14 +51,15 @@ def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
     return found
 
 
-def measure(setup: Setup) -> list[dict[str, Any]]:
-    """A line for each prior and guide."""
+def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
+    """A line for each prior and guide, or for some."""
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     lm.features(episode)
     lm.features(episode.support)
     plain = Stock(setup.base, lm.lora_config)
-    steps = {name: OurStep(one) for name, one in objectives(lm, len(tasks)).items()}
+    found = objectives(lm, len(tasks))
+    steps = {name: OurStep(one) for name, one in found.items() if not only or name in only}
     sides: dict[str, Callable[[], Any]] = {PLAIN: lambda: plain.packed_step(episode)}
     sides |= {name: lambda step=step: step(episode) for name, step in steps.items()}  # type: ignore[misc]
     seconds = interleave(sides, setup.device, budget=240.0, rounds=(2, 5), warm_up=True)
@@ -81,6 +82,7 @@ def measure(setup: Setup) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not what it costs")
+    parser.add_argument("--only", default="", help="some names, commas between; others keep their lines in the output")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     args = parser.parse_args(arguments)
     device = torch.device("cpu")
@@ -88,7 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         shape, sizes = shape.tiny(), Sizes.quick()
     rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048)
-    lines = measure(build_setup(shape, sizes, device, torch.float32, rate))
+    only = [name for name in args.only.split(",") if name]
+    lines = measure(build_setup(shape, sizes, device, torch.float32, rate), only)
+    if only and args.output.exists():
+        lines += [line for line in read_json(args.output)["lines"] if line["name"] not in only]
     write_json(args.output, {"machine": machine(device), "shape": vars(shape), "sizes": vars(sizes), "lines": lines})
     for line in lines:
         print(f"{line['name']:22} {line['parameters']:6.1f} {line['memory']:6.2f} {line['time']:6.2f}")
