@@ -46,7 +46,7 @@ class ScaleLatents(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         prefix = msg["name"].partition(".")[0]
-        if msg["infer"].get("is_auxiliary"):
+        if msg["infer"].get("is_auxiliary") and not msg["is_observed"]:
             if self.scales["phi"] != self.scales["theta"]:
                 raise ConfigError(
                     f"gamma: expected beta, {self.scales['phi']}, for site {msg['name']!r} stands for phi and theta "
