@@ -48,12 +48,12 @@ def main(model: str | None, steps: int) -> None:
         torch.manual_seed(0)
         prior = LayerwiseScale(lm, lm.sites.initial(), random="B", initial_scale=(0.1, 0.02))
         guide = ByHand(prior, len(tasks)) if name == "by hand" else AutoLowRankMultivariateNormal(prior, rank=5)
-        objective = BetaELBO(prior, guide, beta=1e-3)
-        objective(episodes[0])  # autoguides make their parameters when they are first called
+        objective = BetaELBO(prior, guide, beta=1e-3).to(lm.device)
+        objective(episodes[0].to(lm.device))  # autoguides make their parameters when they are first called
         optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)
         for step, episode in zip(range(steps), episodes, strict=False):
             optimizer.zero_grad()
-            loss = objective(episode)
+            loss = objective(episode.to(lm.device))
             loss.backward()
             optimizer.step()
             print(f"{name}, step {step + 1}: {float(loss.detach()) / num_examples:.3f} nats an example")

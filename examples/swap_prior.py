@@ -23,7 +23,7 @@ class DeeperVariesMore(HierarchicalNormal):
     def phi_prior(self, theta):
         prior = super().phi_prior(theta)
         for site, fn in prior.items():
-            ramp = torch.logspace(-1, 0, fn.event_shape[0]).view(-1, 1, 1)
+            ramp = torch.logspace(-1, 0, fn.event_shape[0], device=fn.mean.device).view(-1, 1, 1)
             prior[site] = dist.Normal(fn.mean, ramp * fn.stddev).to_event(3)
         return prior
 
@@ -70,12 +70,12 @@ def main(model: str | None, steps: int) -> None:
     pairs = {"a subclass": (prior, SharedMeanField(prior)), "a plain function": (plain_function(lm), OneForAll(lm))}
     for name, pair in pairs.items():
         torch.manual_seed(0)
-        objective = BetaELBO(*pair, beta=1e-4)
+        objective = BetaELBO(*pair, beta=1e-4).to(lm.device)
         optimizer = torch.optim.Adam(objective.parameters(), lr=2e-3)
         episodes = EpisodeSampler(training, lm.encoder, tasks_per_episode=4, num_support=8, num_query=8, seed=0)
         for step, episode in zip(range(steps), episodes, strict=False):
             optimizer.zero_grad()
-            loss = objective(episode)
+            loss = objective(episode.to(lm.device))
             loss.backward()
             optimizer.step()
             print(f"{name}, step {step + 1}: {float(loss.detach()) / num_examples:.3f} nats an example")

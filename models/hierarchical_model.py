@@ -118,7 +118,9 @@ class HierarchicalModel(PyroModule):
 
 def _depends_on_phi(phi: Sites, episode: Episode) -> Tensor:
     """Option scores without a language model."""
-    return sum(value.sum((-3, -2, -1)) for value in phi.values())[..., None] + torch.zeros(episode.shape)  # type: ignore
+    total: Any = sum(value.sum((-3, -2, -1)) for value in phi.values())
+    zeros: Tensor = torch.zeros(episode.shape, device=episode.mask.device)
+    return zeros + total[..., None]  # type: ignore[no-any-return]
 
 
 def task_plate(episode: Episode) -> pyro.plate:

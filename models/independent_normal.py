@@ -50,8 +50,8 @@ class IndependentNormal(HierarchicalModel):
             raise ConfigError(f"expected positive scale and loc_scale, got {scale} and {loc_scale}.")
         self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
         for site in self.random_sites:
-            # Buffers, so that they follow the module to its device; under names that attributes may have.
-            self.register_buffer(f"at_{site}".replace(".", "_"), initial[site].clone(), persistent=False)
+            # Buffers, so that they follow the module to its device and are saved; under names that attributes may have.
+            self.register_buffer(f"at_{site}".replace(".", "_"), initial[site].clone())
         self.scale = scale
         self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=next(iter(initial.values())).dtype))
 

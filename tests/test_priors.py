@@ -200,3 +200,12 @@ def test_gradient_steps_keep_an_elementwise_scale(lm):
     found = guide.posterior(support, model.initial_theta())["q_proj.lora_A"]
     assert found.stddev.shape == (2, 1, *lm.sites.shapes["q_proj.lora_A"])
     assert len(found.stddev.unique()) > 10 and math.isfinite(found.stddev.sum().detach())
+
+
+def test_what_a_fixed_prior_is_centred_on_is_saved(lm):
+    """A posterior may be loaded beside a LoRA that PEFT has drawn anew."""
+    model, initial = IndependentNormal(lm, lm.sites.initial()), lm.sites.initial()
+    other = IndependentNormal(lm, {site: value + 1.0 for site, value in initial.items()})
+    other.load_state_dict(model.state_dict())
+    for site, fn in other.phi_prior({}).items():
+        assert torch.equal(fn.mean, initial[site])
