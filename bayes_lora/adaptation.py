@@ -7,11 +7,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 
-from bayes_lora.errors import NonFiniteLoss
-from bayes_lora.families import widened
+from bayes_lora.errors import ConfigError, NonFiniteLoss
+from bayes_lora.families import to_parts, widened
 from bayes_lora.guides.descent import Descent, Distributions, Point, from_point, to_point
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO, evaluating
@@ -75,23 +74,34 @@ def adapt(
         _check_finite(moved, steps)
         begin = to_point(start, len(tasks))
         start = from_point(start, {key: begin[key] + moved[key] for key in begin})
-    return _posterior(lm, theta, {site: widened(fn, width) for site, fn in start.items()}, tasks)
+    with torch.no_grad():
+        shared = objective.model.program.shared(theta)
+    return _posterior(lm, shared, {site: widened(fn, width) for site, fn in start.items()}, tasks)
 
 
 def one_pass(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Sites, Distributions]:
-    """The mean of q(theta), and q(phi | support) there, per random site."""
+    """The mean of q(theta), and q(phi | support) there, per random site.
+
+    Raises:
+        ConfigError: the model or the guide is of another kind than those of this package.
+    """
     device = episode.mask.device
     with evaluating(objective), torch.no_grad(), AtMean(), objective.handled(), seeded(seed, device):
         trace = pyro.poutine.trace(objective.guide.program).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    joint = [name for name, node in sites.items() if node["infer"].get("is_auxiliary")]
+    if joint or not hasattr(objective.model.program, "shared"):
+        got = f"one that samples {joint[0]!r}" if joint else f"the model {objective.model.program}"
+        raise ConfigError(
+            "adapt: expected a HierarchicalModel, and a guide that samples each phi site by itself, as GradientGuide "
+            f"does; got {got}. It can be trained, but gives no posterior of a new task."
+        )
     theta: Sites = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
     return theta, {name.removeprefix("phi."): node["fn"] for name, node in sites.items() if name.startswith("phi.")}
 
 
-def _posterior(lm: LanguageModel, theta: Sites, phi: dict[str, Any], tasks: Sequence[Task]) -> TaskPosterior:
-    prefix = "theta.loc."
-    loc = {name.removeprefix(prefix): value for name, value in theta.items() if name.startswith(prefix)}
-    loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in loc.items()}
+def _posterior(lm: LanguageModel, shared: Sites, phi: dict[str, Any], tasks: Sequence[Task]) -> TaskPosterior:
+    loc = {site: value.expand(1, 1, *value.shape[-3:]) for site, value in shared.items()}
     scale: Sites = {}
     noise: Sites = {}
     for site, fn in phi.items():
@@ -101,7 +111,7 @@ def _posterior(lm: LanguageModel, theta: Sites, phi: dict[str, Any], tasks: Sequ
             noise |= zip(factors, (weight.scale_A, weight.scale_B), strict=True)
         elif site in lm.sites.shapes:
             loc[site] = fn.mean
-            if not isinstance(fn, Delta):
+            if "value" not in to_parts(fn):  # which a point has for its only part
                 scale[site] = fn.stddev
     # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
     parts = ({site: value.contiguous() for site, value in part.items()} for part in (loc, scale, noise))

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from bayes_lora.adaptation import adapt, one_pass
 from bayes_lora.elbo import divergence
+from bayes_lora.factored_normal import FactoredNormal, over_rows
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO
 from bayes_lora.task_posterior import TaskPosterior, score
@@ -119,13 +120,21 @@ def _sites(
     prior, sites = objective.model.program.phi_prior(theta), {}
     for site, q in adapted.distributions().items():
         p = prior[site]
-        sites[site] = SiteWidth(float(divergence(q, p).mean()), float(q.stddev.mean()), float(p.stddev.mean()))
+        sites[site] = SiteWidth(float(divergence(q, p).mean()), _mean_scale(q), _mean_scale(p))
     return sites
+
+
+def _mean_scale(fn: Any) -> float:
+    base = getattr(fn, "base_dist", fn)
+    if not isinstance(base, FactoredNormal):
+        return float(fn.stddev.mean())
+    total = over_rows(lambda q: (q.scale_B @ q.scale_A + base.offset).abs(), base)  # never as whole matrices
+    return float(total.mean()) / base.event_shape.numel()
 
 
 def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth]) -> tuple[str, ...]:
     if not sites:
-        return ("The posterior is a point: draws are the mean. Use a guide with a scale, such as GradientGuide.",)
+        return ("The posterior is a point: draws are the mean. Use a model and a guide whose phi has a scale.",)
     found = []
     if moved < NARROW and not changed:
         found.append(

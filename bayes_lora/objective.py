@@ -6,7 +6,8 @@ r"""The beta-scaled ELBO: where beta and gamma enter.
         + \gamma\, \mathrm{KL}(q(\theta) \,\|\, p(\theta))
 
 in nats, over all tasks of the collection (the ``task`` plate scales the T tasks of an episode up). ``beta = gamma = 1``
-is the negative ELBO. N enters in the model's ``answer`` site; the divergences are never divided.
+is the negative ELBO. N enters in the model's ``answer`` site; the divergences are never divided. (Where the latent
+variables are an example's own, as the activations of ``ActivationSpace``, their divergence is scaled to N as well.)
 """
 
 from __future__ import annotations

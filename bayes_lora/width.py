@@ -32,7 +32,8 @@ WIDTHS = (1.0, 1.4, 2.0, 2.8)
 class Widened(Messenger):
     """Effect handler: the standard deviation of every ``phi.*`` site is multiplied by ``width``.
 
-    Around a guide, it draws from the widened q(phi | S), whatever the guide.
+    Around a guide, it draws from the widened q(phi | S). Families for which ``bayes_lora.families.widened`` is not
+    registered, points among them, stay as they are.
     """
 
     def __init__(self, width: float) -> None:

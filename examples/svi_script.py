@@ -23,16 +23,18 @@ def main(model: str | None, steps: int, beta: float) -> None:
     lm = bayes_lora.load_language_model(model) if model else bayes_lora.load_language_model()
     training, unseen = bayes_lora.demo_tasks()
     episodes = EpisodeSampler(training, lm.encoder, tasks_per_episode=4, num_support=16, score_support=False)
-    held_back = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in unseen.values()]
+    pairs = [([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in unseen.values()]
+    held_back = [collate(*pair).to(lm.device) for pair in pairs]
 
     prior = HierarchicalNormal(lm, lm.sites.initial(), random="B")  # p(theta) p(phi | theta) p(answer | x, phi)
     guide = GuideNetwork(prior)  # q(theta) q(phi | support)
+    prior.to(lm.device), guide.to(lm.device)
     svi = SVI(prior, guide, ClippedAdam({"lr": 2e-3, "clip_norm": 1e4}), loss=TraceMeanField_ELBO())
     num_examples = sum(len(task) for task in training.values())
     for step, episode in zip(range(steps), episodes, strict=False):
         warm = beta * linear_warmup(step, 20)
         with ScaleLatents(beta=warm, gamma=warm):  # weighs the divergences of phi and of theta
-            loss = svi.step(episode)
+            loss = svi.step(episode.to(lm.device))
         print(f"step {step + 1}: {loss / num_examples:.3f} nats an example")
 
     # The posterior predictive of tasks that were not seen, after one pass over their 16 examples.

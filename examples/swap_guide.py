@@ -2,7 +2,8 @@
 
 python examples/swap_guide.py                     # about three minutes on two CPU cores
 
-Pyro's autoguides lay out their parameters for the tasks of their first episode, so every episode here has all tasks.
+Pyro's autoguides lay out their parameters for the tasks of their first episode, so every episode here has all tasks, in
+one order. What they fit is for these tasks; to adapt to others takes one of bayes_lora's guides.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import bayes_lora
 from bayes_lora.guides import PointTheta
 from bayes_lora.models import LayerwiseScale
 from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import EpisodeSampler
+from bayes_lora.tasks import collate
 
 
 class ByHand(PyroModule):
@@ -38,22 +39,28 @@ class ByHand(PyroModule):
                 pyro.sample(f"phi.{site}", dist.Normal(loc, fn.stddev).to_event(3))
 
 
+def some_examples(rows, step, count=12):
+    """Of every task those whose turn it is, which stand for all of its examples."""
+    taken = [[task[(step * count + i) % len(task)] for i in range(count)] for task in rows.values()]
+    return collate(taken, num_data=[len(task) for task in rows.values()])
+
+
 def main(model: str | None, steps: int) -> None:
     lm = bayes_lora.load_language_model(*([model] if model else []), rank=2, top_layers=2)
     training, _ = bayes_lora.demo_tasks()
     tasks = training.select(list(training)[:4])
-    episodes = EpisodeSampler(tasks, lm.encoder, tasks_per_episode=len(tasks), num_support=4, num_query=12, seed=0)
+    rows = {name: lm.encoder(task.examples) for name, task in tasks.items()}
     num_examples = sum(len(task) for task in tasks.values())
     for name in ("by hand", "low rank, Pyro's"):
         torch.manual_seed(0)
         prior = LayerwiseScale(lm, lm.sites.initial(), random="B", initial_scale=(0.1, 0.02))
         guide = ByHand(prior, len(tasks)) if name == "by hand" else AutoLowRankMultivariateNormal(prior, rank=5)
         objective = BetaELBO(prior, guide, beta=1e-3).to(lm.device)
-        objective(episodes[0].to(lm.device))  # autoguides make their parameters when they are first called
+        objective(some_examples(rows, 0).to(lm.device))  # autoguides make their parameters when they are first called
         optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)
-        for step, episode in zip(range(steps), episodes, strict=False):
+        for step in range(steps):
             optimizer.zero_grad()
-            loss = objective(episode.to(lm.device))
+            loss = objective(some_examples(rows, step).to(lm.device))
             loss.backward()
             optimizer.step()
             print(f"{name}, step {step + 1}: {float(loss.detach()) / num_examples:.3f} nats an example")

@@ -40,7 +40,13 @@ def plain_function(lm):
                 if ".lora_B" in site:
                     phi[site] = pyro.sample(f"phi.{site}", dist.Normal(value, torch.full_like(value, 0.02)).to_event(3))
         log_lik = lm(phi, episode)
-        with tasks, pyro.plate("example", episode.mask.shape[-1], dim=-1), pyro.poutine.mask(mask=episode.mask):
+        stands_for = (episode.num_data / episode.mask.sum(-1))[:, None]  # N / n, of each task
+        with (
+            tasks,
+            pyro.plate("example", episode.mask.shape[-1], dim=-1),
+            pyro.poutine.scale(scale=stands_for),
+            pyro.poutine.mask(mask=episode.mask),
+        ):
             pyro.sample("answer", dist.Categorical(logits=log_lik), obs=episode.answer)
 
     return model

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.descent import Descent, Distributions, Point, from_point, to_point
+from bayes_lora.guides.point import SharedPoint
 from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
@@ -83,6 +84,8 @@ class GradientGuide(PyroModule):
             raise ConfigError(f"optimizer: expected 'sgd' or 'adam', got {optimizer!r}.")
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
         self._model = (model,)
+        if isinstance(start, SharedPoint):
+            raise ConfigError("start: SharedPoint has no scale for the steps to begin at. Use SharedMeanField.")
         self.start = start
         if start is None:
             self.own_theta = theta(model)

@@ -105,7 +105,8 @@ class Laplace(PyroModule):
         """Diagonal of the Fisher information of each task's support, ``(T, 1, layers, out, in)`` per random site."""
         (model,) = self._model
         each = support.each_alone()
-        task = torch.arange(support.mask.shape[0], device=support.mask.device).repeat_interleave(support.mask.sum(-1))
+        tasks = torch.arange(support.mask.shape[0], device=support.mask.device)
+        task = tasks.repeat_interleave(support.mask.sum(-1), output_size=len(each.mask))
         own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
         total = {site: torch.zeros_like(value) for site, value in phi.items()}
         with torch.enable_grad():

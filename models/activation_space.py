@@ -6,7 +6,8 @@ r"""Noise at activations under a hierarchy of adapters, the *activation* form of
         \quad\text{a priori, and with } \phi_i \text{ a posteriori}
 
 for every token and adapted layer. A task's four factors are points, held near theta's by the divergence of the
-activations they give; it is estimated by the one draw that the language model makes, and summed over tokens and layers.
+activations they give; it is estimated by the one draw that the language model makes, summed over tokens and layers, and
+scaled from the n examples at hand to the task's N, for activations are an example's own.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class HierarchicalModel(PyroModule):
             self.likelihood = likelihood
 
     def observe(self, log_lik: Tensor, episode: Episode) -> None:
-        """Observe the gold options. The one place where N enters: a task's sum is scaled from n examples to its N."""
+        """Observe the gold options. Here N enters: a task's sum is scaled from n examples to its N."""
         mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
         with (
             pyro.plate("example", episode.mask.shape[-1], dim=-1),

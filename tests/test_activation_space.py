@@ -11,6 +11,7 @@ from test_weight_space import build as build_weight_space
 from torch.distributions import Normal, kl_divergence
 
 from bayes_lora.activation import DeferredActivation, LogRatios
+from bayes_lora.adaptation import adapt
 from bayes_lora.config import GradientConfig, ObjectiveConfig, RunConfig
 from bayes_lora.deferred import linear
 from bayes_lora.errors import ConfigError
@@ -241,3 +242,12 @@ def test_steps_on_minibatches(lm):
 def test_point_theta_knows_its_sites(lm):
     names = set(PointTheta(ActivationSpace(lm, lm.sites.initial())).positive)
     assert names == {f"theta.{part}.{site}" for part in ("loc", "log_variance") for site in lm.sites.shapes}
+
+
+def test_without_steps_a_task_has_theta_s_lora(lm):
+    objective = build(lm, steps=0)
+    task = next(iter(make_tasks(1).values())).split(4, seed=1)
+    adapted = adapt(objective, lm, [task])
+    for site in lm.sites.shapes:
+        expected = objective.guide.program.theta.distribution(f"theta.loc.{site}").mean
+        assert torch.equal(adapted.loc[site][0, 0], expected) and not adapted.scale

@@ -6,12 +6,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import make_tasks
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal
 from test_objective import build, make_episode
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from bayes_lora.adaptation import adapt
 from bayes_lora.elbo import AnalyticELBO, divergence
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.guides import NormalTheta, PointTheta
@@ -275,5 +277,10 @@ def test_pyro_s_autoguides_are_weighed_by_beta(lm):
     answer = replayed.nodes["answer"]["log_prob_sum"]
     expected = -answer - 0.01 * (replayed.log_prob_sum() - answer - trace.log_prob_sum())
     torch.testing.assert_close(loss, expected.detach())
+    tasks = [task.split(3, seed=1) for task in make_tasks(2).values()]
+    with pytest.raises(
+        ConfigError, match="adapt: expected a HierarchicalModel, and a guide that samples each phi site"
+    ):
+        adapt(BetaELBO(model, guide, beta=0.01), lm, tasks)
     with pytest.raises(ConfigError, match="gamma: expected beta, 0.01, for site '_AutoLowRank.*; got 0.5"):
         BetaELBO(model, guide, beta=0.01, gamma=0.5)(episode)

@@ -10,7 +10,7 @@ from test_objective import make_episode
 from bayes_lora.adaptation import draw_phi
 from bayes_lora.errors import ConfigError
 from bayes_lora.families import to_parts
-from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta
+from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta, SharedPoint
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.objective import BetaELBO
 from bayes_lora.tasks import collate
@@ -245,5 +245,7 @@ def test_bad_settings_are_refused(lm):
     for wrong in (dict(steps=-1), dict(num_particles=0), dict(learning_rate=0.0), dict(beta=0.0)):
         with pytest.raises(ConfigError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
             build(lm, **wrong)
+    with pytest.raises(ConfigError, match="start: SharedPoint has no scale"):
+        build(lm, start=SharedPoint(HierarchicalNormal(lm, lm.sites.initial())))
     with pytest.raises(ConfigError, match="optimizer: expected 'sgd' or 'adam', got 'lbfgs'"):
         build(lm, optimizer="lbfgs")
