@@ -55,7 +55,7 @@ class Flat(dist.TorchDistribution):
         """``at``."""
         return self.at
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """``at``."""
         return self.at.expand(self._extended_shape(sample_shape))
 
@@ -107,11 +107,7 @@ class ActivationSpace(HierarchicalModel):
 
     def theta(self) -> Sites:
         """Sample p(theta): two pairs of factors for every adapted module."""
-        theta: Sites = {}
-        for name, value in self.initial_theta().items():
-            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
-            theta[name] = pyro.sample(name, prior)
-        return theta
+        return self.normal_theta()
 
     def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
         """A flat density at theta's own values."""

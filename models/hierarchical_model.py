@@ -53,6 +53,14 @@ class HierarchicalModel(PyroModule):
     def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
         """p(phi | theta) of one task, per random site; event ``(layers, out, in)``."""
 
+    def normal_theta(self) -> Sites:
+        """Sample every theta site of ``initial_theta`` from N(0, s_0^2), where a model has a buffer ``loc_scale``."""
+        theta: Sites = {}
+        for name, value in self.initial_theta().items():
+            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
+            theta[name] = pyro.sample(name, prior)
+        return theta
+
     def shared(self, theta: Sites) -> Sites:
         """Values of the LoRA sites that all tasks share."""
         return {}

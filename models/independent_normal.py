@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import pyro
 import pyro.distributions as dist
 import torch
 
@@ -61,11 +60,7 @@ class IndependentNormal(HierarchicalModel):
 
     def theta(self) -> Sites:
         """Sample p(theta): locations of what is shared."""
-        theta: Sites = {}
-        for name, value in self.initial_theta().items():
-            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
-            theta[name] = pyro.sample(name, prior)
-        return theta
+        return self.normal_theta()
 
     def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
         """p(phi) of one task, per random site."""

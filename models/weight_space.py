@@ -74,10 +74,7 @@ class WeightSpace(HierarchicalModel):
 
     def theta(self) -> Sites:
         """Sample p(theta): two pairs of factors for every update."""
-        theta: Sites = {}
-        for name, value in self.initial_theta().items():
-            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
-            theta[name] = pyro.sample(name, prior)
+        theta = self.normal_theta()
         for site, prior in self.phi_prior(theta).items():
             pyro.factor(f"theta.precision.{site}", self._log_gamma(prior.base_dist))
         return theta
