@@ -21,7 +21,7 @@ from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.task import Task
 from bayes_lora.types import Sites
 
-__all__ = ["AtMean", "adapt", "draw_phi", "one_pass"]
+__all__ = ["AtMean", "adapt", "adapt_at", "draw_phi", "one_pass"]
 
 
 class AtMean(Messenger):
@@ -64,6 +64,19 @@ def adapt(
         width: factor on the standard deviations in the end, see :mod:`bayes_lora.width`.
         seed: of the draws inside the steps, and of those that the guide takes on its own.
     """
+    return adapt_at(objective, lm, tasks, steps, learning_rate, width, seed)[0]
+
+
+def adapt_at(
+    objective: BetaELBO,
+    lm: LanguageModel,
+    tasks: Sequence[Task],
+    steps: int,
+    learning_rate: float,
+    width: float,
+    seed: int,
+) -> tuple[TaskPosterior, Sites]:
+    """What :func:`adapt` returns, and the mean of q(theta) at which it stands."""
     episode = collate([lm.encoder(task.support) for task in tasks]).unseen().to(lm.device)
     theta, start = one_pass(objective, episode, seed)
     if steps:
@@ -76,7 +89,7 @@ def adapt(
         start = from_point(start, {key: begin[key] + moved[key] for key in begin})
     with torch.no_grad():
         shared = objective.model.program.shared(theta)
-    return _posterior(lm, shared, {site: widened(fn, width) for site, fn in start.items()}, tasks)
+    return _posterior(lm, shared, {site: widened(fn, width) for site, fn in start.items()}, tasks), theta
 
 
 def one_pass(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Sites, Distributions]:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from bayes_lora.adaptation import adapt, one_pass
+from bayes_lora.adaptation import adapt_at
 from bayes_lora.elbo import divergence
 from bayes_lora.factored_normal import FactoredNormal, over_rows
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO
 from bayes_lora.task_posterior import TaskPosterior, score
-from bayes_lora.tasks.episode import collate
 from bayes_lora.tasks.task import Task
 
 __all__ = ["Diagnosis", "SiteWidth", "diagnose"]
@@ -83,6 +82,7 @@ def diagnose(
     tasks: Sequence[Task],
     *,
     steps: int = 0,
+    learning_rate: float = 2e-3,
     width: float = 1.0,
     num_draws: int = 10,
     seed: int = 0,
@@ -94,30 +94,28 @@ def diagnose(
         lm: the language model.
         tasks: split into support and query.
         steps: gradient steps after the guide's one pass.
+        learning_rate: theirs.
         width: factor on the standard deviations.
         num_draws: S.
         seed: of the draws.
     """
-    adapted = adapt(objective, lm, tasks, steps=steps, width=width, seed=seed)
+    adapted, theta = adapt_at(objective, lm, tasks, steps, learning_rate, width, seed)
     queries = [task.query for task in tasks]
     mean, drawn = (adapted.predict(queries, num_draws=count, seed=seed) for count in (0, num_draws))
     metrics = [[score(t.query, p) for t, p in zip(tasks, side, strict=True)] for side in (mean, drawn)]
     pairs = list(zip(mean, drawn, strict=True))
-    nll, ece = (tuple(fmean(getattr(m, name) for m in side) for side in metrics) for name in ("nll", "ece"))
+    nll = (fmean(m.nll for m in metrics[0]), fmean(m.nll for m in metrics[1]))
+    ece = (fmean(m.ece for m in metrics[0]), fmean(m.ece for m in metrics[1]))
     moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
     changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
-    sites = _sites(objective, lm, tasks, adapted, seed)
+    sites = _sites(objective.model.program.phi_prior(theta), adapted)
     warnings = _warnings(nll, moved, changed, sites)
-    return Diagnosis(nll, ece, moved, changed, sites, warnings)  # type: ignore[arg-type]
+    return Diagnosis(nll, ece, moved, changed, sites, warnings)
 
 
 @torch.no_grad()
-def _sites(
-    objective: BetaELBO, lm: LanguageModel, tasks: Sequence[Task], adapted: TaskPosterior, seed: int
-) -> dict[str, SiteWidth]:
-    episode = collate([lm.encoder(task.support) for task in tasks]).unseen().to(lm.device)
-    theta, _ = one_pass(objective, episode, seed)
-    prior, sites = objective.model.program.phi_prior(theta), {}
+def _sites(prior: dict[str, Any], adapted: TaskPosterior) -> dict[str, SiteWidth]:
+    sites = {}
     for site, q in adapted.distributions().items():
         p = prior[site]
         sites[site] = SiteWidth(float(divergence(q, p).mean()), _mean_scale(q), _mean_scale(p))

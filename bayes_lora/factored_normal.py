@@ -100,7 +100,7 @@ class FactoredNormal(TorchDistribution):
         """Its square."""
         return self.stddev.square()
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Whole matrices."""
         shape = self._extended_shape(sample_shape)
         return self.mean + self.stddev * _standard_normal(shape, dtype=self.loc_A.dtype, device=self.loc_A.device)
@@ -138,10 +138,9 @@ def over_rows(summand: Any, *normals: FactoredNormal) -> Tensor:
     values = [getattr(normal, name) for normal in normals for name in DeferredWeight._fields]
     if step >= out:
         return piece(0, *values)
-    total: Any = 0.0
-    for start in range(0, out, step):
-        total = total + checkpoint(piece, start, *values, use_reentrant=False, preserve_rng_state=False)
-    return total  # type: ignore[no-any-return]
+    kept = {"use_reentrant": False, "preserve_rng_state": False}
+    again: Any = checkpoint
+    return torch.stack([again(piece, start, *values, **kept) for start in range(0, out, step)]).sum(0)
 
 
 @register_kl(FactoredNormal, FactoredNormal)  # type: ignore[untyped-decorator]
