@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, RESULTS / "speed-cpu.json")
     args = parser.parse_args(arguments)
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
     names = chosen_cases(parser, args.only)
     console, started, device = Console(), time.perf_counter(), torch.device("cpu")
     shape, sizes = SHAPES["smollm2-135m"], Sizes()

@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="some names, commas between; others keep their lines in the output")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     args = parser.parse_args(arguments)
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
     device = torch.device("cpu")
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
     if args.quick:

@@ -224,8 +224,8 @@ def test_sides_are_timed_in_turn():
 def test_the_zoo_is_measured(tmp_path, capsys):
     import zoo
 
-    zoo.main(["--quick", "--output", str(tmp_path / "zoo.json")])
-    lines = {line["name"]: line for line in json.loads((tmp_path / "zoo.json").read_text())["lines"]}
+    zoo.main(["--quick", "--output", str(tmp_path / "new" / "zoo.json")])
+    lines = {line["name"]: line for line in json.loads((tmp_path / "new" / "zoo.json").read_text())["lines"]}
     assert set(lines) == {*PRIORS, *GUIDES}
     assert all(line[key] > 0 for line in lines.values() for key in ("parameters", "memory", "time"))
     # Location and scale of q and of theta; of the rest, closed forms as well.
