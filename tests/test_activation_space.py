@@ -106,8 +106,10 @@ def test_the_divergence_of_a_language_model(tokenizer, monkeypatch):
 
 
 def test_the_loss_adds_up(lm):
-    objective, episode = build(lm), make_episode(lm)
-    guide = objective.guide.program
+    """The divergence of activations is weighed by beta, theta's density by gamma."""
+    built, episode = build(lm), make_episode(lm)
+    guide = built.guide.program
+    objective = BetaELBO(built.model.program, guide, beta=0.1, gamma=0.7)
     theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
     losses, terms = [], []
     for seed in range(3):
@@ -117,7 +119,7 @@ def test_the_loss_adds_up(lm):
         terms.append(objective.terms(episode))
     prior = sum(Normal(0.0, 1.0).log_prob(value).sum() for value in theta.values()).detach()
     for loss, term in zip(losses, terms, strict=True):
-        assert float(loss) == pytest.approx(term["nll"] + 0.1 * term["kl"] - 0.1 * float(prior))
+        assert float(loss) == pytest.approx(term["nll"] + 0.1 * term["kl"] - 0.7 * float(prior))
         assert term["kl"] == pytest.approx(term["kl.activations"])
 
 

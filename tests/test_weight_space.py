@@ -113,6 +113,41 @@ def test_the_loss_is_its_definition(lm, handler):
     assert losses.std() > 0.01
 
 
+@pytest.mark.parametrize("handler", [LocalReparameterization, nullcontext])
+def test_the_loss_adds_up(lm, handler):
+    """Draw by draw; the divergence of updates is weighed by beta, all that theta has by gamma."""
+    built, episode = build(lm), make_episode(lm, num_data=[11, 5])
+    model, guide = built.model.program, built.guide.program
+    objective = BetaELBO(model, guide, beta=0.1, gamma=0.7, handler=handler)
+    theta = mean_theta(guide)
+    prior = sum(Normal(0.0, 1.0).log_prob(value).sum() for value in theta.values())
+    prior = prior - sum((1e-6 / fn.variance).sum() for fn in model.phi_prior(theta).values())
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss = float(objective(episode).detach())
+        torch.manual_seed(seed)
+        terms = objective.terms(episode)
+        assert terms["kl"] > 1e-2
+        assert loss == pytest.approx(terms["nll"] + 0.1 * terms["kl"] - 0.7 * float(prior.detach()))
+
+
+def test_theta_is_weighed_by_the_gamma_density_of_precisions(lm):
+    """Up to a constant: differences between two values of theta, of every entry's log-density."""
+    model = WeightSpace(lm, lm.sites.initial(), offset=0.2, concentration=2.5, rate=0.05)
+    gamma = torch.distributions.Gamma(*torch.tensor([2.5, 0.05], dtype=torch.float64))
+    found, expected = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        theta = {name: value + 0.1 * torch.randn_like(value) for name, value in model.initial_theta().items()}
+        trace = pyro.poutine.trace(pyro.condition(model.theta, data=theta)).get_trace()
+        trace.compute_log_prob()
+        prior = model.phi_prior(theta)
+        found.append(torch.stack([trace.nodes[f"theta.precision.{site}"]["log_prob_sum"] for site in prior]))
+        expected.append(torch.stack([gamma.log_prob(1.0 / fn.variance).sum() for fn in prior.values()]))
+    torch.testing.assert_close(found[0] - found[1], expected[0] - expected[1])
+    assert (expected[0] - expected[1]).abs().min() > 1.0
+
+
 def test_divergences_are_those_of_the_entries(lm):
     objective, episode = build(lm), make_episode(lm)
     model, guide = objective.model.program, objective.guide.program
