@@ -16,10 +16,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["Parts", "from_parts", "to_parts", "widened"]
+__all__ = ["Parts", "Tensors", "from_parts", "rebuilt", "tensors_of", "to_parts", "widened"]
 
 Parts = dict[str, Tensor]
 """Name of an unconstrained parameter (``"loc"``, ``"log_scale"``) to its value ``(*batch, layers, out, in)``."""
+
+
+Tensors = dict[str, tuple[Tensor, int]]
+"""Name of a constructor's argument to its value, and how many of its dimensions are no batch."""
 
 
 @singledispatch
@@ -42,6 +46,29 @@ def from_parts(fn: Any, parts: Parts) -> Any:
 def widened(fn: Any, width: float) -> Any:
     """The same distribution with its standard deviations multiplied by ``width``; itself where none is registered."""
     return fn
+
+
+def tensors_of(fn: Any) -> Tensors:
+    """What a distribution over ``(layers, out, in)`` is made of, as its constructor takes it."""
+    base = fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn
+    if isinstance(base, dist.Delta):
+        return {"v": (base.v, len(fn.event_shape))}
+    if hasattr(base, "tensors"):
+        return {name: (value, base.dims[name]) for name, value in base.tensors().items()}
+    event = len(fn.event_shape)
+    return {name: (getattr(base, name), event) for name in base.arg_constraints}
+
+
+def rebuilt(fn: Any, tensors: dict[str, Tensor]) -> Any:
+    """A distribution like ``fn`` of other tensors, named as :func:`tensors_of` names them."""
+    if isinstance(fn, torch.distributions.Independent):
+        # Its own type is torch's or Pyro's; to_event gives Pyro's.
+        return rebuilt(fn.base_dist, tensors).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.Delta):
+        return dist.Delta(tensors["v"], event_dim=fn.event_dim)
+    if hasattr(fn, "offset"):
+        return type(fn)(**tensors, offset=fn.offset)
+    return type(fn)(**tensors)
 
 
 def _unknown(fn: Any) -> NotImplementedError:
