@@ -109,7 +109,8 @@ def diagnose(
     moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
     changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
     sites = _sites(objective.model.program.phi_prior(theta), adapted)
-    warnings = _warnings(nll, moved, changed, sites)
+    point = not sites and adapted.num_components == 1
+    warnings = _warnings(nll, moved, changed, sites, point)
     return Diagnosis(nll, ece, moved, changed, sites, warnings)
 
 
@@ -130,8 +131,8 @@ def _mean_scale(fn: Any) -> float:
     return float(total.mean()) / base.event_shape.numel()
 
 
-def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth]) -> tuple[str, ...]:
-    if not sites:
+def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth], point: bool) -> tuple[str, ...]:
+    if point:
         return ("The posterior is a point: draws are the mean. Use a model and a guide whose phi has a scale.",)
     found = []
     if moved < NARROW and not changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,12 @@ from bayes_lora.tasks.episode import collate
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.types import Sites, absent_score
+from bayes_lora.weight_distribution import WeightDistribution
 
 __all__ = ["TaskPosterior", "predictive", "score"]
+
+TASK, WITH_COMPONENTS = -5, 6
+"""The tasks' dimension of ``(T, 1, layers, out, in)``, and how many there are where components stand before it."""
 
 TENSORS, NAMES = "task_posterior.safetensors", "task_posterior.json"
 
@@ -48,15 +52,19 @@ def predictive(log_lik: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TaskPosterior:
-    """q(phi | support) of T tasks: independent normals, elementwise, over LoRA factors or over whole updates.
+    """q(phi | support) of T tasks: independent normals over LoRA factors or over whole updates, or another family.
+
+    It may have K equally likely components, an ensemble's members or a sampler's samples, of which a draw takes one:
+    then ``K`` stands before ``T`` in every shape below that is not of a site shared by all of them.
 
     Attributes:
         lm: the language model.
-        loc: per LoRA site ``(T, 1, layers, out, in)`` (size 1 for T where the site is shared by all tasks).
-        scale: likewise, for the random sites alone.
+        loc: the mean per LoRA site ``(T, 1, layers, out, in)`` (size 1 for T where the site is shared by all tasks).
+        scale: standard deviations likewise, for the random sites alone.
         names: the tasks' names.
         noise: where whole updates are random, ``N(B A, (B_s A_s)^2)`` with the locations for B and A: the factors of
             their scales, under the names of LoRA sites.
+        joint: the distributions of sites whose weights are not independent normals, of batch ``(T, 1)``.
     """
 
     lm: LanguageModel
@@ -64,12 +72,18 @@ class TaskPosterior:
     scale: Sites
     names: tuple[str, ...]
     noise: Sites = field(default_factory=dict)
+    joint: dict[str, WeightDistribution] = field(default_factory=dict)
+
+    @property
+    def num_components(self) -> int:
+        """K; 1 where there are none."""
+        return next((len(value) for value in self.loc.values() if value.ndim == WITH_COMPONENTS), 1)
 
     def distributions(self) -> dict[str, TorchDistribution]:
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
         found: dict[str, TorchDistribution] = {}
         for site, scale in self.scale.items():
-            found[site] = Normal(self.loc[site], scale).to_event(3)
+            found[site] = self.joint.get(site) or Normal(self.loc[site], scale).to_event(3)
         for site in self.lm.sites.delta_shapes:
             a, b = factor_sites(site)
             if a in self.noise:
@@ -77,24 +91,48 @@ class TaskPosterior:
                 found[site] = normal.to_event(1)
         return found
 
+    def mean(self) -> Sites:
+        """Of every LoRA site, ``(T, 1, layers, out, in)``; averaged over components."""
+        return {site: v.mean(0) if v.ndim == WITH_COMPONENTS else v for site, v in self.loc.items()}
+
     def draw(self, num_draws: int, *, seed: int = 0) -> Sites:
         """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed.
 
-        Whole updates are not drawn but deferred: noise enters where they meet activations.
+        Components take turns. Whole updates are not drawn but deferred: noise enters where they meet activations.
         """
         if num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
-        phi = {site: loc[None] for site, loc in self.loc.items()}
+        count = self.num_components
+        turns = torch.arange(num_draws)
+        # Fewer draws than components are spread over them, for a sampler's neighbours are alike.
+        chosen = turns % count if num_draws >= count else turns * count // num_draws
+
+        def taken(value: Tensor) -> Tensor:
+            return value[chosen.to(value.device)] if value.ndim == WITH_COMPONENTS else value[None]
+
+        phi = {site: taken(loc) for site, loc in self.loc.items()}
         # In the order of the model's sites, for files keep none, and a seed must mean the same after loading.
         for site in (site for site in self.lm.sites.shapes if site in self.scale):
-            scale = self.scale[site]
-            # Drawn on the CPU, so that a seed means the same on every device.
-            noise = torch.randn(num_draws, *scale.shape, generator=generator, dtype=scale.dtype)
-            phi[site] = self.loc[site] + scale * noise.to(scale.device)
+            like = self.scale[site]
+
+            def noise(shape: torch.Size, like: Tensor = like) -> Tensor:
+                # Drawn on the CPU, so that a seed means the same on every device.
+                return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
+
+            if site in self.joint:
+                joint = self.joint[site]
+                if len(joint.batch_shape) > 2:
+                    joint = joint.map(lambda _, value: value[chosen.to(value.device)])
+                else:
+                    joint = joint.expand((num_draws, *joint.batch_shape))
+                phi[site] = joint.drawn(noise)
+            else:
+                scale = taken(like)
+                phi[site] = phi[site] + scale * noise(torch.Size((num_draws, *scale.shape[1:])))
         for site, factors in ((site, factor_sites(site)) for site in self.lm.sites.delta_shapes):
             if factors[0] in self.noise:
-                parts = [phi.pop(a) for a in factors] + [self.noise[a][None] for a in factors]
+                parts = [phi.pop(a) for a in factors] + [taken(self.noise[a]) for a in factors]
                 whole: Any = DeferredWeight(*(value.expand(num_draws, *value.shape[1:]) for value in parts))
                 phi[site] = whole
         return phi
@@ -131,15 +169,15 @@ class TaskPosterior:
                 raise TaskError(
                     f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(given)}."
                 )
-        if not self.scale and not self.noise:
+        if not self.scale and not self.noise and self.num_components == 1:
             num_draws = 0  # all draws are the mean
-        phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.loc.items()}
+        phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.mean().items()}
         shown: Sequence[Sequence[Example]] = demonstrations or [()] * len(queries)
         # Deferred weights draw while they are used.
         with seeded(seed, self.lm.device) if self.noise else nullcontext():
             return [
                 self._predict(
-                    tree_map(lambda v, i=i: v if v.shape[-5] == 1 else v[:, i : i + 1], phi),
+                    tree_map(lambda v, i=i: v if v.shape[TASK] == 1 else v[:, i : i + 1], phi),
                     self.lm.encoder(query, shown[i]),
                     lambda: max_tokens or self.lm.budget.per_item(max(1, num_draws)),
                 )
@@ -183,9 +221,16 @@ class TaskPosterior:
         if name not in self.names:
             raise TaskError(f"task {name!r} is not among those adapted to: {list(self.names)}.")
         i = self.names.index(name)
-        loc = {site: value if len(value) == 1 else value[i : i + 1] for site, value in self.loc.items()}
-        scale, noise = ({s: v[i : i + 1] for s, v in part.items()} for part in (self.scale, self.noise))
-        return TaskPosterior(self.lm, loc, scale, (name,), noise)
+
+        def own(value: Tensor) -> Tensor:
+            return value if value.shape[TASK] == 1 else value.narrow(TASK, i, 1)
+
+        loc, scale, noise = ({s: own(v) for s, v in part.items()} for part in (self.loc, self.scale, self.noise))
+        joint = {
+            site: fn.map(lambda name, value, fn=fn: value.narrow(value.ndim - fn.dims[name] - 2, i, 1))  # type: ignore[misc]
+            for site, fn in self.joint.items()
+        }
+        return TaskPosterior(self.lm, loc, scale, (name,), noise, joint)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the posterior to a folder (safetensors and JSON).
@@ -193,12 +238,15 @@ class TaskPosterior:
         Raises:
             RunFolderError: the folder exists.
         """
-        tensors = {f"loc.{site}": value for site, value in self.loc.items()}
-        tensors |= {f"scale.{site}": value for site, value in self.scale.items()}
+        tensors = {f"loc.{site}": value for site, value in self.loc.items() if site not in self.joint}
+        tensors |= {f"scale.{site}": value for site, value in self.scale.items() if site not in self.joint}
         tensors |= {f"noise.{site}": value for site, value in self.noise.items()}
+        for site, fn in self.joint.items():
+            tensors |= {f"joint.{part}.{site}": value.contiguous() for part, value in fn.tensors().items()}
         with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(folder / TENSORS, tensors)
-            facts = {"names": list(self.names), "random_sites": [*self.scale, *self.noise]}
+            facts: dict[str, Any] = {"names": list(self.names), "random_sites": [*self.scale, *self.noise]}
+            facts["families"] = {site: type(fn).__name__ for site, fn in self.joint.items()}
             write_json(folder / NAMES, facts | identity(self.lm))
 
     @classmethod
@@ -211,24 +259,33 @@ class TaskPosterior:
         """
         tensors, facts = read_tensors(Path(path) / TENSORS), read_json(Path(path) / NAMES)
         parts: dict[str, Sites] = {"loc": {}, "scale": {}, "noise": {}}
+        joint: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             part, _, site = name.partition(".")
-            parts.get(part, {})[site] = value.to(lm.device)
+            if part == "joint":
+                part, _, site = site.partition(".")
+                joint.setdefault(site, {})[part] = value.to(lm.device)
+            else:
+                parts.get(part, {})[site] = value.to(lm.device)
         try:
+            families: Mapping[str, Any] = WeightDistribution.families
+            fns = {site: families[kind](**joint[site]) for site, kind in facts.get("families", {}).items()}
+            for site, fn in fns.items():
+                parts["loc"][site], parts["scale"][site] = fn.mean, fn.stddev
             lm.sites.check(parts["loc"])
             names, random = tuple(facts["names"]), set(facts["random_sites"])
             scales = parts["scale"] | parts["noise"]
             sizes = {site: tuple(value.shape) for site, value in scales.items()}
             if random != sizes.keys() or any(
-                shape[:2] != (len(names), 1)
+                shape[-5:-3] != (len(names), 1)
                 or not _fits(shape, tuple(parts["loc"][site].shape), factor=site in parts["noise"])
                 for site, shape in sizes.items()
             ):
                 raise SiteError(f"expected scales of {sorted(random)} for {len(names)} tasks, got {sizes}")
-        except (SiteError, KeyError, TypeError) as error:
+        except (SiteError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
         check_identity(facts, lm, Path(path))
-        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"])
+        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"], fns)
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.
@@ -248,7 +305,7 @@ class TaskPosterior:
             raise TaskError(
                 f"an adapter holds one task, this posterior {len(self.names)}: select() one of {self.names}."
             )
-        phi = self.loc if draw is None else self.draw(1, seed=draw)
+        phi = self.mean() if draw is None else self.draw(1, seed=draw)
         weights = self.lm.sites.unstack({site: value.reshape(value.shape[-3:]) for site, value in phi.items()})
         with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(

@@ -20,7 +20,7 @@ from bayes_lora.guides.theta import sample_phi
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.types import Sites
 
-__all__ = ["Adam", "Descent", "Distributions", "Point", "from_point", "minibatch", "to_point"]
+__all__ = ["Adam", "Descent", "Distributions", "Point", "apart", "from_point", "minibatch", "to_point"]
 
 Distributions = dict[str, dist.TorchDistribution]
 """Site name to a distribution, of batch ``(T, 1)`` or what broadcasts to it."""
@@ -58,8 +58,18 @@ class Descent:
         self.elbo: Any = make(num_particles, max_plate_nesting=2, vectorize_particles=True)
         self.direction = Adam() if optimizer == "adam" else lambda _, gradient: gradient
 
-    def __call__(self, support: Episode, theta: Sites, start: Distributions, steps: int) -> Point:
-        """Take the steps; every task counts for itself, whatever collection it is from."""
+    def __call__(
+        self,
+        support: Episode,
+        theta: Sites,
+        start: Distributions,
+        steps: int,
+        on_step: Callable[[int, Point], None] | None = None,
+    ) -> Point:
+        """Take the steps; returns how far each parameter moved. Every task counts for itself, whatever its collection.
+
+        ``on_step`` is called after each with its index and how far they have moved; it may move them further.
+        """
         origin = to_point(start, len(support.task_index))
         if not self.second:
             origin = {key: value.detach() for key, value in origin.items()}
@@ -68,17 +78,21 @@ class Descent:
         alone = support.alone()
         for step in range(steps):
             batch = alone if self.batch_size is None else minibatch(alone, step, self.batch_size)
-            gradients = self._gradients(batch, theta, start, {key: origin[key] + moved[key] for key in origin})
+            gradients = self.gradients(batch, theta, start, {key: origin[key] + moved[key] for key in origin})
             for key, gradient in gradients.items():
                 moved[key] = moved[key] - self.rate(*key) * self.direction(key, gradient)
+            if on_step is not None:
+                on_step(step, moved)
         return moved
 
-    def _gradients(self, support: Episode, theta: Sites, like: Distributions, point: Point) -> Point:
+    def gradients(self, support: Episode, theta: Sites, like: Distributions, point: Point) -> Point:
+        """Of the negative beta-ELBO of each support set, at a point."""
+
         def guide(episode: Episode) -> None:
             sample_phi(episode, from_point(like, point))
 
         attention = _twice_differentiable() if self.second else nullcontext()
-        with _apart(), torch.enable_grad(), attention:
+        with apart(), torch.enable_grad(), attention:
             point = {
                 key: value if self.second and value.requires_grad else value.detach().requires_grad_()
                 for key, value in point.items()
@@ -117,11 +131,13 @@ def minibatch(episode: Episode, step: int, size: int) -> Episode:
 
 
 def to_point(distributions: Distributions, tasks: int | None = None) -> Point:
-    """The unconstrained parameters of all sites, ``(tasks, 1, layers, out, in)`` each where tasks is given."""
-    point = {(part, site): value for site, fn in distributions.items() for part, value in to_parts(fn).items()}
-    if tasks is None:
-        return point
-    return {key: v.expand(tasks, 1, *v.shape[-3:]) if v.ndim == 3 else v for key, v in point.items()}
+    """The unconstrained parameters of all sites; those without a batch get ``(tasks, 1)``, where tasks is given."""
+    point: Point = {}
+    for site, fn in distributions.items():
+        for part, value in to_parts(fn).items():
+            whole = tasks is None or fn.batch_shape
+            point[part, site] = value if whole else value.expand(tasks or 0, 1, *value.shape)
+    return point
 
 
 def from_point(like: Distributions, point: Point) -> Distributions:
@@ -133,7 +149,7 @@ def from_point(like: Distributions, point: Point) -> Distributions:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Inside the block Pyro is as if no model, guide or plate were running around it; local reparameterisation stays.
 
     ``poutine.block`` hides sites, but the names and dimensions of the plates around it would stay taken.

@@ -23,7 +23,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.descent import Descent, Distributions, Point, from_point, to_point
+from bayes_lora.guides.components import Components
+from bayes_lora.guides.descent import Descent, Distributions, from_point, to_point
+from bayes_lora.guides.descent import Point as Parameters
+from bayes_lora.guides.family import Family, Point, same_as_prior
 from bayes_lora.guides.point import SharedPoint
 from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
@@ -51,6 +54,10 @@ class GradientGuide(PyroModule):
         second_order: whether theta's gradient flows through the steps. For small models: every step keeps its graph,
             and attention takes its plain form, the only one that can be differentiated twice.
         learn_rates: whether alpha is learnt, one for each part of each site (its loc, its log scale).
+        family: of q(phi), see :mod:`bayes_lora.guides.family`; by default the prior's own. With ``Point()`` the steps
+            fine-tune a LoRA for each task, from theta (first-order MAML, arXiv 1703.03400).
+        follow_theta: whether q moves with theta, so that theta learns from the likelihood too. If not, it learns from
+            the divergence alone, and moves towards where the tasks' steps ended (Reptile, arXiv 1803.02999).
 
     Raises:
         ConfigError: a setting is out of range.
@@ -70,6 +77,8 @@ class GradientGuide(PyroModule):
         batch_size: int | None = None,
         second_order: bool = False,
         learn_rates: bool = False,
+        family: Family = same_as_prior,
+        follow_theta: bool = True,
     ) -> None:
         super().__init__()
         counts = (num_particles, 1 if batch_size is None else batch_size)
@@ -84,16 +93,20 @@ class GradientGuide(PyroModule):
             raise ConfigError(f"optimizer: expected 'sgd' or 'adam', got {optimizer!r}.")
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
         self._model = (model,)
-        if isinstance(start, SharedPoint):
-            raise ConfigError("start: SharedPoint has no scale for the steps to begin at. Use SharedMeanField.")
-        self.start = start
+        if isinstance(start, SharedPoint) and not isinstance(family, Point):
+            raise ConfigError(
+                "start: SharedPoint has no scale for the steps to begin at. Use SharedMeanField, or family=Point()."
+            )
+        if second_order and not follow_theta:
+            raise ConfigError("second_order: theta's gradient flows through no step where follow_theta is False.")
+        self.start, self.family, self.follow_theta = start, family, follow_theta
         if start is None:
             self.own_theta = theta(model)
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
         self.beta, self.num_particles, self.second_order = beta, num_particles, second_order
         self.batch_size = batch_size
         with torch.no_grad():
-            point = to_point(model.phi_prior(model.initial_theta()))
+            point = to_point(self._family(model.phi_prior(model.initial_theta())))
         parts = {part for part, _ in point}
         if isinstance(learning_rate, Mapping) and learning_rate.keys() != parts:
             raise ConfigError(f"learning_rate: expected one for each of {sorted(parts)}, got {dict(learning_rate)}.")
@@ -133,18 +146,26 @@ class GradientGuide(PyroModule):
         start = self._begin(support, mean)
         if not self.steps and self.start is None:
             return {site: fn.expand((tasks, 1)) if not fn.batch_shape else fn for site, fn in start.items()}
-        here, there, end = to_point(model.phi_prior(theta)), to_point(model.phi_prior(mean)), to_point(start, tasks)
         moved = self.displacement(support, mean, start) if self.steps else {}
-        for key in end:
-            end[key] = end[key] + moved.get(key, 0.0) + (here[key] - there[key])
-        return from_point(start, end)
+        end = {key: value + moved.get(key, 0.0) for key, value in to_point(start, tasks).items()}
+        if not self.follow_theta:
+            return from_point(start, {key: value.detach() for key, value in end.items()})
+        here, there = (to_point(self._family(model.phi_prior(one))) for one in (theta, mean))
+        return from_point(start, {key: value + (here[key] - there[key]) for key, value in end.items()})
 
     def _begin(self, support: Episode, theta: Sites) -> Distributions:
         (model,) = self._model
-        begin: Distributions = model.phi_prior(theta) if self.start is None else self.start.posterior(support, theta)
-        return begin
+        begin = model.phi_prior(theta) if self.start is None else self.start.posterior(support, theta)
+        if isinstance(begin, Components):
+            raise ConfigError(
+                f"start: {type(self.start).__name__} has several components, and the steps one beginning."
+            )
+        return self._family(begin)
 
-    def displacement(self, support: Episode, theta: Sites, start: Distributions) -> Point:
+    def _family(self, fns: Distributions) -> Distributions:
+        return {site: self.family(site, fn) for site, fn in fns.items()}
+
+    def displacement(self, support: Episode, theta: Sites, start: Distributions) -> Parameters:
         """How far K steps move each ``(part, site)`` from ``start``, at one value of theta."""
         (model,) = self._model
         second = self.second_order and torch.is_grad_enabled()

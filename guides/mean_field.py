@@ -2,8 +2,8 @@ r"""Free parameters for the posterior, not amortised: for each task its own, or 
 
 .. math:: q(\phi_i) = F_{\lambda_i} \quad\text{or}\quad q(\phi_i) = F_\lambda
 
-F is the family of p(phi | theta): for independent normals, mean field (in BLoB, arXiv 2406.11675, one for all tasks).
-It starts at the prior.
+F is the family of p(phi | theta): for independent normals, mean field (in BLoB, arXiv 2406.11675, one for all tasks);
+or another, see :mod:`bayes_lora.guides.family`. It starts at the prior.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.descent import Distributions, from_point, to_point
+from bayes_lora.guides.descent import Distributions, Point, from_point, to_point
+from bayes_lora.guides.family import Family, same_as_prior
 from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
@@ -32,21 +33,28 @@ class SharedMeanField(PyroModule):
     Args:
         model: a hierarchical model with ``theta()``, ``initial_theta()`` and ``phi_prior(theta)``.
         theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        family: of q(phi); by default the prior's own.
     """
 
-    def __init__(self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta) -> None:
+    def __init__(
+        self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta, family: Family = same_as_prior
+    ) -> None:
         super().__init__()
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
         self._model = (model,)
-        self.theta = theta(model)
+        self.theta, self.family = theta(model), family
         with torch.no_grad():
-            self.names = to_point(model.phi_prior(model.initial_theta()))
-            for (part, site), value in self.names.items():
-                setattr(self, attribute(part, site), nn.Parameter(self._start(value)))
+            start = to_point(self._family(model.phi_prior(model.initial_theta())))
+        self.names = list(start)
+        self._create(start)
         show_to_svi(self)
 
-    def _start(self, value: Tensor) -> Tensor:
-        return value.clone()
+    def _create(self, start: Point) -> None:
+        for key, value in start.items():
+            setattr(self, attribute(*key), nn.Parameter(value.clone()))
+
+    def _family(self, prior: Distributions) -> Distributions:
+        return {site: self.family(site, fn) for site, fn in prior.items()}
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi."""
@@ -56,12 +64,12 @@ class SharedMeanField(PyroModule):
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
         (model,) = self._model
-        prior = model.phi_prior(theta)
-        values = self._values(support, prior)
-        batches = {key: torch.broadcast_shapes(v.shape[:-3], (len(support.task_index), 1)) for key, v in values.items()}
-        return from_point(prior, {key: v.expand(*batches[key], *v.shape[-3:]) for key, v in values.items()})
+        begin = self._family(model.phi_prior(theta))
+        found = from_point(begin, self._values(support, begin))
+        batch = (len(support.task_index), 1)
+        return {site: fn.expand(torch.broadcast_shapes(fn.batch_shape, batch)) for site, fn in found.items()}
 
-    def _values(self, support: Episode, prior: Distributions) -> dict[tuple[str, str], Tensor]:
+    def _values(self, support: Episode, begin: Distributions) -> Point:
         return {key: getattr(self, attribute(*key)) for key in self.names}
 
 
@@ -69,34 +77,59 @@ class MeanField(SharedMeanField):
     """q(theta) prod_i q(phi_i), with parameters for each task of a collection.
 
     Tasks that the collection does not have (``Episode.unseen()``) stay at p(phi | theta). Memory grows with the number
-    of tasks: two numbers for every LoRA weight of each, for normals.
+    of tasks: two numbers for every LoRA weight of each, for normals. They stay on the CPU wherever the guide is moved;
+    an episode's tasks alone come to its device.
 
     Args:
         model: as in :class:`SharedMeanField`.
         num_tasks: size of the collection.
         theta: as in :class:`SharedMeanField`.
+        family: as in :class:`SharedMeanField`.
 
     Raises:
         ConfigError: ``num_tasks`` is not positive; when called, an episode is of a collection of another size.
     """
 
-    def __init__(self, model: PyroModule, num_tasks: int, *, theta: Callable[[Any], PyroModule] = PointTheta) -> None:
+    def __init__(
+        self,
+        model: PyroModule,
+        num_tasks: int,
+        *,
+        theta: Callable[[Any], PyroModule] = PointTheta,
+        family: Family = same_as_prior,
+    ) -> None:
         if num_tasks < 1:
             raise ConfigError(f"num_tasks: expected at least 1, got {num_tasks}.")
         self._num_tasks = num_tasks
-        super().__init__(model, theta=theta)
+        super().__init__(model, theta=theta, family=family)
 
-    def _start(self, value: Tensor) -> Tensor:
-        return value.expand(self._num_tasks, 1, *value.shape[-3:]).clone()
+    def _create(self, start: Point) -> None:
+        self.tables = _OnCPU()
+        for key, value in start.items():
+            rows = value.expand(self._num_tasks, 1, *value.shape).clone()
+            setattr(self.tables, attribute(*key), nn.Parameter(rows))
 
-    def _values(self, support: Episode, prior: Distributions) -> dict[tuple[str, str], Tensor]:
+    def _values(self, support: Episode, begin: Distributions) -> Point:
         index = support.task_index
-        known = (index >= 0)[:, None, None, None, None]
+        known = index >= 0
         if support.num_tasks != self._num_tasks and bool(known.any()):
             raise ConfigError(
                 f"MeanField: made for a collection of {self._num_tasks} tasks, got an episode of one of "
                 f"{support.num_tasks}. Mark tasks that are not of the collection by Episode.unseen()."
             )
-        rows = {key: getattr(self, attribute(*key))[index.clamp_min(0)] for key in self.names}
-        begin = to_point(prior, len(index))
-        return {key: torch.where(known, value, begin[key]) for key, value in rows.items()}
+        places = index.clamp_min(0).cpu()
+        values: Point = {}
+        for key, unseen in to_point(begin, len(index)).items():
+            rows: Tensor = getattr(self.tables, attribute(*key))[places].to(index.device)
+            values[key] = torch.where(known.view(-1, *[1] * (rows.ndim - 1)), rows, unseen)
+        return values
+
+
+class _OnCPU(PyroModule):
+    """Parameters that change their dtype but not their place."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _OnCPU:
+        for parameter in self.parameters():
+            dtype = fn(parameter.data.new_empty(0)).dtype  # asked of an empty tensor, not to move a whole table
+            parameter.data = parameter.data.to(dtype)
+        return self

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayes_lora.features import Features
-from bayes_lora.guides.theta import PointTheta, attribute, check_normal, sample_phi, show_to_svi
+from bayes_lora.guides.theta import PointTheta, attribute, check_normal, normal_of, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -108,22 +108,36 @@ class GuideNetwork(PyroModule):
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
         (model,) = self._model
         code = self.code(support)
-        posterior = {}
-        for site, prior in model.phi_prior(theta).items():
-            loc, scale = prior.base_dist.loc, prior.base_dist.scale
-            layers = loc.shape[-3]
-            head = self._get("head", site)(code.pooled).unflatten(-1, (layers, -1))  # (T, layers, m + 1)
-            shift = torch.einsum("tlm,lmoi->tloi", head[..., :-1], self._get("directions", site))
-            if self._writes(site):
-                weight = self._get("write", site)(code.pooled).unflatten(-1, (layers, -1))
-                each = self._get("write_each", site)(code.each).unflatten(-1, (layers, -1))
-                shift = shift + torch.einsum("tli,to->tloi", weight, code.bias)
-                shift = shift + torch.einsum("tsli,tso->tloi", each, code.residual)
-            log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
-            # In one exponential and one addcmul, for backward keeps what every other operation returns, for every task.
-            moved, scale = torch.addcmul(loc, scale, shift[:, None]), (scale.log() + log_ratio).exp()
-            posterior[site] = dist.Normal(moved, scale).to_event(3)
-        return posterior
+        return {site: self.normal(site, prior, code) for site, prior in model.phi_prior(theta).items()}
+
+    def coefficients(self, site: str, code: Code) -> Tensor:
+        """C of one site, ``(T, layers, m)``, and in the last place the log-scale's correction s."""
+        (model,) = self._model
+        found: Tensor = self._get("head", site)(code.pooled).unflatten(-1, (model.initial[site].shape[0], -1))
+        return found
+
+    def normal(self, site: str, prior: Any, code: Code, added: Tensor | None = None) -> dist.TorchDistribution:
+        """Q of one site; ``added`` to its coefficients, ``(*draws, T, layers, m)``."""
+        normal = normal_of(prior)
+        loc, scale = normal.loc, normal.scale
+        head = self.coefficients(site, code)
+        mixed = head[..., :-1] if added is None else head[..., :-1] + added
+        shift = torch.einsum("...tlm,lmoi->...tloi", mixed, self._get("directions", site)) + self.written(site, code)
+        log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
+        # In one exponential and one addcmul, for backward keeps what every other operation returns, for every task.
+        moved, scale = torch.addcmul(loc, scale, shift.unsqueeze(-4)), (scale.log() + log_ratio).exp()
+        found: dist.TorchDistribution = dist.Normal(moved, scale).to_event(3)
+        return found
+
+    def written(self, site: str, code: Code) -> Tensor | float:
+        """What is written into the residual stream, in the prior's units ``(T, layers, out, in)``."""
+        (model,) = self._model
+        layers = model.initial[site].shape[0]
+        if not self._writes(site):
+            return 0.0
+        weight = self._get("write", site)(code.pooled).unflatten(-1, (layers, -1))
+        each = self._get("write_each", site)(code.each).unflatten(-1, (layers, -1))
+        return torch.einsum("tli,to->tloi", weight, code.bias) + torch.einsum("tsli,tso->tloi", each, code.residual)
 
     def code(self, support: Episode) -> Code:
         """Encode a support set, permutation-invariantly."""

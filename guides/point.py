@@ -18,7 +18,7 @@ from torch import nn
 from bayes_lora.errors import ConfigError
 from bayes_lora.factored_normal import FactoredNormal
 from bayes_lora.guides.descent import Distributions
-from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
+from bayes_lora.guides.theta import Mixture, Normal, PointTheta, attribute, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -26,17 +26,21 @@ __all__ = ["SharedPoint"]
 
 
 class SharedPoint(PyroModule):
-    """q(theta) and one value of phi for every task, whatever its support; it starts at the prior's mean.
+    """q(theta) and one value of phi for every task, whatever its support.
 
     Args:
         model: a hierarchical model with ``theta()``, ``initial_theta()`` and ``phi_prior(theta)``.
         theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        spread: it starts at the prior's mean, or at a draw from around it, with so many of the prior's standard
+            deviations.
 
     Raises:
         ConfigError: phi holds whole weight updates, of which a point is no LoRA.
     """
 
-    def __init__(self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta) -> None:
+    def __init__(
+        self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta, spread: float = 0.0
+    ) -> None:
         super().__init__()
         self.theta = theta(model)
         with torch.no_grad():
@@ -48,7 +52,15 @@ class SharedPoint(PyroModule):
                     f"SharedPoint: site {site!r} of {type(model).__name__} is a whole update, of which a point is no "
                     "LoRA. Use SharedMeanField or GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
                 )
-            setattr(self, attribute("value", site), nn.Parameter(fn.mean.clone()))
+            value = fn.mean.clone()
+            if spread and not isinstance(getattr(fn, "base_dist", fn), (Normal, Mixture)):
+                raise ConfigError(
+                    f"spread: expected 0 for site {site!r} of {type(model).__name__}, which has no standard deviation. "
+                    "Use GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
+                )
+            if spread:
+                value += spread * fn.stddev * torch.randn_like(value)
+            setattr(self, attribute("value", site), nn.Parameter(value))
         show_to_svi(self)
 
     def forward(self, episode: Episode) -> Sites:

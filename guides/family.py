@@ -1,0 +1,120 @@
+"""The family of q(phi): what a guide that moves free parameters makes of a normal p(phi | theta).
+
+Usage::
+
+    guide = SharedMeanField(model, family=LowRank(4))
+    guide = GradientGuide(model, family=MatrixNormal())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+
+from bayes_lora.dropped_point import DroppedPoint
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides.theta import normal_of
+from bayes_lora.kronecker_normal import KroneckerNormal
+from bayes_lora.low_rank_normal import LowRankNormal
+
+__all__ = ["Dropout", "Family", "LowRank", "MatrixNormal", "Point", "same_as_prior"]
+
+Family = Callable[[str, Any], Any]
+"""Site name and p(phi | theta) to a distribution of another family that starts there."""
+
+
+def same_as_prior(site: str, prior: Any) -> Any:
+    """The prior's own family, at the prior: independent normals for most models."""
+    return prior
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point, at the prior's mean: with it a guide is MAP, and a gradient guide fine-tunes a LoRA."""
+
+    def __call__(self, site: str, prior: Any) -> Any:
+        """Of one site."""
+        return prior if isinstance(prior, dist.Delta) else dist.Delta(_normal(self, site, prior).mean, event_dim=3)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Diagonal plus low rank, see :class:`bayes_lora.low_rank_normal.LowRankNormal`.
+
+    Attributes:
+        rank: k.
+        start: size of the factor at the start, in standard deviations of the prior.
+    """
+
+    rank: int = 4
+    start: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.start > 0:
+            raise ConfigError(f"LowRank: expected rank of at least 1 and positive start, got {self}.")
+
+    def __call__(self, site: str, prior: Any) -> Any:
+        """Of one site. Directions start at random, for at zero they would have no gradient; always the same ones."""
+        normal = _normal(self, site, prior)
+        generator = torch.Generator().manual_seed(0)
+        shape = (*prior.event_shape, self.rank)
+        noise = torch.randn(shape, generator=generator, dtype=normal.loc.dtype).to(normal.loc.device)
+        factor = (self.start / self.rank**0.5) * normal.scale[..., None] * noise
+        return LowRankNormal(normal.loc, normal.scale, factor)
+
+
+@dataclass(frozen=True)
+class MatrixNormal:
+    """Rows correlated with rows, columns with columns, see :class:`bayes_lora.kronecker_normal.KroneckerNormal`.
+
+    Attributes:
+        largest: longer sides are left independent, for their matrices would be larger than the weights.
+    """
+
+    largest: int = 64
+
+    def __call__(self, site: str, prior: Any) -> Any:
+        """Of one site."""
+        normal = _normal(self, site, prior)
+        layers, *sides = prior.event_shape
+        eyes = (torch.eye(side, dtype=normal.loc.dtype, device=normal.loc.device) for side in sides)
+        left, right = (eye.repeat(layers, 1, 1) if len(eye) <= self.largest else None for eye in eyes)
+        return KroneckerNormal(normal.loc, normal.scale, left, right)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """A point with dropout, see :class:`bayes_lora.dropped_point.DroppedPoint`: of A's columns, and B is a point.
+
+    Attributes:
+        rate: share of the columns that is dropped.
+        sites: which sites; by default all of A.
+    """
+
+    rate: float = 0.1
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ConfigError(f"Dropout: expected a rate between 0 and 1, got {self.rate}.")
+
+    def __call__(self, site: str, prior: Any) -> Any:
+        """Of one site."""
+        mean = _normal(self, site, prior).mean
+        if site not in self.sites if self.sites is not None else ".lora_A" not in site:
+            return dist.Delta(mean, event_dim=3)
+        return DroppedPoint(mean, torch.tensor(1.0 - self.rate, dtype=mean.dtype, device=mean.device))
+
+
+def _normal(family: Any, site: str, prior: Any) -> Any:
+    base = getattr(prior, "base_dist", prior)
+    if not isinstance(base, (torch.distributions.Normal, torch.distributions.MixtureSameFamily)):
+        raise ConfigError(
+            f"{type(family).__name__}: expected p(phi | theta) of independent normals for site {site!r}, got {prior}. "
+            "Leave family at its default, or use a model of LoRA factors (HierarchicalNormal)."
+        )
+    return normal_of(prior)

@@ -1,0 +1,42 @@
+r"""MC dropout: one LoRA for all tasks, trained and used with dropout (Gal and Ghahramani, arXiv 1506.02142).
+
+.. math:: A_i = V\, \mathrm{diag}(m / k), \qquad m_j \sim \mathrm{Bernoulli}(k)
+
+for each layer. Steps of adaptation from there fine-tune V, with dropout on, for each task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro.nn import PyroModule
+
+from bayes_lora.guides.family import Dropout
+from bayes_lora.guides.mean_field import SharedMeanField
+from bayes_lora.guides.theta import PointTheta, check_normal
+
+__all__ = ["MCDropout"]
+
+
+class MCDropout(SharedMeanField):
+    """q(theta) q(phi), a point with dropout, the same for every task whatever its support.
+
+    Columns of A are dropped, that is what a LoRA reads, as PEFT's ``lora_dropout`` drops them; of B (ranks) where A is
+    not random. A mask is constant over tokens, questions and options.
+
+    Args:
+        model: a hierarchical model whose p(phi | theta) is normal.
+        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        rate: share of the columns that is dropped.
+
+    Raises:
+        ConfigError: the rate is not between 0 and 1, or p(phi | theta) is not normal.
+    """
+
+    def __init__(
+        self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta, rate: float = 0.1
+    ) -> None:
+        check_normal(model, "MCDropout")
+        sites = [site for site in model.random_sites if ".lora_A" in site] or model.random_sites
+        super().__init__(model, theta=theta, family=Dropout(rate, tuple(sites)))
