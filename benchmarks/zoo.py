@@ -1,13 +1,14 @@
 """What each prior and each guide costs: trained parameters, time and memory of a step, against one plain PEFT LoRA.
 
-python benchmarks/zoo.py           # results/zoo-cpu.json, and the lines of docs/zoo.md on the screen; ten minutes
+python benchmarks/zoo.py           # results/zoo-cpu.json, and the lines of docs/zoo.md on the screen; 25 minutes
 python benchmarks/zoo.py --only Laplace,RankARD
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO
 from bayes_lora.storage import read_json, write_json
+from bayes_lora.tasks import Episode
 
 PLAIN = "plain PEFT LoRA"
 
@@ -37,18 +39,65 @@ def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
         model = make(lm, initial)
         handler = {"handler": LocalReparameterization} if name == "WeightSpace" else {}
         found[name] = BetaELBO(model, guides.SharedMeanField(model), beta=1e-3, **handler)
-    makers: dict[str, Callable[[Any], Any]] = {
+    for name, make in makers(tasks).items():
+        model = models.HierarchicalNormal(lm, initial)
+        particles = 4 if name == "Ensemble" else 1  # one for each member
+        found[name] = BetaELBO(model, make(model), beta=1e-3, num_particles=particles)
+    return found
+
+
+def makers(tasks: int) -> dict[str, Callable[[Any], Any]]:
+    """Each guide, and its variants, for a collection of so many tasks."""
+    point = guides.Point()
+    return {
+        "Ensemble": lambda model: guides.Ensemble(model, num_members=4),
+        "FlowNetwork": guides.FlowNetwork,
         "GradientGuide": lambda model: guides.GradientGuide(model, steps=5),
+        "GradientGuide, Point": lambda model: guides.GradientGuide(model, steps=5, family=point),
+        "GradientGuide, Reptile": lambda model: guides.GradientGuide(model, steps=5, family=point, follow_theta=False),
         "GuideNetwork": guides.GuideNetwork,
         "Laplace": lambda model: guides.Laplace(model, steps=10),
+        "Laplace, Kronecker": lambda model: guides.Laplace(model, steps=10, curvature="kronecker"),
+        "MCDropout": guides.MCDropout,
         "MeanField": lambda model: guides.MeanField(model, num_tasks=tasks),
+        "MeanField, LowRank": lambda model: guides.MeanField(model, num_tasks=tasks, family=guides.LowRank(4)),
+        "NUTS": lambda model: guides.NUTS(model, num_samples=2, warmup_steps=2, max_tree_depth=3),
+        "SGLD": lambda model: guides.SGLD(model, num_samples=10, burn_in=10, thinning=1),
+        "SWAG": lambda model: guides.SWAG(model, steps=20),
         "SharedMeanField": guides.SharedMeanField,
+        "SharedMeanField, MatrixNormal": lambda model: guides.SharedMeanField(model, family=guides.MatrixNormal()),
         "SharedPoint": guides.SharedPoint,
     }
-    for name, make in makers.items():
-        model = models.HierarchicalNormal(lm, initial)
-        found[name] = BetaELBO(model, make(model), beta=1e-3)
-    return found
+
+
+@contextmanager
+def counted() -> Iterator[list[float]]:
+    """Collects the rows of every forward of a language model, draws times rows."""
+    rows: list[float] = []
+    plain = LanguageModel.__call__
+
+    def call(self: LanguageModel, phi: Any, episode: Episode) -> Any:
+        scores = plain(self, phi, episode)
+        rows.append(len(episode.input_ids) * scores.shape[:-3].numel())
+        return scores
+
+    LanguageModel.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield rows
+    finally:
+        LanguageModel.__call__ = plain  # type: ignore[method-assign]
+
+
+def passes(step: OurStep, episode: Episode) -> dict[str, float]:
+    """Forwards of the language model over as many rows: in a training step, and for what a new task costs."""
+    with counted() as rows:
+        step(episode)
+    trained, known = sum(rows) / len(episode.input_ids), step.objective.guide.program
+    with counted() as rows, torch.no_grad():
+        theta = known.members[0].theta() if hasattr(known, "members") else known.theta()
+        for one in getattr(known, "members", [known]):
+            one.posterior(episode.support.unseen(), theta)
+    return {"passes": trained, "passes_of_a_new_task": sum(rows) / len(episode.support.input_ids)}
 
 
 def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
@@ -62,7 +111,7 @@ def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
     steps = {name: OurStep(one) for name, one in found.items() if not only or name in only}
     sides: dict[str, Callable[[], Any]] = {PLAIN: lambda: plain.packed_step(episode)}
     sides |= {name: lambda step=step: step(episode) for name, step in steps.items()}  # type: ignore[misc]
-    seconds = interleave(sides, setup.device, budget=240.0, rounds=(2, 5), warm_up=True)
+    seconds = interleave(sides, setup.device, budget=300.0, rounds=(2, 5), warm_up=True)
     of_plain = memory(sides[PLAIN], setup.device).peak + state_bytes(plain.optimizer)
     lines = []
     for name, step in steps.items():
@@ -74,6 +123,7 @@ def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
                 "parameters": trained / lm.sites.num_parameters,
                 "memory": peak / of_plain,
                 "time": ratio(seconds, name, PLAIN),
+                **passes(step, episode),
             }
         )
     return lines
@@ -97,7 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
         lines += [line for line in read_json(args.output)["lines"] if line["name"] not in only]
     write_json(args.output, {"machine": machine(device), "shape": vars(shape), "sizes": vars(sizes), "lines": lines})
     for line in lines:
-        print(f"{line['name']:22} {line['parameters']:6.1f} {line['memory']:6.2f} {line['time']:6.2f}")
+        costs = (line[key] for key in ("parameters", "memory", "time", "passes", "passes_of_a_new_task"))
+        print(f"{line['name']:30}", *(f"{cost:7.2f}" for cost in costs))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@ r"""Laplace's approximation of each task's posterior, from theta (MacKay 1992; f
 .. math::
     \hat\phi_i &= \mathrm{argmax}_\phi\; \log p(S_i \mid \phi) + \beta \log p(\phi \mid \theta)
         \qquad\text{by K steps from } \mu_\theta \\
-    F_i &= \textstyle\sum_j \mathbb E_{y \sim p(y \mid x_{ij}, \hat\phi_i)}
-        \big(\nabla_\phi \log p(y \mid x_{ij}, \hat\phi_i)\big)^2 \\
-    q(\phi_i \mid S_i) &= \mathcal N\big(\hat\phi_i,\; (\sigma_\theta^{-2} + F_i / \beta)^{-1}\big)
+    q(\phi_i \mid S_i) &= \mathcal N\big(\hat\phi_i,\; (\lambda_i \sigma_\theta^{-2} + F_i / \beta)^{-1}\big)
 
-elementwise: F is the diagonal of the Fisher information, which for these likelihoods is that of the generalised
-Gauss-Newton matrix. Scales follow from one more backward pass, where gradient steps on them need many. Every example
-has weights of its own in that pass, so that all gradients come out of it at once.
+F is the Fisher information of the support (see :mod:`bayes_lora.curvature`): its diagonal, or a Kronecker product for
+each layer, in units of the prior's standard deviations, where the prior's precision is :math:`\lambda I` and the sum is
+exact. :math:`\lambda_i` is 1, or for each layer what maximises the marginal likelihood at the mode (the fixed point
+:math:`\lambda = \sum_k f_k / (f_k + \lambda) / \lVert u \rVert^2`, with u the mode and f the eigenvalues of F / beta in
+these units). Scales follow from one more backward pass, where gradient steps on them need many.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from bayes_lora.curvature import diagonal, gradients_of_examples, kronecker
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.descent import Descent, Distributions, from_point, to_point
+from bayes_lora.guides.descent import Descent, Distributions, to_point
 from bayes_lora.guides.theta import PointTheta, check_normal, sample_phi, show_to_svi
+from bayes_lora.kronecker_normal import KroneckerNormal
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -44,6 +46,10 @@ class Laplace(PyroModule):
         optimizer: ``"sgd"`` or ``"adam"``.
         beta: tempers the likelihood by 1 / beta, as the objective's does.
         num_samples: answers drawn for every example to average the Fisher information over; a backward pass each.
+        curvature: ``"diagonal"``, or ``"kronecker"``: weights of a layer are correlated.
+        prior_precision: lambda: ``"prior"`` keeps the prior's precision, ``"marginal-likelihood"`` scales it.
+        largest: sides of a layer's matrix longer than this have a diagonal factor (Kronecker).
+        batch_size: examples in a pass for the Fisher information, which bounds its memory.
 
     Raises:
         ConfigError: a setting is out of range, or p(phi | theta) is not normal.
@@ -59,19 +65,29 @@ class Laplace(PyroModule):
         optimizer: Literal["sgd", "adam"] = "adam",
         beta: float = 1.0,
         num_samples: int = 1,
+        curvature: Literal["diagonal", "kronecker"] = "diagonal",
+        prior_precision: Literal["prior", "marginal-likelihood"] = "prior",
+        largest: int = 64,
+        batch_size: int = 8,
     ) -> None:
         super().__init__()
-        if steps < 0 or num_samples < 1 or not learning_rate > 0 or not beta > 0:
+        if steps < 0 or min(num_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:
             raise ConfigError(
-                "expected steps of at least 0, num_samples of at least 1, positive learning_rate and beta; got "
-                f"steps={steps}, num_samples={num_samples}, learning_rate={learning_rate}, beta={beta}."
+                "expected steps of at least 0, num_samples and batch_size of at least 1, positive learning_rate and "
+                f"beta; got steps={steps}, num_samples={num_samples}, batch_size={batch_size}, "
+                f"learning_rate={learning_rate}, beta={beta}."
             )
+        if curvature not in ("diagonal", "kronecker"):
+            raise ConfigError(f"curvature: expected 'diagonal' or 'kronecker', got {curvature!r}.")
+        if prior_precision not in ("prior", "marginal-likelihood"):
+            raise ConfigError(f"prior_precision: expected 'prior' or 'marginal-likelihood', got {prior_precision!r}.")
         check_normal(model, "Laplace")
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
         self._model = (model,)
         self.theta = theta(model)
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
-        self.beta, self.num_samples = beta, num_samples
+        self.beta, self.num_samples, self.curvature = beta, num_samples, curvature
+        self.prior_precision, self.largest, self.batch_size = prior_precision, largest, batch_size
         show_to_svi(self)
 
     def forward(self, episode: Episode) -> Sites:
@@ -86,35 +102,58 @@ class Laplace(PyroModule):
         """
         (model,) = self._model
         mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
-        tasks = len(support.task_index)
-        start = {site: fn.mean.expand(tasks, 1, *fn.event_shape) for site, fn in model.phi_prior(mean).items()}
-        points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in start.items()}
+        tasks, there = len(support.task_index), model.phi_prior(mean)
+        loc = {site: fn.mean.expand(tasks, 1, *fn.event_shape) for site, fn in there.items()}
+        unit = {site: fn.stddev.expand(tasks, 1, *fn.event_shape) for site, fn in there.items()}
+        moved = self.displacement(support, mean, loc)
+        mode = {site: loc[site] + moved[site] for site in loc}
+        widths: Any = self._kronecker if self.curvature == "kronecker" else self._diagonal
+        return widths(support, mean, mode, moved, unit, model.phi_prior(theta))  # type: ignore[no-any-return]
+
+    def displacement(self, support: Episode, theta: Sites, loc: Sites) -> Sites:
+        """How far K steps move phi from the prior's mean."""
+        (model,) = self._model
+        points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in loc.items()}
         descent = Descent(model, lambda part, site: self.learning_rate, self.optimizer, self.beta)
-        moved = descent(support, mean, points, self.steps)
-        begin = to_point(points)
-        end = from_point(points, {key: begin[key] + moved[key] for key in begin})
-        fisher = self.fisher(support, mean, {site: fn.mean for site, fn in end.items()})
-        posterior: Distributions = {}
-        for site, prior in model.phi_prior(theta).items():
-            loc, scale = prior.base_dist.loc, prior.base_dist.scale
-            precision = scale.square().reciprocal() + fisher[site] / self.beta
-            posterior[site] = dist.Normal(loc + moved["value", site], precision.rsqrt()).to_event(3)
-        return posterior
+        moved = descent(support, theta, points, self.steps) if self.steps else to_point(points)
+        return {site: v if self.steps else torch.zeros_like(v) for (_, site), v in moved.items()}
 
     def fisher(self, support: Episode, theta: Sites, phi: Sites) -> Sites:
         """Diagonal of the Fisher information of each task's support, ``(T, 1, layers, out, in)`` per random site."""
+        return diagonal(self._passes(support, theta, phi), phi, self.num_samples)
+
+    def _passes(self, support: Episode, theta: Sites, phi: Sites) -> Any:
         (model,) = self._model
-        each = support.each_alone()
-        tasks = torch.arange(support.mask.shape[0], device=support.mask.device)
-        task = tasks.repeat_interleave(support.mask.sum(-1), output_size=len(each.mask))
-        own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
-        total = {site: torch.zeros_like(value) for site, value in phi.items()}
-        with torch.enable_grad():
-            answers = model.answer(model.likelihood(model.shared(theta) | own, each))
-            for i in range(self.num_samples):
-                log_prob: Tensor = answers.log_prob(answers.sample()).sum()
-                keep = i + 1 < self.num_samples
-                gradients = torch.autograd.grad(log_prob, list(own.values()), retain_graph=keep)
-                for site, gradient in zip(own, gradients, strict=True):
-                    total[site].index_add_(0, task, gradient.square())
-        return {site: value / self.num_samples for site, value in total.items()}
+        return gradients_of_examples(model, support, theta, phi, self.num_samples, self.batch_size)
+
+    def _diagonal(self, support: Any, mean: Any, mode: Any, moved: Any, unit: Any, here: Any) -> Distributions:
+        fisher = self.fisher(support, mean, mode)
+        posterior: Distributions = {}
+        for site, prior in here.items():
+            precision = self._precision(fisher[site] * unit[site].square() / self.beta, moved[site] / unit[site])
+            total = precision / prior.stddev.square() + fisher[site] / self.beta
+            posterior[site] = dist.Normal(prior.mean + moved[site], total.rsqrt()).to_event(3)
+        return posterior
+
+    def _kronecker(self, support: Any, mean: Any, mode: Any, moved: Any, unit: Any, here: Any) -> Distributions:
+        sides = kronecker(self._passes(support, mean, mode), unit, self.num_samples, self.largest)
+        posterior: Distributions = {}
+        for site, prior in here.items():
+            left, right, values = sides[site].eigen()
+            precision = self._precision(values / self.beta, moved[site] / unit[site])
+            spectrum = (precision + values / self.beta).rsqrt()
+            # Units stay those of theta's mean, in which curvature is measured: a draw of theta moves the mode alone.
+            posterior[site] = KroneckerNormal(prior.mean + moved[site], unit[site], left, right, spectrum)
+        return posterior
+
+    def _precision(self, values: Tensor, mode: Tensor) -> Tensor:
+        """Lambda for each layer, ``(T, 1, layers, 1, 1)``, given eigenvalues and mode in the prior's units."""
+        precision = torch.ones_like(values[..., :1, :1])
+        if self.prior_precision == "prior":
+            return precision
+        size = mode.square().sum((-2, -1), keepdim=True)
+        for _ in range(30):
+            determined = (values / (values + precision)).sum((-2, -1), keepdim=True)
+            # Where the data say nothing, or the mode has not moved, any precision will do: it stays within bounds.
+            precision = (determined / size).clamp(1e-3, 1e3).nan_to_num(1.0)
+        return precision

@@ -32,8 +32,8 @@ class LinearEpisode(Episode):
     x: torch.Tensor = None
     y: torch.Tensor = None
 
-    def each_alone(self):
-        return linear_episode(self.x.flatten(0, 1)[:, None], self.y.flatten(0, 1)[:, None])
+    def each_alone(self, start=0, stop=None):
+        return linear_episode(self.x.flatten(0, 1)[start:stop, None], self.y.flatten(0, 1)[start:stop, None])
 
 
 def linear_episode(x, y, support=None, **kwargs):

@@ -227,7 +227,8 @@ def test_the_zoo_is_measured(tmp_path, capsys):
     zoo.main(["--quick", "--output", str(tmp_path / "new" / "zoo.json")])
     lines = {line["name"]: line for line in json.loads((tmp_path / "new" / "zoo.json").read_text())["lines"]}
     assert set(lines) == {*PRIORS, *GUIDES}
-    assert all(line[key] > 0 for line in lines.values() for key in ("parameters", "memory", "time"))
+    assert all(line[key] > 0 for line in lines.values() for key in ("parameters", "memory", "time", "passes"))
     # Location and scale of q and of theta; of the rest, closed forms as well.
+    assert lines["GradientGuide"]["passes"] == 6.0 and lines["GradientGuide"]["passes_of_a_new_task"] == 5.0
     assert lines["HierarchicalNormal"]["parameters"] == 4.0 and lines["GradientGuide"]["parameters"] == 2.0
     assert "RankARD" in capsys.readouterr().out

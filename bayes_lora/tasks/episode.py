@@ -100,10 +100,10 @@ class Episode:
         index = torch.arange(len(self.task_index), device=self.task_index.device)
         return replace(self, task_index=index, num_tasks=len(index), num_data=self.mask.sum(-1))
 
-    def each_alone(self) -> Episode:
-        """Every example as a task of its own, in the order of tasks and examples."""
+    def each_alone(self, start: int = 0, stop: int | None = None) -> Episode:
+        """Every example as a task of its own, in the order of tasks and examples; from ``start`` to ``stop``."""
         rows = [[example] for task in self.examples for example in task if example is not None]
-        return collate(rows).to(self.mask.device)
+        return collate(rows[start:stop]).to(self.mask.device)
 
     def unseen(self) -> Episode:
         """The same tasks as ones that the collection does not have: a guide that keeps something for each has none."""

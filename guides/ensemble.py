@@ -1,0 +1,99 @@
+r"""Deep ensemble: several guides fitted beside one another (Lakshminarayanan et al., arXiv 1612.01474).
+
+.. math:: q(\theta) \prod_i q(\phi_i \mid S_i) = \tfrac1K \textstyle\sum_k
+    q_k(\theta) \prod_i q_k(\phi_i \mid S_i)
+
+A draw is of one member. In training the particles are shared out among the members, whose parameters do not touch one
+another: with ``BetaELBO(..., num_particles=K)`` each is trained in every step. The mean of the members' ELBOs is a
+lower bound on the mixture's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.families import rebuilt, tensors_of
+from bayes_lora.guides.components import Components, choose_components, draws_around
+from bayes_lora.guides.point import SharedPoint
+from bayes_lora.guides.theta import PointTheta, sample_phi, show_to_svi
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.types import Sites
+
+__all__ = ["Ensemble"]
+
+Members: Any = PyroModule[nn.ModuleList]
+
+
+class Ensemble(PyroModule):
+    """K members, each with a q(theta) and a q(phi | support) of its own.
+
+    Args:
+        model: a hierarchical model.
+        theta: makes q(theta) of each member from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        make: makes a member of the model and ``theta``; by default a LoRA for all tasks, drawn at the start from
+            around the prior's mean. Members differ by what is random in it.
+        num_members: K, at least 2.
+
+    Raises:
+        ConfigError: there are fewer than two members; when called, a member has several components itself.
+    """
+
+    def __init__(
+        self,
+        model: PyroModule,
+        *,
+        theta: Callable[[Any], PyroModule] = PointTheta,
+        make: Callable[..., PyroModule] | None = None,
+        num_members: int = 4,
+    ) -> None:
+        super().__init__()
+        if num_members < 2:
+            raise ConfigError(f"num_members: expected at least 2, got {num_members}.")
+        make = make or (lambda model, theta: SharedPoint(model, theta=theta, spread=0.5))
+        self.members = Members([make(model, theta=theta) for _ in range(num_members)])
+        show_to_svi(self)
+
+    def forward(self, episode: Episode) -> Sites:
+        """Sample theta and phi, each draw of a member of its own."""
+        chosen = choose_components(len(self.members))
+        if draws_around() is None:
+            member: Any = self.members[int(chosen)]
+            return member(episode)  # type: ignore[no-any-return]
+        order = chosen.argsort(stable=True)
+        parts: list[dict[str, Any]] = []
+        places: list[Tensor] = []
+        for k in chosen.unique().tolist():
+            member = self.members[k]
+            draws = order[chosen[order] == k]
+            fns = {site: member.theta.distribution(site) for site in member.theta.positive}
+            parts.append({site: wide(fn, len(draws), 1, 1) for site, fn in fns.items()})
+            places.append(draws)
+        theta = {site: pyro.sample(site, joined(parts, site, places)) for site in parts[0]}
+        found = []
+        for k, draws in zip(chosen.unique().tolist(), places, strict=True):
+            posterior = self.members[k].posterior(episode.support, {site: v[draws] for site, v in theta.items()})
+            if isinstance(posterior, Components):
+                raise ConfigError(f"make: {type(self.members[k]).__name__} has several components, a member has one.")
+            tasks = len(episode.support.task_index)
+            found.append({site: wide(fn, len(draws), tasks, 1) for site, fn in posterior.items()})
+        return sample_phi(episode, {site: joined(found, site, places) for site in found[0]})
+
+
+def wide(fn: Any, *batch: int) -> Any:
+    """The distribution for a batch of draws, tasks and examples."""
+    return fn.expand(batch)
+
+
+def joined(parts: list[dict[str, Any]], site: str, places: list[Tensor]) -> Any:
+    """One distribution of several members' draws, each at its place."""
+    tensors = [tensors_of(part[site]) for part in parts]
+    back = torch.cat(places).argsort()
+    whole = {name: torch.cat([t[name][0] for t in tensors])[back.to(tensors[0][name][0].device)] for name in tensors[0]}
+    return rebuilt(parts[0][site], whole)

@@ -1,0 +1,104 @@
+r"""Stochastic-gradient Langevin dynamics for each task's posterior (Welling and Teh, ICML 2011).
+
+.. math::
+    u^{k+1} = u^k - \tfrac{\epsilon}{2} \nabla_u \big\{-\tfrac1\beta \log p(S_i \mid \mu_\theta + \sigma_\theta u)
+        + \tfrac12 \lVert u \rVert^2\big\} + \sqrt\epsilon\, \xi^k, \qquad \xi^k \sim \mathcal N(0, I)
+
+in units of the prior's standard deviations, which precondition the steps. Its samples are those of
+:math:`p(S_i \mid \phi)^{1/\beta}\, p(\phi \mid \theta)` as the step size goes to zero. All tasks walk side by side.
+Theta learns from the divergence of the samples: its gradient is that of Monte Carlo EM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides.components import Components
+from bayes_lora.guides.descent import Descent, Distributions, Point
+from bayes_lora.guides.theta import PointTheta, check_factors, sample_phi, show_to_svi
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.types import Sites
+
+__all__ = ["SGLD"]
+
+
+class SGLD(PyroModule):
+    """q(theta), and samples of phi given the support.
+
+    Args:
+        model: a hierarchical model over LoRA factors.
+        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        num_samples: K.
+        burn_in: steps before the first sample.
+        thinning: steps from one sample to the next.
+        step_size: epsilon.
+        batch_size: examples of each support set per step, in turn; None takes all.
+        beta: tempers the likelihood by 1 / beta, as the objective's does.
+
+    Raises:
+        ConfigError: a setting is out of range, or phi holds no LoRA factors.
+    """
+
+    def __init__(
+        self,
+        model: PyroModule,
+        *,
+        theta: Callable[[Any], PyroModule] = PointTheta,
+        num_samples: int = 10,
+        burn_in: int = 20,
+        thinning: int = 2,
+        step_size: float = 1e-3,
+        batch_size: int | None = None,
+        beta: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if min(num_samples, thinning, batch_size or 1) < 1 or burn_in < 0 or not step_size > 0 or not beta > 0:
+            raise ConfigError(
+                "expected num_samples, thinning and batch_size of at least 1, burn_in of at least 0, positive "
+                f"step_size and beta; got num_samples={num_samples}, thinning={thinning}, batch_size={batch_size}, "
+                f"burn_in={burn_in}, step_size={step_size}, beta={beta}."
+            )
+        check_factors(model, "SGLD")
+        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
+        self._model = (model,)
+        self.theta = theta(model)
+        self.num_samples, self.burn_in, self.thinning = num_samples, burn_in, thinning
+        self.step_size, self.batch_size, self.beta = step_size, batch_size, beta
+        show_to_svi(self)
+
+    def forward(self, episode: Episode) -> Sites:
+        """Sample theta and phi; reads only ``episode.support``."""
+        theta = self.theta()
+        return sample_phi(episode, self.posterior(episode.support, theta))
+
+    def posterior(self, support: Episode, theta: Sites) -> Components:
+        """Samples as points, per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
+        (model,) = self._model
+        mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
+        tasks, prior = len(support.task_index), model.phi_prior(mean)
+        start = {site: fn.mean.expand(tasks, 1, *fn.event_shape) for site, fn in prior.items()}
+        points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in start.items()}
+        kept: dict[str, list[Tensor]] = {site: [] for site in start}
+
+        def shake(step: int, moved: Point) -> None:
+            for (part, site), value in moved.items():
+                noise = prior[site].stddev * self.step_size**0.5 * torch.randn_like(value)
+                moved[part, site] = value + noise
+                if step >= self.burn_in and (step - self.burn_in) % self.thinning == 0:
+                    kept[site].append(moved[part, site] + start[site])
+
+        # The gradient of -log p(S | phi) - beta log p(phi | theta), over beta.
+        def rate(part: str, site: str) -> Tensor:
+            found: Tensor = 0.5 * self.step_size * prior[site].variance / self.beta
+            return found
+
+        descent = Descent(model, rate, "sgd", self.beta, batch_size=self.batch_size)
+        descent(support, mean, points, self.burn_in + 1 + (self.num_samples - 1) * self.thinning, shake)
+        return Components({site: dist.Delta(torch.stack(values), event_dim=3) for site, values in kept.items()})

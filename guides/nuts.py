@@ -1,0 +1,97 @@
+r"""Hamiltonian Monte Carlo on the model itself, by Pyro's No-U-Turn sampler (Hoffman and Gelman, JMLR 2014).
+
+.. math:: \phi_i^{(k)} \sim p(S_i \mid \phi)^{1/\beta}\, p(\phi \mid \theta)
+
+For small problems, and to check what other guides approximate: every sample takes up to ``2^max_tree_depth`` forward
+and backward passes. The tasks of an episode are one chain. Theta learns from the divergence of the samples: its
+gradient is that of Monte Carlo EM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import MCMC
+from pyro.infer import NUTS as Kernel
+from pyro.nn import PyroModule
+
+from bayes_lora.elbo import ScaleLatents
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides.components import Components
+from bayes_lora.guides.descent import apart
+from bayes_lora.guides.theta import PointTheta, check_factors, sample_phi, show_to_svi
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.types import Sites
+
+__all__ = ["NUTS"]
+
+
+class NUTS(PyroModule):
+    """q(theta), and samples of phi given the support.
+
+    Args:
+        model: a hierarchical model over LoRA factors.
+        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        num_samples: K.
+        warmup_steps: samples before them, which adapt step size and mass matrix.
+        max_tree_depth: of a trajectory.
+        beta: tempers the likelihood by 1 / beta, as the objective's does.
+
+    Raises:
+        ConfigError: a setting is out of range, or phi holds no LoRA factors.
+    """
+
+    def __init__(
+        self,
+        model: PyroModule,
+        *,
+        theta: Callable[[Any], PyroModule] = PointTheta,
+        num_samples: int = 20,
+        warmup_steps: int = 20,
+        max_tree_depth: int = 6,
+        beta: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if min(num_samples, warmup_steps, max_tree_depth) < 1 or not beta > 0:
+            raise ConfigError(
+                "expected num_samples, warmup_steps and max_tree_depth of at least 1 and positive beta; got "
+                f"num_samples={num_samples}, warmup_steps={warmup_steps}, max_tree_depth={max_tree_depth}, beta={beta}."
+            )
+        check_factors(model, "NUTS")
+        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
+        self._model = (model,)
+        self.theta = theta(model)
+        self.num_samples, self.warmup_steps = num_samples, warmup_steps
+        self.max_tree_depth, self.beta = max_tree_depth, beta
+        show_to_svi(self)
+
+    def forward(self, episode: Episode) -> Sites:
+        """Sample theta and phi; reads only ``episode.support``."""
+        theta = self.theta()
+        return sample_phi(episode, self.posterior(episode.support, theta))
+
+    def posterior(self, support: Episode, theta: Sites) -> Components:
+        """Samples as points, per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
+        (model,) = self._model
+        mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
+        tasks = len(support.task_index)
+        start = {f"phi.{s}": fn.mean.expand(tasks, 1, *fn.event_shape) for s, fn in model.phi_prior(mean).items()}
+
+        def tempered(episode: Episode) -> None:
+            # All is divided by beta, and the prior multiplied by it.
+            with pyro.poutine.scale(scale=1.0 / self.beta), ScaleLatents(self.beta, self.beta):
+                pyro.condition(model, data=mean)(episode)
+
+        with apart(), torch.enable_grad(), pyro.validation_enabled(False):
+            kernel = Kernel(tempered, max_tree_depth=self.max_tree_depth, max_plate_nesting=2)
+            settings: Any = dict(num_samples=self.num_samples, warmup_steps=self.warmup_steps, disable_progbar=True)
+            chain = MCMC(kernel, initial_params=start, **settings)
+            chain.run(support.alone())
+        samples = chain.get_samples()
+        return Components(
+            {name.removeprefix("phi."): dist.Delta(samples[name].detach(), event_dim=3) for name in start}
+        )

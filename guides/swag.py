@@ -1,0 +1,128 @@
+r"""SWAG: a normal around the average of gradient steps, as wide as they scatter (Maddox et al., arXiv 1902.02476).
+
+.. math::
+    \phi^{k+1} &= \phi^k - \alpha \nabla \big\{-\log p(S_i \mid \phi) - \beta \log p(\phi \mid \theta)\big\},
+        \qquad \phi^0 = \mu_\theta \\
+    q(\phi_i \mid S_i) &= \mathcal N\big(\bar\phi,\; \tfrac12 \mathrm{diag}(\overline{\phi^2} - \bar\phi^2)
+        + \tfrac{1}{2 (r - 1)} D D^\top\big)
+
+over the steps after the first ones; the columns of D are the last r deviations from the average so far. Steps on
+minibatches scatter; the full support leaves only what has not converged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from bayes_lora.errors import ConfigError
+from bayes_lora.guides.descent import Descent, Distributions, Point
+from bayes_lora.guides.theta import PointTheta, check_factors, sample_phi, show_to_svi
+from bayes_lora.low_rank_normal import LowRankNormal
+from bayes_lora.tasks.episode import Episode
+from bayes_lora.types import Sites
+
+__all__ = ["SWAG"]
+
+
+class SWAG(PyroModule):
+    """q(theta) q(phi | support), low rank plus diagonal, from the path of gradient steps.
+
+    For theta's gradient the path is a constant displacement.
+
+    Args:
+        model: a hierarchical model over LoRA factors.
+        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        steps: in all.
+        burn_in: steps before the average begins.
+        rank: r, at least 2.
+        learning_rate: alpha, constant.
+        optimizer: ``"sgd"`` or ``"adam"``.
+        batch_size: examples of each support set per step, in turn; None takes all.
+        beta: weight of the prior.
+        floor: least standard deviation, in units of the prior's.
+
+    Raises:
+        ConfigError: a setting is out of range, or phi holds no LoRA factors.
+    """
+
+    def __init__(
+        self,
+        model: PyroModule,
+        *,
+        theta: Callable[[Any], PyroModule] = PointTheta,
+        steps: int = 20,
+        burn_in: int = 10,
+        rank: int = 5,
+        learning_rate: float = 2e-3,
+        optimizer: Literal["sgd", "adam"] = "adam",
+        batch_size: int | None = 4,
+        beta: float = 1.0,
+        floor: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        if not 2 <= rank <= steps - burn_in or burn_in < 0:
+            raise ConfigError(
+                "expected rank of at least 2, and as many steps after burn_in; got "
+                f"rank={rank}, steps={steps}, burn_in={burn_in}."
+            )
+        if not min(learning_rate, beta, floor, batch_size or 1) > 0:
+            raise ConfigError(
+                "expected positive learning_rate, beta, floor and batch_size; got "
+                f"learning_rate={learning_rate}, beta={beta}, floor={floor}, batch_size={batch_size}."
+            )
+        check_factors(model, "SWAG")
+        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
+        self._model = (model,)
+        self.theta = theta(model)
+        self.steps, self.burn_in, self.rank, self.floor = steps, burn_in, rank, floor
+        self.learning_rate, self.optimizer, self.batch_size, self.beta = learning_rate, optimizer, batch_size, beta
+        show_to_svi(self)
+
+    def forward(self, episode: Episode) -> Sites:
+        """Sample theta and phi; reads only ``episode.support``."""
+        theta = self.theta()
+        return sample_phi(episode, self.posterior(episode.support, theta))
+
+    def posterior(self, support: Episode, theta: Sites) -> Distributions:
+        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
+        (model,) = self._model
+        mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
+        moments = self.path(support, mean)
+        posterior: Distributions = {}
+        for site, prior in model.phi_prior(theta).items():
+            first, second, deviations = moments[site]
+            variance = 0.5 * (second - first.square()).clamp_min(0.0)
+            least = self.floor * prior.stddev.detach()
+            scale = (variance + least.square()).sqrt()
+            posterior[site] = LowRankNormal(prior.mean + first, scale, deviations / (2.0 * (self.rank - 1)) ** 0.5)
+        return posterior
+
+    def path(self, support: Episode, theta: Sites) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Per site the mean of the displacements, of their squares, and the last deviations ``(..., r)``."""
+        (model,) = self._model
+        tasks = len(support.task_index)
+        points: Distributions = {
+            site: dist.Delta(fn.mean.expand(tasks, 1, *fn.event_shape), event_dim=3)
+            for site, fn in model.phi_prior(theta).items()
+        }
+        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def collect(step: int, moved: Point) -> None:
+            count = step - self.burn_in
+            for (_, site), value in moved.items() if count >= 0 else ():
+                zero = torch.zeros_like(value)
+                first, second, last = found.get(site, (zero, zero, value.new_zeros(*value.shape, 0)))
+                first, second = first + (value - first) / (count + 1), second + (value**2 - second) / (count + 1)
+                found[site] = first, second, torch.cat([last, (value - first)[..., None]], -1)[..., -self.rank :]
+
+        rate: Any = lambda part, site: self.learning_rate  # noqa: E731
+        Descent(model, rate, self.optimizer, self.beta, batch_size=self.batch_size)(
+            support, theta, points, self.steps, collect
+        )
+        return found
