@@ -89,6 +89,9 @@ def fit(
     lm = build_language_model(chosen.language_model)
     with bars() as progress:
         _, state = fit_posterior(lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress)
+    if not state.history:
+        say(f"nothing to fit: {chosen.recipe} learns nothing between tasks. Posterior in {run / 'posterior'}")
+        return
     if state.step < chosen.fit.steps:
         say(f"stopped before step {chosen.fit.steps}: {chosen.fit.patience} looks (fit.patience) found nothing better")
     best = state.history[state.best] if state.best is not None else state.history[-1]

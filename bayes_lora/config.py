@@ -17,10 +17,13 @@ from bayes_lora.training import FitConfig
 
 __all__ = [
     "ActivationSpaceConfig",
+    "DropoutConfig",
+    "EnsembleConfig",
     "EpisodeConfig",
     "GradientConfig",
     "GuideConfig",
     "LanguageModelConfig",
+    "LaplaceConfig",
     "ObjectiveConfig",
     "PriorConfig",
     "RunConfig",
@@ -116,6 +119,31 @@ class GradientConfig:
 
 
 @dataclass(frozen=True)
+class LaplaceConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.Laplace`; steps and their rate are those of ``gradient``."""
+
+    curvature: Literal["diagonal", "kronecker"] = "kronecker"
+    prior_precision: Literal["prior", "marginal-likelihood"] = "marginal-likelihood"
+    num_samples: Count = 1
+    largest: Count = 64
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Members of :class:`bayes_lora.guides.Ensemble`, and how far from the prior's mean they start."""
+
+    num_members: Annotated[int, Field(ge=2)] = 4
+    spread: Positive = 0.5
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.MCDropout`."""
+
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Keyword arguments of :class:`bayes_lora.objective.BetaELBO`."""
 
@@ -160,6 +188,9 @@ class RunConfig:
     activation_space: ActivationSpaceConfig = field(default_factory=ActivationSpaceConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
+    laplace: LaplaceConfig = field(default_factory=LaplaceConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    mc_dropout: DropoutConfig = field(default_factory=DropoutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     fit: FitConfig = field(default_factory=FitConfig)

@@ -32,6 +32,9 @@ from bayes_lora.tasks.episode import Episode
 
 __all__ = ["DryRun", "dry_run", "read_architecture"]
 
+WITHOUT_STEPS = ("abmll-network", "blob", "ensemble", "mc-dropout", "multitask-lora")
+"""Recipes that take no steps on the support in training."""
+
 META = torch.device("meta")
 BITS = {"8bit": 8, "4bit": 4}
 
@@ -152,7 +155,7 @@ def _memory(
 ) -> tuple[dict[str, int], int]:
     settings, episodes = config.language_model, config.episodes
     scored = episodes.num_query + (episodes.num_support if episodes.score_support else 0)
-    inside = episodes.num_support if config.recipe not in ("abmll-network", "blob", "multitask-lora") else 0
+    inside = episodes.num_support if config.recipe not in WITHOUT_STEPS else 0
     tokens = episodes.tasks_per_episode * max(scored, inside) * settings.max_length * config.objective.num_particles
     layers = max(len(modules) for modules in sites.modules.values())
     hidden, intermediate = architecture.hidden_size, architecture.intermediate_size

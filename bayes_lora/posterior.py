@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,19 @@ class Posterior:
         config: the settings of the run.
         width: factor on the standard deviations of q(phi | support), chosen on held-back tasks
             (see :mod:`bayes_lora.width`).
+        temperature: by which option scores are divided, likewise (see :mod:`bayes_lora.temperature`).
     """
 
-    def __init__(self, lm: LanguageModel, objective: BetaELBO, config: RunConfig, width: float = 1.0) -> None:
-        self.lm, self.objective, self.config, self.width = lm, objective, config, width
+    def __init__(
+        self,
+        lm: LanguageModel,
+        objective: BetaELBO,
+        config: RunConfig,
+        width: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        self.lm, self.objective, self.config = lm, objective, config
+        self.width, self.temperature = width, temperature
 
     def adapt(
         self,
@@ -56,7 +66,8 @@ class Posterior:
         """
         width = self.width if width is None else width
         listed = [tasks] if isinstance(tasks, Task) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
-        return adapt(self.objective, self.lm, listed, steps=steps, learning_rate=learning_rate, width=width, seed=seed)
+        found = adapt(self.objective, self.lm, listed, steps=steps, learning_rate=learning_rate, width=width, seed=seed)
+        return replace(found, temperature=self.temperature)
 
     def diagnose(self, tasks: Sequence[Task], *, steps: int = 0, num_draws: int = 10, seed: int = 0) -> Diagnosis:
         """Whether the draws do anything on these tasks' query examples, and how wide each site is beside its prior."""
@@ -80,7 +91,8 @@ class Posterior:
         sites = {site: list(shape) for site, shape in self.lm.sites.shapes.items()}
         config = self.config.to_dict()
         config["language_model"]["cache_folder"] = None  # of this machine
-        facts = {"config": config, "sites": sites, "width": self.width, "versions": versions}
+        facts = {"config": config, "sites": sites, "versions": versions}
+        facts |= {"width": self.width, "temperature": self.temperature}
         write_json(folder / CONFIG, facts | identity(self.lm))
 
     @classmethod
@@ -107,14 +119,14 @@ class Posterior:
             objective.load_state_dict(tensors)
         except RuntimeError as error:
             raise PosteriorError(f"{path / TENSORS} is damaged or of another version: {error}") from error
-        return cls(lm, objective.eval(), config, _width(facts, path))
+        return cls(lm, objective.eval(), config, *(_positive(facts, name, path) for name in ("width", "temperature")))
 
 
-def _width(facts: Any, path: Path) -> float:
-    width = facts.get("width", 1.0)  # folders of version 0.1.0 have none
-    if not isinstance(width, int | float) or not width > 0:
-        raise PosteriorError(f"{path / CONFIG} is damaged: expected a positive 'width', got {width!r}.")
-    return float(width)
+def _positive(facts: Any, name: str, path: Path) -> float:
+    value = facts.get(name, 1.0)  # folders of version 0.1.0 have none
+    if not isinstance(value, int | float) or not value > 0:
+        raise PosteriorError(f"{path / CONFIG} is damaged: expected a positive {name!r}, got {value!r}.")
+    return float(value)
 
 
 def _section(facts: Any, name: str, path: Path) -> Any:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 from pyro.nn import PyroModule
 
 from bayes_lora.config import LanguageModelConfig, RunConfig
 from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.errors import ConfigError, did_you_mean
-from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta, SharedMeanField, SharedPoint
+from bayes_lora.guides import (
+    Ensemble,
+    GradientGuide,
+    GuideNetwork,
+    Laplace,
+    MCDropout,
+    NormalTheta,
+    Point,
+    PointTheta,
+    SharedMeanField,
+    SharedPoint,
+)
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.loading import load_language_model
 from bayes_lora.models import ActivationSpace, HierarchicalNormal, IndependentNormal, WeightSpace
 from bayes_lora.objective import BetaELBO
 from bayes_lora.seeding import seeded
 
-__all__ = ["RECIPES", "build_language_model", "build_objective"]
+__all__ = ["CALIBRATION", "RECIPES", "build_language_model", "build_objective"]
 
 
 def build_language_model(config: LanguageModelConfig) -> LanguageModel:
@@ -80,9 +91,54 @@ def blob(lm: LanguageModel, config: RunConfig) -> BetaELBO:
 
 def multitask_lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     """One LoRA for all tasks, most probable under a fixed normal prior: the ordinary fine-tuning, with weight decay."""
-    prior = config.prior
-    model = IndependentNormal(lm, lm.sites.initial(), scale=prior.initial_scale, loc_scale=prior.loc_scale)
+    model = _independent(lm, config)
     return _objective(model, SharedPoint(model), config)
+
+
+def lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """A LoRA for each task, fine-tuned on its support from PEFT's initial value. Nothing is learnt between tasks."""
+    model = _independent(lm, config)
+    return _objective(model, GradientGuide(model, family=Point(), **_gradient(config)), config)
+
+
+def laplace_lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """The same with Laplace's approximation around it (Laplace-LoRA, arXiv 2308.13111)."""
+    model, settings = _independent(lm, config), _gradient(config)
+    if not isinstance(settings["learning_rate"], float):
+        raise ConfigError(f"gradient.learning_rate: laplace-lora expected one, got {settings['learning_rate']}.")
+    steps = {name: settings[name] for name in ("steps", "learning_rate", "optimizer", "beta")}
+    return _objective(model, Laplace(model, **steps, **asdict(config.laplace)), config)
+
+
+def fomaml(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """A LoRA for each task, fine-tuned from a learnt start: first-order MAML (arXiv 1703.03400)."""
+    model = _model(lm, config)
+    return _objective(model, _of_locations(GradientGuide(model, family=Point(), **_gradient(config))), config)
+
+
+def reptile(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """The same with a start that moves towards where the steps end: Reptile (arXiv 1803.02999)."""
+    model = _model(lm, config)
+    guide = GradientGuide(model, family=Point(), follow_theta=False, **_gradient(config))
+    return _objective(model, _of_locations(guide), config)
+
+
+def mc_dropout(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """One LoRA for all tasks with dropout, in prediction too (arXiv 1506.02142)."""
+    model = _independent(lm, config)
+    return _objective(model, MCDropout(model, **asdict(config.mc_dropout)), config)
+
+
+def ensemble(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+    """Several LoRAs for all tasks, from several starts (deep ensemble, arXiv 1612.01474); a particle for each."""
+    model, settings = _independent(lm, config), config.ensemble
+    guide = Ensemble(
+        model,
+        make=lambda model, theta: SharedPoint(model, theta=theta, spread=settings.spread),
+        num_members=settings.num_members,
+    )
+    particles = max(config.objective.num_particles, settings.num_members)
+    return _objective(model, guide, replace(config, objective=replace(config.objective, num_particles=particles)))
 
 
 THETAS = {"point": PointTheta, "normal": NormalTheta}
@@ -90,6 +146,19 @@ THETAS = {"point": PointTheta, "normal": NormalTheta}
 
 def _model(lm: LanguageModel, config: RunConfig) -> HierarchicalNormal:
     return HierarchicalNormal(lm, lm.sites.initial(), **asdict(config.prior))
+
+
+def _independent(lm: LanguageModel, config: RunConfig) -> IndependentNormal:
+    prior = config.prior
+    return IndependentNormal(lm, lm.sites.initial(), scale=prior.initial_scale, loc_scale=prior.loc_scale)
+
+
+def _of_locations(guide: GradientGuide) -> GradientGuide:
+    """The guide with nothing of theta left to learn but its locations: the prior's spread stays."""
+    for name, parameter in guide.theta.named_parameters():
+        if "theta_loc" not in name:
+            parameter.requires_grad_(False)
+    return guide
 
 
 def _network(model: HierarchicalNormal, config: RunConfig) -> GuideNetwork:
@@ -113,7 +182,26 @@ RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {
     "abmll-weight": abmll_weight,
     "abmll-released": abmll_released,
     "blob": blob,
+    "ensemble": ensemble,
+    "fomaml": fomaml,
+    "laplace-lora": laplace_lora,
+    "lora": lora,
+    "map-temperature": lora,
+    "mc-dropout": mc_dropout,
     "multitask-lora": multitask_lora,
+    "reptile": reptile,
+}
+
+# What is chosen on held-back tasks in the end. Points and samples have no width.
+CALIBRATION: dict[str, Literal["width", "temperature", "none"]] = {
+    "abmll-released": "none",
+    "ensemble": "none",
+    "fomaml": "none",
+    "lora": "none",
+    "map-temperature": "temperature",
+    "mc-dropout": "none",
+    "multitask-lora": "none",
+    "reptile": "none",
 }
 
 

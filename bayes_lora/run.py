@@ -16,17 +16,17 @@ from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import top_confidence
 from bayes_lora.objective import BetaELBO
 from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
+from bayes_lora.recipes import CALIBRATION, build_objective
 from bayes_lora.report import Comparison, MethodResult
-from bayes_lora.run_folder import CURVE, POSTERIOR, WIDTHS, Journal, identity, prepare_run_folder, write_settings
+from bayes_lora.run_folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
 from bayes_lora.storage import write_json
 from bayes_lora.task_posterior import TaskPosterior, score
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.sampler import EpisodeSampler
 from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.temperature import choose_temperature
 from bayes_lora.training import FitState, fit
-from bayes_lora.width import WIDTHS as TRIED
-from bayes_lora.width import choose_width
+from bayes_lora.width import WIDTHS, choose_width
 
 __all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
 
@@ -48,7 +48,8 @@ def fit_posterior(
         tasks: training tasks; support and query are drawn anew for each episode.
         config: settings.
         run: a folder for checkpoints, the curve (``curve.json``), the names of the tasks (``tasks.json``) and the
-            posterior (``posterior/``), the held-back NLL at each width (``widths.json``); None writes none.
+            posterior (``posterior/``), the held-back NLL at each width (``widths.json``) or temperature; None writes
+            none.
         resume: go on from the folder's checkpoint, if there is one. ``fit.steps`` and ``fit.patience`` may be larger
             than they were: a run that had ended then goes on. The learning rate decays over ``fit.steps``, so it rises
             again with them, and the end is not quite that of a run that had as many from the start.
@@ -65,7 +66,9 @@ def fit_posterior(
     kept, held = divide(tasks, config)
     sampler, held_back = build_episodes(lm, tasks, config)
     objective = build_objective(lm, config)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=config.fit.learning_rate)
+    # A guide may have nothing to learn between tasks; then there is nothing to fit.
+    steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
+    optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
     journal = Journal(run, objective, optimizer, identity(config, tasks), progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
@@ -73,39 +76,43 @@ def fit_posterior(
     if run is not None:
         write_settings(run, config, list(kept), list(held))
     cache(lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress)
-    journal.open_bar(state, config.fit.steps)
-    state = fit(
-        objective,
-        sampler,
-        held_back,
-        config.fit,
-        state=state,
-        optimizer=optimizer,
-        on_step=journal.on_step,
-        on_look=journal.on_look,
-    )
+    journal.open_bar(state, steps)
+    if steps:
+        state = fit(
+            objective,
+            sampler,
+            held_back,
+            config.fit,
+            state=state,
+            optimizer=optimizer,
+            on_step=journal.on_step,
+            on_look=journal.on_look,
+        )
     journal.close_bar(state)
-    width, widths = _choose_width(objective, held_back, config, progress)
-    posterior = Posterior(lm, objective, config, width)
+    posterior = Posterior(lm, objective.eval(), config)
+    calibration = CALIBRATION.get(config.recipe, "width") if held_back else "none"
+    if calibration == "width":
+        posterior.width, curve = _choose_width(objective, held_back, config, progress)
+    elif calibration == "temperature":
+        posterior.temperature, curve = choose_temperature(objective, held_back, seed=config.seed)
     if run is not None:
         posterior.save(run / POSTERIOR, overwrite=True)
         write_json(run / CURVE, state.history)
-        write_json(run / WIDTHS, {str(factor): nll for factor, nll in widths.items()})
+        if calibration != "none":
+            write_json(run / f"{calibration}s.json", {str(factor): nll for factor, nll in curve.items()})
     return posterior, state
 
 
 def _choose_width(
     objective: BetaELBO, held_back: Sequence[Episode], config: RunConfig, progress: Progress | None
 ) -> tuple[float, dict[float, float]]:
-    if not held_back:
-        return 1.0, {}
-    bar = progress.add_task("choosing the width", total=len(TRIED)) if progress else None
+    bar = progress.add_task("choosing the width", total=len(WIDTHS)) if progress else None
 
     def advance() -> None:
         if progress is not None and bar is not None:
             progress.advance(bar)
 
-    return choose_width(objective, held_back, widths=TRIED, seed=config.seed, on_width=advance)
+    return choose_width(objective, held_back, widths=WIDTHS, seed=config.seed, on_width=advance)
 
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:

@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 CONFIG, CHECKPOINT, CURVE, TASKS, POSTERIOR = "config.json", "checkpoint", "curve.json", "tasks.json", "posterior"
-WIDTHS = "widths.json"
 HOME = "run.json"  # of an adapted folder: names the run from which its posterior comes
 HALVES = ("training", "held_back")
 

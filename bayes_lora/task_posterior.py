@@ -65,6 +65,7 @@ class TaskPosterior:
         noise: where whole updates are random, ``N(B A, (B_s A_s)^2)`` with the locations for B and A: the factors of
             their scales, under the names of LoRA sites.
         joint: the distributions of sites whose weights are not independent normals, of batch ``(T, 1)``.
+        temperature: by which option scores are divided, see :mod:`bayes_lora.temperature`.
     """
 
     lm: LanguageModel
@@ -73,6 +74,7 @@ class TaskPosterior:
     names: tuple[str, ...]
     noise: Sites = field(default_factory=dict)
     joint: dict[str, WeightDistribution] = field(default_factory=dict)
+    temperature: float = 1.0
 
     @property
     def num_components(self) -> int:
@@ -196,7 +198,7 @@ class TaskPosterior:
             batch = order[done : done + len(by_tokens([len(rows[i]) for i in order[done:]], budget)[0])]
             done += len(batch)
             episode = collate([[rows[i] for i in batch]]).to(self.lm.device)
-            log_probs = predictive(self.lm(phi, episode))[0]
+            log_probs = predictive(self.lm(phi, episode) / self.temperature)[0]
             absent = width - log_probs.shape[-1]
             pieces.append(nn.functional.pad(log_probs, (0, absent), value=absent_score(log_probs.dtype)))
         return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
@@ -230,7 +232,7 @@ class TaskPosterior:
             site: fn.map(lambda name, value, fn=fn: value.narrow(value.ndim - fn.dims[name] - 2, i, 1))  # type: ignore[misc]
             for site, fn in self.joint.items()
         }
-        return TaskPosterior(self.lm, loc, scale, (name,), noise, joint)
+        return TaskPosterior(self.lm, loc, scale, (name,), noise, joint, self.temperature)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the posterior to a folder (safetensors and JSON).
@@ -246,6 +248,7 @@ class TaskPosterior:
         with new_folder(Path(path), overwrite=overwrite) as folder:
             write_tensors(folder / TENSORS, tensors)
             facts: dict[str, Any] = {"names": list(self.names), "random_sites": [*self.scale, *self.noise]}
+            facts["temperature"] = self.temperature
             facts["families"] = {site: type(fn).__name__ for site, fn in self.joint.items()}
             write_json(folder / NAMES, facts | identity(self.lm))
 
@@ -285,7 +288,7 @@ class TaskPosterior:
         except (SiteError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
         check_identity(facts, lm, Path(path))
-        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"], fns)
+        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"], fns, float(facts.get("temperature", 1.0)))
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.

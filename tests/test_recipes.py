@@ -3,14 +3,16 @@
 import pytest
 import torch
 from conftest import make_tasks
+from test_matrix import episodes
 
-from bayes_lora.config import EpisodeConfig, GradientConfig, GuideConfig, ObjectiveConfig, RunConfig
+from bayes_lora.config import EnsembleConfig, EpisodeConfig, GradientConfig, GuideConfig, ObjectiveConfig, RunConfig
 from bayes_lora.guides import GradientGuide, GuideNetwork
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import RECIPES, build_objective
 from bayes_lora.run import fit_posterior
 from bayes_lora.training import FitConfig
 
+NOTHING_TO_LEARN = ("lora", "laplace-lora", "map-temperature")
 SMALL = dict(
     guide=GuideConfig(directions=2, hidden=6, bilinear=2),
     gradient=GradientConfig(steps=2),
@@ -22,10 +24,10 @@ SMALL = dict(
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("demonstrations", [0, 2])
 def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstrations):
-    episodes = EpisodeConfig(**vars(SMALL["episodes"]) | {"num_demonstrations": demonstrations})
-    config = RunConfig(recipe=name, objective=ObjectiveConfig(num_particles=2), **SMALL | {"episodes": episodes})
+    settings = EpisodeConfig(**vars(SMALL["episodes"]) | {"num_demonstrations": demonstrations})
+    config = RunConfig(recipe=name, objective=ObjectiveConfig(num_particles=2), **SMALL | {"episodes": settings})
     posterior, state = fit_posterior(lm, make_tasks(4), config)
-    assert state.step == 3
+    assert state.step == (0 if name in NOTHING_TO_LEARN else 3)
     posterior.save(tmp_path / "posterior")
     again = Posterior.load(tmp_path / "posterior", lm=lm)
     tasks = [task.split(5, seed=0) for task in make_tasks(6).values()][4:]
@@ -34,6 +36,49 @@ def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstra
         torch.rand(1)  # adaptation draws under its own seed
         found.append(one.adapt(tasks, steps=1).evaluate(tasks, num_draws=2, num_demonstrations=demonstrations))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["fomaml", "reptile"])
+def test_only_locations_are_learnt_where_the_method_has_no_more(lm, name):
+    """After a step the prior's precisions are what they were, and every location has moved."""
+    objective = build_objective(lm, RunConfig(recipe=name, **SMALL))
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+    for i in range(2):  # B is zero at the start, where A has no gradient
+        optimizer.zero_grad()
+        objective(episodes(lm)[i]).backward()
+        optimizer.step()
+    for name, p in objective.named_parameters():
+        assert torch.equal(p, before[name]) == ("precision" in name), name
+    assert any("precision" in name for name in before)
+
+
+def test_reptile_s_step_is_towards_where_the_tasks_ended(lm):
+    """theta's gradient is that of -beta log p(phi | theta) alone, N / n-free, for phi after the inner steps."""
+    objective = build_objective(lm, RunConfig(recipe="reptile", **SMALL))
+    guide = objective.guide.program
+    episode = episodes(lm)[0]
+    torch.manual_seed(0)
+    objective(episode).backward()
+    torch.manual_seed(0)
+    theta = guide.theta()
+    phi = guide.posterior(episode.support, theta)
+    beta, scale = objective.full_beta, episode.num_tasks / len(episode.task_index)
+    for site, fn in phi.items():
+        loc, precision = theta[f"theta.loc.{site}"], theta[f"theta.precision.{site}"]
+        expected = beta * (scale * precision * (loc - fn.mean).sum((0, 1)) + loc)
+        [found] = [
+            p.grad for name, p in guide.theta.named_parameters() if name == f"loc_theta_loc_{site}".replace(".", "_")
+        ]
+        torch.testing.assert_close(found, expected.detach())
+
+
+def test_an_ensemble_has_a_particle_for_each_member(lm):
+    objective = build_objective(lm, RunConfig(recipe="ensemble", ensemble=EnsembleConfig(num_members=3), **SMALL))
+    assert objective.elbo.num_particles == 3 and len(objective.guide.program.members) == 3
+    objective(episodes(lm)[0]).backward()
+    gradients = [p.grad for p in objective.guide.program.members.parameters()]
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_settings_reach_the_guide(lm):

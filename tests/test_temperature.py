@@ -1,0 +1,64 @@
+"""A temperature for the option scores: chosen on held-back tasks, kept, saved and used."""
+
+import pytest
+import torch
+from conftest import make_tasks
+from test_recipes import SMALL
+
+from bayes_lora.adaptation import draw_phi
+from bayes_lora.config import RunConfig
+from bayes_lora.errors import PosteriorError
+from bayes_lora.posterior import Posterior
+from bayes_lora.recipes import build_objective
+from bayes_lora.run import build_episodes, fit_posterior
+from bayes_lora.storage import read_json, write_json
+from bayes_lora.temperature import TEMPERATURES, choose_temperature
+
+CONFIG = RunConfig(recipe="map-temperature", **SMALL)
+
+
+def test_the_chosen_temperature_has_the_least_nll(lm):
+    """Against a loop over temperatures, tasks and examples."""
+    objective = build_objective(lm, CONFIG).eval()
+    _, held_back = build_episodes(lm, make_tasks(6), RunConfig(**SMALL | {"episodes": CONFIG.episodes}))
+    temperature, curve = choose_temperature(objective, held_back, seed=2)
+    assert curve.keys() == set(TEMPERATURES) and curve[temperature] == min(curve.values())
+    for tau in (TEMPERATURES[0], TEMPERATURES[20], TEMPERATURES[-1]):
+        nll = []
+        for episode in held_back:
+            torch.manual_seed(2)
+            scores = lm(
+                {s: v[0] for s, v in draw_phi(objective.model.program, objective.guide.program, episode, 1).items()},
+                episode,
+            )
+            for t in range(len(episode.mask)):
+                rows = [
+                    -(scores[t, n] / tau).log_softmax(-1)[episode.answer[t, n]]
+                    for n in episode.mask[t].nonzero().flatten()
+                ]
+                nll.append(torch.stack(rows).mean())
+        assert float(torch.stack(nll).mean()) == pytest.approx(curve[tau])
+    assert len({round(value, 9) for value in curve.values()}) > 40
+
+
+def test_a_posterior_keeps_and_uses_it(lm, tmp_path):
+    posterior, state = fit_posterior(lm, make_tasks(5), CONFIG, run=tmp_path / "run")
+    assert state.history == [] and posterior.width == 1.0 and posterior.temperature in TEMPERATURES
+    curve = read_json(tmp_path / "run" / "temperatures.json")
+    assert min(curve, key=curve.__getitem__) == str(posterior.temperature)
+    assert not (tmp_path / "run" / "widths.json").exists()
+    posterior.temperature = 2.5
+    posterior.save(tmp_path / "posterior")
+    task = next(iter(make_tasks().values())).split(4, seed=0)
+    hot, again = (one.adapt(task) for one in (posterior, Posterior.load(tmp_path / "posterior", lm)))
+    hot.save(tmp_path / "task")
+    loaded = type(hot).load(tmp_path / "task", lm)
+    posterior.temperature = 1.0
+    plain = posterior.adapt(task)
+    [expected] = [(p / 2.5).log_softmax(-1) for p in plain.predict([task.query])]
+    for one in (hot, again, loaded, hot.select(task.name)):
+        torch.testing.assert_close(one.predict([task.query])[0], expected)
+    facts = read_json(tmp_path / "posterior" / "posterior.json")
+    write_json(tmp_path / "posterior" / "posterior.json", facts | {"temperature": 0})
+    with pytest.raises(PosteriorError, match="expected a positive 'temperature', got 0"):
+        Posterior.load(tmp_path / "posterior", lm)
