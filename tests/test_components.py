@@ -1,0 +1,275 @@
+"""Posteriors of several components, and of joint families: draws, adaptation, saving, on a tiny language model."""
+
+import pyro
+import pytest
+import torch
+from conftest import make_tasks
+from test_matrix import GUIDES, PRIORS, build, episodes, start
+
+from bayes_lora.adaptation import adapt, draw_phi
+from bayes_lora.diagnosis import diagnose
+from bayes_lora.errors import ConfigError, PosteriorError
+from bayes_lora.guides import (
+    SGLD,
+    SWAG,
+    Ensemble,
+    GradientGuide,
+    LowRank,
+    MeanField,
+    Point,
+    SharedMeanField,
+    SharedPoint,
+)
+from bayes_lora.guides.components import Components, choose_components, draws_around
+from bayes_lora.models import HierarchicalNormal
+from bayes_lora.objective import BetaELBO
+from bayes_lora.storage import read_json, write_json
+
+
+@pytest.fixture
+def split():
+    return [task.split(4, seed=0) for task in make_tasks(2).values()]
+
+
+def test_a_draw_is_of_one_component_for_all_sites_and_each_has_its_turn():
+    from pyro.distributions import Delta
+
+    values = {
+        site: torch.arange(3.0).view(3, 1, 1, 1, 1, 1).expand(3, 2, 1, 1, 2, 2) + 10 * i for i, site in enumerate("ab")
+    }
+    components = Components({site: Delta(value, event_dim=3) for site, value in values.items()})
+    assert components.count == 3 and draws_around() is None
+    for _ in range(5):
+        alone = components.of_draws()
+        assert alone["a"].batch_shape == (2, 1) and (alone["b"].v - alone["a"].v == 10).all()
+    with pyro.plate("draws", 7, dim=-3):
+        assert draws_around() == 7
+        drawn = components.of_draws()
+        assert drawn["a"].batch_shape == (7, 2, 1) and (drawn["b"].v - drawn["a"].v == 10).all()
+        counts = torch.bincount(drawn["a"].v[:, 0, 0, 0, 0, 0].long())
+        assert sorted(counts.tolist()) == [2, 2, 3]
+        assert len(choose_components(3)) == 7
+
+
+@pytest.mark.parametrize("guide", ["Ensemble", "SGLD", "NUTS", "FlowNetwork"])
+def test_an_adapted_posterior_has_its_components(lm, split, tmp_path, guide):
+    """Its draws take turns, one of its tasks can be selected, its mean is theirs, and it can be saved."""
+    objective = build(lm, "HierarchicalNormal", guide).eval()
+    adapted = adapt(objective, lm, split)
+    count = adapted.num_components
+    assert count == {"Ensemble": 2, "SGLD": 3, "NUTS": 2, "FlowNetwork": 3}[guide]
+    random = [site for site in lm.sites.shapes if "lora_B" in site]
+    phi = adapted.draw(2 * count)
+    for site in random:
+        assert adapted.loc[site].shape[:3] == (count, 2, 1)
+        torch.testing.assert_close(adapted.mean()[site], adapted.loc[site].mean(0))
+        if guide != "FlowNetwork":  # points
+            assert torch.equal(phi[site], torch.cat([adapted.loc[site]] * 2)) and not adapted.scale
+    assert (guide == "Ensemble") == (adapted.loc["q_proj.lora_A"].ndim == 6)  # members have a theta of their own
+    one = adapted.select(split[1].name)
+    assert one.num_components == count and one.loc[random[0]].shape[:3] == (count, 1, 1)
+    if guide != "FlowNetwork":  # whose draws have noise of their own
+        both = adapted.predict([task.query for task in split], num_draws=count)
+        torch.testing.assert_close(one.predict([split[1].query], num_draws=count)[0], both[1])
+    mean = one.predict([split[1].query], num_draws=0)[0]
+    assert not torch.allclose(mean, one.predict([split[1].query], num_draws=count)[0])
+    adapted.save(tmp_path / "task")
+    again = type(adapted).load(tmp_path / "task", lm)
+    assert torch.equal(again.predict([t.query for t in split])[0], adapted.predict([t.query for t in split])[0])
+    one.export_peft(tmp_path / "mean")
+    one.export_peft(tmp_path / "draw", draw=1)
+
+
+def test_fewer_draws_than_components_are_spread_over_them(lm, split):
+    model = HierarchicalNormal(lm, start(lm), random="B")
+    adapted = adapt(BetaELBO(model, SGLD(model, num_samples=10, burn_in=0, thinning=1)), lm, split)
+    site = "q_proj.lora_B"
+    assert torch.equal(adapted.draw(3)[site], adapted.loc[site][[0, 3, 6]])
+
+
+def test_members_adapt_as_they_would_alone(lm, split):
+    """Steps for all components side by side are those of each member by itself."""
+    objective = build(lm, "HierarchicalNormal", "Ensemble").eval()
+    together = adapt(objective, lm, split, steps=3, learning_rate=0.01)
+    for k, member in enumerate(objective.guide.program.members):
+        alone = adapt(
+            BetaELBO(objective.model.program, member, beta=1e-2).eval(), lm, split, steps=3, learning_rate=0.01
+        )
+        for site, value in alone.loc.items():
+            torch.testing.assert_close(together.loc[site][k], value)
+
+
+def test_members_are_trained_by_their_share_of_the_particles(lm):
+    """The loss of K particles is the mean of the members' own, where all they sample is fixed."""
+    model = HierarchicalNormal(lm, start(lm), random="B")
+    ensemble = Ensemble(model, num_members=3)
+    episode = episodes(lm)[0]
+    torch.manual_seed(0)
+    loss = BetaELBO(model, ensemble, beta=0.1, num_particles=3)(episode)
+    alone = [BetaELBO(model, member, beta=0.1)(episode) for member in ensemble.members]
+    torch.testing.assert_close(loss, torch.stack(alone).mean())
+    assert len({round(float(one.detach()), 6) for one in alone}) == 3
+
+
+def test_langevin_samples_have_a_theta_that_learns_from_them(lm):
+    """-log p(phi | theta) of the samples is the only way; its gradient is that of Monte Carlo EM."""
+    model = HierarchicalNormal(lm, start(lm), random="B")
+    guide = SGLD(model, num_samples=1, burn_in=1, thinning=1)
+    episode, objective = episodes(lm)[0], BetaELBO(model, guide, beta=0.1)
+    torch.manual_seed(0)
+    objective(episode).backward()
+    torch.manual_seed(0)
+    guide.theta()
+    phi = {s: fn.v[0] for s, fn in guide.posterior(episode.support, guide.theta()).items()}
+    leaves = {s: v.detach().clone().requires_grad_() for s, v in guide.theta().items()}
+    prior = model.phi_prior(leaves)
+    scale = episode.num_tasks / len(episode.task_index)
+    loss = -0.1 * scale * sum(prior[s].log_prob(v).sum() for s, v in phi.items())
+    for name in [n for n in leaves if ".loc." in n and "lora_B" in n]:
+        [expected] = torch.autograd.grad(loss, leaves[name], retain_graph=True)
+        found = getattr(guide.theta, "loc_" + name.replace(".", "_")).grad
+        torch.testing.assert_close(found, expected + 0.1 * leaves[name].detach())
+
+
+def test_swag_is_the_scatter_of_its_path(lm):
+    """Mean, squares and last deviations against a plain loop over recorded steps."""
+    model = HierarchicalNormal(lm, start(lm), random="B")
+    guide = SWAG(model, steps=7, burn_in=2, rank=3, learning_rate=0.01)
+    theta = {name: guide.theta.distribution(name).mean.detach() for name in guide.theta.positive}
+    support = episodes(lm)[0].support
+    recorded = []
+    from bayes_lora.guides import swag as module
+
+    class Spy(module.Descent):
+        def __call__(self, support, theta, points, steps, on_step):
+            def both(step, moved):
+                recorded.append({site: value.clone() for (_, site), value in moved.items()})
+                on_step(step, moved)
+
+            return super().__call__(support, theta, points, steps, both)
+
+    plain, module.Descent = module.Descent, Spy
+    try:
+        torch.manual_seed(0)
+        found = guide.posterior(support, theta)
+    finally:
+        module.Descent = plain
+    for site, fn in found.items():
+        path = torch.stack([step[site] for step in recorded[2:]])
+        prior = model.phi_prior(theta)[site]
+        torch.testing.assert_close(fn.mean.detach(), prior.mean + path.mean(0))
+        variance = path.var(0, correction=0) / 2 + (1e-3 * prior.stddev) ** 2
+        torch.testing.assert_close(fn.scale.square().detach(), variance, rtol=1e-6, atol=1e-14)
+        deviations = torch.stack([path[i] - path[: i + 1].mean(0) for i in range(2, 5)], -1)
+        torch.testing.assert_close(fn.factor.detach(), deviations / 4**0.5)
+
+
+@pytest.mark.parametrize("guide", ["SWAG", "Laplace, Kronecker", "MCDropout", "MeanField, LowRank"])
+def test_joint_families_are_drawn_selected_and_saved(lm, split, tmp_path, guide):
+    """Moments of draws within 5.5 standard errors; damaged files are named."""
+    objective = build(lm, "HierarchicalNormal", guide).eval()
+    adapted = adapt(objective, lm, split, steps=1)
+    assert adapted.joint and adapted.joint.keys() <= adapted.scale.keys()
+    draws = adapted.draw(4000, seed=3)
+    for site in adapted.joint:
+        error = (draws[site].mean(0) - adapted.loc[site]) / (adapted.scale[site] / 4000**0.5).clamp_min(1e-12)
+        assert error.abs().max() < 5.5
+        ratio = draws[site].std(0) / adapted.scale[site].clamp_min(1e-12)
+        assert (ratio[adapted.scale[site] > 1e-9] - 1).abs().max() < (0.25 if guide == "MCDropout" else 0.08)
+    one = adapted.select(split[1].name)
+    for site, fn in one.joint.items():
+        assert fn.batch_shape == (1, 1)
+        torch.testing.assert_close(fn.stddev[0], adapted.scale[site][1])
+    adapted.save(tmp_path / "task")
+    facts = read_json(tmp_path / "task" / "task_posterior.json")
+    write_json(tmp_path / "task" / "task_posterior.json", facts | {"families": {"q_proj.lora_B": "Cauchy"}})
+    with pytest.raises(PosteriorError, match="does not fit"):
+        type(adapted).load(tmp_path / "task", lm)
+
+
+def test_a_diagnosis_of_components_and_joint_families(lm, split):
+    for guide in ("Ensemble", "FlowNetwork", "SWAG", "Laplace, Kronecker"):
+        found = diagnose(build(lm, "HierarchicalNormal", guide).eval(), lm, split, num_draws=4)
+        assert not any("is a point" in warning for warning in found.warnings)
+        assert all(width.divergence > 0 for width in found.sites.values())
+    found = diagnose(build(lm, "HierarchicalNormal", "SharedPoint").eval(), lm, split, num_draws=4)
+    assert any("is a point" in warning for warning in found.warnings)
+
+
+def test_tables_of_tasks_stay_on_the_cpu_and_follow_a_dtype(lm):
+    """The meta device stands for a GPU: what is moved there has no values left."""
+    model = PRIORS["HierarchicalNormal"](lm)
+    guide = MeanField(model, num_tasks=1000, family=LowRank(2))
+    guide.to("meta")
+    tables = dict(guide.tables.named_parameters())
+    assert tables and all(p.device.type == "cpu" and p.shape[:2] == (1000, 1) for p in tables.values())
+    assert all(p.device.type == "meta" for p in guide.theta.parameters())
+    guide = MeanField(model, num_tasks=3).float()
+    assert {p.dtype for p in guide.parameters()} == {torch.float32}
+
+
+def test_a_step_touches_the_episode_s_tasks_alone(lm):
+    model = PRIORS["HierarchicalNormal"](lm)
+    guide = MeanField(model, num_tasks=4)
+    episode = episodes(lm)[0]
+    BetaELBO(model, guide)(episode).backward()
+    absent = [i for i in range(4) if i not in episode.task_index.tolist()]
+    for parameter in guide.tables.parameters():
+        assert (parameter.grad[absent] == 0).all() and (parameter.grad[episode.task_index] != 0).any()
+
+
+def test_what_is_refused(lm):
+    model = PRIORS["HierarchicalNormal"](lm)
+    for make, message in (
+        (lambda: Ensemble(model, num_members=1), "num_members: expected at least 2, got 1"),
+        (lambda: SWAG(model, rank=1), "expected rank of at least 2"),
+        (lambda: SWAG(model, steps=10, burn_in=8), "rank=5, steps=10, burn_in=8"),
+        (lambda: SWAG(model, floor=0.0), "floor=0.0"),
+        (lambda: SGLD(model, step_size=0.0), "step_size=0.0"),
+        (lambda: SGLD(model, thinning=0), "thinning=0"),
+        (lambda: LowRank(0), r"LowRank: expected rank of at least 1 .* got LowRank\(rank=0"),
+        (lambda: GradientGuide(model, start=SharedPoint(model)), r"Use SharedMeanField, or family=Point\(\)"),
+        (lambda: GradientGuide(model, second_order=True, follow_theta=False), "second_order: theta's gradient flows"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()
+    from bayes_lora.guides import NUTS, FlowNetwork, MCDropout
+
+    for make, message in (
+        (lambda: NUTS(model, max_tree_depth=0), "max_tree_depth=0"),
+        (lambda: FlowNetwork(model, num_flows=0), "num_flows=0"),
+        (lambda: MCDropout(model, rate=1.0), "Dropout: expected a rate between 0 and 1, got 1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()
+    support = episodes(lm)[0].support
+    of_several = GradientGuide(model, start=GUIDES["SGLD"](model))
+    with pytest.raises(ConfigError, match="start: SGLD has several components"):
+        of_several.posterior(support, of_several.theta())
+    ensemble = Ensemble(model, num_members=2, make=lambda model, theta: SGLD(model, theta=theta))
+    with pytest.raises(ConfigError, match="make: SGLD has several components, a member has one"):
+        draw_phi(model, ensemble, episodes(lm)[0], 2)
+
+
+def test_steps_from_a_shared_point(lm):
+    """MAML's inner loop from a learnt LoRA: with no steps it is that LoRA."""
+    model = PRIORS["HierarchicalNormal"](lm)
+    point = SharedPoint(model, spread=0.3)
+    support = episodes(lm)[0].support
+    none = GradientGuide(model, start=point, family=Point(), steps=0)
+    for site, fn in none.posterior(support, none.theta()).items():
+        assert torch.equal(fn.v[1, 0], getattr(point, "value_" + site.replace(".", "_")))
+    start = SharedPoint(model, spread=0.3)
+    some = GradientGuide(model, start=start, family=Point(), steps=2, learning_rate=0.01)
+    for site, fn in some.posterior(support, some.theta()).items():
+        assert not torch.equal(fn.v[0], fn.v[1]) and fn.v.shape[:2] == (2, 1), site
+
+
+def test_a_shared_family_starts_at_the_prior(lm):
+    """Its mean and, but for the small factor, its standard deviations."""
+    model = PRIORS["HierarchicalNormal"](lm)
+    guide = SharedMeanField(model, family=LowRank(3, start=0.1))
+    prior = model.phi_prior(model.initial_theta())
+    for site, fn in guide.posterior(episodes(lm)[0].support, model.initial_theta()).items():
+        torch.testing.assert_close(fn.mean[0, 0].detach(), prior[site].mean)
+        assert (fn.stddev[0, 0] / prior[site].stddev - 1).abs().max() < 0.1
