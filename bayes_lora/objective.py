@@ -19,13 +19,25 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from bayes_lora.elbo import AnalyticELBO, ScaleLatents, site_divergence
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.tasks.episode import Episode
 
 __all__ = ["BetaELBO", "ScaleLatents", "evaluating"]
+
+
+class _LastSite(Messenger):
+    """Effect handler: notes which site was sampled last."""
+
+    name: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not isinstance(msg["fn"], _Subsample):  # a plate's own
+            self.name = msg["name"]
 
 
 class _Scaled(nn.Module):
@@ -38,8 +50,18 @@ class _Scaled(nn.Module):
 
     def forward(self, episode: Episode) -> Any:
         (objective,) = self._objective
-        with objective.handled(), ScaleLatents(objective.beta, objective.gamma):
-            return self.program(episode)
+        with objective.handled(), ScaleLatents(objective.beta, objective.gamma), _LastSite() as last:
+            try:
+                return self.program(episode)
+            except ValueError as error:  # raised where a distribution is made, which does not know its site
+                if "to satisfy the constraint" not in str(error):
+                    raise
+                name = getattr(self.program, "__name__", type(self.program).__name__)
+                where = f"the site after {last.name!r}" if last.name else "the first site"
+                raise SiteError(
+                    f"{where} of {name}: {str(error).splitlines()[0]} A scale must be positive: take exp or softplus "
+                    "of a free parameter. If it is NaN, training diverged: lower the learning rate."
+                ) from error
 
 
 class BetaELBO(nn.Module):

@@ -33,12 +33,18 @@ class HierarchicalModel(PyroModule):
         likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
         initial: a value per LoRA site, ``(layers, out, in)``, at which guides start.
         random_sites: the sites of phi.
+
+    Raises:
+        SiteError: ``initial`` has a site that the language model lacks, or lacks one, or has another event shape.
     """
 
     random_sites: list[str]
 
     def __init__(self, likelihood: Likelihood, initial: Sites) -> None:
         super().__init__()
+        sites = getattr(likelihood, "sites", None)
+        if sites is not None:  # before a first forward, which may be far off
+            sites.check(initial)
         self.likelihood, self.initial = likelihood, initial
 
     @abstractmethod

@@ -262,6 +262,38 @@ def test_sites_that_do_not_match_are_named(lm, change, message):
         BetaELBO(model, guide)(make_episode(lm))
 
 
+@pytest.mark.parametrize(("bad", "where"), [(0, "the first site"), (1, "the site after 'phi.q_proj.lora_B'")])
+def test_a_scale_that_is_not_positive_is_placed(lm, bad, where):
+    """torch names the parameter and the constraint, we the site and the cure."""
+    model = IndependentNormal(lm, lm.sites.initial(), random="B")
+
+    def narrow(episode):
+        with pyro.plate("task", 2, dim=-2):
+            for i, (site, fn) in enumerate(model.phi_prior({}).items()):
+                scale = torch.full_like(fn.mean, -0.1 if i == bad else 0.1)
+                pyro.sample(f"phi.{site}", dist.Normal(fn.mean, scale).to_event(3))
+
+    with pytest.raises(
+        SiteError, match=f"{where} of narrow: Expected parameter scale .* A scale must be positive: take"
+    ):
+        BetaELBO(model, narrow)(make_episode(lm))
+
+
+def test_a_prior_on_modules_that_the_language_model_lacks(lm):
+    """Said when the prior is made, with what there is."""
+    initial = lm.sites.initial()
+    wrong = initial | {"k_proj.lora_A": initial["q_proj.lora_A"]}
+    with pytest.raises(
+        SiteError,
+        match=r"site 'k_proj.lora_A': the model has no such site \(did you mean 'v_proj.lora_A' or 'q_proj.lora_A'",
+    ):
+        IndependentNormal(lm, wrong)
+    with pytest.raises(SiteError, match="site 'q_proj.lora_A': no value given"):
+        IndependentNormal(lm, {site: value for site, value in initial.items() if site != "q_proj.lora_A"})
+    with pytest.raises(SiteError, match="site 'q_proj.lora_B': expected event shape .* Did you pass it transposed"):
+        IndependentNormal(lm, initial | {"q_proj.lora_B": initial["q_proj.lora_B"].mT})
+
+
 def test_pyro_s_autoguides_are_weighed_by_beta(lm):
     """The latent variable that they share is: the loss has no divergence but that of beta, and gamma cannot differ."""
     model = IndependentNormal(lm, lm.sites.initial(), random="B")
