@@ -36,10 +36,10 @@ class DroppedPoint(WeightDistribution):
     def __init__(self, value: Tensor, keep: Tensor, *, validate_args: bool | None = None) -> None:
         super().__init__(value=value, keep=keep, validate_args=validate_args)
 
-    def drawn(self, noise: Noise) -> Tensor:
-        """One draw for each element of the batch."""
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """Draws ``(count, *batch, layers, out, in)``."""
         keep = self.keep[..., None, None, None]
-        uniform = torch.special.ndtr(noise(self.value[..., :1, :].shape))
+        uniform = torch.special.ndtr(noise(torch.Size((count, *self.value[..., :1, :].shape))))
         mask: Tensor = (uniform < keep).to(self.value.dtype) / keep
         return self.value * mask
 

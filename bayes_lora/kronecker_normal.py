@@ -54,12 +54,16 @@ class KroneckerNormal(WeightDistribution):
         tensors = dict(loc=loc, scale=scale, left=left, right=right, spectrum=spectrum)
         super().__init__(validate_args=validate_args, **tensors)
 
-    def drawn(self, noise: Noise) -> Tensor:
-        """One draw for each element of the batch."""
-        inside = noise(self.loc.shape)
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """``M + sigma o (L (S o E) R^T)``, ``(count, *batch, layers, out, in)``."""
+        inside = noise(torch.Size((count, *self.loc.shape)))
         if self.spectrum is not None:
             inside = self.spectrum * inside
-        return self.loc + self.scale * between(self.left, inside, self.right)
+        if self.left is not None:
+            inside = torch.einsum("...op,s...pi->s...oi", self.left, inside)
+        if self.right is not None:
+            inside = torch.einsum("...ip,s...op->s...oi", self.right, inside)
+        return self.loc + self.scale * inside
 
     def widened(self, width: float) -> KroneckerNormal:
         """The same with sigma times ``width``."""

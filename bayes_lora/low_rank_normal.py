@@ -38,11 +38,11 @@ class LowRankNormal(WeightDistribution):
     def __init__(self, loc: Tensor, scale: Tensor, factor: Tensor, *, validate_args: bool | None = None) -> None:
         super().__init__(loc=loc, scale=scale, factor=factor, validate_args=validate_args)
 
-    def drawn(self, noise: Noise) -> Tensor:
-        """``mu + sigma eps + F z``."""
-        z = noise(torch.Size((*self.batch_shape, self.factor.shape[-1])))
-        moved = self.loc + self.scale * noise(self.loc.shape)
-        return moved + torch.einsum("...loik,...k->...loi", self.factor, z)
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """``mu + sigma eps + F z``, ``(count, *batch, layers, out, in)``."""
+        z = noise(torch.Size((count, *self.batch_shape, self.factor.shape[-1])))
+        moved = self.loc + self.scale * noise(torch.Size((count, *self.loc.shape)))
+        return moved + torch.einsum("...loik,s...k->s...loi", self.factor, z)
 
     def widened(self, width: float) -> LowRankNormal:
         """Both parts of the covariance, times ``width`` squared."""

@@ -123,7 +123,7 @@ class BetaELBO(nn.Module):
     def terms(self, episode: Episode) -> dict[str, float]:
         """The loss's parts for one draw, unscaled by beta and gamma, in nats of the collection.
 
-        ``nll`` (scaled to N), ``kl.<site>`` per random site, and ``kl`` their sum.
+        ``nll`` (scaled to N), ``kl.<site>`` per random site, and ``kl`` their sum; sites of the guide alone among them.
         """
         with torch.no_grad(), unscaled(self):
             guide = pyro.poutine.trace(self.guide).get_trace(episode)
@@ -136,6 +136,10 @@ class BetaELBO(nn.Module):
                     factor = site["is_observed"]
                     kl = -site["log_prob_sum"] if factor else site_divergence(name, guide, model, 2)
                     terms[f"kl.{name[4:]}"] = float(kl)
+            guide.compute_log_prob(lambda name, _: name not in nodes)
+            for name, site in guide.nodes.items():
+                if site["type"] == "sample" and name not in nodes:
+                    terms[f"kl.{name.removeprefix('phi.')}"] = float(site["log_prob_sum"])
         terms["kl"] = sum(value for name, value in terms.items() if name.startswith("kl."))
         return terms
 

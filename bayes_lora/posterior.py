@@ -91,7 +91,7 @@ class Posterior:
         sites = {site: list(shape) for site, shape in self.lm.sites.shapes.items()}
         config = self.config.to_dict()
         config["language_model"]["cache_folder"] = None  # of this machine
-        facts = {"config": config, "sites": sites, "versions": versions}
+        facts: dict[str, Any] = {"config": config, "sites": sites, "versions": versions}
         facts |= {"width": self.width, "temperature": self.temperature}
         write_json(folder / CONFIG, facts | identity(self.lm))
 

@@ -126,9 +126,9 @@ class TaskPosterior:
                 joint = self.joint[site]
                 if len(joint.batch_shape) > 2:
                     joint = joint.map(lambda _, value: value[chosen.to(value.device)])
+                    phi[site] = joint.drawn(1, noise)[0]
                 else:
-                    joint = joint.expand((num_draws, *joint.batch_shape))
-                phi[site] = joint.drawn(noise)
+                    phi[site] = joint.drawn(num_draws, noise)
             else:
                 scale = taken(like)
                 phi[site] = phi[site] + scale * noise(torch.Size((num_draws, *scale.shape[1:])))

@@ -74,12 +74,12 @@ class WeightDistribution(TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws ``(*sample, *batch, layers, out, in)``."""
-        like = next(iter(self.tensors().values()))
-        wide = self.expand((*sample_shape, *self.batch_shape)) if sample_shape else self
-        return wide.drawn(lambda shape: torch.randn(shape, dtype=like.dtype, device=like.device))
+        like, count = next(iter(self.tensors().values())), torch.Size(sample_shape).numel()
+        draws = self.drawn(count, lambda shape: torch.randn(shape, dtype=like.dtype, device=like.device))
+        return draws.view(*sample_shape, *draws.shape[1:])
 
-    def drawn(self, noise: Noise) -> Tensor:
-        """One draw for each element of the batch, made of the noise alone."""
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """Draws ``(count, *batch, layers, out, in)``, made of the noise alone; no tensor is repeated for them."""
         raise NotImplementedError
 
     def widened(self, width: float) -> Self:

@@ -7,6 +7,7 @@ from conftest import make_tasks
 from test_matrix import GUIDES, PRIORS, build, episodes, start
 
 from bayes_lora.adaptation import adapt, draw_phi
+from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.diagnosis import diagnose
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.guides import (
@@ -216,6 +217,43 @@ def test_a_step_touches_the_episode_s_tasks_alone(lm):
     absent = [i for i in range(4) if i not in episode.task_index.tolist()]
     for parameter in guide.tables.parameters():
         assert (parameter.grad[absent] == 0).all() and (parameter.grad[episode.task_index] != 0).any()
+
+
+def test_an_ensemble_over_whole_updates(lm, split, tmp_path):
+    """Its factors are gathered member by member, drawn and deferred; what is saved comes back."""
+    model = PRIORS["WeightSpace"](lm)
+    ensemble = Ensemble(model, num_members=2, make=lambda model, theta: SharedMeanField(model, theta=theta))
+    with torch.no_grad():
+        for parameter in ensemble.members[1].parameters():
+            parameter += 0.1
+    for handler in ({}, {"handler": LocalReparameterization}):
+        objective = BetaELBO(model, ensemble, beta=0.1, num_particles=2, **handler)
+        objective.zero_grad()
+        objective(episodes(lm)[0]).backward()
+        assert all(p.grad.isfinite().all() for p in ensemble.parameters())
+    adapted = adapt(objective, lm, split)
+    assert adapted.num_components == 2 and adapted.noise
+    adapted.save(tmp_path / "task")
+    again = type(adapted).load(tmp_path / "task", lm)
+    queries = [task.query for task in split]
+    assert all(torch.equal(a, b) for a, b in zip(adapted.predict(queries), again.predict(queries), strict=True))
+
+
+def test_the_terms_of_a_flow_are_its_loss(lm):
+    """Coefficients and the reverse model among them: nll + beta kl is the loss of the same draw."""
+    objective = build(lm, "IndependentNormal", "FlowNetwork").eval()
+    episode = episodes(lm)[0]
+    torch.manual_seed(5)
+    loss = objective(episode)
+    torch.manual_seed(5)
+    terms = objective.terms(episode)
+    assert {"kl.coefficients", "kl.reverse"} <= terms.keys()
+    theta = objective.model.program.theta
+    with torch.no_grad():
+        trace = pyro.poutine.trace(objective.guide.program.theta).get_trace()
+        prior = pyro.poutine.trace(pyro.poutine.replay(theta, trace)).get_trace()
+    hyper = -float(prior.log_prob_sum().detach())
+    assert terms["nll"] + 1e-2 * (terms["kl"] + hyper) == pytest.approx(float(loss.detach()))
 
 
 def test_what_is_refused(lm):

@@ -49,7 +49,7 @@ def dense(fn):
         unit = torch.zeros(*BATCH, sum(sizes), dtype=torch.float64)
         unit[..., i] = 1.0
         parts = iter(unit.split(sizes, -1))
-        columns.append(fn.drawn(lambda shape, parts=parts: next(parts).reshape(shape)).flatten(-3) - loc)
+        columns.append(fn.drawn(1, lambda shape, parts=parts: next(parts).reshape(shape))[0].flatten(-3) - loc)
     root = torch.stack(columns, -1)
     return MultivariateNormal(loc, root @ root.mT)
 
