@@ -104,7 +104,8 @@ class AnalyticELBO(TraceMeanField_ELBO):
                     elbo = elbo - site_divergence(name, guide_trace, model_trace, self.max_plate_nesting)
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace.nodes:  # auxiliary sites of the guide
-                elbo = elbo - _log_density(name, site).sum()
+                _check_reparameterised(name, site)
+                elbo = elbo - _log_density(site).sum()
         loss = -elbo
         return loss.detach() if torch.is_tensor(loss) else loss, loss
 
@@ -157,7 +158,7 @@ def site_divergence(name: str, guide_trace: Any, model_trace: Any, max_plate_nes
     try:
         found = divergence(q["fn"], p["fn"])
     except NotImplementedError:
-        return _log_density(name, q).sum() - _log_density(name, p).sum()
+        return _log_density(q).sum() - _log_density(p).sum()
     found = torch.as_tensor(scale_and_mask(found, scale=q["scale"], mask=q["mask"])).expand(q["fn"].batch_shape)
     _check_shape(q, found, max_plate_nesting)
     return found.sum()
@@ -166,9 +167,14 @@ def site_divergence(name: str, guide_trace: Any, model_trace: Any, max_plate_nes
 def divergence(q: Any, p: Any) -> Tensor:
     """KL(q || p) in nats, of the batch shape; of normals (to any event) it keeps their parameters alone for backward.
 
+    Where p has none in closed form, but a bound of its own, ``divergence_from(q)``, it is that.
+
     Raises:
         NotImplementedError: it has no closed form.
     """
+    if hasattr(p, "divergence_from"):
+        bound: Tensor = p.divergence_from(q)
+        return bound
     # Independent alone is unwrapped: what masks or transforms a normal has another divergence.
     normals = [fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn for fn in (q, p)]
     if all(type(fn) is Normal for fn in normals) and len(q.event_shape) == len(p.event_shape):
@@ -203,8 +209,7 @@ class _NormalDivergence(torch.autograd.Function):
         )
 
 
-def _log_density(name: str, site: Any) -> Tensor:
-    _check_reparameterised(name, site)
+def _log_density(site: Any) -> Tensor:
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, scale=site["scale"], mask=site["mask"])  # type: ignore[no-any-return]
 

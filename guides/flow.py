@@ -50,7 +50,7 @@ class FlowNetwork(GuideNetwork):
         settings: the others of :class:`bayes_lora.guides.GuideNetwork`.
 
     Raises:
-        ConfigError: p(phi | theta) is not normal, or a setting is out of range.
+        ConfigError: p(phi | theta) is neither normal nor a mixture of normals, or a setting is out of range.
     """
 
     def __init__(

@@ -145,7 +145,7 @@ class GradientGuide(PyroModule):
         mean = {site: self.theta.distribution(site).mean for site in self.theta.positive}
         start = self._begin(support, mean)
         if not self.steps and self.start is None:
-            return {site: fn.expand((tasks, 1)) if not fn.batch_shape else fn for site, fn in start.items()}
+            return from_point(start, to_point(start, tasks))
         moved = self.displacement(support, mean, start) if self.steps else {}
         end = {key: value + moved.get(key, 0.0) for key, value in to_point(start, tasks).items()}
         if not self.follow_theta:

@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 
 from bayes_lora.guides.family import Dropout
 from bayes_lora.guides.mean_field import SharedMeanField
-from bayes_lora.guides.theta import PointTheta, check_normal
+from bayes_lora.guides.theta import PointTheta, check_factors
 
 __all__ = ["MCDropout"]
 
@@ -26,17 +26,17 @@ class MCDropout(SharedMeanField):
     not random. A mask is constant over tokens, questions and options.
 
     Args:
-        model: a hierarchical model whose p(phi | theta) is normal.
+        model: a hierarchical model over LoRA factors.
         theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         rate: share of the columns that is dropped.
 
     Raises:
-        ConfigError: the rate is not between 0 and 1, or p(phi | theta) is not normal.
+        ConfigError: the rate is not between 0 and 1, or phi holds no LoRA factors.
     """
 
     def __init__(
         self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta, rate: float = 0.1
     ) -> None:
-        check_normal(model, "MCDropout")
+        check_factors(model, "MCDropout")
         sites = [site for site in model.random_sites if ".lora_A" in site] or model.random_sites
         super().__init__(model, theta=theta, family=Dropout(rate, tuple(sites)))

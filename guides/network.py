@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayes_lora.features import Features
-from bayes_lora.guides.theta import PointTheta, attribute, check_normal, normal_of, sample_phi, show_to_svi
+from bayes_lora.guides.theta import PointTheta, attribute, check_factors, normal_of, sample_phi, show_to_svi
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import Sites
 
@@ -49,7 +49,7 @@ class GuideNetwork(PyroModule):
         dropout: on the code z, against over-fitting the training tasks.
 
     Raises:
-        ConfigError: p(phi | theta) is not normal.
+        ConfigError: p(phi | theta) is neither normal nor a mixture of normals.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GuideNetwork(PyroModule):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
-        check_normal(model, "GuideNetwork")
+        check_factors(model, "GuideNetwork")
         # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
         self._model = (model,)
         self.theta = theta(model)

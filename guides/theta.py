@@ -115,7 +115,7 @@ class PointTheta(PyroModule):
     def distribution(self, site: str) -> dist.TorchDistribution:
         """Q of one site."""
         value = getattr(self, attribute("loc", site))
-        return dist.Delta(value.exp() if self.positive[site] else value, event_dim=3)
+        return dist.Delta(value.exp() if self.positive[site] else value, event_dim=value.ndim)
 
 
 class NormalTheta(PointTheta):
@@ -139,5 +139,5 @@ class NormalTheta(PointTheta):
         """Q of one site."""
         loc, log_scale = getattr(self, attribute("loc", site)), getattr(self, attribute("log_scale", site))
         family = dist.LogNormal if self.positive[site] else dist.Normal
-        normal: dist.TorchDistribution = family(loc, log_scale.exp()).to_event(3)  # type: ignore[no-untyped-call]
+        normal: dist.TorchDistribution = family(loc, log_scale.exp()).to_event(loc.ndim)  # type: ignore[no-untyped-call]
         return normal

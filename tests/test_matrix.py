@@ -39,6 +39,7 @@ from bayes_lora.types import Guide, Likelihood, Model
 # Name to how it is made of a language model. A new model or guide has one row here.
 PRIORS = {
     "ActivationSpace": lambda lm: models.ActivationSpace(lm, start(lm), offset=-6.0),
+    "ClusterMixture": lambda lm: models.ClusterMixture(lm, start(lm), num_clusters=2),
     "HierarchicalNormal": lambda lm: models.HierarchicalNormal(lm, start(lm), random="B"),
     "IndependentNormal": lambda lm: models.IndependentNormal(lm, start(lm), random="A"),
     "LayerwiseScale": lambda lm: models.LayerwiseScale(lm, start(lm)),
@@ -86,6 +87,8 @@ REFUSED = {
         if guide.endswith((" Point", " Reptile", " LowRank", " MatrixNormal"))
     },
     ("ActivationSpace", "Ensemble"): ANOTHER,
+    ("ClusterMixture", "Laplace"): ANOTHER,
+    ("ClusterMixture", "Laplace, Kronecker"): ANOTHER,
     ("WeightSpace", "Ensemble"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
     ("WeightSpace", "SharedPoint"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
 }

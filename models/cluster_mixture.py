@@ -1,0 +1,211 @@
+r"""Finite mixture over clusters of tasks: which tasks are alike is learnt with what they have in common.
+
+.. math::
+    \pi &= \mathrm{softmax}(\ell), \qquad \ell \sim \mathcal N(0, 1), \qquad
+        \mu_k \sim \mathcal N(0, s_0^2), \qquad 1 / \sigma_k^2 \sim \mathrm{Gamma}(a_0, b_0) \\
+    \phi_i \mid \theta &\sim \textstyle\sum_k \pi_k \prod_s \mathcal N(\mu_{k,s}, \sigma_{k,s}^2)
+
+over K clusters and all sites s of a task together. No site is discrete: by the chain rule the sites are sampled in
+turn, each from a mixture whose weights are the clusters' probabilities given the sites before it,
+
+.. math:: p(\phi_s \mid \phi_{<s}) = \textstyle\sum_k w_k\, \mathcal N(\mu_{k,s}, \sigma_{k,s}^2), \qquad
+    w_k \propto \pi_k \textstyle\prod_{s' < s} \mathcal N(\phi_{s'}; \mu_{k,s'}, \sigma_{k,s'}^2)
+
+whose product is the mixture above, so that every ELBO of Pyro is right.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from bayes_lora.elbo import divergence
+from bayes_lora.errors import ConfigError
+from bayes_lora.families import Parts, from_parts, to_parts
+from bayes_lora.models.hierarchical_model import HierarchicalModel
+from bayes_lora.types import Likelihood, Sites
+
+__all__ = ["ClusterMixture", "Mixture"]
+
+
+class Mixture(dist.MixtureSameFamily):
+    """A mixture of independent normals over one site, with the bound on a divergence from it.
+
+    Args:
+        logits: log-weights ``(*batch, K)``.
+        components: normals of batch ``(*batch, K)`` and event ``(layers, out, in)``.
+        validate_args: whether to check values.
+    """
+
+    support = constraints.independent(constraints.real, 3)  # torch's own is of no bijection, which NUTS asks for
+
+    def __init__(self, logits: Tensor, components: Any, validate_args: bool | None = None) -> None:
+        batch = torch.broadcast_shapes(logits.shape, components.batch_shape)
+        weights: Any = dist.Categorical(logits=logits.expand(batch))
+        super().__init__(weights, components.expand(batch), validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
+        """The same for a larger batch."""
+        batch = (*batch_shape, self.logits.shape[-1])
+        return Mixture(self.logits.expand(batch), self.component_distribution.expand(batch), validate_args=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """Log-weights ``(*batch, K)``, normalised."""
+        found: Tensor = self.mixture_distribution.logits
+        return found
+
+    def component(self, k: int) -> Any:
+        """The normals of one cluster, without the mixture's last batch dimension."""
+        base = self.component_distribution.base_dist
+        where = (..., k, slice(None), slice(None), slice(None))
+        return dist.Normal(base.loc[where], base.scale[where]).to_event(3)
+
+    def divergences(self, q: Any) -> Tensor:
+        """KL(q || each component), ``(*batch, K)`` nats."""
+        return torch.stack([divergence(q, self.component(k)) for k in range(self.logits.shape[-1])], -1)
+
+    def divergence_from(self, q: Any) -> Tensor:
+        r"""An upper bound on KL(q || mixture), nats: :math:`-\log \sum_k w_k e^{-\mathrm{KL}(q \| p_k)}`.
+
+        For every r over clusters, :math:`-\log \sum_k w_k p_k \le \sum_k r_k \log (r_k / (w_k p_k))` (Jensen); averaged
+        over q and minimised over r it is this (Hershey and Olsen, ICASSP 2007). It holds for each site given those
+        before it, so the sum over sites bounds the joint divergence.
+        """
+        return -torch.logsumexp(self.logits - self.divergences(q), -1)
+
+
+@to_parts.register
+def _(fn: Mixture) -> Parts:
+    """Of the normals with its means and variances, at which guides begin."""
+    return {"loc": fn.mean, "log_scale": 0.5 * fn.variance.log()}
+
+
+@from_parts.register
+def _(fn: Mixture, parts: Parts) -> Any:
+    return dist.Normal(parts["loc"], parts["log_scale"].exp()).to_event(3)
+
+
+class ClusterMixture(HierarchicalModel):
+    """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
+
+    Sites: ``theta.logits`` ``(K, 1, 1)``; ``theta.loc.<site>`` and ``theta.precision.<site>``, with K before the layers
+    where the site is random; ``phi.<site>``; ``answer``. A precision is that of a cluster and layer: a cluster of few
+    tasks has little to learn more from.
+
+    Args:
+        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, around which guides start the clusters' locations.
+        num_clusters: K.
+        random: which factors are random: ``"A"``, ``"B"`` or ``"AB"``.
+        initial_scale: sigma_k at which guides start, for ``lora_A`` and ``lora_B``.
+        spread: how far apart the clusters start, in units of it.
+        loc_scale: s_0.
+        concentration: a_0.
+        rate: b_0.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        initial: Sites,
+        *,
+        num_clusters: int = 4,
+        random: Literal["A", "B", "AB"] = "AB",
+        initial_scale: tuple[float, float] = (0.1, 0.05),
+        spread: float = 0.3,
+        loc_scale: float = 1.0,
+        concentration: float = 1.0,
+        rate: float = 0.01,
+    ) -> None:
+        super().__init__(likelihood, initial)
+        if random not in ("A", "B", "AB"):
+            raise ConfigError(f"random: expected 'A', 'B' or 'AB', got {random!r}.")
+        if num_clusters < 1 or min(*initial_scale, spread, loc_scale, concentration, rate) <= 0:
+            raise ConfigError(
+                "expected num_clusters of at least 1 and positive initial_scale, spread, loc_scale, concentration and "
+                f"rate; got num_clusters={num_clusters}, initial_scale={initial_scale}, spread={spread}, "
+                f"loc_scale={loc_scale}, concentration={concentration}, rate={rate}."
+            )
+        self.num_clusters, self.initial_scale, self.spread = num_clusters, initial_scale, spread
+        self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
+        for name, value in (("loc_scale", loc_scale), ("concentration", concentration), ("rate", rate)):
+            self.register_buffer(name, torch.tensor(value, dtype=next(iter(initial.values())).dtype))
+
+    def initial_theta(self) -> Sites:
+        """Where guides start each theta site: clusters apart, always in the same way, or they would stay alike."""
+        generator = torch.Generator().manual_seed(0)
+        like = next(iter(self.initial.values()))
+        theta = {"theta.logits": like.new_zeros(self.num_clusters, 1, 1)}
+        for site, value in self.initial.items():
+            theta[f"theta.loc.{site}"] = value
+            if site in self.random_sites:
+                scale, shape = self.initial_scale[".lora_B" in site], (self.num_clusters, *value.shape)
+                noise = torch.randn(shape, generator=generator, dtype=value.dtype).to(value.device)
+                theta[f"theta.loc.{site}"] = value + self.spread * scale * noise
+                theta[f"theta.precision.{site}"] = value.new_full((*shape[:2], 1, 1), scale**-2)
+        return theta
+
+    def theta(self) -> Sites:
+        """Sample p(theta)."""
+        theta: Sites = {}
+        for name, value in self.initial_theta().items():
+            prior: dist.TorchDistribution = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale)
+            if name == "theta.logits":
+                prior = dist.Normal(torch.zeros_like(self.loc_scale), 1.0)
+            elif name.startswith("theta.precision."):
+                prior = dist.Gamma(self.concentration, self.rate)
+            theta[name] = pyro.sample(name, prior.expand(value.shape).to_event(value.ndim))
+        return theta
+
+    def components(self, theta: Sites) -> dict[str, Any]:
+        """The clusters' normals per random site: batch ``(*draws, K)``, event ``(layers, out, in)``."""
+        return {
+            site: dist.Normal(theta[f"theta.loc.{site}"], theta[f"theta.precision.{site}"].rsqrt()).to_event(3)
+            for site in self.random_sites
+        }
+
+    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+        """p(phi | theta) of one task, per random site by itself: its weights are pi."""
+        logits = self.log_weights(theta)
+        return {site: Mixture(logits, fn) for site, fn in self.components(theta).items()}
+
+    def log_weights(self, theta: Sites) -> Tensor:
+        """Log pi, ``(*draws, K)``."""
+        return theta["theta.logits"][..., 0, 0].log_softmax(-1)
+
+    def shared(self, theta: Sites) -> Sites:
+        """The factor that is not random."""
+        return {site: theta[f"theta.loc.{site}"] for site in self.initial if site not in self.random_sites}
+
+    def _sample_phi(self, tasks: pyro.plate) -> Sites:
+        theta = self.theta()
+        phi, log_weights = self.shared(theta), self.log_weights(theta)
+        with tasks:
+            for site, fn in self.components(theta).items():
+                phi[site] = value = pyro.sample(f"phi.{site}", Mixture(log_weights, fn))
+                # What a cluster's normals say of the site, for every draw and task.
+                log_weights = (log_weights + fn.log_prob(value.unsqueeze(-4))).log_softmax(-1)
+        return phi
+
+    def cluster_probs(self, q: dict[str, Any], theta: Sites) -> Tensor:
+        r"""Each task's cluster probabilities under its posterior, ``(T, K)``.
+
+        .. math:: r_{ik} \propto \pi_k \exp\big(-\textstyle\sum_s \mathrm{KL}(q_i(\phi_s) \,\|\, p_k(\phi_s))\big)
+
+        Args:
+            q: per random site a distribution with batch ``(T, 1)``, such as ``TaskPosterior.distributions()``.
+            theta: values of the theta sites.
+        """
+        prior = self.phi_prior(theta)
+        total: Any = sum(-fn.divergences(q[site]) for site, fn in prior.items())  # type: ignore[attr-defined]
+        probs: Tensor = (self.log_weights(theta) + total).softmax(-1)
+        return probs.flatten(0, -2)
