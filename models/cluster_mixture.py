@@ -33,7 +33,7 @@ from bayes_lora.types import Likelihood, Sites
 __all__ = ["ClusterMixture", "Mixture"]
 
 
-class Mixture(dist.MixtureSameFamily):
+class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
     """A mixture of independent normals over one site, with the bound on a divergence from it.
 
     Args:
@@ -206,6 +206,6 @@ class ClusterMixture(HierarchicalModel):
             theta: values of the theta sites.
         """
         prior = self.phi_prior(theta)
-        total: Any = sum(-fn.divergences(q[site]) for site, fn in prior.items())  # type: ignore[attr-defined]
+        total: Any = sum(-fn.divergences(q[site]) for site, fn in prior.items())
         probs: Tensor = (self.log_weights(theta) + total).softmax(-1)
         return probs.flatten(0, -2)

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_matrix import GUIDES, PRIORS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FLAGS = {
+    "any_pair.py": ["--steps", "1", "--prior", "ClusterMixture", "--guide", "SWAG"],
     "paper.py": ["--steps", "1", "--inner", "1"],
     "quickstart.py": ["--steps", "2", "--run", "{tmp}/run"],
     "svi_script.py": ["--steps", "2"],
@@ -15,6 +17,7 @@ FLAGS = {
     "swap_prior.py": ["--steps", "2"],
 }
 SHOWS = {
+    "any_pair.py": "ClusterMixture with SWAG, 8 draws: Metrics(",
     "paper.py": "ours, one pass",
     "quickstart.py": "one pass + 10 steps: Metrics(",
     "svi_script.py": "unseen tasks: NLL ",
@@ -25,6 +28,21 @@ SHOWS = {
 
 def test_every_example_is_run_here():
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(FLAGS)
+
+
+def test_every_prior_and_guide_is_in_the_example_of_pairs():
+    pairs = runpy.run_path(str(EXAMPLES / "any_pair.py"))
+    assert pairs["PRIORS"].keys() == PRIORS.keys()
+    assert {name.partition(",")[0] for name in pairs["GUIDES"]} == {name.partition(",")[0] for name in GUIDES}
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts are longer")
+@pytest.mark.parametrize("guide", ["Ensemble", "FlowNetwork", "GradientGuide, MAML", "MeanField", "NUTS", "SGLD"])
+def test_pairs_of_the_example(guide, model_folder, monkeypatch, capsys):
+    flags = ["--model", str(model_folder), "--steps", "1", "--guide", guide]
+    monkeypatch.setattr(sys, "argv", ["any_pair.py", *flags])
+    runpy.run_path(str(EXAMPLES / "any_pair.py"), run_name="__main__")
+    assert f"HierarchicalNormal with {guide}, 8 draws: Metrics(" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts are longer")
