@@ -1,4 +1,4 @@
-"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch | dry-run."""
+"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch | dry-run | tasks | show."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from bayes_lora import cli_tasks
 from bayes_lora.console import err, fail, out, say, warn
 from bayes_lora.errors import BayesLoraError, ConfigError
 
@@ -226,6 +227,10 @@ def dry_run(
 
     for table in look(_config(config, settings), read_architecture(architecture)).tables():
         out.print(table)
+
+
+app.command()(cli_tasks.tasks)
+app.command()(cli_tasks.show)
 
 
 def _config(

@@ -6,10 +6,12 @@ from bayes_lora.tasks.card_file import Card, RowOptions, gallery, read_card
 from bayes_lora.tasks.cards import load_card
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.metaicl import has_options, load_task, load_taskset, read_examples
+from bayes_lora.tasks.overlap import Overlap, find_overlaps, overlap_table
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.prompts import Encoder, PromptTemplate
 from bayes_lora.tasks.sampler import EpisodeSampler
-from bayes_lora.tasks.splits import load_split
+from bayes_lora.tasks.splits import load_split, shipped_splits
+from bayes_lora.tasks.statistics import TaskStatistics, statistics_table, task_statistics, token_counter
 from bayes_lora.tasks.task import Example, Task, TaskSet
 
 __all__ = [
@@ -19,17 +21,25 @@ __all__ = [
     "Episode",
     "EpisodeSampler",
     "Example",
+    "Overlap",
     "PromptTemplate",
     "RowOptions",
     "Task",
     "TaskSet",
+    "TaskStatistics",
     "collate",
+    "find_overlaps",
     "gallery",
     "has_options",
     "load_card",
     "load_split",
     "load_task",
     "load_taskset",
+    "overlap_table",
     "read_card",
     "read_examples",
+    "shipped_splits",
+    "statistics_table",
+    "task_statistics",
+    "token_counter",
 ]
