@@ -28,6 +28,7 @@ TEMPLATES = [
     PromptTemplate("{input} Ans", "wer: {option}"),
     PromptTemplate("Q: {input}\n", "{option}."),
     PromptTemplate("{x: {input}}\n{options}", " {option}", separator=", "),
+    PromptTemplate("{input}\n{options}\nAnswer:", separator="\n", letters=True),
 ]
 
 
@@ -313,6 +314,17 @@ def test_template_places_each_placeholder() -> None:
         ["a/a", "b/b"],
     )
     assert PromptTemplate("{input}:").render(example) == ("x:", [" a", " b"])
+
+
+def test_letters_stand_for_the_options() -> None:
+    template = PromptTemplate("{input}\n{options}\nAnswer:", separator="\n", letters=True)
+    example = Example("Is it?", ("yes", "{input}", "no way"), 2)
+    assert template.render(example) == ("Is it?\nA. yes\nB. {input}\nC. no way\nAnswer:", [" A", " B", " C"])
+    with pytest.raises(ConfigError, match="expected the placeholder {options} in it, for letters mean nothing"):
+        PromptTemplate("{input}\nAnswer:", letters=True)
+    many = Example("Which?", tuple(map(str, range(27))), 0)
+    with pytest.raises(TaskError, match="at most 26 options for as many letters, got 27"):
+        template.render(many)
 
 
 def test_template_refuses() -> None:

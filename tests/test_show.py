@@ -51,8 +51,7 @@ def check(encoder: Encoder, example: Example, demonstrations: list[Example]) -> 
     full = 0 if whole.context is None else len(whole.context)
     assert shown.num_cut == full + len(whole) - shown.num_tokens
     assert list(map(len, shown.options)) == [int((row.target_options == k).sum()) for k in range(row.num_options)]
-    for option, tokens in zip(example.options, shown.options, strict=True):
-        assert "".join(tokens) == encoder.template.option.replace("{option}", option)
+    assert list(map("".join, shown.options)) == encoder.template.render(example)[1]
     return shown
 
 

@@ -441,3 +441,17 @@ def test_every_crossfit_task_loads() -> None:
         assert train and test
         assert set(train + test) <= set(pooled)
         assert not set(train) & set(test)
+
+
+def test_options_in_an_order_of_their_own():
+    """The gold text stays, every order comes, and the same seed gives the same one."""
+    examples = tuple(Example(f"question {i}", ("a", "b", "c"), i % 3) for i in range(600))
+    task = Task("task", examples[:400], examples[400:])
+    shuffled = task.shuffle_options(seed=1)
+    assert shuffled == task.shuffle_options(seed=1) != task.shuffle_options(seed=2)
+    assert [e.output for e in shuffled.examples] == [e.output for e in task.examples]
+    assert [e.input for e in shuffled.support] == [e.input for e in task.support]
+    orders = [e.options for e in shuffled.examples]
+    counts = {order: orders.count(order) for order in set(orders)}
+    assert len(counts) == 6 and all(60 < count < 145 for count in counts.values())  # 100 each, 5 standard errors
+    assert {e.options for e in Task("other", examples).shuffle_options(seed=1).examples} == set(counts)

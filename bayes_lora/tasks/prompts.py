@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
 from bayes_lora.errors import ConfigError, TaskError
@@ -29,25 +30,50 @@ class PromptTemplate:
         option: what the model is scored on, with ``{option}``.
         separator: joins the options where the prompt lists them.
         gap: stands behind each demonstration.
+        letters: whether the model is scored on letters, ``A`` for the first option; ``{options}`` then lists them with
+            theirs, ``A. yes``.
     """
 
     prompt: str = "{options}?\n{input}\nAnswer:"
     option: str = " {option}"
     separator: str = " or "
     gap: str = "\n\n"
+    letters: bool = False
 
     def __post_init__(self) -> None:
         if "{input}" not in self.prompt:
             raise ConfigError(f"prompt template {self.prompt!r}: expected the placeholder {{input}} in it.")
         if "{option}" not in self.option:
             raise ConfigError(f"option template {self.option!r}: expected the placeholder {{option}} in it.")
+        if self.letters and "{options}" not in self.prompt:
+            raise ConfigError(
+                f"prompt template {self.prompt!r}: expected the placeholder {{options}} in it, for letters mean "
+                "nothing without the options that they stand for."
+            )
 
     def render(self, example: Example) -> tuple[str, list[str]]:
         """Return the prompt and the text of each option."""
         # Not str.format: a template may hold braces of its own. One pass: so may an input or an option.
-        texts = {"{options}": self.separator.join(example.options), "{input}": example.input}
+        texts = {"{options}": self.listed(example), "{input}": example.input}
         prompt = re.sub(r"\{options\}|\{input\}", lambda match: texts[match[0]], self.prompt)
-        return prompt, [self.option.replace("{option}", option) for option in example.options]
+        answers = _letters(example) if self.letters else example.options
+        return prompt, [self.option.replace("{option}", answer) for answer in answers]
+
+    def listed(self, example: Example) -> str:
+        """What stands in place of ``{options}``."""
+        if not self.letters:
+            return self.separator.join(example.options)
+        lines = (f"{letter}. {option}" for letter, option in zip(_letters(example), example.options, strict=True))
+        return self.separator.join(lines)
+
+
+def _letters(example: Example) -> Sequence[str]:
+    if len(example.options) > len(ascii_uppercase):
+        raise TaskError(
+            f"example {example.input[:60]!r}: expected at most 26 options for as many letters, got "
+            f"{len(example.options)}. Use a template without letters."
+        )
+    return ascii_uppercase[: len(example.options)]
 
 
 class Encoder:
@@ -169,7 +195,7 @@ class Encoder:
             return pack(prefix + ids, options, example.answer), False
         # The beginning of the *input* goes: what the template says before it (the options, say) stays.
         head, _, _ = self.template.prompt.partition("{input}")
-        before = self._ids(head.replace("{options}", self.template.separator.join(example.options)))
+        before = self._ids(head.replace("{options}", self.template.listed(example)))
         # Its last token may be another before the input: "Review: " ends in a space, "Review: good" has " good".
         kept = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
         kept = kept if kept < room else 0

@@ -147,6 +147,20 @@ class Task:
         query = self._sample("query", self.query, num_query, rng)
         return Task(self.name, support, query)
 
+    def shuffle_options(self, *, seed: int) -> Task:
+        """Put the options of every example into an order of its own, against a model's taste for the first one.
+
+        Args:
+            seed: Seed of the orders; with a task's name and an example's text it gives the same order again.
+        """
+
+        def shuffled(example: Example) -> Example:
+            order = list(range(len(example.options)))
+            random.Random(f"{seed} {self.name} {example.input}").shuffle(order)
+            return Example(example.input, tuple(example.options[i] for i in order), order.index(example.answer))
+
+        return Task(self.name, tuple(map(shuffled, self.support)), tuple(map(shuffled, self.query)))
+
     def _sample(
         self, half: str, examples: tuple[Example, ...], count: int | None, rng: random.Random
     ) -> tuple[Example, ...]:
