@@ -1,7 +1,7 @@
 """What each prior and each guide costs: trained parameters, time and memory of a step, against one plain PEFT LoRA.
 
 python benchmarks/zoo.py           # results/zoo-cpu.json, and the lines of docs/zoo.md on the screen; 25 minutes
-python benchmarks/zoo.py --only Laplace,RankARD
+python benchmarks/zoo.py --only "Laplace;RankARD"
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not what it costs")
-    parser.add_argument("--only", default="", help="some names, commas between; others keep their lines in the output")
+    parser.add_argument("--only", default="", help="some names, semicolons between; others keep their lines in the output")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     args = parser.parse_args(arguments)
     args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         shape, sizes = shape.tiny(), Sizes.quick()
     rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048)
-    only = [name for name in args.only.split(",") if name]
+    only = [name.strip() for name in args.only.split(";") if name.strip()]
     lines = measure(build_setup(shape, sizes, device, torch.float32, rate), only)
     if only and args.output.exists():
         lines += [line for line in read_json(args.output)["lines"] if line["name"] not in only]
