@@ -10,6 +10,7 @@ from bayes_lora.tasks.overlap import Overlap, find_overlaps, overlap_table
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.prompts import Encoder, PromptTemplate
 from bayes_lora.tasks.sampler import EpisodeSampler
+from bayes_lora.tasks.sources import load_tasks, task_from
 from bayes_lora.tasks.splits import load_split, shipped_splits
 from bayes_lora.tasks.statistics import TaskStatistics, statistics_table, task_statistics, token_counter
 from bayes_lora.tasks.task import Example, Task, TaskSet
@@ -34,12 +35,14 @@ __all__ = [
     "load_card",
     "load_split",
     "load_task",
+    "load_tasks",
     "load_taskset",
     "overlap_table",
     "read_card",
     "read_examples",
     "shipped_splits",
     "statistics_table",
+    "task_from",
     "task_statistics",
     "token_counter",
 ]

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError, did_you_mean
 from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.text_files import children, lines
 
 __all__ = ["has_options", "load_task", "load_taskset", "read_examples"]
 
@@ -38,7 +40,7 @@ def read_examples(path: str | Path, *, merge_duplicates: bool = False, labelled:
     examples = []
     for place, line in _lines(path):
         try:
-            examples.append(_example(_record(line), merge_duplicates, labelled))
+            examples.append(example_from(_record(line), merge_duplicates, labelled))
         except TaskError as error:
             raise TaskError(f"{place}: {error}") from None
     return examples
@@ -52,7 +54,7 @@ def has_options(path: str | Path) -> bool:
     """
     path = Path(path).absolute()
     if path.is_dir():
-        files = [file for part in _folder_files(path).values() for file in part.values()]
+        files = [file for part in seeded_files(path).values() for file in part.values()]
         if not files:
             raise TaskError(f"{path}: no task files here; expected {path.name}_16_<seed>_train.jsonl")
         path = files[0]
@@ -82,7 +84,8 @@ def load_task(path: str | Path, *, seed: int | None = None, merge_duplicates: bo
     """
     path = Path(path).absolute()
     if path.is_dir():
-        return _load_folder(path, seed, merge_duplicates)
+        read = partial(read_examples, merge_duplicates=merge_duplicates)
+        return seeded_task(path, seeded_files(path), seed, read)
     if seed is not None and path.is_file():
         raise TaskError(f"{path}: a file has no seeds, got seed={seed}; use `Task.split(..., seed={seed})`")
     return Task(path.stem, tuple(read_examples(path, merge_duplicates=merge_duplicates)))
@@ -119,22 +122,7 @@ def load_taskset(
 
 
 def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yield ``<file>:<line>`` and the text of each line that is not blank; at least one."""
-    try:
-        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise TaskError(f"{path}: expected a jsonl file that can be read, got: {error.strerror}") from None
-    if not data.strip():
-        raise TaskError(f"{path}: the file is empty; expected one JSON object a line")
-    # Only \n ends a line of jsonl; str.splitlines would also cut at U+2028, which a JSON string may hold.
-    for number, raw in enumerate(data.split(b"\n"), start=1):
-        try:
-            line = raw.decode()
-        except UnicodeDecodeError as error:
-            byte = f"byte {raw[error.start]:#04x} at position {error.start + 1}"
-            raise TaskError(f"{path}:{number}: expected UTF-8, got {byte}; save the file as UTF-8") from None
-        if raw.strip():
-            yield f"{path}:{number}", line
+    return lines(path, "jsonl", "one JSON object a line")
 
 
 def _record(line: str) -> dict[str, Any]:
@@ -155,7 +143,8 @@ def _field(record: dict[str, Any], field: str, kind: type) -> Any:
     return record[field]
 
 
-def _example(record: dict[str, Any], merge_duplicates: bool, labelled: bool) -> Example:
+def example_from(record: dict[str, Any], merge_duplicates: bool, labelled: bool) -> Example:
+    """Make an example of the fields of a line."""
     text, options = _field(record, "input", str), _field(record, "options", list)
     if not options:
         raise TaskError("`options` is empty: free-form tasks have no options to score; leave this task out")
@@ -167,37 +156,59 @@ def _example(record: dict[str, Any], merge_duplicates: bool, labelled: bool) -> 
     return Example(text, tuple(options), options.index(output))
 
 
-def _folder_files(folder: Path) -> dict[str, dict[int, Path]]:
-    """Map part (train, dev, test) and seed, ascending, to the file in a task's folder."""
+def seeded_files(folder: Path, suffix: str = ".jsonl", shots: str = "16") -> dict[str, dict[int, Path]]:
+    """Map part (train, dev, test) and seed, ascending, to the file ``<task>_<shots>_<seed>_<part>`` in a task's folder.
+
+    Args:
+        folder: the task's folder, of which it has its name.
+        suffix: of the files, with the dot.
+        shots: pattern of the number of shots.
+    """
     files: dict[str, dict[int, Path]] = {"train": {}, "dev": {}, "test": {}}
-    pattern = re.compile(re.escape(folder.name) + r"_16_([0-9]{1,9})_(train|dev|test)\.jsonl")
-    matches = [match for file in folder.iterdir() if (match := pattern.fullmatch(file.name))]
+    pattern = re.compile(rf"{re.escape(folder.name)}_(?:{shots})_([0-9]{{1,9}})_(train|dev|test){re.escape(suffix)}")
+    matches = [match for file in children(folder) if (match := pattern.fullmatch(file.name))]
     for match in sorted(matches, key=lambda match: int(match[1])):
-        files[match[2]][int(match[1])] = folder / match[0]
+        same = files[match[2]].setdefault(int(match[1]), folder / match[0])
+        if same.name != match[0]:
+            raise TaskError(f"{folder}: {same.name} and {match[0]} are of one seed; keep one of the two")
     return files
 
 
-def _load_folder(folder: Path, seed: int | None, merge_duplicates: bool) -> Task:
-    train, dev, test = _folder_files(folder).values()
+def seeded_task(
+    folder: Path, files: dict[str, dict[int, Path]], seed: int | None, read: Callable[[Path], list[Example]]
+) -> Task:
+    """Make a task of files by seed; see `load_task` for what is support and what query.
+
+    Args:
+        folder: the task's folder, of which it has its name.
+        files: as `seeded_files` gives them.
+        seed: which seed; None pools all.
+        read: reads the examples of a file.
+
+    Raises:
+        TaskError: there is no train file (of this seed), or a file is malformed.
+    """
+    train, dev, test = files.values()
     if not train:
-        raise TaskError(f"{folder}: no train file here; expected {folder.name}_16_<seed>_train.jsonl")
+        suffix = next((file.suffix for part in (dev, test) for file in part.values()), ".jsonl")
+        raise TaskError(f"{folder}: no train file here; expected {folder.name}_16_<seed>_train{suffix}")
     if seed is not None and seed not in train:
         raise TaskError(f"{folder}: no train file of seed {seed}; seeds here: {', '.join(map(str, train))}")
 
-    def pool(files: Iterable[Path]) -> list[Example]:
+    def pool(paths: Iterable[Path]) -> list[Example]:
         first: dict[str, Example] = {}
-        for file in files:
-            for example in read_examples(file, merge_duplicates=merge_duplicates):
+        for path in paths:
+            for example in read(path):
                 first.setdefault(example.input, example)
         return list(first.values())
 
     if seed is None:
         support, query = pool(train.values()), pool(dev.values())
     else:
-        support = read_examples(train[seed], merge_duplicates=merge_duplicates)
+        support = read(train[seed])
         others = [file for other, file in dev.items() if other != seed]
         one = test.get(seed) or next(iter(test.values()), None)
-        query = read_examples(one, merge_duplicates=merge_duplicates) if one else pool(others)
+        query = read(one) if one else pool(others)
     seen = {example.input for example in support}
     return Task(folder.name, tuple(support), tuple(e for e in query if e.input not in seen))
 
@@ -216,7 +227,7 @@ def task_places(root: str | Path) -> dict[str, Path]:
     return places
 
 
-def present_tasks(root: str | Path, names: list[str], places: dict[str, Path], allow_missing: bool) -> list[str]:
+def present_tasks(root: str | Path, names: list[str], places: Collection[str], allow_missing: bool) -> list[str]:
     """Return the names that are in `root`; raise, or warn once, when others are not."""
     missing = [name for name in names if name not in places]
     if missing:
@@ -230,7 +241,7 @@ def present_tasks(root: str | Path, names: list[str], places: dict[str, Path], a
 
 def _scorable(root: str | Path, places: dict[str, Path]) -> list[str]:
     """Return the names of the multiple-choice tasks, with one warning that counts the free-form ones."""
-    tasks = [name for name, path in places.items() if path.is_file() or any(_folder_files(path).values())]
+    tasks = [name for name, path in places.items() if path.is_file() or any(seeded_files(path).values())]
     chosen = [name for name in tasks if has_options(places[name])]
     if len(chosen) < len(tasks):
         count = f"{len(tasks) - len(chosen)} of {len(tasks)} tasks"

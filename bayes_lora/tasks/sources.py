@@ -1,0 +1,220 @@
+"""One line from data to tasks: `load_tasks` reads any format that it knows, `task_from` what Python holds.
+
+=============  =========================================================================  ====================
+format         what a task is                                                             its reader
+=============  =========================================================================  ====================
+metaicl        ``<task>.jsonl``, or ``<task>/<task>_16_<seed>_train.jsonl``               `load_task`
+crossfit       ``<task>/<task>_16_<seed>_train.tsv``                                      `read_crossfit`
+unifiedqa      ``<task>/train.tsv``                                                       `read_unifiedqa`
+legalbench     ``<task>/base_prompt.txt`` with ``<task>/train.tsv``                       `read_legalbench`
+molecules      a column of labels in ``<file>.csv``, named ``<file>/<column>``            `read_molecules`
+=============  =========================================================================  ====================
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bayes_lora.errors import TaskError, did_you_mean
+from bayes_lora.tasks.crossfit_tsv import read_crossfit
+from bayes_lora.tasks.legalbench import read_legalbench
+from bayes_lora.tasks.metaicl import example_from, has_options, load_task, present_tasks, seeded_files
+from bayes_lora.tasks.molecules import molecule_tasks
+from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.text_files import CannotScore, children, inside, warn_left_out
+from bayes_lora.tasks.unifiedqa import read_unifiedqa
+
+__all__ = ["load_tasks", "task_from"]
+
+READERS: dict[str, Callable[..., Any]] = {
+    "metaicl": load_task,
+    "crossfit": read_crossfit,
+    "unifiedqa": read_unifiedqa,
+    "legalbench": read_legalbench,
+    "molecules": molecule_tasks,
+}
+KNOWN = (
+    "known formats: metaicl (<task>.jsonl or <task>/<task>_16_<seed>_train.jsonl), crossfit "
+    "(<task>/<task>_16_<seed>_train.tsv), unifiedqa (<task>/train.tsv), legalbench (<task>/base_prompt.txt and "
+    "<task>/train.tsv), molecules (<file>.csv)"
+)
+
+
+def task_from(name: str, examples: Iterable[Mapping[str, Any] | Example], *, merge_duplicates: bool = False) -> Task:
+    """Make a task of what Python holds; all its examples are support.
+
+    Args:
+        name: the task's name.
+        examples: each an `Example`, or a mapping with ``input``, ``options`` (a list or tuple of texts) and ``output``
+            (one of them); other fields are ignored.
+        merge_duplicates: take an option that an example lists twice as one option, instead of refusing it.
+
+    Raises:
+        TaskError: there is no example, or one is malformed; the message names it, counted from 1.
+    """
+    if isinstance(examples, (str, bytes, Mapping)) or not isinstance(examples, Iterable):
+        raise TaskError(f"task {name!r}: expected a list of examples, got {type(examples).__name__}; put it in a list")
+    made = []
+    for number, item in enumerate(examples, start=1):
+        try:
+            made.append(item if isinstance(item, Example) else _from_mapping(item, merge_duplicates))
+        except TaskError as error:
+            raise TaskError(f"task {name!r}, example {number}: {error}") from None
+    return Task(name, tuple(made))
+
+
+def _from_mapping(item: object, merge_duplicates: bool) -> Example:
+    if not isinstance(item, Mapping):
+        raise TaskError(f"expected an Example, or a mapping with `input`, `options`, `output`; got {item!r}")
+    fields = {str(key): value for key, value in item.items()}
+    if isinstance(fields.get("options"), tuple):
+        fields["options"] = list(fields["options"])
+    return example_from(fields, merge_duplicates, True)
+
+
+def load_tasks(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    names: Iterable[str] | None = None,
+    allow_missing: bool = False,
+    **options: Any,
+) -> TaskSet:
+    """Load the tasks of a file, of a task's folder, or of a folder of tasks.
+
+    Args:
+        path: the file or the folder.
+        format: one of ``metaicl``, ``crossfit``, ``unifiedqa``, ``legalbench`` and ``molecules``; by default told from
+            the names of the files.
+        names: which tasks, in this order. None takes all that can be scored; one warning counts the others (free-form
+            ones, and those with one label only). A task that is named must be one that can be scored.
+        allow_missing: leave out names that are not there, with one warning, instead of raising.
+        options: of the format's reader, such as ``seed`` or ``demonstrations``.
+
+    Raises:
+        TaskError: the format cannot be told, names are missing (all are listed, with near names), a path leads out of
+            the folder, no task is left, or one is malformed.
+    """
+    path = Path(path).absolute()
+    if isinstance(names, str):
+        raise TaskError(f"`names` must be a list of task names, got the string {names!r}; pass [{names!r}]")
+    chosen = None if names is None else list(names)
+    format, places = _find(path, format, chosen)
+    _check_options(format, options)
+    if format == "molecules":
+        found = _molecules(places, chosen, options)
+    else:
+        read = _metaicl if format == "metaicl" else READERS[format]
+        found = {name: partial(read, place, **options) for name, place in places.items()}
+    kept = list(found) if chosen is None else present_tasks(path, chosen, found, allow_missing)
+    tasks, left_out = [], {}
+    for name in kept:
+        try:
+            tasks.append(found[name]())
+        except CannotScore as error:
+            if chosen is not None:
+                raise
+            left_out[name] = error
+    if not tasks:
+        reason = "".join(f"; {error}" for error in list(left_out.values())[:1])
+        raise TaskError(f"{path}: no multiple-choice task to load, of {len(kept)} in the format {format!r}{reason}")
+    warn_left_out(path, left_out, len(kept))
+    return TaskSet(tasks)
+
+
+def _find(path: Path, format: str | None, names: list[str] | None) -> tuple[str, dict[str, Path]]:
+    """Return the format, and the file or the folder of each task (of molecules: each file)."""
+    if format is not None and format not in READERS:
+        raise TaskError(f"`format` {format!r} is unknown{did_you_mean(format, READERS)}; {KNOWN}")
+    for name in names or ():
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TaskError(f"`names` holds {name!r}, which leads out of {path}; expected the name of a task in it")
+    if not os.path.exists(path):
+        raise TaskError(f"{path}: there is no such file or folder; check the path")
+    if not path.is_dir():
+        formats = _formats(path)
+        if format is None and not formats:
+            raise TaskError(f"{path}: cannot tell the format; pass `format`; {KNOWN}")
+        return format or formats[0], {path.stem: path}
+    entries = {path: _formats(path)}
+    if not entries[path]:
+        entries = {child: _formats(child) for child in children(path)}
+    here = [known for known in READERS if any(known in formats for formats in entries.values())]
+    wanted = here if format is None else [format] * (format in here)
+    if not wanted:
+        problem = "no task of a format that is known" if format is None else f"no task of the format {format!r}"
+        raise TaskError(f"{path}: {problem} here; {KNOWN}")
+    if len(wanted) > 1:
+        raise TaskError(f"{path}: holds tasks of several formats: {', '.join(here)}; pass one of them as `format`")
+    places: dict[str, Path] = {}
+    for place, formats in entries.items():
+        name = place.name if place.is_dir() else place.stem
+        if wanted[0] in formats:
+            if name in places:
+                raise TaskError(
+                    f"{path}: task {name!r} is there twice, {places[name].name} and {place.name}; remove one"
+                )
+            places[name] = inside(path, place)
+    return wanted[0], places
+
+
+def _formats(path: Path) -> list[str]:
+    """Return the formats that a file or a folder may be a task of, judging by names."""
+    if not path.is_dir():
+        return {".jsonl": ["metaicl"], ".csv": ["molecules"]}.get(path.suffix.lower(), [])
+    names = {child.name for child in children(path)}
+    if "base_prompt.txt" in names:
+        return ["legalbench"]
+    parts = "_[0-9]{1,9}_(train|dev|test)"
+    seeded = {"metaicl": rf"_16{parts}\.jsonl", "crossfit": rf"_[0-9]{{1,9}}{parts}\.tsv"}
+    formats = [
+        known
+        for known, pattern in seeded.items()
+        if any(re.fullmatch(re.escape(path.name) + pattern, name) for name in names)
+    ]
+    return formats + ["unifiedqa"] * bool(names & {"train.tsv", "dev.tsv", "test.tsv"})
+
+
+def _check_options(format: str, options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(READERS[format]).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise TaskError(f"the format {format!r} has no option `{name}`{near}; it has {', '.join(known)}")
+
+
+def _metaicl(place: Path, **options: Any) -> Task:
+    if place.is_dir():
+        for part in seeded_files(place).values():
+            for file in part.values():
+                inside(place, file)
+    if not has_options(place):
+        raise CannotScore(f"{place}: the first line has no options: free-form; leave this task out")
+    return load_task(place, **options)
+
+
+def _molecules(
+    places: Mapping[str, Path], names: list[str] | None, options: Mapping[str, Any]
+) -> dict[str, Callable[[], Task]]:
+    """Read the files that hold the tasks of these names, or all of them."""
+    files = {name.partition("/")[0] for name in names or places}
+    if not files <= places.keys():
+        files = set(places)  # the message lists the names near those that are missing
+    found: dict[str, Task | CannotScore] = {}
+    for stem, place in places.items():
+        if stem in files:
+            found |= molecule_tasks(place, **options)
+    return {name: partial(_raised, task) for name, task in found.items()}
+
+
+def _raised(task: Task | CannotScore) -> Task:
+    if isinstance(task, CannotScore):
+        raise task
+    return task

@@ -1,0 +1,245 @@
+"""Two thousand broken files for each reader: it gives a whole task, or raises its own error, which names the file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from bayes_lora.errors import TaskError
+from bayes_lora.tasks import Task, TaskSet, read_examples
+from bayes_lora.tasks.crossfit_tsv import read_crossfit
+from bayes_lora.tasks.legalbench import read_legalbench
+from bayes_lora.tasks.metaicl import load_task
+from bayes_lora.tasks.molecules import read_molecules
+from bayes_lora.tasks.sources import load_tasks, task_from
+from bayes_lora.tasks.unifiedqa import read_unifiedqa
+
+BROKEN_FILES = 2_000
+RUN = settings(
+    max_examples=BROKEN_FILES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],  # shrinking a failure is for who debugs it
+    suppress_health_check=list(HealthCheck),
+)
+
+# --- valid files ---
+
+JSONL = "".join(
+    json.dumps(
+        {"task": "t", "input": f"question {i}", "output": "bé"[: 1 + i % 2], "options": ["b", "bé", "c"]},
+        ensure_ascii=False,
+    )
+    + "\n"
+    for i in range(4)
+)
+LABELLED = 'a film\tgood\nbad {{ film }}\tpoor\na "quoted" one\tgood\nein böser\tpoor\nlast\tpoor\n'
+LISTED = "who? (A) me (B) you (C) f(A) all\tyou\nwhen? (A) now (B) then [SEP] long ago\tthen\nwhy? (A) so (B) no\tso\n"
+CHOICE = (
+    "which? \\n (a) iron (b) feather \\n metals.\tiron\nwho? \\n (a) x y (b) z (c) é\tX  y\nhow? \\n (a) so (b) no\tno"
+)
+YES_NO = "is it? \\n (a) context\tyes\nis he?\tNo\nare they? \\n so\tno\n"
+PROMPT = "Tort or tax?\n\nText: a long cell of this table\nOf: b\nAnswer: tort\n\nText: {{text}}\nOf: {{who}}\nAnswer:"
+ROWS = 'index\ttext\tanswer\twho\n0\ta long cell of this table\ttort\tb\n1\t"two\n""lines"""\ttax\tc\n2\té\ttax\td\n'
+CSV = "id,smiles,tox,active\nm1,C[C@H](N),1,0.0\nm2,C#N,0,\nm3,O,,TRUE\nm4,é,1.0,1\n"
+
+FILES = {
+    "metaicl": {"t/t_16_13_train.jsonl": JSONL, "t/t_16_87_train.jsonl": JSONL.replace("question", "query")},
+    "crossfit": {"t/t_16_13_train.tsv": LABELLED, "t/t_16_13_dev.tsv": LABELLED.replace("film", "play")},
+    "crossfit choice": {"t/t_16_13_train.tsv": LISTED, "t/t_16_13_dev.tsv": LISTED.replace("w", "W")},
+    "unifiedqa": {"t/train.tsv": CHOICE, "t/test.tsv": CHOICE.replace("?", " else?")},
+    "unifiedqa yes-no": {"t/train.tsv": YES_NO, "t/dev.tsv": YES_NO.replace("?", " else?")},
+    "legalbench": {"t/base_prompt.txt": PROMPT, "t/train.tsv": ROWS, "t/test.tsv": ROWS.replace("cell", "row")},
+    "molecules": {"t.csv": CSV},
+}
+READERS = {
+    "metaicl": lambda root: load_task(root / "t"),
+    "crossfit": lambda root: read_crossfit(root / "t"),
+    "unifiedqa": lambda root: read_unifiedqa(root / "t"),
+    "legalbench": lambda root: read_legalbench(root / "t"),
+    "molecules": lambda root: read_molecules(root / "t.csv"),
+}
+
+# --- what breaks them ---
+
+FRAGMENTS = [
+    *(b"\t", b"\n", b"\r", b"\r\n", b'"', b'""', b",", b";", b" ", b"\\", b"\\n", b"\0", b"\0" * 40, b"\x1a", b"\x85"),
+    *(
+        b"\xff",
+        b"\xc3",
+        b"\xed\xa0\x80",
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b"\xfe\xff",
+        "\u2028".encode(),
+        "é\u0301".encode(),
+    ),
+    *(b"(a) ", b" (b) ", b"(A)", b" [SEP] ", b"{{", b"}}", b"{{text}}", b"{{answer}}", b"Option A:\nOption B:\n"),
+    *(
+        b"NaN",
+        b"nan",
+        b"-1",
+        b"2",
+        b"1e5",
+        b"true",
+        b"null",
+        b"yes",
+        b"[]",
+        b"{}",
+        b"[" * 3000,
+        b'"\\ud800"',
+        b"1" * 5000,
+    ),
+    *(
+        b'{"input": "q", "output": "b", "options": ["b", "b"]}\n',
+        b"smiles,",
+        b"answer\t",
+        b"x" * 140_000,
+        b"(a) (b) " * 9000,
+    ),
+]
+PLACE = st.floats(0, 1)
+MUTATIONS = st.one_of(
+    st.tuples(st.just("drop"), PLACE, st.integers(1, 30)),
+    st.tuples(st.just("insert"), PLACE, st.sampled_from(FRAGMENTS)),
+    st.tuples(st.just("insert"), PLACE, st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("insert"), PLACE, st.text(min_size=1, max_size=8).map(lambda text: text.encode())),
+    st.tuples(st.just("flip"), PLACE, st.integers(1, 255)),
+    st.tuples(st.just("cut"), PLACE, st.none()),
+    st.tuples(st.just("column"), st.integers(0, 3), st.integers(0, 4)),
+    st.tuples(st.just("swap"), st.sampled_from([b"\t", b",", b"\n", b'"', b"\\n"]), st.sampled_from(FRAGMENTS[:14])),
+    st.tuples(st.just("line"), PLACE, PLACE),
+    st.tuples(st.just("encode"), st.sampled_from(["utf-16", "utf-16-le", "utf-8-sig", "latin-1"]), st.none()),
+)
+
+
+def mutate(data, mutation):
+    """Break a file in one way."""
+    kind, first, second = mutation
+    if kind == "swap":
+        return data.replace(first, second)
+    if kind == "encode":
+        return data.decode("utf-8", "replace").encode(first, "replace")
+    rows = data.split(b"\n")
+    if kind == "line":  # one line comes a second time, elsewhere
+        rows.insert(int(second * len(rows)), rows[int(first * (len(rows) - 1))])
+        return b"\n".join(rows)
+    if kind == "column":  # one comes a second time, in its place or in another's, header and all
+        delimiter = b"\t" if b"\t" in data else b","
+        cells = [row.split(delimiter) for row in rows]
+        return b"\n".join(delimiter.join([*row[:second], *row[first : first + 1], *row[second:]]) for row in cells)
+    at = int(first * len(data))
+    if kind == "insert":
+        return data[:at] + second + data[at:]
+    if kind == "drop":
+        return data[:at] + data[at + second :]
+    return data[:at] + (bytes([data[at] ^ second]) + data[at + 1 :] if kind == "flip" and at < len(data) else b"")
+
+
+def check(tasks):
+    """Raise unless every task is whole."""
+    assert isinstance(tasks, TaskSet) and len(tasks) > 0
+    for name, task in tasks.items():
+        assert isinstance(task, Task) and task.name == name and len(task) > 0 and len(task.support) > 0
+        assert not {example.input for example in task.support} & {example.input for example in task.query}
+        for example in task.examples:
+            assert example.input.strip() and example.input.encode()
+            assert len(set(example.options)) == len(example.options) >= 2
+            assert all(option.strip() and option.encode() for option in example.options)
+            assert example.output == example.options[example.answer]
+
+
+def outcome(read, root):
+    """Return ``read`` or ``refused``; anything else that a reader does is a failure of this test."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            made = read(root)
+    except TaskError as error:
+        assert str(root) in str(error) and str(error).splitlines() == [str(error)]
+        return "refused"
+    check(TaskSet([made]) if isinstance(made, Task) else made)
+    return "read"
+
+
+def fuzz(files, read, count=BROKEN_FILES):
+    """Break one file of these so many times."""
+    seen = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "t").mkdir()
+
+        @settings(RUN, max_examples=count)
+        @given(name=st.sampled_from(sorted(files)), mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
+        def broken(name, mutations):
+            data = files[name].encode()
+            for mutation in mutations:
+                data = mutate(data, mutation)
+            (root / name).write_bytes(data)
+            seen[outcome(read, root)] += 1
+            (root / name).write_bytes(files[name].encode())
+
+        for name, text in files.items():
+            (root / name).write_bytes(text.encode())
+        seen[outcome(read, root)] += 1
+        assert seen["read"]
+        broken()
+    assert sum(seen.values()) > count
+    # Neither a reader that takes everything nor one that refuses everything would pass.
+    assert min(seen["read"], seen["refused"]) > count / 20
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_broken_files(kind):
+    """Each format's own reader."""
+    fuzz(FILES[kind], READERS[kind.split()[0]])
+
+
+def test_broken_files_of_any_format():
+    """The one line for all, on all formats in turn."""
+    for kind in READERS:
+        fuzz(FILES[kind], load_tasks, BROKEN_FILES // len(READERS))
+
+
+def test_broken_questions():
+    """Questions to predict have no output, but are as whole."""
+    fuzz({"t/q.jsonl": JSONL}, lambda root: Task("q", tuple(read_examples(root / "t/q.jsonl", labelled=False))))
+
+
+ANY = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.lists(st.text(max_size=2), max_size=3)
+)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "input": st.just("q") | ANY,
+        "output": st.sampled_from(["a", "b"]) | ANY,
+        "options": st.just(["a", "b"]) | st.just(("b", "a")) | ANY,
+    },
+)
+WHOLE = st.just({"input": "q", "output": "a", "options": ["a", "b"]})
+
+
+@RUN
+@given(rows=st.lists(WHOLE | FIELDS | ANY, max_size=3) | ANY, name=st.just("t") | st.text(max_size=2))
+def test_broken_rows(rows, name):
+    """What Python holds: whole, or an error that names the task."""
+    try:
+        task = task_from(name, rows)
+    except TaskError as error:
+        assert "task" in str(error)
+    else:
+        check(TaskSet([task]))
