@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         shape, sizes = shape.tiny(), Sizes.quick()
     rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048)
-    lines = measure(build_setup(shape, sizes, device, torch.float32, rate), [2] if args.quick else [1, 4, 8, 16])
+    lines = measure(build_setup(shape, sizes, device, torch.float32, rate), [2] if args.quick else [8, 16])
     write_json(args.output, {"machine": machine(device), "shape": vars(shape), "sizes": vars(sizes), "lines": lines})
     for line in lines:
         print(

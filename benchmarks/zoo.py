@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
     steps = {name: OurStep(one) for name, one in found.items() if not only or name in only}
     sides: dict[str, Callable[[], Any]] = {PLAIN: lambda: plain.packed_step(episode)}
     sides |= {name: lambda step=step: step(episode) for name, step in steps.items()}  # type: ignore[misc]
-    seconds = interleave(sides, setup.device, budget=300.0, rounds=(2, 5), warm_up=True)
+    seconds = interleave(sides, setup.device, budget=100.0, rounds=(2, 5), warm_up=True)
     of_plain = memory(sides[PLAIN], setup.device).peak + state_bytes(plain.optimizer)
     lines = []
     for name, step in steps.items():
@@ -140,17 +141,21 @@ def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not what it costs")
-    parser.add_argument("--only", default="", help="some names, semicolons between; others keep their lines in the output")
+    parser.add_argument("--only", default="", help="some names, semicolons between; the output keeps the others")
+    parser.add_argument("--examples", type=int, help="per task, for guides whose steps take many passes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     args = parser.parse_args(arguments)
     args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
     device = torch.device("cpu")
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
+    if args.examples:
+        sizes = replace(sizes, examples=args.examples)
     if args.quick:
         shape, sizes = shape.tiny(), Sizes.quick()
     rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048)
     only = [name.strip() for name in args.only.split(";") if name.strip()]
     lines = measure(build_setup(shape, sizes, device, torch.float32, rate), only)
+    lines = [line | {"examples": sizes.examples} for line in lines]
     if only and args.output.exists():
         lines += [line for line in read_json(args.output)["lines"] if line["name"] not in only]
     counts = passes(device)
