@@ -1,58 +1,54 @@
-"""Peak memory of Laplace's approximation on one new task, beyond the frozen weights: mode and curvature, 16 examples.
+"""Peak memory of Laplace's approximation of one new task of 16 examples, beyond the loaded model; on Linux.
 
-python benchmarks/laplace.py       # SmolLM2-135M's shape with random weights, rank 8, q and v of all layers; a minute
+python benchmarks/laplace.py                       # SmolLM2-135M's shape, random weights, rank 8, q and v of all layers
+python benchmarks/laplace.py --prompt 96 128 --steps 0 --curvature diagonal
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import resource
 from pathlib import Path
 
 import torch
 from cases import training_episode
-from harness import machine, matmul_rate, memory
-from workload import SHAPES, Setup, Sizes, build_setup
+from workload import SHAPES, Sizes, build_setup
 
 from bayes_lora.guides import Laplace
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.storage import write_json
 
-LIMIT = 2 * 2**30
+GIB = 2**20  # in the kernel's unit, KiB
 
 
-def measure(setup: Setup, batch_sizes: list[int]) -> list[dict[str, float | str | int]]:
-    """A line for each kind of curvature and number of examples in a pass."""
-    lm = setup.language_model()
-    _, episode = training_episode(setup, lm)
-    support = episode.support.unseen()
-    model = HierarchicalNormal(lm, lm.sites.initial())
-    lines: list[dict[str, float | str | int]] = []
-    for curvature in ("diagonal", "kronecker"):
-        for size in batch_sizes:
-            guide = Laplace(model, steps=2, curvature=curvature, batch_size=size)  # type: ignore[arg-type]
-            theta = guide.theta()
-            peak = memory(lambda guide=guide, theta=theta: guide.posterior(support, theta), setup.device).peak  # type: ignore[misc]
-            lines.append({"curvature": curvature, "batch_size": size, "peak_bytes": peak, "limit_bytes": LIMIT})
-    return lines
+def resident() -> int:
+    """Memory of this process now, KiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not what it takes")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "laplace-cpu.json")
+    parser.add_argument("--curvature", choices=("diagonal", "kronecker"), default="kronecker")
+    parser.add_argument("--steps", type=int, default=2, help="towards the mode; all 16 examples are in each")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples in a pass for the curvature")
+    parser.add_argument("--prompt", type=int, nargs=2, default=(16, 48), help="shortest and longest, in tokens")
     args = parser.parse_args(arguments)
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
-    device = torch.device("cpu")
-    shape, sizes = SHAPES["smollm2-135m"], Sizes(tasks=1, examples=16, options=(4,), prompt=(96, 128))
-    if args.quick:
-        shape, sizes = shape.tiny(), Sizes.quick()
-    rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048)
-    lines = measure(build_setup(shape, sizes, device, torch.float32, rate), [2] if args.quick else [8, 16])
-    write_json(args.output, {"machine": machine(device), "shape": vars(shape), "sizes": vars(sizes), "lines": lines})
-    for line in lines:
-        print(
-            f"{line['curvature']:10} {line['batch_size']:3} examples a pass: {int(line['peak_bytes']) / 2**30:.2f} GiB"
-        )
+    shape = SHAPES["smollm2-135m"].tiny() if args.quick else SHAPES["smollm2-135m"]
+    sizes = Sizes(tasks=1, examples=16, options=(4,), prompt=tuple(args.prompt))
+    setup = build_setup(shape, sizes, torch.device("cpu"), torch.float32, 1.0)
+    lm = setup.language_model()
+    support = training_episode(setup, lm)[1].support.unseen()
+    model = HierarchicalNormal(lm, lm.sites.initial())
+    guide = Laplace(model, steps=args.steps, curvature=args.curvature, batch_size=args.batch_size)
+    theta = guide.theta()
+    gc.collect()
+    before = resident()
+    guide.posterior(support, theta)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{lm.sites.num_parameters:,} LoRA weights, rows {tuple(support.input_ids.shape)}")
+    print(f"{args.curvature}, {args.steps} steps: {peak / GIB:.2f} GiB over {before / GIB:.2f} GiB")
 
 
 if __name__ == "__main__":

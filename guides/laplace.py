@@ -68,7 +68,7 @@ class Laplace(PyroModule):
         curvature: Literal["diagonal", "kronecker"] = "diagonal",
         prior_precision: Literal["prior", "marginal-likelihood"] = "prior",
         largest: int = 64,
-        batch_size: int = 8,
+        batch_size: int = 4,
     ) -> None:
         super().__init__()
         if steps < 0 or min(num_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:

@@ -221,6 +221,13 @@ def test_sides_are_timed_in_turn():
     assert [len(times) for times in seconds.values()] == [3, 3]
 
 
+def test_the_memory_of_laplace_is_measured(capsys):
+    import laplace
+
+    laplace.main(["--quick", "--steps", "1"])
+    assert "kronecker, 1 steps: " in capsys.readouterr().out
+
+
 def test_the_zoo_is_measured(tmp_path, capsys):
     import zoo
 
