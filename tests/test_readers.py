@@ -184,6 +184,18 @@ def test_crossfit_multiple_choice(tmp_path):
         read_crossfit(write(tmp_path / "t.tsv", "(A) now (B) then\tthen\n"))
 
 
+def test_crossfit_storm_of_letters(tmp_path):
+    """A line of a million letters in brackets takes no longer than others, nor does its message."""
+    text = "q (A) x (B) y\tx\n" * 2 + "(A) (B) " * 500_000 + "\tx\n"
+    with pytest.raises(TaskError, match=r"t\.tsv:3: the output 'x' must be one option, once, of those that the input"):
+        read_crossfit(write(tmp_path / "t.tsv", text))
+    with pytest.raises(
+        TaskError, match=r"t\.tsv:1: the answer must be one of the options: got 'x', options are"
+    ) as caught:
+        read_unifiedqa(write(tmp_path / "t.tsv", "(a) u " + "v " * 500_000 + "(b) w\tx\n"))
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("text", "reason", "match"),
     [

@@ -22,14 +22,14 @@ from pathlib import Path
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.metaicl import seeded_files, seeded_task
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.tasks.text_files import CannotScore, inside, lines, option_texts
-from bayes_lora.tasks.unifiedqa import MARKER, MAX_READINGS, normal, options_in, short
+from bayes_lora.tasks.text_files import CannotScore, inside, lines, listed, option_texts, short
+from bayes_lora.tasks.unifiedqa import MARKER, MAX_READINGS, options_in, same
 
 __all__ = ["read_crossfit"]
 
 SEPARATOR = " [SEP] "
-# A line of ten million letters in brackets is refused as fast as others.
-MAX_STARTS = 8
+# A line of a million letters in brackets is refused as fast as others.
+MAX_STARTS, MAX_LISTING = 8, 100_000
 Line = tuple[str, str, list[str]]  # place, input, outputs
 
 
@@ -122,7 +122,7 @@ def _labelled(line: Line, labels: tuple[str, ...]) -> Example:
     if len(outputs) > 1:
         raise TaskError(f"expected one output, got {len(outputs)}: {', '.join(map(short, outputs))}; keep one")
     if outputs[0] not in labels:
-        raise TaskError(f"the output must be one of the options: got {short(outputs[0])}, options are {list(labels)}")
+        raise TaskError(f"the output must be one of the options: got {short(outputs[0])}, options are {listed(labels)}")
     return Example(text, labels, labels.index(outputs[0]))
 
 
@@ -135,12 +135,12 @@ def _listed(line: Line) -> tuple[str, list[str], int] | None:
         (marker.start(), end)
         for marker in itertools.islice(starts, MAX_STARTS)
         for end in (len(text), text.find(SEPARATOR, marker.end()))
-        if end >= 0
+        if marker.start() < end <= marker.start() + MAX_LISTING
     ]
     # The first letter may stand in the question, too: late beginnings and plain readings are the likelier ones.
     for readings, (start, end) in itertools.product((1, MAX_READINGS), spans[::-1] if len(outputs) == 1 else ()):
         options = options_in(text[start:end], outputs[0], readings)
-        gold = [index for index, option in enumerate(options) if normal(option) == normal(outputs[0])]
+        gold = [index for index, option in enumerate(options) if same(option, outputs[0])]
         if len(gold) == 1 and len(options) > 1:
             around = (text[:start].strip(), text[end:].removeprefix(SEPARATOR).strip())
             return SEPARATOR.join(part for part in around if part), options, gold[0]

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.tasks.text_files import CannotScore, Table, inside, option_texts, read_table, read_text
-from bayes_lora.tasks.unifiedqa import short
+from bayes_lora.tasks.text_files import CannotScore, Table, inside, listed, option_texts, read_table, read_text, short
 
 __all__ = ["read_legalbench", "without_demonstrations"]
 
@@ -141,7 +140,7 @@ def _example(row: Row, template: str, answer: str, options: tuple[str, ...]) -> 
     if not gold:
         raise TaskError(f"{place}: `{answer}` is empty; fill it in or remove the row")
     if gold not in options:
-        problem = f"`{answer}` must be one of the options: got {short(gold)}, options are {list(options)}"
+        problem = f"`{answer}` must be one of the options: got {short(gold)}, options are {listed(options)}"
         raise TaskError(f"{place}: {problem}")
     columns = PLACEHOLDER.findall(template)
     if not any(cells[column].strip() for column in columns):

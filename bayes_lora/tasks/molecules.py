@@ -15,8 +15,7 @@ from pathlib import Path
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.task import Example, Task, TaskSet
-from bayes_lora.tasks.text_files import CannotScore, Table, listed, read_table, warn_left_out
-from bayes_lora.tasks.unifiedqa import short
+from bayes_lora.tasks.text_files import CannotScore, Table, listed, read_table, short, warn_left_out
 
 __all__ = ["molecule_tasks", "read_molecules"]
 

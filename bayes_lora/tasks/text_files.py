@@ -28,6 +28,7 @@ __all__ = [
     "option_texts",
     "read_table",
     "read_text",
+    "short",
     "warn_left_out",
 ]
 
@@ -163,13 +164,26 @@ def _header(place: str, cells: Sequence[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     name, count = Counter(header).most_common(1)[0]
     if count > 1:
-        raise TaskError(f"{place}: column {name!r} occurs twice in {listed(header)}; rename or remove one of the two")
+        raise TaskError(
+            f"{place}: column {short(name)} occurs twice in {listed(header)}; rename or remove one of the two"
+        )
     return header
 
 
 def listed(names: Sequence[str]) -> str:
     """Return a list as a message shows it, of which a broken header may hold millions."""
-    return str(list(names[:MAX_LISTED])) + f" and {len(names) - MAX_LISTED} more" * (len(names) > MAX_LISTED)
+    return str([_cut(name) for name in names[:MAX_LISTED]]) + f" and {len(names) - MAX_LISTED} more" * (
+        len(names) > MAX_LISTED
+    )
+
+
+def short(text: str) -> str:
+    """Return a text as a message quotes it."""
+    return repr(_cut(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def children(folder: str | Path) -> list[Path]:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.tasks.text_files import CannotScore, inside, lines
+from bayes_lora.tasks.text_files import CannotScore, inside, lines, listed, short
 
-__all__ = ["normal", "options_in", "read_unifiedqa", "short"]
+__all__ = ["normal", "options_in", "read_unifiedqa", "same"]
 
 PARTS = ("train", "dev", "test")
 YES_NO = ("yes", "no")
@@ -121,8 +121,8 @@ def _choice(question: str, answer: str, merge_duplicates: bool) -> Example:
     if not listing:
         raise TaskError(r"no options here, but other lines list them; expected `\n (a) ... (b) ...` in the question")
     options = options_in(listing, answer)
-    if normal(answer) not in map(normal, options):
-        raise TaskError(f"the answer must be one of the options: got {short(answer)}, options are {options}")
+    if not any(same(option, answer) for option in options):
+        raise TaskError(f"the answer must be one of the options: got {short(answer)}, options are {listed(options)}")
     return _example(text, options, answer, merge_duplicates)
 
 
@@ -132,7 +132,9 @@ def _example(text: str, options: list[str], answer: str, merge_duplicates: bool)
     first = [i for i, option in enumerate(texts) if option not in texts[:i]]
     if len(first) < len(texts) and not merge_duplicates:
         twice = next(option for i, option in enumerate(options) if i not in first)
-        raise TaskError(f"option {short(twice)} occurs twice in {options}; remove it, or pass merge_duplicates=True")
+        raise TaskError(
+            f"option {short(twice)} occurs twice in {listed(options)}; remove it, or pass merge_duplicates=True"
+        )
     kept = [options[i] for i in first]
     return Example(text, tuple(kept), [texts[i] for i in first].index(normal(answer)))
 
@@ -150,7 +152,7 @@ def options_in(listing: str, answer: str, readings: int = MAX_READINGS) -> list[
         ends = [marker.start() for marker in chain[1:]] + [len(listing)]
         options = [listing[marker.end() : end].strip() for marker, end in zip(chain, ends, strict=True)]
         plain = plain or options
-        if len(options) > 1 and normal(answer) in map(normal, options):
+        if len(options) > 1 and any(same(option, answer) for option in options):
             return options
     return plain
 
@@ -169,6 +171,6 @@ def normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def short(text: str) -> str:
-    """Return a text as a message quotes it."""
-    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+def same(option: str, answer: str) -> bool:
+    """Whether two texts are the same but for case and spaces; a text of millions is not looked through for that."""
+    return len(option) <= 2 * len(answer) + 100 and normal(option) == normal(answer)
