@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_lora.elbo import divergence
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.families import Parts, from_parts, to_parts
 from bayes_lora.models.hierarchical_model import HierarchicalModel
 from bayes_lora.types import Likelihood, Sites
@@ -52,7 +52,8 @@ class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
     def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
         """The same for a larger batch."""
         batch = (*batch_shape, self.logits.shape[-1])
-        return Mixture(self.logits.expand(batch), self.component_distribution.expand(batch), validate_args=False)
+        components = self.component_distribution.expand(batch)
+        return Mixture(self.logits.expand(batch), components, validate_args=self._validate_args)
 
     @property
     def logits(self) -> Tensor:
@@ -143,27 +144,38 @@ class ClusterMixture(HierarchicalModel):
     def initial_theta(self) -> Sites:
         """Where guides start each theta site: clusters apart, always in the same way, or they would stay alike."""
         generator = torch.Generator().manual_seed(0)
-        like = next(iter(self.initial.values()))
-        theta = {"theta.logits": like.new_zeros(self.num_clusters, 1, 1)}
+        like, shapes = next(iter(self.initial.values())), self.theta_shapes()
+        theta = {"theta.logits": like.new_zeros(shapes["theta.logits"])}
         for site, value in self.initial.items():
-            theta[f"theta.loc.{site}"] = value
+            loc, precision = f"theta.loc.{site}", f"theta.precision.{site}"
+            theta[loc] = value
             if site in self.random_sites:
-                scale, shape = self.initial_scale[".lora_B" in site], (self.num_clusters, *value.shape)
-                noise = torch.randn(shape, generator=generator, dtype=value.dtype).to(value.device)
-                theta[f"theta.loc.{site}"] = value + self.spread * scale * noise
-                theta[f"theta.precision.{site}"] = value.new_full((*shape[:2], 1, 1), scale**-2)
+                scale = self.initial_scale[".lora_B" in site]
+                noise = torch.randn(shapes[loc], generator=generator, dtype=value.dtype).to(value.device)
+                theta[loc] = value + self.spread * scale * noise
+                theta[precision] = value.new_full(shapes[precision], scale**-2)
         return theta
+
+    def theta_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Event shape of each theta site, without the noise of their start, which costs as much as a draw of phi."""
+        shapes: dict[str, tuple[int, ...]] = {"theta.logits": (self.num_clusters, 1, 1)}
+        for site, value in self.initial.items():
+            shapes[f"theta.loc.{site}"] = tuple(value.shape)
+            if site in self.random_sites:
+                shapes[f"theta.loc.{site}"] = (self.num_clusters, *value.shape)
+                shapes[f"theta.precision.{site}"] = (self.num_clusters, len(value), 1, 1)
+        return shapes
 
     def theta(self) -> Sites:
         """Sample p(theta)."""
         theta: Sites = {}
-        for name, value in self.initial_theta().items():
+        for name, shape in self.theta_shapes().items():
             prior: dist.TorchDistribution = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale)
             if name == "theta.logits":
                 prior = dist.Normal(torch.zeros_like(self.loc_scale), 1.0)
             elif name.startswith("theta.precision."):
                 prior = dist.Gamma(self.concentration, self.rate)
-            theta[name] = pyro.sample(name, prior.expand(value.shape).to_event(value.ndim))
+            theta[name] = pyro.sample(name, prior.expand(shape).to_event(len(shape)))
         return theta
 
     def components(self, theta: Sites) -> dict[str, Any]:
@@ -197,15 +209,24 @@ class ClusterMixture(HierarchicalModel):
         return phi
 
     def cluster_probs(self, q: dict[str, Any], theta: Sites) -> Tensor:
-        r"""Each task's cluster probabilities under its posterior, ``(T, K)``.
+        r"""Each task's cluster probabilities under its posterior, ``(T, K)``; leading draws or components are kept.
 
         .. math:: r_{ik} \propto \pi_k \exp\big(-\textstyle\sum_s \mathrm{KL}(q_i(\phi_s) \,\|\, p_k(\phi_s))\big)
+
+        The weights that make the bound: up to their sum, p(k | data) times exp(-KL(q || p(phi | data, k))). They are
+        exact where q is as far from the posteriors given each cluster, as with many examples or clusters far apart.
 
         Args:
             q: per random site a distribution with batch ``(T, 1)``, such as ``TaskPosterior.distributions()``.
             theta: values of the theta sites.
+
+        Raises:
+            SiteError: q lacks a site, as a point does, which has no divergence.
         """
         prior = self.phi_prior(theta)
+        missing = [site for site in prior if site not in q]
+        if missing:
+            raise SiteError(f"cluster_probs: expected q of {list(prior)}, got none of {missing}. A point has none.")
         total: Any = sum(-fn.divergences(q[site]) for site, fn in prior.items())
         probs: Tensor = (self.log_weights(theta) + total).softmax(-1)
-        return probs.flatten(0, -2)
+        return probs.squeeze(-2)  # of the examples' dimension

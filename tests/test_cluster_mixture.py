@@ -6,16 +6,17 @@ import pyro
 import pytest
 import torch
 from conjugate import NOISE, RANK, SITE, A, LinearLikelihood, LinearModel, linear_episode
-from pyro.infer import TraceMeanField_ELBO
-from torch.distributions import Gamma, Independent, Normal
+from pyro.infer import SVI, TraceMeanField_ELBO
+from torch.distributions import Gamma, Independent, MultivariateNormal, Normal, kl_divergence
 
 from bayes_lora.elbo import AnalyticELBO, divergence
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.families import from_parts, to_parts
 from bayes_lora.guides import GradientGuide, MeanField, NormalTheta, PointTheta, SharedMeanField
-from bayes_lora.models import ClusterMixture
+from bayes_lora.models import ClusterMixture, LayerwiseScale
 from bayes_lora.models.cluster_mixture import Mixture
 from bayes_lora.objective import BetaELBO
+from bayes_lora.task_posterior import TaskPosterior
 
 SHAPES = {"q.lora_A": (2, 3, 4), "q.lora_B": (2, 5, 3)}
 
@@ -225,3 +226,255 @@ def test_what_is_refused():
             mixture(**wrong)
     with pytest.raises(ConfigError, match="random: expected 'A', 'B' or 'AB', got 'C'"):
         mixture(random="C")
+
+
+def of_sites(model, theta, phi):
+    """log p(phi | theta, k) + log pi_k by loops, ``(T, K)``."""
+    log_pi, tasks = theta["theta.logits"].flatten().log_softmax(0), len(next(iter(phi.values())))
+    rows = []
+    for t in range(tasks):
+        row = []
+        for k in range(model.num_clusters):
+            term = log_pi[k]
+            for site, value in phi.items():
+                loc, scale = theta[f"theta.loc.{site}"][k], theta[f"theta.precision.{site}"][k].rsqrt()
+                term = term + Normal(loc, scale).log_prob(value[t, 0]).sum()
+            row.append(term)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def test_the_order_of_sites_does_not_matter():
+    """Each site's density given those before it depends on the order; their product does not."""
+    model, theta = mixture(spread=0.6)
+    episode = linear_episode(torch.zeros(2, 3, 3), torch.zeros(2, 3))
+    phi = {site: theta[f"theta.loc.{site}"][1] + 0.1 * noise(2, 1, *shape, seed=7) for site, shape in SHAPES.items()}
+    data = theta | {f"phi.{site}": value for site, value in phi.items()}
+    found = []
+    for order in (list(SHAPES), list(SHAPES)[::-1]):
+        model.random_sites = order
+        trace = pyro.poutine.trace(pyro.condition(model.sample_phi, data=data)).get_trace(episode)
+        trace.compute_log_prob()
+        found.append(torch.stack([trace.nodes[f"phi.{site}"]["log_prob"][:, 0] for site in SHAPES]))
+    expected = of_sites(model, theta, phi).logsumexp(-1)
+    for each in found:
+        torch.testing.assert_close(each.sum(0), expected)
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+def test_one_cluster_is_a_normal_prior():
+    model, theta = mixture(clusters=1)
+    plain = LayerwiseScale(Silent(), model.initial)
+    same = {name: value[0] if name != "theta.logits" else value for name, value in theta.items()}
+    episode = linear_episode(torch.zeros(2, 3, 3), torch.zeros(2, 3))
+    phi = {f"phi.{site}": noise(2, 1, *shape, seed=7) for site, shape in SHAPES.items()}
+    found = []
+    for program, values in ((model, theta), (plain, same)):
+        trace = pyro.poutine.trace(pyro.condition(program.sample_phi, data=values | phi)).get_trace(episode)
+        trace.compute_log_prob()
+        found.append([trace.nodes[name]["log_prob"] for name in phi])
+    torch.testing.assert_close(*found)
+
+
+def test_a_task_s_sites_are_of_one_cluster():
+    """Draws of the program, clusters far apart: both sites of the same one, as often as pi says (5 standard errors)."""
+    model, theta = mixture(spread=40.0)
+    theta["theta.logits"] = torch.tensor([0.5, 0.2, 0.3]).double().log().view(3, 1, 1)
+    count = 2000
+    episode = linear_episode(torch.zeros(count, 1, 3), torch.zeros(count, 1))
+    with torch.no_grad():
+        phi = pyro.condition(model.sample_phi, data=theta)(episode)
+    nearest = [
+        (value - theta[f"theta.loc.{site}"]).square().sum((-3, -2, -1)).argmin(-1) for site, value in phi.items()
+    ]
+    assert torch.equal(*nearest) and nearest[0].shape == (count,)
+    share = torch.bincount(nearest[0], minlength=3) / count
+    pi = theta["theta.logits"].flatten().exp()
+    assert ((share - pi).abs() < 5 * (pi * (1 - pi) / count).sqrt()).all()
+
+
+def test_gradients_of_the_bound_reach_weights_and_clusters():
+    """Against autograd of the formula, written out with torch's own divergences."""
+    # Near each other, for far apart one cluster would have all the weight and the others no gradient.
+    parts = [noise(2, 1, 3, seed=4), 0.1 * noise(3, 2, 3, 4, seed=5), (0.1 * noise(3, 2, 1, 1, seed=6)).exp()]
+    ours, theirs = ([value.clone().requires_grad_() for value in parts] for _ in range(2))
+    q = Independent(Normal(0.3 * noise(2, 1, 2, 3, 4, seed=8), (0.3 * noise(2, 1, 2, 3, 4, seed=9)).exp()), 3)
+    found = Mixture(ours[0], pyro.distributions.Normal(*ours[1:]).to_event(3)).divergence_from(q)
+    terms = []
+    for k in range(3):
+        kl = torch.distributions.kl_divergence(q, Independent(Normal(theirs[1][k], theirs[2][k].expand(2, 3, 4)), 3))
+        terms.append(theirs[0].log_softmax(-1)[..., k] - kl)
+    expected = -torch.stack(terms).logsumexp(0)
+    torch.testing.assert_close(found, expected)
+    cotangent = noise(2, 1, seed=10)
+    for got, want in zip(
+        torch.autograd.grad(found, ours, cotangent), torch.autograd.grad(expected, theirs, cotangent), strict=True
+    ):
+        assert want.abs().min() > 1e-6
+        torch.testing.assert_close(got, want)
+
+
+def test_the_bound_of_a_point():
+    """Of a point it is no bound but the negative log-density itself."""
+    p = random_mixture(batch=())
+    point = noise(4, 1, 2, 3, 4, seed=8)
+    torch.testing.assert_close(divergence(pyro.distributions.Delta(point, event_dim=3), p), -p.log_prob(point))
+
+
+def exact_clusters(theta, examples):
+    """Of 12 linear tasks: log p(k | data) ``(T, K)`` of the evidence, and per cluster p(phi | data, k), ``(T, r)``."""
+    # Orthogonal columns: given a cluster, a posterior's elements are independent.
+    f, _ = torch.linalg.qr(noise(12, examples, RANK, seed=examples))
+    f = f * torch.tensor([2.5, 1.2]).double() * (examples / 4) ** 0.5
+    locs, scales = theta[f"theta.loc.{SITE}"][:, 0, 0], theta[f"theta.precision.{SITE}"].flatten().rsqrt()
+    b = locs[[0, 1] * 6] + 0.6 * noise(12, RANK, seed=2)
+    y = (f * b[:, None]).sum(-1) + NOISE * noise(12, examples, seed=3)
+    log_joint, posteriors = [], []
+    for log_pi, loc, tau in zip(theta["theta.logits"].flatten().log_softmax(0), locs, scales, strict=True):
+        covariance = NOISE**2 * torch.eye(examples).double() + tau**2 * f @ f.mT
+        log_joint.append(log_pi + MultivariateNormal(f @ loc, covariance).log_prob(y))
+        precision = f.square().sum(1) / NOISE**2 + tau**-2
+        mean = ((f * y[..., None]).sum(1) / NOISE**2 + loc / tau**2) / precision
+        posteriors.append(Normal(mean, precision.rsqrt()))
+    return torch.stack(log_joint, -1).log_softmax(-1), posteriors
+
+
+@pytest.mark.parametrize(("examples", "within"), [(4, 0.3), (400, 0.005)])
+def test_cluster_probabilities_against_the_exact_ones(examples, within):
+    """Linear and conjugate: log r_k + KL(q || p(phi | data, k)) is log p(k | data) up to a constant, whatever q.
+
+    With q the posterior given the likelier cluster they are near the exact ones, the nearer the more examples there
+    are, and name the same cluster; clusters overlap.
+    """
+    theta = {
+        "theta.logits": torch.tensor([0.3, -0.2]).double().view(2, 1, 1),
+        f"theta.loc.{SITE}": torch.tensor([[0.6, -0.4], [-0.3, 0.5]]).double().view(2, 1, 1, RANK),
+        f"theta.precision.{SITE}": torch.tensor([0.5, 0.8]).double().pow(-2).view(2, 1, 1, 1),
+    }
+    exact, posteriors = exact_clusters(theta, examples)
+    likelier = exact.argmax(-1)
+    assert (exact.exp().amax(-1) < 0.97).sum() > 5 and len(likelier.unique()) == 2
+    best = Normal(*(torch.where(likelier[:, None] == 0, *pair) for pair in
+                    ([p.mean for p in posteriors], [p.stddev for p in posteriors])))  # fmt: skip
+    for q in (best, Normal(best.mean + 0.2, 1.3 * best.stddev)):
+        at_site = Independent(Normal(*(value.view(12, 1, 1, 1, RANK) for value in (q.mean, q.stddev))), 3)
+        probs = Clusters().cluster_probs({SITE: at_site}, theta)
+        gap = torch.stack([kl_divergence(q, p).sum(-1) for p in posteriors], -1)
+        torch.testing.assert_close((probs.log() + gap).log_softmax(-1), exact)
+        if q is best:
+            assert torch.equal(probs.argmax(-1), likelier) and (probs - exact.exp()).abs().max() < within
+
+
+def test_cluster_probabilities_of_adapted_tasks(lm):
+    """Those of TaskPosterior.distributions(), by loops; leading components and draws of theta are kept."""
+    model = ClusterMixture(lm, lm.sites.initial(), num_clusters=3, random="B")
+    theta = {name: value + 0.02 * noise(*value.shape, seed=1) for name, value in model.initial_theta().items()}
+    loc = {site: 0.02 * noise(2, 1, *shape, seed=len(site)) for site, shape in lm.sites.shapes.items()}
+    scale = {site: torch.full_like(loc[site], 0.04) for site in model.random_sites}
+    q = TaskPosterior(lm, loc, scale, ("one", "other")).distributions()
+    found = model.cluster_probs(q, theta)
+    assert found.shape == (2, 3)
+    log_pi = theta["theta.logits"].flatten().log_softmax(0)
+    for t in range(2):
+        expected = log_pi.clone()
+        for k in range(3):
+            for site in model.random_sites:
+                p = Normal(theta[f"theta.loc.{site}"][k], theta[f"theta.precision.{site}"][k].rsqrt())
+                expected[k] -= kl_divergence(Normal(loc[site][t, 0], scale[site][t, 0]), p).sum()
+        torch.testing.assert_close(found[t], expected.softmax(0))
+    draws = {name: value.expand(5, 1, 1, *value.shape) for name, value in theta.items()}
+    torch.testing.assert_close(model.cluster_probs(q, draws), found.expand(5, 2, 3))
+    members = {site: fn.expand((4, 2, 1)) for site, fn in q.items()}
+    torch.testing.assert_close(model.cluster_probs(members, theta), found.expand(4, 2, 3))
+
+
+@pytest.mark.parametrize("theta_guide", [PointTheta, NormalTheta])
+def test_pyro_s_estimator_is_the_explicit_density_s(theta_guide):
+    """Of the same draws, two sites and a plate of theta's draws: log q - log p of the mixture by loops, to rounding."""
+    model, _ = mixture(spread=0.6)
+    guide, count = SharedMeanField(model, theta=theta_guide), 6
+    episode = linear_episode(torch.zeros(2, 3, 3), torch.zeros(2, 3))
+
+    def both():
+        with pyro.plate("draws", count, dim=-3):
+            guide_trace = pyro.poutine.trace(guide).get_trace(episode)
+            model_trace = pyro.poutine.trace(pyro.poutine.replay(model.sample_phi, guide_trace)).get_trace(episode)
+        return guide_trace, model_trace
+
+    q, p = both()
+    for trace in (q, p):
+        trace.compute_log_prob()
+    found = sum(p.nodes[f"phi.{site}"]["log_prob"] for site in SHAPES)
+    assert found.shape == (count, 2, 1)
+    for s in range(count):
+        names = [name for name in p.nodes if name.startswith("theta.")]
+        theta = {n: v.expand(count, 1, 1, *v.shape[-p.nodes[n]["fn"].event_dim :])[s, 0, 0]
+                 for n in names for v in [p.nodes[n]["value"]]}  # fmt: skip
+        phi = {site: p.nodes[f"phi.{site}"]["value"][s] for site in SHAPES}
+        torch.testing.assert_close(found[s, :, 0], of_sites(model, theta, phi).logsumexp(-1))
+
+
+def test_estimators_agree_with_a_loop():
+    """TraceMeanField_ELBO's mean is that of log q - log p by loops; the bound's is above: 4 standard errors.
+
+    Two sites, q(phi) between two clusters, so that the bound is not tight.
+    """
+    model, _ = mixture(spread=0.1)
+    guide, count = SharedMeanField(model), 1000
+    episode = linear_episode(torch.zeros(2, 3, 3), torch.zeros(2, 3))
+    losses = {}
+    for name, make in (("exact", TraceMeanField_ELBO), ("bound", AnalyticELBO)):
+        torch.manual_seed(4)
+        elbo = make(num_particles=count, max_plate_nesting=2, vectorize_particles=True)
+        objective = BetaELBO(model, guide, elbo=elbo)
+        losses[name] = torch.stack([objective(episode).detach() for _ in range(4)])
+    with torch.no_grad():
+        theta = guide.theta()
+        q = {site: fn.base_dist for site, fn in guide.posterior(episode, theta).items()}
+        torch.manual_seed(5)
+        draws = [{site: fn.sample() for site, fn in q.items()} for _ in range(count)]
+        log_p = torch.stack([of_sites(model, theta, phi).logsumexp(-1).sum() for phi in draws])
+        log_q = torch.stack([sum(fn.log_prob(phi[site]).sum() for site, fn in q.items()) for phi in draws])
+        hyper = pyro.poutine.trace(pyro.condition(model.theta, data=theta)).get_trace().log_prob_sum()
+    loop = log_q - log_p - hyper + 6 * math.log(2.0)  # Silent: two options alike, of 2 tasks with 3 examples
+    exact, bound = losses["exact"], losses["bound"]
+    error = math.sqrt(float(exact.var()) / 4 + float(loop.var()) / count)
+    assert abs(float(exact.mean() - loop.mean())) < 4 * error
+    assert bound.mean() > loop.mean() + 4 * error
+
+
+def test_svi_runs_with_both_estimators():
+    _, episode = tasks_of_two_kinds(count=3)
+    for make in (TraceMeanField_ELBO, AnalyticELBO):
+        model = Clusters()
+        guide = SharedMeanField(model)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), make(num_particles=8, max_plate_nesting=2,
+                                                                 vectorize_particles=True))  # fmt: skip
+        torch.manual_seed(0)
+        losses = [svi.step(episode) for _ in range(60)]
+        assert sum(losses[-10:]) < sum(losses[:10]) - 10
+
+
+def test_the_start_is_fixed_and_draws_no_random_numbers():
+    model, _ = mixture(spread=0.5)
+    before = torch.get_rng_state()
+    one, other = model.initial_theta(), model.initial_theta()
+    assert torch.equal(before, torch.get_rng_state())
+    for name, value in one.items():
+        assert torch.equal(value, other[name]) and value.shape == model.theta()[name].shape
+    for site, start in model.initial.items():
+        away = (one[f"theta.loc.{site}"] - start) / (0.5 * model.initial_scale[".lora_B" in site])
+        assert away.shape == (3, *start.shape) and 0.7 < away.std() < 1.3
+        assert (away[0] - away[1]).abs().min() > 0
+
+
+def test_shapes_are_checked(lm):
+    wide = random_mixture().expand((7, 2, 1))
+    with pytest.raises(ValueError, match="right-most size of value must match event_shape"):
+        wide.log_prob(torch.zeros(2, 3, 1).double())
+    with pytest.raises(RuntimeError, match="[Ss]hape mismatch|broadcast"):
+        Mixture(torch.zeros(4), random_mixture().component_distribution)
+    initial = lm.sites.initial()
+    site = next(iter(initial))
+    with pytest.raises(SiteError, match=site):
+        ClusterMixture(lm, initial | {site: initial[site][:1]})
