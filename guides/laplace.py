@@ -36,7 +36,8 @@ __all__ = ["Laplace"]
 class Laplace(PyroModule):
     """q(theta) q(phi | support), a normal around the most probable phi.
 
-    For theta's gradient the displacement of the steps and the Fisher information are constants.
+    For theta's gradient the displacement of the steps and the Fisher information are constants, and with a Kronecker
+    Fisher the prior's standard deviations, in whose units it is measured, as well.
 
     Args:
         model: a hierarchical model whose p(phi | theta) is normal.
@@ -77,6 +78,8 @@ class Laplace(PyroModule):
                 f"beta; got steps={steps}, num_samples={num_samples}, batch_size={batch_size}, "
                 f"learning_rate={learning_rate}, beta={beta}."
             )
+        if optimizer not in ("sgd", "adam"):
+            raise ConfigError(f"optimizer: expected 'sgd' or 'adam', got {optimizer!r}.")
         if curvature not in ("diagonal", "kronecker"):
             raise ConfigError(f"curvature: expected 'diagonal' or 'kronecker', got {curvature!r}.")
         if prior_precision not in ("prior", "marginal-likelihood"):
@@ -152,8 +155,10 @@ class Laplace(PyroModule):
         if self.prior_precision == "prior":
             return precision
         size = mode.square().sum((-2, -1), keepdim=True)
-        for _ in range(30):
+        for _ in range(60):
             determined = (values / (values + precision)).sum((-2, -1), keepdim=True)
             # Where the data say nothing, or the mode has not moved, any precision will do: it stays within bounds.
-            precision = (determined / size).clamp(1e-3, 1e3).nan_to_num(1.0)
+            target = (determined / size).clamp(1e-3, 1e3).nan_to_num(1.0)
+            # Half the way in the logarithm: the whole way would go to and fro where data are weaker than the prior.
+            precision = (precision * target).sqrt()
         return precision

@@ -138,6 +138,16 @@ def test_laplace_s_evidence_is_greatest_at_its_precision():
     assert (precision.flatten() - 1.0).abs().max() > 0.2
 
 
+@pytest.mark.parametrize(("f", "size"), [(0.01, 0.1), (0.1, 1.0), (1.0, 10.0), (30.0, 2000.0)])
+def test_laplace_s_precision_settles_where_data_are_weak(f, size):
+    """1,000 weights of one eigenvalue: lambda = n f / (f + lambda) / |u|^2, a quadratic, in closed form."""
+    guide = kronecker_laplace(LinearModel(), prior_precision="marginal-likelihood")
+    values = torch.full((1, 1, 1, 10, 100), f, dtype=torch.float64)
+    mode = torch.full_like(values, (size / 1000) ** 0.5)
+    expected = (-f + math.sqrt(f**2 + 4 * 1000 * f / size)) / 2
+    assert float(guide._precision(values, mode)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_samples_of_langevin_dynamics():
     """Stationary covariance P^-1 (I - eps P / 4)^-1 in the prior's units; 3 x 400 chains, 5.5 standard errors."""
     x, _, y = make_data()
