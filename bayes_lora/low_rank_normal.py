@@ -76,10 +76,11 @@ class LowRankNormal(WeightDistribution):
 
     def log_volume(self) -> Tensor:
         r""":math:`\tfrac12 \log\det(I + F^\top \mathrm{diag}(\sigma^{-2}) F)`, by which F adds to the entropy."""
-        scaled = (self.factor / self.scale[..., None]).flatten(-4, -2)
+        # In 64 bits: directions may be nearly alike, and the sums run over millions of weights.
+        scaled = (self.factor / self.scale[..., None]).flatten(-4, -2).double()
         inside = scaled.mT @ scaled + torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
         root: Tensor = torch.linalg.cholesky(inside)
-        return root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return root.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.loc.dtype)
 
 
 @register_kl(LowRankNormal, torch.distributions.Independent)  # type: ignore[untyped-decorator]

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bayes_lora.deferred import DeferredWeight
+from bayes_lora.dropped_point import DroppedPoint
 from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
 from bayes_lora.factored_normal import FactoredNormal
 from bayes_lora.identity import check_identity, identity
+from bayes_lora.kronecker_normal import KroneckerNormal
 from bayes_lora.language_model import LanguageModel
+from bayes_lora.low_rank_normal import LowRankNormal
 from bayes_lora.metrics import Metrics, compute_metrics
 from bayes_lora.seeding import seeded
 from bayes_lora.sites import factor_sites
@@ -34,6 +37,9 @@ __all__ = ["TaskPosterior", "predictive", "score"]
 
 TASK, WITH_COMPONENTS = -5, 6
 """The tasks' dimension of ``(T, 1, layers, out, in)``, and how many there are where components stand before it."""
+
+FAMILIES = {cls.__name__: cls for cls in (DroppedPoint, KroneckerNormal, LowRankNormal)}
+"""By the names under which files have them."""
 
 TENSORS, NAMES = "task_posterior.safetensors", "task_posterior.json"
 
@@ -107,8 +113,11 @@ class TaskPosterior:
         generator = torch.Generator().manual_seed(seed)
         count = self.num_components
         turns = torch.arange(num_draws)
-        # Fewer draws than components are spread over them, for a sampler's neighbours are alike.
-        chosen = turns % count if num_draws >= count else turns * count // num_draws
+        # Fewer draws than components are spread over them, for a sampler's neighbours are alike, from one by the seed.
+        chosen = turns % count
+        if num_draws < count:
+            first = torch.randint(count, (), generator=generator)
+            chosen = (turns * count // num_draws + first) % count
 
         def taken(value: Tensor) -> Tensor:
             return value[chosen.to(value.device)] if value.ndim == WITH_COMPONENTS else value[None]
@@ -271,7 +280,7 @@ class TaskPosterior:
             else:
                 parts.get(part, {})[site] = value.to(lm.device)
         try:
-            families: Mapping[str, Any] = WeightDistribution.families
+            families: Mapping[str, Any] = FAMILIES
             fns = {site: families[kind](**joint[site]) for site, kind in facts.get("families", {}).items()}
             for site, fn in fns.items():
                 parts["loc"][site], parts["scale"][site] = fn.mean, fn.stddev
@@ -288,7 +297,10 @@ class TaskPosterior:
         except (SiteError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
         check_identity(facts, lm, Path(path))
-        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"], fns, float(facts.get("temperature", 1.0)))
+        temperature = facts.get("temperature", 1.0)  # older folders have none
+        if not isinstance(temperature, int | float) or not temperature > 0:
+            raise PosteriorError(f"{path}: expected a positive 'temperature', got {temperature!r}. Adapt again.")
+        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"], fns, float(temperature))
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.

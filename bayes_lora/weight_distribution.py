@@ -19,12 +19,9 @@ Noise = Callable[[torch.Size], Tensor]
 class WeightDistribution(TorchDistribution):
     """A distribution of event shape ``(layers, out, in)``; a subclass says what it is made of, and how it is drawn.
 
-    Subclasses are found by name in :attr:`families`, so that what is saved can be read again.
-
     Attributes:
         dims: for each tensor of the constructor, in its order, how many of its dimensions are no batch. The first is
             the location.
-        families: name to subclass.
 
     Args:
         tensors: by name; None where a subclass can do without one.
@@ -35,14 +32,9 @@ class WeightDistribution(TorchDistribution):
     """
 
     dims: ClassVar[dict[str, int]]
-    families: ClassVar[dict[str, type[WeightDistribution]]] = {}
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.independent(constraints.real, 3)
     has_rsample = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        WeightDistribution.families[cls.__name__] = cls
 
     def __init__(self, *, validate_args: bool | None = None, **tensors: Tensor | None) -> None:
         given = {name: value for name, value in tensors.items() if value is not None}

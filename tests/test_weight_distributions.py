@@ -11,6 +11,7 @@ from bayes_lora.elbo import divergence
 from bayes_lora.families import from_parts, rebuilt, tensors_of, to_parts, widened
 from bayes_lora.kronecker_normal import KroneckerNormal
 from bayes_lora.low_rank_normal import LowRankNormal
+from bayes_lora.task_posterior import FAMILIES
 from bayes_lora.weight_distribution import WeightDistribution
 
 SHAPE, BATCH = (2, 3, 4), (5, 1)  # two layers of 3 x 4 matrices
@@ -129,7 +130,9 @@ def test_parts_tensors_and_width(fn):
     assert widened(fn, 3.0).mean.equal(fn.mean)
     wide = fn.expand((7, *BATCH))
     assert wide.batch_shape == (7, *BATCH) and wide.rsample().shape == (7, *BATCH, *SHAPE)
-    assert WeightDistribution.families[type(fn).__name__] is type(fn)
+    assert FAMILIES[type(fn).__name__] is type(fn) and set(FAMILIES.values()) == set(
+        WeightDistribution.__subclasses__()
+    )
 
 
 def test_gradients_reach_every_part(fn, prior):
@@ -161,6 +164,16 @@ def test_dropped_columns(prior):
     assert error.abs().max() < 5.5
     assert widened(fn, 3.0) is fn and to_parts(fn).keys() == {"value"}
     assert from_parts(fn.expand((1, *BATCH)), {"value": value}).keep.shape == (1, *BATCH)
+
+
+def test_directions_that_are_nearly_alike_in_32_bits():
+    """The determinant of a million weights' covariance, against 64 bits."""
+    line = noise(1, 1000, 1000)
+    factor = torch.stack([line * (1 + i) + 1e-3 * noise(1, 1000, 1000, seed=i) for i in range(5)], -1)
+    one = LowRankNormal(line, torch.ones_like(line), factor)
+    other = one.map(lambda _, value: value.float())
+    assert other.log_volume().dtype == torch.float32
+    torch.testing.assert_close(other.log_volume().double(), one.log_volume(), rtol=1e-3, atol=0.0)
 
 
 def test_what_does_not_fit(prior):
