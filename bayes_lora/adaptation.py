@@ -136,6 +136,11 @@ def one_pass(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Site
         if hasattr(guide, "members"):
             thetas = [member.theta() for member in guide.members]
             found = [member.posterior(episode.support, one) for member, one in zip(guide.members, thetas, strict=True)]
+            several = [
+                type(one).__name__ for one, q in zip(guide.members, found, strict=True) if isinstance(q, Components)
+            ]
+            if several:
+                raise ConfigError(f"adapt: {several[0]} has several components, a member of an ensemble has one.")
             theta = {name: torch.stack([one[name] for one in thetas])[:, None, None] for name in thetas[0]}
             return theta, Components.stack(found)
         if hasattr(guide, "posterior"):

@@ -7,7 +7,7 @@ predicts worse than its mean. Both happen silently: the loss is finite, the dive
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -84,6 +84,7 @@ def diagnose(
     steps: int = 0,
     learning_rate: float = 2e-3,
     width: float = 1.0,
+    temperature: float = 1.0,
     num_draws: int = 10,
     seed: int = 0,
 ) -> Diagnosis:
@@ -96,10 +97,12 @@ def diagnose(
         steps: gradient steps after the guide's one pass.
         learning_rate: theirs.
         width: factor on the standard deviations.
+        temperature: by which option scores are divided.
         num_draws: S.
         seed: of the draws.
     """
     adapted, theta = adapt_at(objective, lm, tasks, steps, learning_rate, width, seed)
+    adapted = replace(adapted, temperature=temperature)
     queries = [task.query for task in tasks]
     mean, drawn = (adapted.predict(queries, num_draws=count, seed=seed) for count in (0, num_draws))
     metrics = [[score(t.query, p) for t, p in zip(tasks, side, strict=True)] for side in (mean, drawn)]

@@ -46,7 +46,8 @@ class ScaleLatents(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         prefix = msg["name"].partition(".")[0]
-        if msg["infer"].get("is_auxiliary") and not msg["is_observed"]:
+        # One that a guide names a part of phi or theta is that alone.
+        if msg["infer"].get("is_auxiliary") and not msg["is_observed"] and prefix not in self.scales:
             if self.scales["phi"] != self.scales["theta"]:
                 raise ConfigError(
                     f"gamma: expected beta, {self.scales['phi']}, for site {msg['name']!r} stands for phi and theta "

@@ -71,8 +71,9 @@ class Posterior:
 
     def diagnose(self, tasks: Sequence[Task], *, steps: int = 0, num_draws: int = 10, seed: int = 0) -> Diagnosis:
         """Whether the draws do anything on these tasks' query examples, and how wide each site is beside its prior."""
+        calibration = {"width": self.width, "temperature": self.temperature}
         return diagnose(
-            self.objective, self.lm, list(tasks), steps=steps, width=self.width, num_draws=num_draws, seed=seed
+            self.objective, self.lm, list(tasks), steps=steps, num_draws=num_draws, seed=seed, **calibration
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -128,7 +128,7 @@ def fit(
     prepared = accelerator.prepare_model(objective, device_placement=False)
     stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
     num_data = sum(len(task) for task in sampler.tasks)
-    device = next(objective.parameters()).device
+    device = _device(objective)
     state.average = state.average or {name: p.detach().clone() for name, p in objective.named_parameters()}
     objective.train()
     losses: list[float] = []
@@ -204,6 +204,13 @@ def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor |
     return float(value)
 
 
+def _device(objective: BetaELBO) -> torch.device:
+    """Where the language model is; of another likelihood, where the first parameter is, though tables stay behind."""
+    likelihood = getattr(objective.model.program, "likelihood", None)
+    found: torch.device = getattr(likelihood, "device", next(objective.parameters()).device)
+    return found
+
+
 def _update_average(objective: BetaELBO, state: FitState, decay: float) -> None:
     """Move the average towards the parameters; early on by more, for it began at the start."""
     assert state.average is not None
@@ -240,7 +247,7 @@ def _look(
 ) -> None:
     row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
     assert state.average is not None
-    device = next(objective.parameters()).device
+    device = _device(objective)
     # The same draws at every look, or noise would choose the checkpoint.
     with _averaged(objective, state.average), seeded(config.seed, device):
         if held_back:

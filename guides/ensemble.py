@@ -57,7 +57,10 @@ class Ensemble(PyroModule):
         if num_members < 2:
             raise ConfigError(f"num_members: expected at least 2, got {num_members}.")
         make = make or (lambda model, theta: SharedPoint(model, theta=theta, spread=0.5))
-        self.members = Members([make(model, theta=theta) for _ in range(num_members)])
+        members = [make(model, theta=theta) for _ in range(num_members)]
+        if any(hasattr(member, "members") for member in members):
+            raise ConfigError("make: an ensemble cannot be a member of an ensemble. Raise num_members.")
+        self.members = Members(members)
         show_to_svi(self)
 
     def forward(self, episode: Episode) -> Sites:

@@ -97,8 +97,10 @@ class GradientGuide(PyroModule):
             raise ConfigError(
                 "start: SharedPoint has no scale for the steps to begin at. Use SharedMeanField, or family=Point()."
             )
-        if second_order and not follow_theta:
-            raise ConfigError("second_order: theta's gradient flows through no step where follow_theta is False.")
+        if start is not None and not hasattr(start, "theta"):
+            raise ConfigError(f"start: {type(start).__name__} has no theta of its own. Start from one of its members.")
+        if (second_order or learn_rates) and not follow_theta:
+            raise ConfigError("second_order, learn_rates: no gradient flows through steps where follow_theta is False.")
         self.start, self.family, self.follow_theta = start, family, follow_theta
         if start is None:
             self.own_theta = theta(model)
@@ -145,6 +147,7 @@ class GradientGuide(PyroModule):
         mean = {site: self.theta.distribution(site).mean for site in self.theta.positive}
         start = self._begin(support, mean)
         if not self.steps and self.start is None:
+            start = self._begin(support, theta)  # at the draw of theta, not at its mean
             return from_point(start, to_point(start, tasks))
         moved = self.displacement(support, mean, start) if self.steps else {}
         end = {key: value + moved.get(key, 0.0) for key, value in to_point(start, tasks).items()}
@@ -160,7 +163,15 @@ class GradientGuide(PyroModule):
             raise ConfigError(
                 f"start: {type(self.start).__name__} has several components, and the steps one beginning."
             )
-        return self._family(begin)
+        begin = self._family(begin)
+        expected, got = (to_point(one).keys() for one in (self._family(model.phi_prior(theta)), begin))
+        if expected != got:
+            parts = [sorted({part for part, _ in one}) for one in (expected, got)]
+            raise ConfigError(
+                f"start: expected a guide of the family of p(phi | theta), with parts {parts[0]}; "
+                f"{type(self.start).__name__} has {parts[1]}. Use SharedMeanField, MeanField or GuideNetwork."
+            )
+        return begin
 
     def _family(self, fns: Distributions) -> Distributions:
         return {site: self.family(site, fn) for site, fn in fns.items()}

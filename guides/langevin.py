@@ -59,7 +59,12 @@ class SGLD(PyroModule):
         beta: float = 1.0,
     ) -> None:
         super().__init__()
-        if min(num_samples, thinning, batch_size or 1) < 1 or burn_in < 0 or not step_size > 0 or not beta > 0:
+        if (
+            min(num_samples, thinning, 1 if batch_size is None else batch_size) < 1
+            or burn_in < 0
+            or not step_size > 0
+            or not beta > 0
+        ):
             raise ConfigError(
                 "expected num_samples, thinning and batch_size of at least 1, burn_in of at least 0, positive "
                 f"step_size and beta; got num_samples={num_samples}, thinning={thinning}, batch_size={batch_size}, "

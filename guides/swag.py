@@ -71,7 +71,9 @@ class SWAG(PyroModule):
                 "expected rank of at least 2, and as many steps after burn_in; got "
                 f"rank={rank}, steps={steps}, burn_in={burn_in}."
             )
-        if not min(learning_rate, beta, floor, batch_size or 1) > 0:
+        if optimizer not in ("sgd", "adam"):
+            raise ConfigError(f"optimizer: expected 'sgd' or 'adam', got {optimizer!r}.")
+        if not min(learning_rate, beta, floor, 1 if batch_size is None else batch_size) > 0:
             raise ConfigError(
                 "expected positive learning_rate, beta, floor and batch_size; got "
                 f"learning_rate={learning_rate}, beta={beta}, floor={floor}, batch_size={batch_size}."

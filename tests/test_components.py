@@ -1,5 +1,9 @@
 """Posteriors of several components, and of joint families: draws, adaptation, saving, on a tiny language model."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pyro
 import pytest
 import torch
@@ -17,6 +21,7 @@ from bayes_lora.guides import (
     GradientGuide,
     LowRank,
     MeanField,
+    NormalTheta,
     Point,
     SharedMeanField,
     SharedPoint,
@@ -85,7 +90,13 @@ def test_fewer_draws_than_components_are_spread_over_them(lm, split):
     model = HierarchicalNormal(lm, start(lm), random="B")
     adapted = adapt(BetaELBO(model, SGLD(model, num_samples=10, burn_in=0, thinning=1)), lm, split)
     site = "q_proj.lora_B"
-    assert torch.equal(adapted.draw(3)[site], adapted.loc[site][[0, 3, 6]])
+    firsts = set()
+    for seed in range(30):
+        drawn = adapted.draw(3, seed=seed)[site]
+        [first] = [k for k in range(10) if torch.equal(drawn[0], adapted.loc[site][k])]
+        assert torch.equal(drawn, adapted.loc[site][[(first + shift) % 10 for shift in (0, 3, 6)]])
+        firsts.add(first)
+    assert len(firsts) > 5
 
 
 def test_members_adapt_as_they_would_alone(lm, split):
@@ -256,6 +267,28 @@ def test_the_terms_of_a_flow_are_its_loss(lm):
     assert terms["nll"] + 1e-2 * (terms["kl"] + hyper) == pytest.approx(float(loss.detach()))
 
 
+def test_a_flow_s_own_sites_are_weighed_as_phi(lm):
+    """With gamma unlike beta they are phi's, whose weight alone changes the loss as phi's terms say."""
+    model = PRIORS["IndependentNormal"](lm)
+    guide = GUIDES["FlowNetwork"](model).eval()
+    losses, episode = [], episodes(lm)[0]
+    for beta in (0.1, 0.2):
+        objective = BetaELBO(model, guide, beta=beta, gamma=0.5)
+        torch.manual_seed(5)
+        losses.append(objective(episode).detach())
+        torch.manual_seed(5)
+        terms = objective.terms(episode)
+    torch.testing.assert_close(losses[1] - losses[0], torch.tensor(0.1 * terms["kl"], dtype=torch.float64))
+
+
+def test_no_steps_are_the_prior_at_theta_s_draw(lm):
+    """Then the divergence is zero, whatever was drawn."""
+    model = PRIORS["HierarchicalNormal"](lm)
+    theta = lambda model: NormalTheta(model, initial_scale=0.3)  # noqa: E731
+    terms = BetaELBO(model, GradientGuide(model, steps=0, theta=theta)).terms(episodes(lm)[0])
+    assert terms["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_what_is_refused(lm):
     model = PRIORS["HierarchicalNormal"](lm)
     for make, message in (
@@ -265,9 +298,16 @@ def test_what_is_refused(lm):
         (lambda: SWAG(model, floor=0.0), "floor=0.0"),
         (lambda: SGLD(model, step_size=0.0), "step_size=0.0"),
         (lambda: SGLD(model, thinning=0), "thinning=0"),
+        (lambda: SGLD(model, batch_size=0), "batch_size=0"),
+        (lambda: SWAG(model, batch_size=0), "batch_size=0"),
+        (lambda: SWAG(model, optimizer="Adam"), "optimizer: expected 'sgd' or 'adam', got 'Adam'"),
+        (lambda: GradientGuide(model, learn_rates=True, follow_theta=False), "no gradient flows through steps"),
         (lambda: LowRank(0), r"LowRank: expected rank of at least 1 .* got LowRank\(rank=0"),
         (lambda: GradientGuide(model, start=SharedPoint(model)), r"Use SharedMeanField, or family=Point\(\)"),
-        (lambda: GradientGuide(model, second_order=True, follow_theta=False), "second_order: theta's gradient flows"),
+        (
+            lambda: GradientGuide(model, second_order=True, follow_theta=False),
+            "second_order, learn_rates: no gradient flows",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             make()
@@ -287,6 +327,45 @@ def test_what_is_refused(lm):
     ensemble = Ensemble(model, num_members=2, make=lambda model, theta: SGLD(model, theta=theta))
     with pytest.raises(ConfigError, match="make: SGLD has several components, a member has one"):
         draw_phi(model, ensemble, episodes(lm)[0], 2)
+
+
+def test_guides_that_do_not_fit_into_one_another(lm, split):
+    """Said with a cure, when they are made or first called."""
+    model = PRIORS["HierarchicalNormal"](lm)
+    support = episodes(lm)[0].support
+    for other in (SharedMeanField(model, family=LowRank(2)), SWAG(model), GUIDES["Laplace, Kronecker"](model)):
+        guide = GradientGuide(model, start=other)
+        with pytest.raises(ConfigError, match=r"with parts \['loc', 'log_scale'\]; .* Use SharedMeanField"):
+            guide.posterior(support, guide.theta())
+    with pytest.raises(ConfigError, match="start: Ensemble has no theta of its own"):
+        GradientGuide(model, start=Ensemble(model, num_members=2))
+    inner = lambda model, theta: Ensemble(model, theta=theta, num_members=2)  # noqa: E731
+    with pytest.raises(ConfigError, match="make: an ensemble cannot be a member"):
+        Ensemble(model, make=inner)
+    samplers = Ensemble(model, num_members=2, make=lambda model, theta: SGLD(model, theta=theta, burn_in=0))
+    with pytest.raises(ConfigError, match="adapt: SGLD has several components"):
+        adapt(BetaELBO(model, samplers), lm, split)
+
+
+def test_a_joint_posterior_loads_where_no_guide_was_imported(lm, split, tmp_path):
+    """In another process, by its names alone."""
+    adapt(build(lm, "HierarchicalNormal", "MCDropout").eval(), lm, split).save(tmp_path / "task")
+    code = "import sys; from bayes_lora.task_posterior import FAMILIES; assert 'DroppedPoint' in FAMILIES"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert read_json(tmp_path / "task" / "task_posterior.json")["families"].keys() == {
+        site for site in lm.sites.shapes if "lora_B" in site
+    }
+
+
+def test_episodes_go_where_the_language_model_is(lm):
+    """Not where the first parameter is, which for a prior without theta is a table that stays on the CPU."""
+    from bayes_lora.training import _device
+
+    objective = BetaELBO(model := PRIORS["IndependentNormal"](lm), MeanField(model, num_tasks=4))
+    moved = objective.to("meta")
+    assert _device(moved) == lm.device
+    moved.model.program.likelihood = SimpleNamespace(device=torch.device("meta"))
+    assert _device(moved).type == "meta"
 
 
 def test_steps_from_a_shared_point(lm):

@@ -58,7 +58,20 @@ def test_a_posterior_keeps_and_uses_it(lm, tmp_path):
     [expected] = [(p / 2.5).log_softmax(-1) for p in plain.predict([task.query])]
     for one in (hot, again, loaded, hot.select(task.name)):
         torch.testing.assert_close(one.predict([task.query])[0], expected)
+    facts = read_json(tmp_path / "task" / "task_posterior.json")
+    for wrong in (0, -1.0, "hot"):
+        write_json(tmp_path / "task" / "task_posterior.json", facts | {"temperature": wrong})
+        with pytest.raises(PosteriorError, match=f"expected a positive 'temperature', got {wrong!r}"):
+            type(hot).load(tmp_path / "task", lm)
     facts = read_json(tmp_path / "posterior" / "posterior.json")
     write_json(tmp_path / "posterior" / "posterior.json", facts | {"temperature": 0})
     with pytest.raises(PosteriorError, match="expected a positive 'temperature', got 0"):
         Posterior.load(tmp_path / "posterior", lm)
+
+
+def test_a_diagnosis_is_of_the_tempered_predictions(lm):
+    posterior, _ = fit_posterior(lm, make_tasks(5), CONFIG)
+    tasks = [task.split(4, seed=0) for task in make_tasks(2).values()]
+    posterior.temperature = 3.0
+    expected = posterior.adapt(tasks).evaluate(tasks, num_draws=0)
+    assert posterior.diagnose(tasks).nll[0] == pytest.approx(sum(m.nll for m in expected.values()) / 2)
