@@ -147,7 +147,7 @@ def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
 
 
 def _digest(task: Task) -> str:
-    content = [[example.input, example.options, example.answer] for example in task.examples]
+    content = [[e.input, e.options, e.answer, *e.references] for e in task.examples]
     return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 

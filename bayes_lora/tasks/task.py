@@ -1,4 +1,4 @@
-"""What a task is: labelled multiple-choice examples, in a support half and a query half."""
+"""What a task is: labelled examples, multiple-choice or free-form, in a support half and a query half."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ __all__ = ["Example", "Task", "TaskSet"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One multiple-choice question with its gold answer.
+    """One question with its gold answer: one of its options or, where it has none, free text.
 
     Attributes:
         input: The text that stands before the answer; not blank.
-        options: At least two different, non-blank answers, in the order in which they are scored.
-        answer: Index of the gold option, ``0 <= answer < len(options)``.
+        options: At least two different, non-blank answers, in the order in which they are scored; none where the
+            answer is free.
+        answer: Index of the gold option, ``0 <= answer < len(options)``; 0 where the answer is free.
+        references: Of a free answer the texts that are right, not blank. The first is learnt from; any of them counts
+            as a match. None where there are options.
     """
 
     input: str
-    options: tuple[str, ...]
-    answer: int
+    options: tuple[str, ...] = ()
+    answer: int = 0
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be scored."""
@@ -32,22 +36,33 @@ class Example:
             raise TaskError(f"`input` must be a string, got {type(self.input).__name__}")
         if not self.input.strip():
             raise TaskError(f"`input` is empty (got {self.input!r}): give the text that precedes the answer")
-        self._check_options()
+        for field in ("options", "references"):
+            texts: object = getattr(self, field)
+            if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) for text in texts):
+                raise TaskError(f"`{field}` must be a tuple of strings, got {texts!r}")
+            object.__setattr__(self, field, tuple(texts))  # a list would make the example unhashable
+        if not self.references:
+            self._check_options()
+        elif self.options:
+            raise TaskError(
+                f"`references` {list(self.references)} are of a free answer, but there are `options` "
+                f"{list(self.options)}; give either"
+            )
+        elif not all(text.strip() for text in self.references):
+            raise TaskError(f"`references` holds an empty answer: {list(self.references)}; remove it or fill it in")
         if not isinstance(self.answer, int) or isinstance(self.answer, bool):
             raise TaskError(f"`answer` must be the integer index of an option, got {self.answer!r}")
-        if not 0 <= self.answer < len(self.options):
+        if not 0 <= self.answer < max(1, len(self.options)):
             raise TaskError(
-                f"`answer` must be in 0..{len(self.options) - 1}, the indices of the options "
+                f"`answer` must be in 0..{max(1, len(self.options)) - 1}, the indices of the options "
                 f"{list(self.options)}; got {self.answer}"
             )
+        self._check_characters()
 
     def _check_options(self) -> None:
-        options: object = self.options
-        if not isinstance(options, (tuple, list)) or not all(isinstance(option, str) for option in options):
-            raise TaskError(f"`options` must be a tuple of strings, got {self.options!r}")
-        object.__setattr__(self, "options", tuple(self.options))  # a list would make the example unhashable
         if len(self.options) < 2:
-            raise TaskError(f"`options` must hold at least 2 answers to choose from, got {self.options!r}")
+            cure = "for a free answer, give its texts as `references`"
+            raise TaskError(f"`options` must hold at least 2 answers to choose from, got {self.options!r}; {cure}")
         if not all(option.strip() for option in self.options):
             raise TaskError(f"`options` holds an empty answer: {list(self.options)}; remove it or fill it in")
         if len(set(self.options)) < len(self.options):
@@ -56,19 +71,26 @@ class Example:
                 f"`options` holds {', '.join(map(repr, twice))} more than once: "
                 f"{list(self.options)}; remove repeats (readers do, with merge_duplicates=True)"
             )
+
+    def _check_characters(self) -> None:
         try:
-            "".join((self.input, *self.options)).encode()
+            "".join((self.input, *self.options, *self.references)).encode()
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])
             raise TaskError(
-                f"`input` or `options` holds half of a surrogate pair ({half}), which is no "
+                f"`input`, `options` or `references` holds half of a surrogate pair ({half}), which is no "
                 "character; write both halves"
             ) from None
 
     @property
+    def free_form(self) -> bool:
+        """Whether the answer is free text."""
+        return not self.options
+
+    @property
     def output(self) -> str:
-        """The gold option's text."""
-        return self.options[self.answer]
+        """The gold answer's text; of a free one the first."""
+        return self.references[0] if self.free_form else self.options[self.answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +115,22 @@ class Task:
         object.__setattr__(self, "query", tuple(self.query))
         if not self.examples:
             raise TaskError(f"task {self.name!r} has no examples; give at least one in `support` or `query`")
+        free = sum(example.free_form for example in self.examples)
+        if 0 < free < len(self):
+            raise TaskError(
+                f"task {self.name!r}: {free} of {len(self)} examples have no options, but the others do, and metrics "
+                "of the two kinds cannot be averaged; make two tasks of them"
+            )
 
     @property
     def examples(self) -> tuple[Example, ...]:
         """All examples: support, then query."""
         return self.support + self.query
+
+    @property
+    def free_form(self) -> bool:
+        """Whether answers are free text: then no example has options, else all have."""
+        return self.examples[0].free_form
 
     def __len__(self) -> int:
         """Number of examples, support and query together."""
@@ -155,6 +188,8 @@ class Task:
         """
 
         def shuffled(example: Example) -> Example:
+            if example.free_form:
+                return example
             order = list(range(len(example.options)))
             random.Random(f"{seed} {self.name} {example.input}").shuffle(order)
             return Example(example.input, tuple(example.options[i] for i in order), order.index(example.answer))
@@ -183,7 +218,7 @@ def _check_count(name: str, field: str, count: int | None) -> None:
 def _deal(examples: tuple[Example, ...], rng: random.Random) -> list[Example]:
     """Shuffle; where the label set is fixed, deal one example of each class in turn."""
     shuffled = rng.sample(examples, len(examples))
-    if len({frozenset(example.options) for example in examples}) > 1:
+    if examples[0].free_form or len({frozenset(example.options) for example in examples}) > 1:
         return shuffled
     classes: dict[str, list[Example]] = {}
     for example in shuffled:
