@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +111,7 @@ def show_example(encoder: Encoder, example: Example, demonstrations: Sequence[Ex
     [row] = encoder([example], demonstrations)
     uncut = Encoder(encoder.tokenizer, encoder.template, UNCUT)
     [whole] = uncut([example], demonstrations)
-    pieces = _demonstrations(encoder, row, demonstrations) if row.context is not None else []
+    pieces = _demonstrations(encoder, uncut, row, demonstrations) if row.context is not None else []
     prompt = row.tokens[row.segments == 0].tolist()
     pieces += _divide("prompt", prompt, whole.tokens[whole.segments == 0].tolist())
     seen: list[int] = []
@@ -122,7 +121,7 @@ def show_example(encoder: Encoder, example: Example, demonstrations: Sequence[Ex
             parts.append(Part(kind, _text(encoder.tokenizer, seen, ids), len(ids)))
             seen += ids if kind != "cut" else []
     options = []
-    for index in range(row.num_options):
+    for index in range(row.num_options - row.free_form):
         ids = row.targets[row.target_options == index].tolist()
         texts = (_text(encoder.tokenizer, prompt + ids[:place], [token]) for place, token in enumerate(ids))
         options.append(tuple(texts))
@@ -131,31 +130,29 @@ def show_example(encoder: Encoder, example: Example, demonstrations: Sequence[Ex
 
 
 def _demonstrations(
-    encoder: Encoder, row: EncodedExample, demonstrations: Sequence[Example]
+    encoder: Encoder, uncut: Encoder, row: EncodedExample, demonstrations: Sequence[Example]
 ) -> list[tuple[Kind, list[int]]]:
     """The tokens of a row's context, and those of what was cut of each demonstration or left out whole."""
     assert row.context is not None
-    context = row.context.tokens.tolist()
-    # A demonstration's tokens do not depend on its neighbours', so each is encoded alone, cut and uncut.
-    alone = []
-    for limit in (encoder.max_length, UNCUT):
-        single = Encoder(encoder.tokenizer, encoder.template, limit)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the encoder itself has warned
-            rows = [single([one], [one])[0].context for one in demonstrations]
-        alone.append([one.tokens.tolist() for one in rows if one is not None])
-    start = len(encoder._prefix)
-    pieces: list[tuple[Kind, list[int]]] = [("demonstration", context[:start])]
+    room = len(row.context)
     left_out = len(demonstrations)
-    room = len(context) - start
     while left_out and room > 0:  # those that do not fit are left out from the first on
         left_out -= 1
-        room -= len(alone[0][left_out]) - start
-    for index, (kept, whole) in enumerate(zip(*alone, strict=True)):
-        if index < left_out:
-            pieces.append(("cut", whole[start:]))
-        else:
-            pieces += _divide("demonstration", kept[start:], whole[start:])
+        begins = len(encoder.solved(demonstrations[left_out], True)) == room
+        room -= len(encoder.solved(demonstrations[left_out], begins))
+    first, *others = demonstrations[left_out:]
+    kept, whole = encoder.solved(first, True), uncut.solved(first, True)
+    before = [token for i, one in enumerate(demonstrations[: left_out + 1]) for token in uncut.solved(one, i == 0)]
+    # What stands at the beginning of every text is no part of a demonstration.
+    begin = encoder.prefix or encoder.tokenizer(encoder.frame.first, add_special_tokens=False)["input_ids"]
+    head = next((i for i, (a, b) in enumerate(zip(begin, kept, strict=False)) if a != b), len(begin))
+    pieces: list[tuple[Kind, list[int]]] = [
+        ("demonstration", kept[:head]),
+        ("cut", before[head : head + len(before) - len(whole)]),
+        *_divide("demonstration", kept[head:], whole[head:]),
+    ]
+    for one in others:
+        pieces += _divide("demonstration", encoder.solved(one, False), uncut.solved(one, False))
     return pieces
 
 

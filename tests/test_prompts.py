@@ -351,21 +351,32 @@ QUERY = Example("so so", ("yes", "maybe not"), 1)
 
 
 def test_demonstrations_are_solved_examples(any_tokenizer: Any) -> None:
-    """Prompt and gold option, a gap behind each; what the tokenizer begins a text with stands once, in front."""
+    """Prompt and gold option, a gap between them; what the tokenizer begins a text with stands once, in front."""
     template = PromptTemplate("{input}\nIs it?", " {option}", gap="\n\n")
     encoder = Encoder(any_tokenizer, template)
     [row] = encoder([QUERY], DEMONSTRATIONS)
     [alone] = encoder([QUERY])
     assert row.context is not None
-    pieces = ["a fine film\nIs it?", " not so", "\n\n", "dull\nIs it?", " yes", "\n\n"]
-    text = any_tokenizer.decode(row.context.tokens, skip_special_tokens=True)
-    assert text.replace(" ", "").replace("\n", "") == "".join(pieces).replace(" ", "").replace("\n", "")
+    text = "a fine film\nIs it? not so\n\ndull\nIs it? yes\n\nso so\nIs it?"
     begin = ids_of(any_tokenizer, "a", special=True)[: -len(ids_of(any_tokenizer, "a"))]
-    tokens = [*row.context.tokens.tolist(), *row.tokens.tolist()]
+    tokens = [*row.context.tokens.tolist(), *unpack(row)[0]]
     assert tokens[: len(begin)] == begin
-    assert tokens[len(begin) :].count(1) == 0 or not begin
-    assert [*begin, *row.tokens.tolist()] == alone.tokens.tolist()
+    assert not begin or tokens.count(begin[0]) == 1
+    spelt = any_tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    once = any_tokenizer.decode(ids_of(any_tokenizer, text), clean_up_tokenization_spaces=False)
+    assert spelt == once  # some tokenizers make a space of a line end
     assert torch.equal(row.targets, alone.targets)
+
+
+def test_a_free_answer_in_a_demonstration_is_ended_by_the_gap_alone(any_tokenizer: Any) -> None:
+    """A line end behind it would make three of the two that stand between demonstrations."""
+    shown = [Example("capital of France?", references=("so", "not"))]
+    encoder = Encoder(any_tokenizer, PromptTemplate(free_prompt="{input} A:", gap="||", end="||"))
+    [row] = encoder([Example("of Peru?", references=("good",))], shown)
+    assert row.context is not None
+    tokens = [*row.context.tokens.tolist(), *unpack(row)[0], *row.gold.tolist()]
+    spelt = any_tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert spelt == "capital of France? A: so||of Peru? A: good||"
 
 
 def test_the_gold_answer_of_a_query_is_no_part_of_its_row(tokenizer: Any) -> None:
@@ -390,3 +401,119 @@ def test_demonstrations_that_do_not_fit_are_left_out(tokenizer: Any) -> None:
     assert row.key == encoder([QUERY], [DEMONSTRATIONS[1]])[0].key
     with pytest.raises(TaskError, match="the last one has .* tokens, but the model reads 90"):
         Encoder(tokenizer, max_length=80, max_positions=90)([QUERY], DEMONSTRATIONS)
+
+
+# --- free answers ---
+
+
+def test_a_free_answer_is_scored_with_its_end(any_tokenizer: Any) -> None:
+    """One option of tokens, and one of none, which stands for any other text."""
+    example = Example("yes or no?", references=("maybe not so", "maybe"))
+    [row] = Encoder(any_tokenizer, PromptTemplate(free_prompt="{input} Answer:", end="."))([example])
+    prompt, options = unpack(row)
+    assert (row.free_form, row.num_options, row.answer, options[1]) == (True, 2, 0, [])
+    spelt = any_tokenizer.decode(prompt + options[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert spelt == "yes or no? Answer: maybe not so."
+    assert row.gold.tolist() == options[0]
+    assert row.tokens.tolist() == prompt + options[0][:-1] and row.positions.tolist() == list(range(len(row)))
+
+
+def test_a_long_free_answer_loses_its_end(tokenizer: Any) -> None:
+    """It takes half a row at most, and then is not ended."""
+    long = Example("film?", references=("good and bad " * 20,))
+    encoder = Encoder(tokenizer, PromptTemplate(free_prompt="{input}:"), max_length=40)
+    with pytest.warns(UserWarning, match="1 of 1 prompts are longer than max_length=40 .* of a longer answer its end"):
+        [row] = encoder([long])
+    assert len(row.gold) == 20 and len(row) <= 40
+    assert (" " + long.output).startswith(tokenizer.decode(row.gold))
+    [whole] = encoder([Example("film?", references=("good",))])
+    assert tokenizer.decode(whole.gold) == " good\n"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"free_prompt": "Answer:"}, {"end": ""}], ids=["no input in the free prompt", "nothing ends an answer"]
+)
+def test_template_refuses_free_answers(wrong: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="free_prompt template 'Answer:': expected|template.end is empty: expected"):
+        PromptTemplate(**wrong)
+
+
+# --- chat ---
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first %}{{ '<s>be brief</s>' }}{% endif %}"
+    "{{ '<s>' + m.role + ':' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
+INST = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[yes] ' + m.content + ' [no]' }}"
+    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+
+
+def chatting(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    """Copy a tokenizer with a chat template."""
+    copied = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        bos_token="<s>",
+        eos_token=tokenizer.eos_token,
+    )
+    copied.chat_template = template
+    return copied
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, INST], ids=["chatml", "inst"])
+def test_a_chat_reads_as_the_tokenizer_renders_it(any_tokenizer: Any, chat_template: str) -> None:
+    """Token by token, demonstrations as earlier turns; the answer is the reply, without the option's space."""
+    chat = chatting(any_tokenizer, chat_template)
+    encoder = Encoder(chat, PromptTemplate("{options}?\n{input}", free_prompt="{input}", chat=True), max_length=200)
+
+    def rendered(*messages: str) -> list[int]:
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
+        return list(chat.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+    [alone], [behind] = encoder([QUERY]), encoder([QUERY], DEMONSTRATIONS)
+    assert unpack(alone)[0] == rendered("yes or maybe not?\nso so")
+    assert behind.context is not None
+    tokens = [*behind.context.tokens.tolist(), *unpack(behind)[0]]
+    texts = ("yes or not so?\na fine film", "not so", "yes or no?\ndull", "yes", "yes or maybe not?\nso so")
+    if chat_template == CHATML:
+        assert tokens == rendered(*texts)
+    # Behind [no] SentencePiece's marker is a token of its own or not, as the whole text has it.
+    assert chat.decode(tokens).replace(" ", "") == chat.decode(rendered(*texts)).replace(" ", "")
+    spelt = chat.decode(alone.gold, clean_up_tokenization_spaces=False)
+    assert spelt.lstrip() == "maybe not"
+
+
+def test_a_cut_chat_keeps_its_frame(any_tokenizer: Any) -> None:
+    chat = chatting(any_tokenizer, CHATML)
+    template = PromptTemplate("{options}?\n{input}", chat=True)
+    encoder = Encoder(chat, template, max_length=60)
+    with pytest.warns(UserWarning, match="1 of 1 prompts"):
+        [row] = encoder([Example("bad " * 90 + "good film", ("yes", "no"), 0)])
+    assert len(row) == 60
+    spelt = chat.decode(unpack(row)[0]).replace(" ", "").replace("\n", "")
+    assert spelt.startswith("<s>bebrief</s><s>user:yesorno?") and spelt.endswith("goodfilm</s><s>assistant:")
+
+
+def test_a_free_reply_ends_as_the_chat_template_ends_it(any_tokenizer: Any) -> None:
+    encoder = Encoder(chatting(any_tokenizer, CHATML), PromptTemplate(chat=True))
+    spelt = encoder.tokenizer.decode(encoder.end)
+    # One of these tokenizers has no such token, and spells it up to the next that it has.
+    assert spelt == ("</s>" if len(encoder.end) == 1 else "</s><s>")
+    [row] = encoder([Example("so?", references=("good",))])
+    assert row.gold[-len(encoder.end) :].tolist() == encoder.end
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "problem"),
+    [
+        (None, "has no chat template. Set template.chat=false"),
+        ("{{ messages[-1].content }}", "does more than put text around each message"),
+        (CHATML.replace("m.content", "m.content | upper"), "does more than put text around each message"),
+        (CHATML.replace("loop.first", "messages | length > 1"), "does more than put text around each message"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(tokenizer: Any, chat_template: str | None, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Encoder(chatting(tokenizer, chat_template), PromptTemplate(chat=True))

@@ -52,6 +52,7 @@ class Episode:
         target_options: ``(Q,)`` indices into the flattened ``T * N * K``.
         option_mask: ``(T, N, K)`` true where there is an option.
         answer: ``(T, N)`` index of the gold option.
+        free_form: ``(T, N)`` true where the answer is free text: option 0 is the gold answer, option 1 any other text.
         mask: ``(T, N)`` true where there is an example.
         num_data: ``(T,)`` each task's N, to which the likelihood of these examples is scaled.
         task_index: ``(T,)`` the tasks' places in the collection; -1 for tasks that are not of it.
@@ -72,6 +73,7 @@ class Episode:
     target_options: Tensor
     option_mask: Tensor
     answer: Tensor
+    free_form: Tensor
     mask: Tensor
     num_data: Tensor
     task_index: Tensor
@@ -176,6 +178,7 @@ def collate(
         target_options=torch.cat([e.target_options + i * options for i, e in some]),
         option_mask=torch.arange(options) < counts[..., None],
         answer=torch.tensor([0 if e is None else e.answer for e in flat]).view(shape),
+        free_form=torch.tensor([e is not None and e.free_form for e in flat]).view(shape),
         mask=counts > 0,
         num_data=torch.as_tensor([len(task) for task in tasks] if num_data is None else num_data),
         task_index=torch.as_tensor(range(len(tasks)) if task_index is None else task_index),

@@ -56,10 +56,12 @@ class EncodedExample:
         target_sources: ``(Q,)`` for each option token, which source predicts it.
         targets: ``(Q,)`` token ids of the options.
         target_options: ``(Q,)`` the option to which each belongs.
-        num_options: number of options.
+        num_options: number of options; 2 of a free answer.
         answer: index of the gold option.
         key: hash of the row without its answer, under which what the frozen model computes of it may be kept.
         context: what stands before the prompt.
+        free_form: whether the answer is free text: option 0 is its tokens, and option 1, which has none, is any other
+            text.
     """
 
     tokens: Tensor
@@ -73,9 +75,15 @@ class EncodedExample:
     answer: int
     key: bytes = field(repr=False)
     context: Context | None = None
+    free_form: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def gold(self) -> Tensor:
+        """Token ids of the gold option."""
+        return self.targets[self.target_options == self.answer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +117,10 @@ def digest(*parts: object) -> bytes:
     return blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
-def pack(prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int) -> EncodedExample:
-    """Pack token ids of a prompt and of its options into one row."""
+def pack(
+    prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int, *, free_form: bool = False
+) -> EncodedExample:
+    """Pack token ids of a prompt and of its options, or of its one free answer, into one row."""
     tokens, segments, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
     sources, target_sources, targets, target_options = [len(prompt) - 1], [], [], []
     for index, option in enumerate(options):
@@ -133,9 +143,10 @@ def pack(prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int) -
         target_sources=torch.tensor(target_sources),
         targets=torch.tensor(targets),
         target_options=torch.tensor(target_options),
-        num_options=len(options),
+        num_options=len(options) + free_form,
         answer=answer,
         key=digest(tokens, segments, targets, target_options),
+        free_form=free_form,
     )
 
 
