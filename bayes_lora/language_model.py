@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -157,6 +158,12 @@ class LanguageModel:
 
     def _score(self, values: Sites, episode: Episode) -> Tensor:
         """Score all options under values ``(D, T or 1, layers, out, in)``: ``(D, T * N * K)``."""
+        with self.bound(values):
+            read = self._read(episode, len(tree_leaves(values)[0]))
+        return option_scores(read.token_scores, episode, self.normalize)
+
+    def bound(self, values: Sites) -> AbstractContextManager[None]:
+        """Inside the block the model runs under values ``(D, T or 1, layers, out, in)``, with rows grouped by draw."""
         draws, groups = tree_leaves(values)[0].shape[:2]
         bound: Sites = tree_map(lambda value: value.flatten(0, 1) if draws * groups > 1 else value[0, 0], values)
         if self.model.dtype.itemsize == 2:
@@ -164,9 +171,7 @@ class LanguageModel:
             # all that follows the scores stay in 32. Whole updates are computed in 32, for their variances are small.
             whole = self.sites.delta_shapes
             bound = {site: value if site in whole else value.to(self.model.dtype) for site, value in bound.items()}
-        with self.sites.bind(bound):
-            read = self._read(episode, draws)
-        return option_scores(read.token_scores, episode, self.normalize)
+        return self.sites.bind(bound)
 
     def _read(self, episode: Episode, draws: int = 1) -> Read:
         if self._forward is None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from bayes_lora.tasks.episode import Episode
 from bayes_lora.types import absent_score
 
-__all__ = ["option_lengths", "option_scores", "token_log_probs"]
+__all__ = ["log_complement", "option_lengths", "option_scores", "token_log_probs"]
 
 
 def token_log_probs(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
@@ -56,12 +57,32 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def option_scores(token_scores: Tensor, episode: Episode, normalize: Literal["sum", "mean"]) -> Tensor:
-    """Sum or average the scores ``(D, Q)`` of an option's tokens: ``(D, T * N * K)``, absent options marked as such."""
+    r"""Scores of options from those of their tokens ``(D, Q)``: ``(D, T * N * K)``, absent options marked as such.
+
+    They are sums, or averages. A free answer is always a sum, the log-probability of its text and of what ends it; any
+    other text has :math:`\log(1 - p)`, so that the two are outcomes like options, with probabilities that sum to 1.
+    """
     empty = token_scores.new_zeros(len(token_scores), episode.option_mask.numel())
     scores = empty.index_add(1, episode.target_options, token_scores)
+    free = episode.free_form.flatten()
     if normalize == "mean":
-        scores = scores / option_lengths(episode).clamp(min=1)
+        lengths = option_lengths(episode).clamp(min=1)
+        scores = scores / torch.where(free.repeat_interleave(episode.shape[-1]), 1, lengths)
+    by_example = scores.unflatten(1, (len(free), -1))
+    other = log_complement(by_example[..., :1])
+    second = torch.arange(episode.shape[-1], device=free.device) == 1
+    scores = torch.where(free[:, None] & second, other, by_example).flatten(1)
     return scores.masked_fill(~episode.option_mask.flatten(), absent_score(scores.dtype))
+
+
+def log_complement(log_p: Tensor) -> Tensor:
+    """log(1 - p) of log p, with gradients that are finite for every log p <= 0, also where rounding puts it above."""
+    below = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    # Each branch sees only what it is exact for, or its infinite gradient times 0 would be no number.
+    half = -math.log(2.0)
+    near = torch.log(-torch.expm1(below.clamp(min=half)))
+    far = torch.log1p(-below.clamp(max=half).exp())
+    return torch.where(below > half, near, far)
 
 
 def option_lengths(episode: Episode) -> Tensor:
