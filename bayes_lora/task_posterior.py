@@ -14,6 +14,7 @@ from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from bayes_lora.decoding import Generated, generate
 from bayes_lora.deferred import DeferredWeight
 from bayes_lora.dropped_point import DroppedPoint
 from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
@@ -30,6 +31,7 @@ from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import collate
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.task import Example, Task
+from bayes_lora.text_metrics import TextMetrics, text_metrics
 from bayes_lora.types import Sites, absent_score
 from bayes_lora.weight_distribution import WeightDistribution
 
@@ -175,6 +177,58 @@ class TaskPosterior:
         Raises:
             TaskError: queries or demonstrations are of other tasks, or demonstrations do not fit into the context.
         """
+        phi, shown = self._checked(queries, demonstrations, num_draws, seed)
+        # Deferred weights draw while they are used.
+        with seeded(seed, self.lm.device) if self.noise else nullcontext():
+            return [
+                self._predict(
+                    task_of(phi, i),
+                    self.lm.encoder(query, shown[i]),
+                    lambda: max_tokens or self.lm.budget.per_item(max(1, num_draws)),
+                )
+                for i, query in enumerate(queries)
+            ]
+
+    def generate(
+        self,
+        queries: Sequence[Sequence[Example | str]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+    ) -> list[list[Generated]]:
+        """Answer each task's questions with free text: greedy decoding, each token's probability averaged over draws.
+
+        See :mod:`bayes_lora.decoding`. The temperature is one of options, and is not used.
+
+        Args:
+            queries: per task, its examples (their gold answers are not used), or texts.
+            num_draws: S; 0 decodes with the posterior mean.
+            seed: of the draws.
+            demonstrations: as for :meth:`predict`.
+            max_new_tokens: after so many an answer ends.
+
+        Raises:
+            TaskError: as :meth:`predict`.
+            ConfigError: draws of whole updates were asked for, whose noise is drawn anew for every token.
+        """
+        if self.noise and num_draws:
+            raise ConfigError("generate: a draw of whole updates is not one model over several forwards. num_draws=0.")
+        phi, shown = self._checked(queries, demonstrations, num_draws, seed)
+        return [
+            generate(self.lm, task_of(phi, i), self.lm.encoder.prompts(query, shown[i]), max_new_tokens)
+            for i, query in enumerate(queries)
+        ]
+
+    def _checked(
+        self,
+        queries: Sequence[Sequence[Example | str]],
+        demonstrations: Sequence[Sequence[Example]] | None,
+        num_draws: int,
+        seed: int,
+    ) -> tuple[Sites, Sequence[Sequence[Example]]]:
+        """The draws to predict with, or the mean, and each task's demonstrations."""
         for name, given in (("queries", queries), ("demonstrations", demonstrations)):
             if given is not None and len(given) != len(self.names):
                 raise TaskError(
@@ -183,17 +237,7 @@ class TaskPosterior:
         if not self.scale and not self.noise and self.num_components == 1:
             num_draws = 0  # all draws are the mean
         phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.mean().items()}
-        shown: Sequence[Sequence[Example]] = demonstrations or [()] * len(queries)
-        # Deferred weights draw while they are used.
-        with seeded(seed, self.lm.device) if self.noise else nullcontext():
-            return [
-                self._predict(
-                    tree_map(lambda v, i=i: v if v.shape[TASK] == 1 else v[:, i : i + 1], phi),
-                    self.lm.encoder(query, shown[i]),
-                    lambda: max_tokens or self.lm.budget.per_item(max(1, num_draws)),
-                )
-                for i, query in enumerate(queries)
-            ]
+        return phi, demonstrations or [()] * len(queries)
 
     def _predict(self, phi: Sites, rows: Sequence[EncodedExample], max_tokens: Callable[[], int]) -> Tensor:
         """One task: rows of like length share a forward with all draws, then go back to their places."""
@@ -213,19 +257,34 @@ class TaskPosterior:
         return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
 
     def evaluate(
-        self, tasks: Sequence[Task], *, num_draws: int = 10, seed: int = 0, num_demonstrations: int = 0
-    ) -> dict[str, Metrics]:
-        """Metrics on the labelled query examples of each task, by task name.
+        self,
+        tasks: Sequence[Task],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        num_demonstrations: int = 0,
+        max_new_tokens: int = 32,
+    ) -> dict[str, Metrics | TextMetrics]:
+        """Metrics on the labelled query examples of each task, by task name; of free answers, `TextMetrics`.
 
         Args:
             tasks: those adapted to.
             num_draws: S; 0 predicts with the posterior mean.
             seed: of the draws.
             num_demonstrations: of each task's support, how many stand solved before every query.
+            max_new_tokens: of a free answer, see :meth:`generate`.
         """
-        shown = [task.support[:num_demonstrations] for task in tasks]
-        predictions = self.predict([task.query for task in tasks], num_draws=num_draws, seed=seed, demonstrations=shown)
-        return {task.name: score(task.query, p) for task, p in zip(tasks, predictions, strict=True)}
+        settings: dict[str, Any] = {"num_draws": num_draws, "seed": seed}
+        settings["demonstrations"] = [task.support[:num_demonstrations] for task in tasks]
+        predictions = self.predict([task.query for task in tasks], **settings)
+        asked = [task.query if task.free_form else () for task in tasks]
+        if self.noise:
+            settings["num_draws"] = 0
+        answers = self.generate(asked, **settings, max_new_tokens=max_new_tokens) if any(asked) else asked
+        return {
+            task.name: score_text(task.query, p, [one.text for one in own]) if own else score(task.query, p)
+            for task, p, own in zip(tasks, predictions, answers, strict=True)
+        }
 
     def select(self, name: str) -> TaskPosterior:
         """The posterior of one of the tasks."""
@@ -330,6 +389,17 @@ class TaskPosterior:
             config = copy.copy(self.lm.lora_config)
             config.base_model_name_or_path, config.inference_mode = self.lm.name, True
             config.save_pretrained(str(folder))
+
+
+def task_of(phi: Sites, index: int) -> Sites:
+    """The draws of one task."""
+    found: Sites = tree_map(lambda v: v if v.shape[TASK] == 1 else v[:, index : index + 1], phi)
+    return found
+
+
+def score_text(examples: Sequence[Example], log_probs: Tensor, texts: Sequence[str]) -> TextMetrics:
+    """Metrics of decoded answers, and of the probabilities ``(N, 2)`` of the gold ones."""
+    return text_metrics(texts, [example.references for example in examples], log_probs[:, 0])
 
 
 def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:

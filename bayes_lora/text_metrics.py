@@ -1,0 +1,79 @@
+"""How good free answers are: exact match and token F1, with SQuAD's normalisation (arXiv 1606.05250)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+from torchmetrics.functional.text import squad
+
+__all__ = ["TextMetrics", "mean_text_metrics", "text_metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextMetrics:
+    """Scores of one free-form task, or their average over tasks.
+
+    Texts are compared in lower case, without punctuation and the articles a, an and the, and with single spaces.
+
+    Attributes:
+        exact_match: Share of answers that equal a reference; in [0, 1], higher is better.
+        f1: Mean over examples of the harmonic mean of precision and recall of an answer's words, that of the best
+            reference; in [0, 1], higher is better.
+        nll: Mean negative log-probability of the first reference and what ends it, in nats; lower is better.
+        num_examples: Number of examples behind the scores.
+    """
+
+    exact_match: float
+    f1: float
+    nll: float
+    num_examples: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields by name, ready for JSON."""
+        return asdict(self)
+
+
+def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_probs: Tensor) -> TextMetrics:
+    """Score free answers.
+
+    Args:
+        texts: Decoded answers.
+        references: For each the texts that are right.
+        log_probs: Log-probabilities of the first references in nats, ``(N,)``.
+
+    Raises:
+        ValueError: There are no answers, they are not as many as the others, or one has no reference.
+    """
+    if not texts or not len(texts) == len(references) == len(log_probs) or not all(references):
+        raise ValueError(
+            "`texts`, `references` and `log_probs` must be of the same N >= 1 examples, with a reference for each; got "
+            f"{len(texts)}, {len(references)} and {len(log_probs)}"
+        )
+    predicted = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
+    right = [
+        {"answers": {"answer_start": [0] * len(group), "text": list(group)}, "id": str(i)}
+        for i, group in enumerate(references)
+    ]
+    found = squad(predicted, right)
+    return TextMetrics(
+        exact_match=float(found["exact_match"]) / 100,
+        f1=float(found["f1"]) / 100,
+        nll=float(-log_probs.detach().double().mean()),
+        num_examples=len(texts),
+    )
+
+
+def mean_text_metrics(metrics: Sequence[TextMetrics]) -> TextMetrics:
+    """Average over tasks, each task counting the same whatever its size; `num_examples` is their sum.
+
+    Raises:
+        ValueError: There is nothing to average.
+    """
+    if not metrics:
+        raise ValueError("`metrics` is empty: there is no task to average over")
+    match, f1, nll = (
+        sum(getattr(one, name) for one in metrics) / len(metrics) for name in ("exact_match", "f1", "nll")
+    )
+    return TextMetrics(match, f1, nll, sum(one.num_examples for one in metrics))
