@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from bayes_lora.errors import ConfigError, did_you_mean
 from bayes_lora.model_files import DEFAULT_MODEL
-from bayes_lora.tasks.prompts import PromptTemplate
+from bayes_lora.tasks.prompts import TEMPLATES, PromptTemplate
 from bayes_lora.training import FitConfig
 
 __all__ = [
@@ -44,6 +44,7 @@ class LanguageModelConfig:
     Attributes:
         dtype: of the base; None is bfloat16 on a GPU that computes in it, else float32.
         quantization: of the base, through bitsandbytes.
+        template: how an example becomes text; the name of one of :data:`bayes_lora.tasks.TEMPLATES` will do.
         gradient_checkpointing: less memory in training, for a second forward through the adapted layers.
         cache_gib: RAM for hidden states below the adapted layers.
         cache_folder: where those that RAM has no room for are kept, until the process ends.
@@ -203,6 +204,7 @@ class RunConfig:
         Raises:
             ConfigError: an unknown key (near ones are named), or a value of the wrong type.
         """
+        values = _named_template(values, source)
         _check_keys(values, asdict(cls()), source)
         try:
             return TypeAdapter(cls).validate_python(dict(values))
@@ -222,11 +224,11 @@ class RunConfig:
         """
         values = (base or cls()).to_dict()
         if path is not None:
-            read = _read_yaml(path)
+            read = _named_template(_read_yaml(path), str(path))
             _check_keys(read, values, str(path))
             _merge(values, read)
         for setting in settings:
-            nested = _nested(setting)
+            nested = _named_template(_nested(setting), "--set")
             _check_keys(nested, values, "--set")
             _merge(values, nested)
         return cls.from_dict(values)
@@ -256,6 +258,18 @@ def _nested(setting: str) -> Mapping[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
+
+
+def _named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The settings with a template in place of the name of one."""
+    section = values.get("language_model") if isinstance(values, Mapping) else None
+    name = section.get("template") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or not isinstance(name, str):
+        return values
+    if name not in TEMPLATES:
+        near = did_you_mean(name, TEMPLATES, list_all=True)
+        raise ConfigError(f"{source}: language_model.template {name!r} is no template's name{near}.")
+    return {**values, "language_model": {**section, "template": asdict(TEMPLATES[name])}}
 
 
 def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ class PosteriorAverage(LogitsProcessor):
         self._weights: Tensor | None = None  # (S, N) log p(y_<t | phi_s)
         self._before: Tensor | None = None  # (S, N, V) of the step before
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Return ``(S * N, V)``."""
         log_probs = scores.float().log_softmax(-1).unflatten(0, (self.draws, -1))
         weights = self._advance(input_ids, log_probs.new_zeros(log_probs.shape[:2]))
@@ -86,7 +86,7 @@ class Ended(StoppingCriteria):
     def __init__(self, tokenizer: Any, end: str, prompts: int, start: int) -> None:
         self.tokenizer, self.end, self.prompts, self.start = tokenizer, end, prompts, start
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Return ``(S * N,)``."""
         texts = decode(self.tokenizer, input_ids[: self.prompts, self.start :])
         done = torch.tensor([has_ended(text, self.end) for text in texts], device=input_ids.device)
@@ -130,7 +130,8 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     average, end = PosteriorAverage(draws), lm.encoder.end_text
-    sequences: Any = lm.model.generate(  # type: ignore[operator]
+    model: Any = lm.model
+    sequences: Tensor = model.generate(
         input_ids=ids.repeat(draws, 1).to(lm.device),
         attention_mask=mask.repeat(draws, 1).to(lm.device),
         generation_config=GenerationConfig(

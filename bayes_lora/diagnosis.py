@@ -6,6 +6,7 @@ predicts worse than its mean. Both happen silently: the loss is finite, the dive
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from bayes_lora.adaptation import adapt_at
 from bayes_lora.elbo import divergence
@@ -50,7 +52,7 @@ class Diagnosis:
 
     Attributes:
         nll: mean NLL (nats) of the posterior mean, and of the average over draws.
-        ece: likewise.
+        ece: likewise, over tasks with options; not a number where there are none.
         moved: mean change of the answers' probabilities (total variation).
         changed: share of the questions whose most probable answer is another.
         sites: each site's width.
@@ -105,10 +107,8 @@ def diagnose(
     adapted = replace(adapted, temperature=temperature)
     queries = [task.query for task in tasks]
     mean, drawn = (adapted.predict(queries, num_draws=count, seed=seed) for count in (0, num_draws))
-    metrics = [[score(t.query, p) for t, p in zip(tasks, side, strict=True)] for side in (mean, drawn)]
+    nll, ece = zip(_scores(tasks, mean), _scores(tasks, drawn), strict=True)
     pairs = list(zip(mean, drawn, strict=True))
-    nll = (fmean(m.nll for m in metrics[0]), fmean(m.nll for m in metrics[1]))
-    ece = (fmean(m.ece for m in metrics[0]), fmean(m.ece for m in metrics[1]))
     moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
     changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
     sites = _sites(objective.model.program.phi_prior(theta), adapted)
@@ -132,6 +132,13 @@ def _mean_scale(fn: Any) -> float:
         return float(fn.stddev.mean())
     total = over_rows(lambda q: (q.scale_B @ q.scale_A + base.offset).abs(), base)  # never as whole matrices
     return float(total.mean()) / base.event_shape.numel()
+
+
+def _scores(tasks: Sequence[Task], predictions: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean NLL, and mean ECE of the tasks with options."""
+    nll = [-float(p[:, 0].mean()) for task, p in zip(tasks, predictions, strict=True) if task.free_form]
+    known = [score(task.query, p) for task, p in zip(tasks, predictions, strict=True) if not task.free_form]
+    return fmean([*nll, *(one.nll for one in known)]), fmean(one.ece for one in known) if known else math.nan
 
 
 def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth], point: bool) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from bayes_lora.metrics import (
 )
 from bayes_lora.plots import reliability_diagram
 from bayes_lora.storage import write_json
+from bayes_lora.text_metrics import TextMetrics, mean_text_metrics
 
 __all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
 
-MEAN = "mean"
+MEAN, FREE_MEAN = "mean", "mean, free answers"
 METRICS, DIAGRAM = "metrics.json", "reliability.png"
 
 
@@ -35,18 +36,23 @@ class MethodResult:
 
     Attributes:
         metrics: by task.
-        confidence: of the predicted option, all tasks' examples one after another.
+        confidence: of the predicted option, the examples of all tasks with options one after another.
         correct: whether it was right.
     """
 
-    metrics: dict[str, Metrics]
+    metrics: dict[str, Metrics | TextMetrics]
     confidence: Tensor
     correct: Tensor
 
     @property
-    def mean(self) -> Metrics:
-        """Unweighted mean over tasks."""
-        return mean_metrics(list(self.metrics.values()))
+    def means(self) -> dict[str, Metrics | TextMetrics]:
+        """Unweighted mean over tasks: ``mean``, and where there are tasks of both kinds, ``mean, free answers``."""
+        return mean_by_kind(self.metrics)
+
+    @property
+    def mean(self) -> Metrics | TextMetrics:
+        """Unweighted mean over tasks; of those with options, where there are tasks of both kinds."""
+        return self.means[MEAN]
 
 
 @dataclass(frozen=True)
@@ -56,30 +62,33 @@ class Comparison:
     results: Mapping[str, MethodResult]
 
     def table(self, title: str = "Unseen tasks") -> Table:
-        """Per task and on average accuracy, NLL (nats), Brier and ECE of every method."""
+        """Per task and on average accuracy, NLL (nats), Brier and ECE of every method; of free answers EM, F1, NLL."""
         return metrics_table({name: result.metrics for name, result in self.results.items()}, title)
 
     def to_dict(self) -> dict[str, Any]:
         """Metrics per method and task, their mean, and calibration errors over all tasks' examples together."""
-        return {
-            name: {
-                "tasks": {task: metrics.to_dict() for task, metrics in result.metrics.items()},
-                "mean": result.mean.to_dict(),
-                "pooled": {
+        found: dict[str, Any] = {}
+        for name, result in self.results.items():
+            found[name] = {"tasks": {task: metrics.to_dict() for task, metrics in result.metrics.items()}}
+            found[name] |= {kind: metrics.to_dict() for kind, metrics in result.means.items()}
+            if len(result.confidence):
+                found[name]["pooled"] = {
                     "ece": expected_calibration_error(result.confidence, result.correct),
                     "adaptive_ece": adaptive_calibration_error(result.confidence, result.correct),
                     "per_example_gap": per_example_gap(result.confidence, result.correct),
-                },
-            }
-            for name, result in self.results.items()
-        }
+                }
+        return found
 
     def write(self, folder: Path) -> None:
-        """Write ``metrics.json`` and ``reliability.png`` into a folder, which is made if it is missing."""
+        """Write ``metrics.json`` and ``reliability.png`` into a folder, which is made if it is missing.
+
+        Free answers have no confidence to draw: where all are free, there is no diagram.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, self.to_dict())
         curves = {name: (result.confidence, result.correct) for name, result in self.chosen().items()}
-        reliability_diagram(curves, folder / DIAGRAM)
+        if all(len(confidence) for confidence, _ in curves.values()):
+            reliability_diagram(curves, folder / DIAGRAM)
 
     def chosen(self) -> dict[str, MethodResult]:
         """All methods but the LoRA baselines, and of these the one with the lowest mean NLL."""
@@ -108,23 +117,53 @@ def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:
         raise RunFolderError(f"{folder} holds metrics already. Use --overwrite to replace them, or another --output.")
 
 
-def metrics_table(results: Mapping[str, Mapping[str, Metrics]], title: str) -> Table:
+def mean_by_kind(metrics: Mapping[str, Metrics | TextMetrics]) -> dict[str, Metrics | TextMetrics]:
+    """Unweighted means over the tasks with options and over those with free answers, by what to call them."""
+    options = [one for one in metrics.values() if isinstance(one, Metrics)]
+    free = [one for one in metrics.values() if isinstance(one, TextMetrics)]
+    means: dict[str, Metrics | TextMetrics] = {MEAN: mean_metrics(options)} if options else {}
+    if free:
+        means[FREE_MEAN if options else MEAN] = mean_text_metrics(free)
+    return means
+
+
+COLUMNS = {
+    "accuracy": ("accuracy", max),
+    "EM": ("exact_match", max),
+    "F1": ("f1", max),
+    "NLL": ("nll", min),
+    "Brier": ("brier", min),
+    "ECE": ("ece", min),
+}
+
+
+def metrics_table(results: Mapping[str, Mapping[str, Metrics | TextMetrics]], title: str) -> Table:
     """A table with a block per task and a last block for the mean; the best of each column in bold."""
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for heading, justify in (("task", "left"), ("method", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for heading in ("accuracy", "NLL", "Brier", "ECE"):
-        table.add_column(heading, justify="right")
     tasks = list(next(iter(results.values())))
     blocks = {task: {method: by_task[task] for method, by_task in results.items()} for task in tasks}
     if len(tasks) > 1:
-        blocks[MEAN] = {method: mean_metrics(list(by_task.values())) for method, by_task in results.items()}
+        means = {method: mean_by_kind(by_task) for method, by_task in results.items()}
+        for kind in next(iter(means.values())):
+            blocks[kind] = {method: by_kind[kind] for method, by_kind in means.items()}
+    shown = [metrics for rows in blocks.values() for metrics in rows.values()]
+    columns = {name: column for name, column in COLUMNS.items() if any(hasattr(one, column[0]) for one in shown)}
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for heading, justify in (("task", "left"), ("method", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in columns:
+        table.add_column(heading, justify="right")
     for task, rows in blocks.items():
-        values = {m: [round(v, 3) for v in (x.accuracy, x.nll, x.brier, x.ece)] for m, x in rows.items()}
-        best = [pick(row[i] for row in values.values()) for i, pick in enumerate((max, min, min, min))]
-        for index, (method, row) in enumerate(values.items()):
-            bold = [len(rows) > 1 and value == best[i] for i, value in enumerate(row)]
-            cells = [f"[bold]{v:.3f}[/bold]" if b else f"{v:.3f}" for v, b in zip(row, bold, strict=True)]
+        cells = [_column(list(rows.values()), field, best) for field, best in columns.values()]
+        for index, method in enumerate(rows):
             names = (escape(task) if index == 0 else "", escape(method))
-            table.add_row(*names, *cells, end_section=index == len(values) - 1)
+            table.add_row(*names, *(column[index] for column in cells), end_section=index == len(rows) - 1)
     return table
+
+
+def _column(metrics: Sequence[Metrics | TextMetrics], field: str, best: Callable[..., float]) -> list[str]:
+    """A block's cells in one column, empty where metrics of another kind have no such field."""
+    if not all(hasattr(one, field) for one in metrics):
+        return [""] * len(metrics)
+    values = [round(float(getattr(one, field)), 3) for one in metrics]
+    winner = best(values) if len(values) > 1 else None
+    return [f"[bold]{value:.3f}[/bold]" if value == winner else f"{value:.3f}" for value in values]

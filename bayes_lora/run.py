@@ -13,18 +13,19 @@ from bayes_lora.baselines import finetune_lora, pretrained
 from bayes_lora.config import RunConfig
 from bayes_lora.errors import TaskError
 from bayes_lora.language_model import LanguageModel
-from bayes_lora.metrics import top_confidence
+from bayes_lora.metrics import Metrics, top_confidence
 from bayes_lora.objective import BetaELBO
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import CALIBRATION, build_objective
 from bayes_lora.report import Comparison, MethodResult
 from bayes_lora.run_folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
 from bayes_lora.storage import write_json
-from bayes_lora.task_posterior import TaskPosterior, score
+from bayes_lora.task_posterior import TaskPosterior, score, score_text
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.sampler import EpisodeSampler
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.temperature import choose_temperature
+from bayes_lora.text_metrics import TextMetrics
 from bayes_lora.training import FitState, fit
 from bayes_lora.width import WIDTHS, choose_width
 
@@ -245,14 +246,21 @@ def compare(
 
 
 def _evaluate(method: Method, tasks: Sequence[Task], shown: int, advance: Callable[[], None]) -> MethodResult:
-    metrics, confidence, correct = {}, [], []
+    metrics: dict[str, Metrics | TextMetrics] = {}
+    confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for task in tasks:
         adapted, num_draws = method(task)
-        [log_probs] = adapted.predict([task.query], num_draws=num_draws, demonstrations=[task.support[:shown]])
-        metrics[task.name] = score(task.query, log_probs)
-        answer = torch.tensor([example.answer for example in task.query])
-        sure, right = top_confidence(log_probs.cpu(), answer)
-        confidence.append(sure)
-        correct.append(right)
+        demonstrations = [task.support[:shown]]
+        [log_probs] = adapted.predict([task.query], num_draws=num_draws, demonstrations=demonstrations)
+        if task.free_form:
+            draws = 0 if adapted.noise else num_draws
+            [answers] = adapted.generate([task.query], num_draws=draws, demonstrations=demonstrations)
+            metrics[task.name] = score_text(task.query, log_probs, answers)
+        else:
+            metrics[task.name] = score(task.query, log_probs)
+            answer = torch.tensor([example.answer for example in task.query])
+            sure, right = top_confidence(log_probs.cpu(), answer)
+            confidence.append(sure)
+            correct.append(right)
         advance()
     return MethodResult(metrics, torch.cat(confidence), torch.cat(correct))

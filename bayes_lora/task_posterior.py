@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_lora.decoding import Generated, generate
 from bayes_lora.deferred import DeferredWeight
@@ -178,13 +178,14 @@ class TaskPosterior:
             TaskError: queries or demonstrations are of other tasks, or demonstrations do not fit into the context.
         """
         phi, shown = self._checked(queries, demonstrations, num_draws, seed)
+        count = max(len(value) for value in tree_leaves(phi))
         # Deferred weights draw while they are used.
         with seeded(seed, self.lm.device) if self.noise else nullcontext():
             return [
                 self._predict(
                     task_of(phi, i),
                     self.lm.encoder(query, shown[i]),
-                    lambda: max_tokens or self.lm.budget.per_item(max(1, num_draws)),
+                    lambda: max_tokens or self.lm.budget.per_item(count),
                 )
                 for i, query in enumerate(queries)
             ]
@@ -274,15 +275,17 @@ class TaskPosterior:
             num_demonstrations: of each task's support, how many stand solved before every query.
             max_new_tokens: of a free answer, see :meth:`generate`.
         """
-        settings: dict[str, Any] = {"num_draws": num_draws, "seed": seed}
-        settings["demonstrations"] = [task.support[:num_demonstrations] for task in tasks]
-        predictions = self.predict([task.query for task in tasks], **settings)
-        asked = [task.query if task.free_form else () for task in tasks]
-        if self.noise:
-            settings["num_draws"] = 0
-        answers = self.generate(asked, **settings, max_new_tokens=max_new_tokens) if any(asked) else asked
+        shown = [task.support[:num_demonstrations] for task in tasks]
+        predictions = self.predict([task.query for task in tasks], num_draws=num_draws, seed=seed, demonstrations=shown)
+        asked: Sequence[Sequence[Example]] = [task.query if task.free_form else () for task in tasks]
+        answers: Sequence[Sequence[Generated]] = [() for _ in tasks]
+        if any(asked):
+            draws = 0 if self.noise else num_draws
+            answers = self.generate(
+                asked, num_draws=draws, seed=seed, demonstrations=shown, max_new_tokens=max_new_tokens
+            )
         return {
-            task.name: score_text(task.query, p, [one.text for one in own]) if own else score(task.query, p)
+            task.name: score_text(task.query, p, own) if own else score(task.query, p)
             for task, p, own in zip(tasks, predictions, answers, strict=True)
         }
 
@@ -397,17 +400,18 @@ def task_of(phi: Sites, index: int) -> Sites:
     return found
 
 
-def score_text(examples: Sequence[Example], log_probs: Tensor, texts: Sequence[str]) -> TextMetrics:
-    """Metrics of decoded answers, and of the probabilities ``(N, 2)`` of the gold ones."""
-    return text_metrics(texts, [example.references for example in examples], log_probs[:, 0])
-
-
 def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:
-    """Metrics of predictive log-probabilities ``(N, K)`` against the examples' gold answers."""
+    """Metrics of predictive log-probabilities ``(N, K)`` against the gold options of the examples."""
     answer = torch.tensor([example.answer for example in examples])
     counts = torch.tensor([len(example.options) for example in examples])
     mask = torch.arange(log_probs.shape[-1]) < counts[:, None]
     return compute_metrics(log_probs.cpu(), answer, mask)
+
+
+def score_text(examples: Sequence[Example], log_probs: Tensor, answers: Sequence[Generated]) -> TextMetrics:
+    """Metrics of decoded answers, and of the log-probabilities ``(N, 2)`` of the gold text and of any other."""
+    texts = [answer.text for answer in answers]
+    return text_metrics(texts, [example.references for example in examples], log_probs[:, 0])
 
 
 def _fits(shape: tuple[int, ...], loc: tuple[int, ...], *, factor: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 from torchmetrics.functional.text import squad
@@ -51,8 +52,8 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_
             "`texts`, `references` and `log_probs` must be of the same N >= 1 examples, with a reference for each; got "
             f"{len(texts)}, {len(references)} and {len(log_probs)}"
         )
-    predicted = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
-    right = [
+    predicted: Any = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
+    right: Any = [
         {"answers": {"answer_start": [0] * len(group), "text": list(group)}, "id": str(i)}
         for i, group in enumerate(references)
     ]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from bayes_lora.config import EpisodeConfig, ObjectiveConfig, RunConfig
 from bayes_lora.errors import ConfigError
+from bayes_lora.tasks import TEMPLATES
 from bayes_lora.training import FitConfig
 
 CHANGED = RunConfig(
@@ -72,7 +74,7 @@ BAD = {
     "fit.fit=1": ["unknown key 'fit.fit'"],
     "objective=3": ["objective: expected a section with ['beta', 'gamma', 'num_particles'], got 3"],
     "objective=": ["objective: expected a section"],
-    "language_model.template=x": ["language_model.template: expected a section"],
+    "language_model.template=x": ["language_model.template 'x' is no template's name", "chat-letters"],
     "objective.beta=much": ["objective.beta: ", "valid number", "got 'much'"],
     "objective.beta=[1]": ["objective.beta: ", "[1]"],
     "objective.beta=0": ["objective.beta: ", "greater than 0", "got 0"],
@@ -180,3 +182,15 @@ def test_any_setting_is_a_config_or_a_config_error(setting):
         assert isinstance(RunConfig.load(None, [setting]), RunConfig)
     except ConfigError:
         pass
+
+
+def test_a_template_by_its_name(tmp_path):
+    """Wherever a section may stand; a field of it may then be changed."""
+    (tmp_path / "c.yaml").write_text("language_model: {template: chat, max_length: 64}\n")
+    config = RunConfig.load(tmp_path / "c.yaml", ["language_model.template.end=END"])
+    assert config.language_model.template == replace(TEMPLATES["chat"], end="END")
+    assert config.language_model.max_length == 64
+    assert RunConfig.load(None, ["language_model.template=letters"]).language_model.template == TEMPLATES["letters"]
+    assert RunConfig.from_dict({"language_model": {"template": "plain"}}) == RunConfig()
+    with pytest.raises(ConfigError, match="--set: language_model.template 'chatt' is no template's name.*'chat'"):
+        RunConfig.load(None, ["language_model.template=chatt"])

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -182,3 +183,44 @@ def test_table_marks_the_best_and_shows_brackets():
     for value in ("0.800", "0.750", "0.400", "0.150"):
         assert f"\x1b[1m{value}" not in text and value in text
     assert "\x1b[1m0.900" not in table_text({"a": {"t": good}})
+
+
+FREE = Task(
+    "free",
+    (Example("was it good?", references=("not so good",)), Example("and bad?", references=("yes", "so"))),
+    (Example("film?", references=("maybe",)), Example("was the film?", references=("yes",))),
+)
+
+
+def test_a_comparison_of_both_kinds(lm, tasks, tmp_path):
+    """Columns of either kind, a mean of each; only options are calibrated."""
+    posterior, _ = fit_posterior(lm, tasks, CONFIG)
+    choice = list(make_tasks(num_tasks=6).values())[5].split(4, seed=0)
+    settings = dict(steps=(0,), num_draws=3, lora_steps=1, lora_learning_rates=(1e-3,))
+    both = compare(posterior, [choice, FREE, replace(FREE, name="again")], num_demonstrations=1, **settings)
+    ours = both.results["ours, one pass"]
+    assert ours.metrics["free"] == posterior.adapt(FREE).evaluate([FREE], num_draws=3, num_demonstrations=1)["free"]
+    assert ours.metrics["free"].nll == pytest.approx(ours.means["mean, free answers"].nll)
+    assert len(ours.confidence) == len(choice.query)
+    read = both.to_dict()["ours, one pass"]
+    assert read.keys() == {"tasks", "mean", "mean, free answers", "pooled"}
+    text = table_text({name: result.metrics for name, result in both.results.items()})
+    for word in ("accuracy", "EM", "F1", "NLL", "Brier", "ECE", "mean, free answers"):
+        assert word in text
+    both.write(tmp_path / "both")
+    assert names(tmp_path / "both") == ["metrics.json", "reliability.png"]
+    alone = compare(posterior, [FREE], **settings)
+    alone.write(tmp_path / "free")
+    assert names(tmp_path / "free") == ["metrics.json"]
+    assert alone.to_dict()["pretrained"].keys() == {"tasks", "mean"}
+    text = table_text({name: result.metrics for name, result in alone.results.items()})
+    assert "Brier" not in text and "EM" in text
+
+
+def test_free_answers_are_diagnosed(lm, tasks):
+    posterior, _ = fit_posterior(lm, tasks, CONFIG)
+    choice = list(make_tasks(num_tasks=6).values())[5].split(4, seed=0)
+    found = posterior.diagnose([FREE], num_draws=3)
+    nll = -posterior.adapt(FREE).predict([FREE.query], num_draws=3)[0][:, 0].mean()
+    assert found.nll[1] == pytest.approx(float(nll)) and math.isnan(found.ece[1])
+    assert math.isfinite(posterior.diagnose([FREE, choice], num_draws=3).ece[0])
