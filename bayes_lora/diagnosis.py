@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bayes_lora.adaptation import adapt_at
 from bayes_lora.elbo import divergence
+from bayes_lora.evaluation import score
 from bayes_lora.factored_normal import FactoredNormal, over_rows
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.objective import BetaELBO
-from bayes_lora.task_posterior import TaskPosterior, score
+from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
 
 __all__ = ["Diagnosis", "SiteWidth", "diagnose"]

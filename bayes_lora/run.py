@@ -12,6 +12,7 @@ from rich.progress import Progress
 from bayes_lora.baselines import finetune_lora, pretrained
 from bayes_lora.config import RunConfig
 from bayes_lora.errors import TaskError
+from bayes_lora.evaluation import score, score_text
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import Metrics, top_confidence
 from bayes_lora.objective import BetaELBO
@@ -20,7 +21,7 @@ from bayes_lora.recipes import CALIBRATION, build_objective
 from bayes_lora.report import Comparison, MethodResult
 from bayes_lora.run_folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
 from bayes_lora.storage import write_json
-from bayes_lora.task_posterior import TaskPosterior, score, score_text
+from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.sampler import EpisodeSampler
 from bayes_lora.tasks.task import Example, Task, TaskSet

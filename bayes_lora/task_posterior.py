@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,46 +15,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_lora.decoding import Generated, generate
 from bayes_lora.deferred import DeferredWeight
-from bayes_lora.dropped_point import DroppedPoint
-from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
+from bayes_lora.errors import ConfigError, TaskError
+from bayes_lora.evaluation import predictive, score, score_text
 from bayes_lora.factored_normal import FactoredNormal
-from bayes_lora.identity import check_identity, identity
-from bayes_lora.kronecker_normal import KroneckerNormal
 from bayes_lora.language_model import LanguageModel
-from bayes_lora.low_rank_normal import LowRankNormal
-from bayes_lora.metrics import Metrics, compute_metrics
+from bayes_lora.metrics import Metrics
 from bayes_lora.seeding import seeded
 from bayes_lora.sites import factor_sites
-from bayes_lora.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from bayes_lora.task_posterior_files import export_adapter, read_posterior, save_posterior
 from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import collate
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.text_metrics import TextMetrics, text_metrics
+from bayes_lora.text_metrics import TextMetrics
 from bayes_lora.types import Sites, absent_score
 from bayes_lora.weight_distribution import WeightDistribution
 
-__all__ = ["TaskPosterior", "predictive", "score"]
+__all__ = ["TaskPosterior"]
 
 TASK, WITH_COMPONENTS = -5, 6
 """The tasks' dimension of ``(T, 1, layers, out, in)``, and how many there are where components stand before it."""
-
-FAMILIES = {cls.__name__: cls for cls in (DroppedPoint, KroneckerNormal, LowRankNormal)}
-"""By the names under which files have them."""
-
-TENSORS, NAMES = "task_posterior.safetensors", "task_posterior.json"
-
-
-def predictive(log_lik: Tensor) -> Tensor:
-    r"""Posterior predictive log-probabilities: :math:`\log \frac1S \sum_s \mathrm{softmax}(\ell_s)`.
-
-    Args:
-        log_lik: option scores ``(S, ..., K)``, nats.
-
-    Returns:
-        ``(..., K)``, nats.
-    """
-    return torch.logsumexp(log_lik.log_softmax(-1), 0) - torch.tensor(float(len(log_lik))).log()
 
 
 @dataclass(frozen=True)
@@ -311,17 +290,7 @@ class TaskPosterior:
         Raises:
             RunFolderError: the folder exists.
         """
-        tensors = {f"loc.{site}": value for site, value in self.loc.items() if site not in self.joint}
-        tensors |= {f"scale.{site}": value for site, value in self.scale.items() if site not in self.joint}
-        tensors |= {f"noise.{site}": value for site, value in self.noise.items()}
-        for site, fn in self.joint.items():
-            tensors |= {f"joint.{part}.{site}": value.contiguous() for part, value in fn.tensors().items()}
-        with new_folder(Path(path), overwrite=overwrite) as folder:
-            write_tensors(folder / TENSORS, tensors)
-            facts: dict[str, Any] = {"names": list(self.names), "random_sites": [*self.scale, *self.noise]}
-            facts["temperature"] = self.temperature
-            facts["families"] = {site: type(fn).__name__ for site, fn in self.joint.items()}
-            write_json(folder / NAMES, facts | identity(self.lm))
+        save_posterior(self, Path(path), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel) -> TaskPosterior:
@@ -331,38 +300,7 @@ class TaskPosterior:
             PosteriorError: the files are missing or damaged, or were made with LoRA sites, settings or base weights
                 other than ``lm``'s.
         """
-        tensors, facts = read_tensors(Path(path) / TENSORS), read_json(Path(path) / NAMES)
-        parts: dict[str, Sites] = {"loc": {}, "scale": {}, "noise": {}}
-        joint: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            part, _, site = name.partition(".")
-            if part == "joint":
-                part, _, site = site.partition(".")
-                joint.setdefault(site, {})[part] = value.to(lm.device)
-            else:
-                parts.get(part, {})[site] = value.to(lm.device)
-        try:
-            families: Mapping[str, Any] = FAMILIES
-            fns = {site: families[kind](**joint[site]) for site, kind in facts.get("families", {}).items()}
-            for site, fn in fns.items():
-                parts["loc"][site], parts["scale"][site] = fn.mean, fn.stddev
-            lm.sites.check(parts["loc"])
-            names, random = tuple(facts["names"]), set(facts["random_sites"])
-            scales = parts["scale"] | parts["noise"]
-            sizes = {site: tuple(value.shape) for site, value in scales.items()}
-            if random != sizes.keys() or any(
-                shape[-5:-3] != (len(names), 1)
-                or not _fits(shape, tuple(parts["loc"][site].shape), factor=site in parts["noise"])
-                for site, shape in sizes.items()
-            ):
-                raise SiteError(f"expected scales of {sorted(random)} for {len(names)} tasks, got {sizes}")
-        except (SiteError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
-        check_identity(facts, lm, Path(path))
-        temperature = facts.get("temperature", 1.0)  # older folders have none
-        if not isinstance(temperature, int | float) or not temperature > 0:
-            raise PosteriorError(f"{path}: expected a positive 'temperature', got {temperature!r}. Adapt again.")
-        return cls(lm, parts["loc"], parts["scale"], names, parts["noise"], fns, float(temperature))
+        return cls(lm, **read_posterior(Path(path), lm))
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.
@@ -383,39 +321,10 @@ class TaskPosterior:
                 f"an adapter holds one task, this posterior {len(self.names)}: select() one of {self.names}."
             )
         phi = self.mean() if draw is None else self.draw(1, seed=draw)
-        weights = self.lm.sites.unstack({site: value.reshape(value.shape[-3:]) for site, value in phi.items()})
-        with new_folder(Path(path), overwrite=overwrite) as folder:
-            write_tensors(
-                folder / "adapter_model.safetensors",
-                {f"base_model.model.{name}.weight": value for name, value in weights.items()},
-            )
-            config = copy.copy(self.lm.lora_config)
-            config.base_model_name_or_path, config.inference_mode = self.lm.name, True
-            config.save_pretrained(str(folder))
+        export_adapter(self.lm, phi, Path(path), overwrite=overwrite)
 
 
 def task_of(phi: Sites, index: int) -> Sites:
     """The draws of one task."""
     found: Sites = tree_map(lambda v: v if v.shape[TASK] == 1 else v[:, index : index + 1], phi)
     return found
-
-
-def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:
-    """Metrics of predictive log-probabilities ``(N, K)`` against the gold options of the examples."""
-    answer = torch.tensor([example.answer for example in examples])
-    counts = torch.tensor([len(example.options) for example in examples])
-    mask = torch.arange(log_probs.shape[-1]) < counts[:, None]
-    return compute_metrics(log_probs.cpu(), answer, mask)
-
-
-def score_text(examples: Sequence[Example], log_probs: Tensor, answers: Sequence[Generated]) -> TextMetrics:
-    """Metrics of decoded answers, and of the log-probabilities ``(N, 2)`` of the gold text and of any other."""
-    texts = [answer.text for answer in answers]
-    return text_metrics(texts, [example.references for example in examples], log_probs[:, 0])
-
-
-def _fits(shape: tuple[int, ...], loc: tuple[int, ...], *, factor: bool) -> bool:
-    """Whether a scale has the shape of its location; where it is a factor of one, its rank may be another."""
-    if not factor:
-        return shape == loc
-    return shape[:-2] == loc[:-2] and (shape[-1] == loc[-1] or shape[-2] == loc[-2])

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from bayes_lora.adaptation import draw_phi
+from bayes_lora.evaluation import predictive
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
-from bayes_lora.task_posterior import predictive
 from bayes_lora.tasks.episode import Episode
 
 __all__ = ["TEMPERATURES", "choose_temperature"]

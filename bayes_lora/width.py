@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bayes_lora.adaptation import draw_phi
 from bayes_lora.errors import ConfigError
+from bayes_lora.evaluation import predictive
 from bayes_lora.families import widened
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
-from bayes_lora.task_posterior import predictive
 from bayes_lora.tasks.episode import Episode
 
 __all__ = ["WIDTHS", "Widened", "choose_width", "held_back_nll"]

@@ -350,7 +350,7 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
 def test_a_joint_posterior_loads_where_no_guide_was_imported(lm, split, tmp_path):
     """In another process, by its names alone."""
     adapt(build(lm, "HierarchicalNormal", "MCDropout").eval(), lm, split).save(tmp_path / "task")
-    code = "import sys; from bayes_lora.task_posterior import FAMILIES; assert 'DroppedPoint' in FAMILIES"
+    code = "import sys; from bayes_lora.task_posterior_files import FAMILIES; assert 'DroppedPoint' in FAMILIES"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert read_json(tmp_path / "task" / "task_posterior.json")["families"].keys() == {
         site for site in lm.sites.shapes if "lora_B" in site

@@ -13,9 +13,10 @@ from bayes_lora.adaptation import adapt, draw_phi
 from bayes_lora.baselines import finetune_lora, pretrained
 from bayes_lora.config import GuideConfig, RunConfig
 from bayes_lora.errors import ConfigError, NonFiniteLoss, PosteriorError, RunFolderError, TaskError
+from bayes_lora.evaluation import predictive
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
-from bayes_lora.task_posterior import TaskPosterior, predictive
+from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks import PromptTemplate, Task, collate
 
 

@@ -11,7 +11,7 @@ from bayes_lora.elbo import divergence
 from bayes_lora.families import from_parts, rebuilt, tensors_of, to_parts, widened
 from bayes_lora.kronecker_normal import KroneckerNormal
 from bayes_lora.low_rank_normal import LowRankNormal
-from bayes_lora.task_posterior import FAMILIES
+from bayes_lora.task_posterior_files import FAMILIES
 from bayes_lora.weight_distribution import WeightDistribution
 
 SHAPE, BATCH = (2, 3, 4), (5, 1)  # two layers of 3 x 4 matrices
