@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from bayes_lora.errors import ConfigError, did_you_mean
 from bayes_lora.model_files import DEFAULT_MODEL
-from bayes_lora.tasks.prompts import TEMPLATES, PromptTemplate
+from bayes_lora.tasks.templates import TEMPLATES, PromptTemplate
 from bayes_lora.training import FitConfig
 
 __all__ = [
@@ -48,6 +48,7 @@ class LanguageModelConfig:
         gradient_checkpointing: less memory in training, for a second forward through the adapted layers.
         cache_gib: RAM for hidden states below the adapted layers.
         cache_folder: where those that RAM has no room for are kept, until the process ends.
+        token_cache: whether tokens of large collections are kept on disk, for later runs as well.
     """
 
     name: str = DEFAULT_MODEL
@@ -63,6 +64,7 @@ class LanguageModelConfig:
     gradient_checkpointing: bool = False
     cache_gib: NonNegative = 4.0
     cache_folder: str | None = None
+    token_cache: bool = True
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from bayes_lora.memory import TokenBudget
 from bayes_lora.scoring import option_scores
 from bayes_lora.sites import LoraSites, find_sites
 from bayes_lora.tasks.episode import Episode
-from bayes_lora.tasks.prompts import Encoder, PromptTemplate
+from bayes_lora.tasks.prompts import Encoder
+from bayes_lora.tasks.templates import PromptTemplate
+from bayes_lora.tasks.token_store import TokenStore
 from bayes_lora.trunk import Trunk
 from bayes_lora.types import Sites
 
@@ -56,6 +58,8 @@ class LanguageModel:
         cache_bytes: RAM for the hidden states that the lowest adapted layer reads; what it has no room for is computed
             anew each time, or kept in ``cache_folder``.
         cache_folder: for memory-mapped files, which are gone with the process.
+        token_folder: for the tokens of large collections, which stay, see :mod:`bayes_lora.tasks.token_store`; None
+            keeps them in memory only.
         gradient_checkpointing: whether activations are computed again in backward, layer by layer, instead of kept.
 
     Raises:
@@ -76,6 +80,7 @@ class LanguageModel:
         token_budget: int | None = None,
         cache_bytes: int = 4 << 30,
         cache_folder: str | Path | None = None,
+        token_folder: str | Path | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         if normalize not in ("sum", "mean"):
@@ -89,7 +94,8 @@ class LanguageModel:
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
         longest = min((limit for limit in limits if limit), default=None)
         length = max_length if longest is None else min(max_length, longest)
-        self.encoder = Encoder(tokenizer, template, length, longest)
+        store = None if token_folder is None else TokenStore(Path(token_folder))
+        self.encoder = Encoder(tokenizer, template, length, longest, store)
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         head: Any = model.get_output_embeddings()
         if any(module is head for name, module in model.named_modules() if name in adapted):

@@ -23,7 +23,7 @@ from transformers import (
 
 from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_mean
 from bayes_lora.language_model import LanguageModel
-from bayes_lora.model_files import DEFAULT_MODEL, find_model
+from bayes_lora.model_files import DEFAULT_MODEL, cache_folder, find_model
 from bayes_lora.packaged_model import CONVERTED_FOLDER
 from bayes_lora.seeding import seeded
 
@@ -100,7 +100,8 @@ def load_language_model(
         seed: of PEFT's random initial A.
         model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation, revision).
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
-            ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``.
+            ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``; and ``token_folder``, which by default is
+            ``tokens`` in the folder of :func:`bayes_lora.model_files.cache_folder`.
 
     Raises:
         ModelFileError: the files cannot be had, or are damaged.
@@ -118,6 +119,7 @@ def load_language_model(
         lora = default_lora(model, rank=rank, top_layers=top_layers, target_modules=target_modules)
     inject(lora, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
+    kwargs.setdefault("token_folder", cache_folder() / "tokens")
     return LanguageModel(model, tokenizer, lora, name=str(name_or_path), **kwargs)
 
 

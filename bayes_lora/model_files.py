@@ -14,7 +14,7 @@ from rich.console import Console
 from bayes_lora.errors import ModelFileError
 from bayes_lora.packaged_model import CONVERTED_FOLDER, DEFAULT_MODEL, MEGABYTES, PACKAGE, convert_package
 
-__all__ = ["DEFAULT_MODEL", "default_model_here", "fetch_default_model", "find_model"]
+__all__ = ["DEFAULT_MODEL", "cache_folder", "default_model_here", "fetch_default_model", "find_model"]
 
 HUB_ANSWER_SECONDS = 5.0
 # A resolver without a network may hang for longer than any socket time-out, hence a second, outer limit.
@@ -50,7 +50,7 @@ def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progr
 
 def default_model_here(cache_dir: Path | None = None) -> Path | None:
     """The folder of :data:`DEFAULT_MODEL` where it is on this machine, in the Hugging Face cache or converted."""
-    target = (cache_dir or _default_cache_dir()) / CONVERTED_FOLDER
+    target = (cache_dir or cache_folder()) / CONVERTED_FOLDER
     return _find_in_hub_cache(DEFAULT_MODEL) or (target if _is_model_folder(target) else None)
 
 
@@ -64,7 +64,7 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
     Raises:
         ModelFileError: neither the hub nor the package index can be reached, or the file is not as expected.
     """
-    target = (cache_dir or _default_cache_dir()) / CONVERTED_FOLDER
+    target = (cache_dir or cache_folder()) / CONVERTED_FOLDER
     here = default_model_here(cache_dir)
     if here is not None:
         return here
@@ -105,7 +105,8 @@ def _find_local(name_or_path: str | Path) -> Path | None:
     return None
 
 
-def _default_cache_dir() -> Path:
+def cache_folder() -> Path:
+    """``$BAYES_LORA_CACHE``, else ``bayes_lora`` in the user's cache folder."""
     if own := os.environ.get("BAYES_LORA_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bayes_lora"

@@ -48,6 +48,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
         gradient_checkpointing=config.gradient_checkpointing,
         cache_bytes=int(config.cache_gib * 2**30),
         cache_folder=config.cache_folder,
+        **({} if config.token_cache else {"token_folder": None}),
     )
 
 

@@ -140,7 +140,7 @@ def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     ``fit.steps`` and ``fit.patience`` are left out, for they say only when to stop, and so is the cache's place.
     """
     settings = config.to_dict()
-    for name in ("cache_gib", "cache_folder"):
+    for name in ("cache_gib", "cache_folder", "token_cache"):
         del settings["language_model"][name]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in ("steps", "patience")}
     return [settings, [[name, _digest(task)] for name, task in tasks.items()]]

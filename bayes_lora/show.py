@@ -13,9 +13,10 @@ from rich.text import Text
 from bayes_lora.errors import ModelFileError
 from bayes_lora.model_files import DEFAULT_MODEL, HUB_FILES, _find_local, _list_on_hub, find_model
 from bayes_lora.tasks.packing import EncodedExample
-from bayes_lora.tasks.prompts import Encoder, PromptTemplate
+from bayes_lora.tasks.prompts import Encoder
 from bayes_lora.tasks.statistics import UNCUT
 from bayes_lora.tasks.task import Example
+from bayes_lora.tasks.templates import PromptTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

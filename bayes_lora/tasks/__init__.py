@@ -8,12 +8,13 @@ from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.metaicl import has_options, load_task, load_taskset, read_examples
 from bayes_lora.tasks.overlap import Overlap, find_overlaps, overlap_table
 from bayes_lora.tasks.packing import EncodedExample
-from bayes_lora.tasks.prompts import TEMPLATES, Encoder, PromptTemplate
+from bayes_lora.tasks.prompts import Encoder
 from bayes_lora.tasks.sampler import EpisodeSampler
 from bayes_lora.tasks.sources import load_tasks, task_from
 from bayes_lora.tasks.splits import load_split, shipped_splits
 from bayes_lora.tasks.statistics import TaskStatistics, statistics_table, task_statistics, token_counter
 from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.templates import TEMPLATES, PromptTemplate
 
 __all__ = [
     "TEMPLATES",

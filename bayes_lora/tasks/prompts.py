@@ -3,108 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
-from bayes_lora.errors import ConfigError, TaskError
+from bayes_lora.errors import TaskError
 from bayes_lora.tasks.chat import Frame, chat_frame
-from bayes_lora.tasks.packing import Context, EncodedExample, in_context, pack
+from bayes_lora.tasks.packing import Context, EncodedExample, digest, in_context, pack
 from bayes_lora.tasks.task import Example
+from bayes_lora.tasks.templates import PromptTemplate
+from bayes_lora.tasks.token_store import TokenStore, tokenizer_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES", "Encoder", "PromptTemplate"]
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """How an example becomes text.
-
-    Attributes:
-        prompt: what the model reads before it answers, with ``{input}`` and, if they are to be listed, ``{options}``.
-            It should not end in a space: ``option`` begins with one.
-        option: what the model is scored on, with ``{option}``.
-        separator: joins the options where the prompt lists them.
-        gap: stands behind each demonstration.
-        letters: whether the model is scored on letters, ``A`` for the first option; ``{options}`` then lists them with
-            theirs, ``A. yes``.
-        free_prompt: stands for ``prompt`` where the answer is free text, with ``{input}``.
-        end: ends a free answer: it is scored with it, and decoding stops at it.
-        chat: whether prompts are messages to a chat model, and answers its replies, in the frame of the tokenizer's
-            chat template: for models tuned to follow instructions. The frame takes the place of ``gap``, of ``end`` and
-            of the spaces with which ``option`` begins.
-    """
-
-    prompt: str = "{options}?\n{input}\nAnswer:"
-    option: str = " {option}"
-    separator: str = " or "
-    gap: str = "\n\n"
-    letters: bool = False
-    free_prompt: str = "{input}\nAnswer:"
-    end: str = "\n"
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "free_prompt"):
-            if "{input}" not in getattr(self, name):
-                raise ConfigError(f"{name} template {getattr(self, name)!r}: expected the placeholder {{input}} in it.")
-        if "{option}" not in self.option:
-            raise ConfigError(f"option template {self.option!r}: expected the placeholder {{option}} in it.")
-        if not self.end:
-            raise ConfigError("template.end is empty: expected a text that ends a free answer, such as a line end.")
-        if self.letters and "{options}" not in self.prompt:
-            raise ConfigError(
-                f"prompt template {self.prompt!r}: expected the placeholder {{options}} in it, for letters mean "
-                "nothing without the options that they stand for."
-            )
-
-    def render(self, example: Example) -> tuple[str, list[str]]:
-        """Return the prompt and the text of each option; of a free answer, its first reference."""
-        # Not str.format: a template may hold braces of its own. One pass: so may an input or an option.
-        texts = {"{options}": self.listed(example), "{input}": example.input}
-        prompt = re.sub(r"\{options\}|\{input\}", lambda match: texts[match[0]], self.prompt_of(example))
-        answers: Sequence[str] = (example.output,) if example.free_form else example.options
-        if self.letters and not example.free_form:
-            answers = _letters(example)
-        option = self.option.lstrip(" ") if self.chat else self.option
-        return prompt, [option.replace("{option}", answer) for answer in answers]
-
-    def prompt_of(self, example: Example) -> str:
-        """The template of an example's prompt."""
-        return self.free_prompt if example.free_form else self.prompt
-
-    def listed(self, example: Example) -> str:
-        """What stands in place of ``{options}``."""
-        if not self.letters or example.free_form:
-            return self.separator.join(example.options)
-        lines = (f"{letter}. {option}" for letter, option in zip(_letters(example), example.options, strict=True))
-        return self.separator.join(lines)
-
-
-TEMPLATES = {
-    "plain": PromptTemplate(),
-    "letters": PromptTemplate("{input}\n{options}\nAnswer:", separator="\n", letters=True),
-    "chat": PromptTemplate("{options}?\n{input}", free_prompt="{input}", chat=True),
-    "chat-letters": PromptTemplate(
-        "{input}\n{options}\nAnswer with a letter.", separator="\n", letters=True, free_prompt="{input}", chat=True
-    ),
-}
-"""Templates by name: options listed before the input, or behind it with letters; as text, or in a chat."""
-
-
-def _letters(example: Example) -> Sequence[str]:
-    if len(example.options) > len(ascii_uppercase):
-        raise TaskError(
-            f"example {example.input[:60]!r}: expected at most 26 options for as many letters, got "
-            f"{len(example.options)}. Use a template without letters."
-        )
-    return ascii_uppercase[: len(example.options)]
+__all__ = ["Encoder"]
 
 
 class Encoder:
@@ -117,6 +31,7 @@ class Encoder:
             warning that counts. A free answer longer than half of it loses its end.
         max_positions: the longest path that the model reads: demonstrations and an example behind them. Of
             demonstrations that do not fit the first are left out, with a warning; None sets no limit.
+        store: keeps the tokens of large collections on disk; None keeps them in memory only.
 
     Attributes:
         prefix: tokens that the tokenizer puts before every text.
@@ -134,11 +49,13 @@ class Encoder:
         template: PromptTemplate | None = None,
         max_length: int = 512,
         max_positions: int | None = None,
+        store: TokenStore | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.store = tokenizer, store
         self.template = template or PromptTemplate()
         self.max_length, self.max_positions = max_length, max_positions
-        self.encode = lru_cache(maxsize=None)(self._encode)
+        self._known: dict[tuple[Example, bool], tuple[EncodedExample, bool]] = {}
+        self._key: bytes | None = None
         self._cut: set[Example] = set()
         self._option_ids = lru_cache(maxsize=None)(self._encode_option)
         self._context = lru_cache(maxsize=None)(self._encode_context)
@@ -182,6 +99,7 @@ class Encoder:
         return [[*before, *row.tokens[row.segments == 0].tolist()] for before, row in zip(contexts, rows, strict=True)]
 
     def _rows(self, examples: Sequence[Example], begins: bool = True) -> list[EncodedExample]:
+        self._fetch(examples, begins)
         encoded = [self.encode(example, begins) for example in examples]
         cut = {example for example, (_, was_cut) in zip(examples, encoded, strict=True) if was_cut} - self._cut
         if cut:
@@ -193,6 +111,33 @@ class Encoder:
                 stacklevel=3,
             )
         return [row for row, _ in encoded]
+
+    def encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
+        """One row, and whether it was cut; remembered. It ``begins`` a text, or stands behind demonstrations."""
+        found = self._known.get((example, begins))
+        if found is None:
+            found = self._known[example, begins] = self._encode(example, begins)
+        return found
+
+    def forget(self) -> None:
+        """Free the memory of all rows."""
+        self._known.clear()
+
+    def _fetch(self, examples: Sequence[Example], begins: bool) -> None:
+        """Take many new examples from the store, or put them there."""
+        if self.store is None or len(examples) < self.store.fewest:
+            return
+        new = [example for example in dict.fromkeys(examples) if (example, begins) not in self._known]
+        if len(new) < self.store.fewest:
+            return
+        if self._key is None:
+            self._key = digest(tokenizer_key(self.tokenizer), self.template, self.max_length)
+        key = digest(self._key, begins, [(e.input, e.options, e.answer, e.references) for e in new])
+        rows = self.store.read(key)
+        if rows is None:
+            rows = [self.encode(example, begins) for example in new]
+            self.store.write(key, rows)
+        self._known |= zip(((example, begins) for example in new), rows, strict=True)
 
     def solved(self, demonstration: Example, begins: bool) -> list[int]:
         """Tokens of a demonstration: its prompt, and the gold answer without what ends it.

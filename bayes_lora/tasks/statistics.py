@@ -75,7 +75,7 @@ def token_counter(encoder: Encoder) -> Callable[[Example], Lengths]:
 
     def count_tokens(example: Example) -> Lengths:
         row, _ = uncut.encode(example)
-        uncut.encode.cache_clear()  # rows are not asked for twice, and a large collection's take gigabytes
+        uncut.forget()  # rows are not asked for twice, and a large collection's take gigabytes
         return Lengths(len(row), tuple(row.target_options.bincount(minlength=row.num_options).tolist()))
 
     return count_tokens
