@@ -133,7 +133,10 @@ class LaplaceConfig:
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """Members of :class:`bayes_lora.guides.Ensemble`, and how far from the prior's mean they start."""
+    """Members of :class:`bayes_lora.guides.Ensemble`, and how far from the prior's mean they start.
+
+    Each is a particle in training, so that ``objective.num_particles`` is at least their number.
+    """
 
     num_members: Annotated[int, Field(ge=2)] = 4
     spread: Positive = 0.5
@@ -182,7 +185,10 @@ class EpisodeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run, one section per piece."""
+    """All settings of a run, one section per piece.
+
+    A recipe reads some of them (docs/recipes.md); what it does not read must be at its default.
+    """
 
     recipe: str = "abmll-network"
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)

@@ -115,7 +115,8 @@ class Posterior:
         if saved != here:
             raise PosteriorError(f"{path}: made for LoRA sites {saved}, but {lm.name} has {here}.")
         check_identity(facts, lm, path)
-        objective = build_objective(lm, config)
+        # Folders of version 0.1.0 may hold settings that the recipe dropped; what was fitted is here all the same.
+        objective = build_objective(lm, config, strict=False)
         try:
             objective.load_state_dict(tensors)
         except RuntimeError as error:

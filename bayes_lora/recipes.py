@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from bayes_lora.loading import load_language_model
 from bayes_lora.models import ActivationSpace, HierarchicalNormal, IndependentNormal, WeightSpace
 from bayes_lora.objective import BetaELBO
 from bayes_lora.seeding import seeded
+from bayes_lora.unread import unread_settings, watched
 
 __all__ = ["CALIBRATION", "RECIPES", "build_language_model", "build_objective"]
 
@@ -104,11 +106,18 @@ def lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
 
 def laplace_lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     """The same with Laplace's approximation around it (Laplace-LoRA, arXiv 2308.13111)."""
-    model, settings = _independent(lm, config), _gradient(config)
-    if not isinstance(settings["learning_rate"], float):
-        raise ConfigError(f"gradient.learning_rate: laplace-lora expected one, got {settings['learning_rate']}.")
-    steps = {name: settings[name] for name in ("steps", "learning_rate", "optimizer", "beta")}
-    return _objective(model, Laplace(model, **steps, **asdict(config.laplace)), config)
+    model, steps = _independent(lm, config), config.gradient
+    if isinstance(steps.learning_rate, Mapping):
+        raise ConfigError(f"gradient.learning_rate: laplace-lora expected one, got {steps.learning_rate}.")
+    guide = Laplace(
+        model,
+        steps=steps.steps,
+        learning_rate=steps.learning_rate,
+        optimizer=steps.optimizer,
+        beta=_inner_beta(config),
+        **asdict(config.laplace),
+    )
+    return _objective(model, guide, config)
 
 
 def fomaml(lm: LanguageModel, config: RunConfig) -> BetaELBO:
@@ -168,14 +177,19 @@ def _network(model: HierarchicalNormal, config: RunConfig) -> GuideNetwork:
 
 
 def _gradient(config: RunConfig) -> dict[str, Any]:
-    settings = asdict(config.gradient)
-    return settings | {"beta": config.objective.beta if settings["beta"] is None else settings["beta"]}
+    return asdict(config.gradient) | {"beta": _inner_beta(config)}
+
+
+def _inner_beta(config: RunConfig) -> float:
+    own = config.gradient.beta
+    return config.objective.beta if own is None else own
 
 
 def _objective(model: PyroModule, guide: PyroModule, config: RunConfig, **kwargs: Any) -> BetaELBO:
     return BetaELBO(model, guide, **asdict(config.objective), **kwargs)
 
 
+# A recipe takes from the settings only what it hands on: what it reads counts as used.
 RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {
     "abmll": abmll,
     "abmll-network": abmll_network,
@@ -206,14 +220,26 @@ CALIBRATION: dict[str, Literal["width", "temperature", "none"]] = {
 }
 
 
-def build_objective(lm: LanguageModel, config: RunConfig) -> BetaELBO:
+def build_objective(lm: LanguageModel, config: RunConfig, *, strict: bool = True) -> BetaELBO:
     """Build a recipe's objective, its parameters drawn under ``config.seed``.
 
+    Args:
+        lm: the language model.
+        config: settings; those that the recipe does not read must be at their defaults.
+        strict: if not, one that is not gives a warning.
+
     Raises:
-        ConfigError: there is no such recipe.
+        ConfigError: there is no such recipe, or it does not read a setting that is changed.
     """
     if config.recipe not in RECIPES:
         near = did_you_mean(config.recipe, RECIPES, list_all=True)
         raise ConfigError(f"recipe {config.recipe!r} is unknown{near}.")
+    read: set[str] = set()
     with seeded(config.seed, lm.device):
-        return RECIPES[config.recipe](lm, config).to(lm.device)
+        objective = RECIPES[config.recipe](lm, watched(config, read))
+    problem = unread_settings(config, read)
+    if problem and strict:
+        raise ConfigError(problem)
+    if problem:
+        warnings.warn(problem, stacklevel=2)
+    return objective.to(lm.device)

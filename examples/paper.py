@@ -30,10 +30,12 @@ def main(model: str | None, tasks: Path | None, split: str, recipe: str, steps: 
         names, unseen_names = bayes_lora.load_split(tasks, split, allow_missing=True)
         training = bayes_lora.load_taskset(tasks, names, merge_duplicates=True)
         unseen = bayes_lora.load_taskset(tasks, unseen_names, merge_duplicates=True)
+    # Narrow: noise on six modules of a layer adds up. The paper begins at a standard deviation of 4.5e-5. The other
+    # recipes have priors of their own.
+    prior = PriorConfig(initial_scale=(0.02, 0.01)) if recipe == "abmll" else PriorConfig()
     config = RunConfig(
         recipe=recipe,
-        # Narrow: noise on six modules of a layer adds up. The paper begins at a standard deviation of 4.5e-5.
-        prior=PriorConfig(initial_scale=(0.02, 0.01)),
+        prior=prior,
         guide=GuideConfig(theta="point"),
         gradient=GradientConfig(steps=inner, learning_rate=2e-3, optimizer="adam"),
         objective=ObjectiveConfig(beta=beta),

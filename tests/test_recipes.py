@@ -1,11 +1,14 @@
 """Every recipe fits, adapts, and predicts the same after it was saved."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_tasks
 from test_matrix import episodes
 
 from bayes_lora.config import EnsembleConfig, EpisodeConfig, GradientConfig, GuideConfig, ObjectiveConfig, RunConfig
+from bayes_lora.dry_run import WITHOUT_STEPS
 from bayes_lora.guides import GradientGuide, GuideNetwork
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import RECIPES, build_objective
@@ -13,19 +16,24 @@ from bayes_lora.run import fit_posterior
 from bayes_lora.training import FitConfig
 
 NOTHING_TO_LEARN = ("lora", "laplace-lora", "map-temperature")
-SMALL = dict(
-    guide=GuideConfig(directions=2, hidden=6, bilinear=2),
-    gradient=GradientConfig(steps=2),
-    episodes=EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=3, held_back=1, held_back_shots=4),
-    fit=FitConfig(steps=3, eval_every=3),
-)
+EPISODES = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=3, held_back=1, held_back_shots=4)
+
+
+def small(name, **sections):
+    """Settings of a recipe: of each section that it reads, small ones."""
+    settings = dict(episodes=EPISODES, fit=FitConfig(steps=3, eval_every=3))
+    if "network" in name:
+        settings["guide"] = GuideConfig(directions=2, hidden=6, bilinear=2)
+    if name not in WITHOUT_STEPS:
+        settings["gradient"] = GradientConfig(steps=2)
+    return RunConfig(recipe=name, **settings | sections)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("demonstrations", [0, 2])
 def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstrations):
-    settings = EpisodeConfig(**vars(SMALL["episodes"]) | {"num_demonstrations": demonstrations})
-    config = RunConfig(recipe=name, objective=ObjectiveConfig(num_particles=2), **SMALL | {"episodes": settings})
+    shown = replace(EPISODES, num_demonstrations=demonstrations)
+    config = small(name, objective=ObjectiveConfig(num_particles=2), episodes=shown)
     posterior, state = fit_posterior(lm, make_tasks(4), config)
     assert state.step == (0 if name in NOTHING_TO_LEARN else 3)
     posterior.save(tmp_path / "posterior")
@@ -41,7 +49,7 @@ def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstra
 @pytest.mark.parametrize("name", ["fomaml", "reptile"])
 def test_only_locations_are_learnt_where_the_method_has_no_more(lm, name):
     """After a step the prior's precisions are what they were, and every location has moved."""
-    objective = build_objective(lm, RunConfig(recipe=name, **SMALL))
+    objective = build_objective(lm, small(name))
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
     for i in range(2):  # B is zero at the start, where A has no gradient
@@ -55,7 +63,7 @@ def test_only_locations_are_learnt_where_the_method_has_no_more(lm, name):
 
 def test_reptile_s_step_is_towards_where_the_tasks_ended(lm):
     """theta's gradient is that of -beta log p(phi | theta) alone, N / n-free, for phi after the inner steps."""
-    objective = build_objective(lm, RunConfig(recipe="reptile", **SMALL))
+    objective = build_objective(lm, small("reptile"))
     guide = objective.guide.program
     episode = episodes(lm)[0]
     torch.manual_seed(0)
@@ -74,7 +82,7 @@ def test_reptile_s_step_is_towards_where_the_tasks_ended(lm):
 
 
 def test_an_ensemble_has_a_particle_for_each_member(lm):
-    objective = build_objective(lm, RunConfig(recipe="ensemble", ensemble=EnsembleConfig(num_members=3), **SMALL))
+    objective = build_objective(lm, small("ensemble", ensemble=EnsembleConfig(num_members=3)))
     assert objective.elbo.num_particles == 3 and len(objective.guide.program.members) == 3
     objective(episodes(lm)[0]).backward()
     gradients = [p.grad for p in objective.guide.program.members.parameters()]

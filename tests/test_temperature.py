@@ -3,10 +3,9 @@
 import pytest
 import torch
 from conftest import make_tasks
-from test_recipes import SMALL
+from test_recipes import small
 
 from bayes_lora.adaptation import draw_phi
-from bayes_lora.config import RunConfig
 from bayes_lora.errors import PosteriorError
 from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
@@ -14,13 +13,13 @@ from bayes_lora.run import build_episodes, fit_posterior
 from bayes_lora.storage import read_json, write_json
 from bayes_lora.temperature import TEMPERATURES, choose_temperature
 
-CONFIG = RunConfig(recipe="map-temperature", **SMALL)
+CONFIG = small("map-temperature")
 
 
 def test_the_chosen_temperature_has_the_least_nll(lm):
     """Against a loop over temperatures, tasks and examples."""
     objective = build_objective(lm, CONFIG).eval()
-    _, held_back = build_episodes(lm, make_tasks(6), RunConfig(**SMALL | {"episodes": CONFIG.episodes}))
+    _, held_back = build_episodes(lm, make_tasks(6), CONFIG)
     temperature, curve = choose_temperature(objective, held_back, seed=2)
     assert curve.keys() == set(TEMPERATURES) and curve[temperature] == min(curve.values())
     for tau in (TEMPERATURES[0], TEMPERATURES[20], TEMPERATURES[-1]):
