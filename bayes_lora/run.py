@@ -28,6 +28,7 @@ from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.temperature import choose_temperature
 from bayes_lora.text_metrics import TextMetrics
 from bayes_lora.training import FitState, fit
+from bayes_lora.unread import warn_of_no_fit
 from bayes_lora.width import WIDTHS, choose_width
 
 __all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
@@ -70,6 +71,8 @@ def fit_posterior(
     objective = build_objective(lm, config)
     # A guide may have nothing to learn between tasks; then there is nothing to fit.
     steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
+    if not steps:
+        warn_of_no_fit(config)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
     journal = Journal(run, objective, optimizer, identity(config, tasks), progress)
     if run is not None:

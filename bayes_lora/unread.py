@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from bayes_lora.config import RunConfig
 
-__all__ = ["changed_settings", "describe", "settings_of", "unread_settings", "watched"]
+__all__ = ["changed_settings", "describe", "settings_of", "unread_settings", "warn_of_no_fit", "watched"]
 
 Section = TypeVar("Section")
 
@@ -63,6 +64,17 @@ def unread_settings(config: RunConfig, read: Collection[str]) -> str | None:
         f"recipe {config.recipe!r} does not read {', '.join(unread)}. Leave out what it does not read, or take a "
         f"recipe that reads it (docs/recipes.md). {config.recipe!r} reads {describe(read)}."
     )
+
+
+def warn_of_no_fit(config: RunConfig) -> None:
+    """Warn where settings of the fit are changed though the recipe has nothing to fit.
+
+    A warning, for the demonstration and files for several recipes have such settings.
+    """
+    unused = [name for name in changed_settings(config) if name.startswith("fit.")]
+    if unused:
+        message = f"recipe {config.recipe!r} has nothing to fit: {', '.join(unused)} change nothing"
+        warnings.warn(message, stacklevel=3)
 
 
 def describe(read: Collection[str]) -> str:

@@ -21,7 +21,9 @@ EPISODES = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=3, held_b
 
 def small(name, **sections):
     """Settings of a recipe: of each section that it reads, small ones."""
-    settings = dict(episodes=EPISODES, fit=FitConfig(steps=3, eval_every=3))
+    settings = dict(episodes=EPISODES)
+    if name not in NOTHING_TO_LEARN:
+        settings["fit"] = FitConfig(steps=3, eval_every=3)
     if "network" in name:
         settings["guide"] = GuideConfig(directions=2, hidden=6, bilinear=2)
     if name not in WITHOUT_STEPS:
@@ -44,6 +46,12 @@ def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstra
         torch.rand(1)  # adaptation draws under its own seed
         found.append(one.adapt(tasks, steps=1).evaluate(tasks, num_draws=2, num_demonstrations=demonstrations))
     assert found[0] == found[1]
+
+
+def test_a_recipe_with_nothing_to_learn_says_that_it_does_not_fit(lm):
+    config = small("lora", fit=FitConfig(steps=3, learning_rate=0.1))
+    with pytest.warns(UserWarning, match="recipe 'lora' has nothing to fit: fit.steps, fit.learning_rate change"):
+        fit_posterior(lm, make_tasks(4), config)
 
 
 @pytest.mark.parametrize("name", ["fomaml", "reptile"])
