@@ -36,7 +36,7 @@ class FitConfig:
 
     Attributes:
         steps: at most this many episodes.
-        learning_rate: Adam's; decays to a tenth on a cosine.
+        learning_rate: of :func:`fit`'s own Adam; every rate decays to a tenth of itself on a cosine.
         average: decay of the exponential moving average of the parameters that is kept; 0 keeps the last ones.
         clip_norm: gradient norm of the loss per example (nats) above which gradients are scaled down.
         schedule: of beta, see :mod:`bayes_lora.schedules`: ``"constant"``, ``"linear"`` or ``"cyclical"``.
@@ -113,7 +113,7 @@ def fit(
             last parameters are kept.
         config: settings.
         state: of an earlier call, to go on from; with ``optimizer``, which holds its moments.
-        optimizer: by default Adam with ``config.learning_rate``.
+        optimizer: by default Adam with ``config.learning_rate``; a group's rate decays from its own (``initial_lr``).
         accelerator: by default one for this machine.
         on_step: called after each step with the state and the loss, nats per example.
         on_look: called after each look at the held-back tasks, when ``state`` may be saved.
@@ -144,7 +144,8 @@ def fit(
     while goes_on():
         objective.warm(beta_fraction(config.schedule, state.step, config.warmup))
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
+            group.setdefault("initial_lr", group["lr"])  # a fit that goes on must not begin at one that has decayed
+            group["lr"] = group["initial_lr"] * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
         index = state.step * accelerator.num_processes + accelerator.process_index
         torch.manual_seed(config.seed * 1_000_003 + index)  # a resumed run draws what a whole one would have drawn
         assert episode is not None

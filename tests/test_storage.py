@@ -181,6 +181,28 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(saved, tokenizer):
         assert_equal(moments[index], expected[index])
 
 
+def test_a_resumed_fit_keeps_the_rate_of_each_group(tokenizer, tmp_path):
+    """Rates are the new optimizer's own, not those to which they had decayed."""
+
+    def grouped():
+        objective, sampler, held_back, _ = fresh(tokenizer)
+        parameters = list(objective.parameters())
+        groups = [{"params": parameters[::2], "lr": 1e-3}, {"params": parameters[1::2], "lr": 1e-2}]
+        return objective, sampler, held_back, torch.optim.Adam(groups)
+
+    def on_look(state):
+        if state.step == 4:
+            save_checkpoint(tmp_path / "checkpoint", whole, optimizer, state, CONFIG.to_dict())
+
+    whole, sampler, held_back, optimizer = grouped()
+    fit(whole, sampler, held_back, CONFIG.fit, optimizer=optimizer, on_look=on_look)
+    parts, sampler, held_back, again = grouped()
+    state = load_checkpoint(tmp_path / "checkpoint", parts, again, CONFIG.to_dict())
+    fit(parts, sampler, held_back, CONFIG.fit, state=state, optimizer=again)
+    assert_equal(parts.state_dict(), whole.state_dict())
+    assert [group["lr"] for group in again.param_groups] == [group["lr"] for group in optimizer.param_groups]
+
+
 def test_without_the_checkpoint_the_parameters_differ(saved, tokenizer):
     _, whole, *_ = saved
     other, *_ = fresh(tokenizer)

@@ -73,11 +73,45 @@ def test_held_back_nll_equals_its_definition(lm):
     assert got == pytest.approx(sum(expected) / len(expected))
 
 
-def test_a_resumed_fit_equals_an_uninterrupted_one(lm):
+def groups_of(objective, learning_rate):
+    """Adam whose rate is ten times larger for scales, or one rate for all."""
+    if learning_rate is not None:
+        return torch.optim.Adam(objective.parameters(), lr=learning_rate)
+    named = dict(objective.named_parameters())
+    scales = [p for name, p in named.items() if "scale" in name]
+    others = [p for name, p in named.items() if "scale" not in name]
+    assert scales and others
+    return torch.optim.Adam([{"params": others, "lr": 0.002}, {"params": scales, "lr": 0.02}])
+
+
+def test_each_group_s_rate_decays_from_its_own(lm):
+    objective, sampler, _ = build(lm)
+    optimizer, rates = groups_of(objective, None), []
+
+    def watch(*_):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+
+    fit(objective, sampler, config=CONFIG, optimizer=optimizer, on_step=watch)
+    factors = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
+    assert rates == [pytest.approx([0.002 * factor, 0.02 * factor]) for factor in factors]
+
+
+def test_a_group_with_no_rate_stays_where_it_is(lm):
+    objective, sampler, _ = build(lm)
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = groups_of(objective, None)
+    optimizer.param_groups[1]["lr"] = 0.0
+    fit(objective, sampler, config=CONFIG, optimizer=optimizer)
+    for name, p in objective.named_parameters():
+        assert torch.equal(p, before[name]) == ("scale" in name), name
+
+
+@pytest.mark.parametrize("learning_rate", [CONFIG.learning_rate, None])
+def test_a_resumed_fit_equals_an_uninterrupted_one(lm, learning_rate):
     whole, sampler, held_back = build(lm)
-    fit(whole, sampler, held_back, CONFIG)
+    fit(whole, sampler, held_back, CONFIG, optimizer=groups_of(whole, learning_rate))
     parts, sampler, held_back = build(lm)
-    optimizer = torch.optim.Adam(parts.parameters(), lr=CONFIG.learning_rate)
+    optimizer = groups_of(parts, learning_rate)
 
     class CutOff(Exception):
         pass
@@ -95,7 +129,9 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(lm):
     # The look after step 6 was cut off with it; take it now, as a checkpoint would have held it.
     state = kept[-1]
     _look(parts, held_back, CONFIG, state, [0.0])
-    fit(parts, sampler, held_back, CONFIG, state=state, optimizer=optimizer)
+    again = groups_of(parts, learning_rate)
+    again.load_state_dict(optimizer.state_dict())
+    fit(parts, sampler, held_back, CONFIG, state=state, optimizer=again)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
 
