@@ -131,9 +131,27 @@ def test_settings_of_laplace(lm):
         build(lm, batch_size=0)
 
 
-def test_a_mode_that_stays_keeps_its_bounds(lm):
-    """Where nothing moved, any precision would do; it stays finite and within its bounds."""
-    _, guide = build(lm, steps=0, curvature="kronecker", prior_precision="marginal-likelihood")
-    found = guide.posterior(collate([lm.encoder(t.examples[:3]) for t in make_tasks(2).values()]), mean_theta(guide))
-    for fn in found.values():
-        assert fn.spectrum.isfinite().all() and (fn.spectrum >= 1e3**-0.5 / 100).all()
+def test_a_mode_that_stays_has_the_largest_precision_that_is_allowed(lm):
+    """Where nothing moved, the marginal likelihood grows with the precision, which ends at its bound of 1000."""
+    model, guide = build(lm, steps=0, curvature="kronecker", prior_precision="marginal-likelihood")
+    theta, support = mean_theta(guide), collate([lm.encoder(t.examples[:3]) for t in make_tasks(2).values()])
+    torch.manual_seed(0)
+    found = guide.posterior(support, theta)
+    prior = model.phi_prior(theta)
+    mode, unit = (
+        {s: getattr(fn, of).expand(2, 1, *fn.event_shape) for s, fn in prior.items()} for of in ("mean", "stddev")
+    )
+    torch.manual_seed(0)
+    sides = kronecker(guide._passes(support, theta, mode), unit, 1, 64)
+    for site, fn in found.items():
+        values = sides[site].eigen()[2]
+        assert (values.amax((-2, -1)) > 0).all()
+        torch.testing.assert_close(fn.spectrum, (1000.0 + values / 0.5).rsqrt())
+
+
+def test_a_layer_of_which_the_data_say_nothing_keeps_the_prior_s_precision(lm):
+    _, guide = build(lm, prior_precision="marginal-likelihood")
+    nothing = torch.zeros(2, 1, 2, 4, 3, dtype=torch.float64)
+    assert (guide._precision(nothing, nothing) == 1.0).all()
+    # Where the mode moved though no curvature is left there, only a precision of zero would do.
+    torch.testing.assert_close(guide._precision(nothing, nothing + 1), torch.full((2, 1, 2, 1, 1), 1e-3).double())
