@@ -91,10 +91,11 @@ class ShownExample:
             gold = index == self.answer
             text.append("\n* " if gold else "\n  ", "bold" if gold else "")
             for place, token in enumerate(tokens):
+                seen = _visible(token).replace("\n", "\\n")  # a free answer ends in one
                 if colour:
-                    text.append(_visible(token), OPTION_STYLES[gold][place % 2])
+                    text.append(seen, OPTION_STYLES[gold][place % 2])
                 else:
-                    text.append(f"[{_visible(token)}]")
+                    text.append(f"[{seen}]")
         return text
 
 

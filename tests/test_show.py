@@ -246,3 +246,15 @@ def test_show_command_refuses(monkeypatch, capsys, folder, words, parts) -> None
     code, out, err = run(monkeypatch, capsys, "show", *words)
     assert (code, out, err.count("\n"), err[:7]) == (2, "", 1, "error: ")
     assert all(part in err for part in parts), err
+
+
+def test_a_free_answer_is_shown_with_what_ends_it(tokenizer):
+    """Alone, for any other text has no tokens; the line end that it is scored with is one of them."""
+    shots = [Example("a film?", references=("so good",)), Example("and?", references=("bad", "not"))]
+    shown = show_example(Encoder(tokenizer), Example("good?", references=("not so", "no")), shots)
+    assert ["".join(option) for option in shown.options] == [" not so\n"]
+    assert "".join(part.text for part in shown.parts) == (
+        "a film?\nAnswer: so good\n\nand?\nAnswer: bad\n\ngood?\nAnswer:"
+    )
+    assert shown.answer == 0 and shown.num_cut == 0
+    assert shown.render(colour=False).plain.endswith("\n* [ not][ so][\\n]")
