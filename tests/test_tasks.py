@@ -23,6 +23,7 @@ from bayes_lora.tasks import (
     load_task,
     load_taskset,
     read_examples,
+    read_questions,
 )
 
 CROSSFIT = Path(__file__).resolve().parents[2] / "shared" / "data" / "crossfit"
@@ -213,7 +214,11 @@ def test_taskset_split_holds_back_whole_tasks(held_back: int, seed: int) -> None
         ),
         (json.dumps(GOOD | {"options": ["b"]}).encode(), "at least 2 answers"),
         (json.dumps(GOOD | {"input": ""}).encode(), "`input` is empty"),
-        (json.dumps(GOOD | {"options": []}).encode(), "free-form tasks have no options to score"),
+        (json.dumps(GOOD | {"options": []}).encode(), r"empty, but is not in .*bad\.jsonl:1; .*make two tasks of them"),
+        (
+            b'{"input": "q", "output": "a"}',
+            r"field `options` is missing; got only .*write \[\] where the answer is free",
+        ),
         (json.dumps(GOOD | {"input": "\ud800"}).encode(), "half of a surrogate pair"),
         ('{"input": "é"}'.encode("latin-1"), "expected UTF-8, got byte 0xe9 at position 12; save"),
     ],
@@ -265,12 +270,84 @@ def test_unlabelled_lines(tmp_path: Path) -> None:
     for wrong, match in (
         ({"output": "c"}, r":1: `output` must be one of `options`: got 'c'"),
         ({"output": 3}, ":1: field `output` must be a str, got 3"),
-        ({"options": []}, ":1: .*free-form"),
+        ({"options": []}, ":1: field `output` is missing, .*neither options nor an answer.*with `read_questions`"),
         ({"options": ["a"]}, ":1: .*at least 2 answers"),
     ):
         path.write_text(json.dumps(question | wrong))
         with pytest.raises(TaskError, match=match):
             read_examples(path, labelled=False)
+
+
+FREE = {"input": "Capital of France?", "output": ["Paris", "paris ", "Paris", "Lutetia"], "options": []}
+
+
+def test_free_form_lines(tmp_path: Path) -> None:
+    """An output is one reference or several, of which the first is learnt from; a repeat counts once."""
+    path = tmp_path / "free.jsonl"
+    path.write_text("\n".join(map(json.dumps, [FREE, {"input": "2 + 3", "output": " 5", "options": []}])))
+    several, one = read_examples(path)
+    assert several == Example("Capital of France?", references=("Paris", "paris ", "Lutetia"))
+    assert one == Example("2 + 3", references=(" 5",))
+    assert [e.output for e in load_task(path).support] == ["Paris", " 5"]
+    assert load_task(path).free_form and not has_options(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"output": []}, r"field `output` must be a str, or a list of them that is not empty, where .* got \[\]"),
+        ({"output": ["a", 3]}, r"field `output` must be .*; got \['a', 3\]"),
+        ({"output": None}, "field `output` must be .*; got None"),
+        ({"output": ["a", " "]}, r"`references` holds an empty answer: \['a', ' '\]"),
+        ({"output": "\ud800"}, ".*half of a surrogate pair"),
+        ({"output": ["a"], "options": ["a", "b"]}, r"field `output` must be a str, got \['a'\]"),
+    ],
+)
+def test_bad_free_form_lines(tmp_path: Path, changes: dict[str, object], match: str) -> None:
+    """What is no answer is named by file and line."""
+    (tmp_path / "bad.jsonl").write_text(json.dumps(FREE) + "\n" + json.dumps(FREE | changes))
+    with pytest.raises(TaskError, match=rf"bad\.jsonl:2: {match}"):
+        read_examples(tmp_path / "bad.jsonl")
+
+
+def test_mixed_lines(root: Path) -> None:
+    """The first line of the other kind is named, and one of the first kind, in a file and across a task's files."""
+    free, choice = json.dumps(FREE), json.dumps(GOOD)
+    for lines, match in (
+        (
+            [choice, "", choice, free],
+            r"m\.jsonl:4: `options` is empty, but is not in .*m\.jsonl:1; a task is all multiple",
+        ),
+        (
+            [free, choice],
+            r"m\.jsonl:2: `options` is not empty, but is in .*m\.jsonl:1; .* two tasks of them, or mend this",
+        ),
+    ):
+        (root / "m.jsonl").write_text("\n".join(lines))
+        for read in (read_examples, read_questions, load_task):
+            with pytest.raises(TaskError, match=match):
+                read(root / "m.jsonl")
+    (root / "plain" / "plain_16_100_dev.jsonl").write_text(free)
+    with pytest.raises(TaskError, match=r"100_dev\.jsonl:1: `options` is empty, but is not in .*13_train\.jsonl:1; "):
+        load_task(root / "plain")
+
+
+def test_free_form_questions(tmp_path: Path) -> None:
+    """A question to predict is its text where it has neither options nor an answer, else an example."""
+    path = tmp_path / "q.jsonl"
+    question = {"input": " how? ", "options": []}
+    path.write_text("\n".join(map(json.dumps, [question, FREE])))
+    assert read_questions(path) == [" how? ", Example(FREE["input"], references=("Paris", "paris ", "Lutetia"))]
+    path.write_text(json.dumps({"input": "q", "options": ["a", "a", "b"]}))
+    assert read_questions(path, merge_duplicates=True) == [Example("q", ("a", "b"), 0)]
+    for wrong, match in (
+        ({"input": " "}, "`input` is empty"),
+        ({"input": "\ud800"}, ".*half of a surrogate pair"),
+        ({"output": None}, "field `output` must be .*; got None"),
+    ):
+        path.write_text(json.dumps(question | wrong))
+        with pytest.raises(TaskError, match=rf"q\.jsonl:1: {match}"):
+            read_questions(path)
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=6)
@@ -299,7 +376,7 @@ def test_any_bytes_give_examples_or_a_task_error(
         assert str(error).startswith(str(path))
     else:
         assert 0 < len(examples) <= b"\n".join(lines).count(b"\n") + 1
-        assert all(one.input.strip() and one.output in one.options for one in examples)
+        assert all(one.input.strip() and one.output in (one.options or one.references) for one in examples)
 
 
 # --- tasks, task sets and splits on disk ---
@@ -356,10 +433,15 @@ def test_has_options(root: Path) -> None:
 
 
 def test_load_taskset(root: Path) -> None:
-    """All scorable tasks by default, or those named; missing ones raise or warn."""
-    with pytest.warns(UserWarning, match="1 of 4 tasks are free-form") as caught:
-        assert list(load_taskset(root)) == ["plain", "single", "tested"]
-    assert [Path(one.filename).name for one in caught] == ["test_tasks.py"]
+    """All tasks by default, or those named; free-form ones can be left out, and missing ones raise or warn."""
+    assert list(load_taskset(root)) == ["free", "plain", "single", "tested"]
+    assert [task.name for task in load_taskset(root).values() if task.free_form] == ["free"]
+    with pytest.warns(UserWarning, match=r"1 of 4 tasks are free-form \(no options to score\) and left out$") as caught:
+        assert list(load_taskset(root, free_form=False)) == ["plain", "single", "tested"]
+    with pytest.warns(UserWarning, match="1 of 2 tasks are free-form") as more:
+        assert list(load_taskset(root, ["plain", "free"], free_form=False)) == ["plain"]
+    caught = [*caught, *more]
+    assert [Path(one.filename).name for one in caught] == ["test_tasks.py"] * 2
     assert list(load_taskset(root, ["tested", "plain"], seed=13)) == ["tested", "plain"]
     with pytest.warns(UserWarning, match="2 of 3 tasks are missing and left out: zzz, plan$"):
         assert list(load_taskset(root, ["zzz", "plain", "plan"], allow_missing=True)) == ["plain"]
@@ -373,10 +455,13 @@ def test_load_taskset_refuses(root: Path) -> None:
         load_taskset(root / "gone")
     with pytest.raises(TaskError, match=r"got the string 'plain'; pass \['plain'\]"):
         load_taskset(root, "plain")
-    with pytest.raises(TaskError, match="no multiple-choice task to load"):
+    with pytest.raises(TaskError, match=r"notes: no task to load; expected <task>\.jsonl"):
         load_taskset(root / "notes")
-    with pytest.raises(TaskError, match=r"free_16_13_train\.jsonl:1: .*free-form"):
-        load_taskset(root, ["free"])
+    with (
+        pytest.warns(UserWarning, match="1 of 1 tasks are free-form"),
+        pytest.raises(TaskError, match="no multiple-choice task to load"),
+    ):
+        load_taskset(root, ["free"], free_form=False)
     with pytest.raises(TaskError, match="task 'plain' occurs twice"):
         load_taskset(root, ["plain", "plain"])
     write(root / "plain.jsonl", ["x"])
@@ -425,11 +510,10 @@ def test_load_split_refuses(root: Path, text: str | None, match: str) -> None:
 
 @pytest.mark.skipif(not CROSSFIT.is_dir(), reason="the CrossFit tasks are not at ../shared/data/crossfit")
 def test_every_crossfit_task_loads() -> None:
-    """Every multiple-choice task loads, pooled and by seed, and the splits name tasks that are there."""
-    with pytest.warns(UserWarning, match="are free-form"):
-        pooled = load_taskset(CROSSFIT, merge_duplicates=True)
+    """Every task loads, pooled and by seed, and the splits name tasks that are there."""
+    pooled = load_taskset(CROSSFIT, merge_duplicates=True)
     by_seed = load_taskset(CROSSFIT, list(pooled), seed=13, merge_duplicates=True)
-    assert len(pooled) >= 80
+    assert len(pooled) >= 105
     for task in [*pooled.values(), *by_seed.values()]:
         assert len(task.support) >= 15
         assert len(task.query) > 0

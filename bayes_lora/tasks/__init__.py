@@ -1,11 +1,11 @@
-"""Tasks: labelled multiple-choice examples, the readers that make them from files, and episodes of them."""
+"""Tasks: labelled examples, the readers that make them from files, and episodes of them."""
 
 from __future__ import annotations
 
 from bayes_lora.tasks.card_file import Card, RowOptions, gallery, read_card
 from bayes_lora.tasks.cards import load_card
 from bayes_lora.tasks.episode import Episode, collate
-from bayes_lora.tasks.metaicl import has_options, load_task, load_taskset, read_examples
+from bayes_lora.tasks.metaicl import has_options, load_task, load_taskset, read_examples, read_questions
 from bayes_lora.tasks.overlap import Overlap, find_overlaps, overlap_table
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.prompts import Encoder
@@ -42,6 +42,7 @@ __all__ = [
     "overlap_table",
     "read_card",
     "read_examples",
+    "read_questions",
     "shipped_splits",
     "statistics_table",
     "task_from",

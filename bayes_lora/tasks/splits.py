@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.metaicl import present_tasks, task_places
+from bayes_lora.tasks.task_folders import present_tasks, task_places
 
 __all__ = ["load_split", "shipped_splits"]
 
