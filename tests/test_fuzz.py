@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import Task, TaskSet, read_examples
+from bayes_lora.tasks import Example, Task, TaskSet, read_examples, read_questions
 from bayes_lora.tasks.crossfit_tsv import read_crossfit
 from bayes_lora.tasks.legalbench import read_legalbench
 from bayes_lora.tasks.metaicl import load_task
@@ -41,23 +41,41 @@ JSONL = "".join(
     + "\n"
     for i in range(4)
 )
+FREE_JSONL = "".join(
+    json.dumps({"input": f"question {i}", "output": output, "options": []}, ensure_ascii=False) + "\n"
+    for i, output in enumerate(["a king", ["é", "e", "É"], "b", ["nine"]])
+)
 LABELLED = 'a film\tgood\nbad {{ film }}\tpoor\na "quoted" one\tgood\nein böser\tpoor\nlast\tpoor\n'
 LISTED = "who? (A) me (B) you (C) f(A) all\tyou\nwhen? (A) now (B) then [SEP] long ago\tthen\nwhy? (A) so (B) no\tso\n"
+SEVERAL = 'who?\ta king\tthe king\nwhen? (A) or (B)\t"now"\nwhy? [SEP] é\tso\tSo\tso\nhow?\tslowly\n'
 CHOICE = (
     "which? \\n (a) iron (b) feather \\n metals.\tiron\nwho? \\n (a) x y (b) z (c) é\tX  y\nhow? \\n (a) so (b) no\tno"
 )
 YES_NO = "is it? \\n (a) context\tyes\nis he?\tNo\nare they? \\n so\tno\n"
+ABSTRACTIVE = "who? \\n (a) context\tthe king\nis he?\tNo\nwhy? \\n so \\n é\tbe cause\n"
 PROMPT = "Tort or tax?\n\nText: a long cell of this table\nOf: b\nAnswer: tort\n\nText: {{text}}\nOf: {{who}}\nAnswer:"
 ROWS = 'index\ttext\tanswer\twho\n0\ta long cell of this table\ttort\tb\n1\t"two\n""lines"""\ttax\tc\n2\té\ttax\td\n'
+NAMES = """text\tanswer\twho\na long cell of this table\tAnn, Bé\tb\n"two\nlines"\t['Cy', 'D']\tc\né\tAnn\td\n"""
 CSV = "id,smiles,tox,active\nm1,C[C@H](N),1,0.0\nm2,C#N,0,\nm3,O,,TRUE\nm4,é,1.0,1\n"
 
 FILES = {
     "metaicl": {"t/t_16_13_train.jsonl": JSONL, "t/t_16_87_train.jsonl": JSONL.replace("question", "query")},
+    "metaicl free-form": {
+        "t/t_16_13_train.jsonl": FREE_JSONL,
+        "t/t_16_87_dev.jsonl": FREE_JSONL.replace("question", "query"),
+    },
     "crossfit": {"t/t_16_13_train.tsv": LABELLED, "t/t_16_13_dev.tsv": LABELLED.replace("film", "play")},
     "crossfit choice": {"t/t_16_13_train.tsv": LISTED, "t/t_16_13_dev.tsv": LISTED.replace("w", "W")},
+    "crossfit free-form": {"t/t_16_13_train.tsv": SEVERAL, "t/t_16_13_dev.tsv": SEVERAL.replace("?", " else?")},
     "unifiedqa": {"t/train.tsv": CHOICE, "t/test.tsv": CHOICE.replace("?", " else?")},
     "unifiedqa yes-no": {"t/train.tsv": YES_NO, "t/dev.tsv": YES_NO.replace("?", " else?")},
+    "unifiedqa free-form": {"t/train.tsv": ABSTRACTIVE, "t/dev.tsv": ABSTRACTIVE.replace("?", " else?")},
     "legalbench": {"t/base_prompt.txt": PROMPT, "t/train.tsv": ROWS, "t/test.tsv": ROWS.replace("cell", "row")},
+    "legalbench free-form": {
+        "t/base_prompt.txt": PROMPT,
+        "t/train.tsv": NAMES,
+        "t/test.tsv": NAMES.replace("cell", "row"),
+    },
     "molecules": {"t.csv": CSV},
 }
 READERS = {
@@ -65,6 +83,7 @@ READERS = {
     "crossfit": lambda root: read_crossfit(root / "t"),
     "unifiedqa": lambda root: read_unifiedqa(root / "t"),
     "legalbench": lambda root: read_legalbench(root / "t"),
+    "legalbench free-form": lambda root: read_legalbench(root / "t", separator=","),
     "molecules": lambda root: read_molecules(root / "t.csv"),
 }
 
@@ -150,11 +169,13 @@ def check(tasks):
     for name, task in tasks.items():
         assert isinstance(task, Task) and task.name == name and len(task) > 0 and len(task.support) > 0
         assert not {example.input for example in task.support} & {example.input for example in task.query}
+        assert len({example.free_form for example in task.examples}) == 1
         for example in task.examples:
             assert example.input.strip() and example.input.encode()
-            assert len(set(example.options)) == len(example.options) >= 2
-            assert all(option.strip() and option.encode() for option in example.options)
-            assert example.output == example.options[example.answer]
+            answers = example.references if task.free_form else example.options
+            assert len(set(answers)) == len(answers) >= (1 if task.free_form else 2)
+            assert all(answer.strip() and answer.encode() for answer in answers)
+            assert example.output == answers[example.answer]
 
 
 def outcome(read, root):
@@ -200,18 +221,28 @@ def fuzz(files, read, count=BROKEN_FILES):
 @pytest.mark.parametrize("kind", FILES)
 def test_broken_files(kind):
     """Each format's own reader."""
-    fuzz(FILES[kind], READERS[kind.split()[0]])
+    fuzz(FILES[kind], READERS.get(kind, READERS[kind.split()[0]]))
 
 
 def test_broken_files_of_any_format():
     """The one line for all, on all formats in turn."""
-    for kind in READERS:
-        fuzz(FILES[kind], load_tasks, BROKEN_FILES // len(READERS))
+    for kind in FILES:
+        fuzz(FILES[kind], load_tasks, BROKEN_FILES // len(FILES))
 
 
 def test_broken_questions():
     """Questions to predict have no output, but are as whole."""
     fuzz({"t/q.jsonl": JSONL}, lambda root: Task("q", tuple(read_examples(root / "t/q.jsonl", labelled=False))))
+
+
+def test_broken_free_form_questions():
+    """Without an output, a free-form question is a text."""
+
+    def read(root):
+        questions = read_questions(root / "t/q.jsonl")
+        return Task("q", tuple(Example(q, references=("x",)) if isinstance(q, str) else q for q in questions))
+
+    fuzz({"t/q.jsonl": FREE_JSONL.replace('"output": "a king", ', "")}, read)
 
 
 ANY = (
@@ -228,9 +259,10 @@ FIELDS = st.fixed_dictionaries(
         "input": st.just("q") | ANY,
         "output": st.sampled_from(["a", "b"]) | ANY,
         "options": st.just(["a", "b"]) | st.just(("b", "a")) | ANY,
+        "references": st.just(("a", "b")) | ANY,
     },
 )
-WHOLE = st.just({"input": "q", "output": "a", "options": ["a", "b"]})
+WHOLE = st.just({"input": "q", "output": "a", "options": ["a", "b"]}) | st.just({"input": "q", "output": ("a", "b")})
 
 
 @RUN

@@ -32,6 +32,11 @@ def triples(examples):
     return [(example.input, example.options, example.output) for example in examples]
 
 
+def references(examples):
+    assert not any(example.options for example in examples)
+    return [(example.input, example.references) for example in examples]
+
+
 # --- text files ---
 
 
@@ -197,29 +202,41 @@ def test_crossfit_storm_of_letters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason", "match"),
+    ("text", "found"),
     [
-        (
-            "a\tx\nb\tx\n",
-            "one label",
-            r"t\.tsv:1: every output is 'x', and one option leaves nothing to choose; leave 't'",
-        ),
-        (
-            "a\tx\nb\ty\nc\ty\n",
-            "free-form",
-            r"t\.tsv:1: 2 distinct outputs in 3 lines, and at most 64 .*'t' is free-form",
-        ),
-        (
-            "a\tx\nb\ty\tz\nc\ty\n",
-            "free-form",
-            r"t\.tsv:2: expected one output, got 2 outputs, beginning with 'y': 't' is",
-        ),
+        ("a\tx\nb\ty\nc\ty\n", [("a", ("x",)), ("b", ("y",)), ("c", ("y",))]),
+        ("a\tx\nb\ty \t z\ty\nc\ty\nd\ty\n", [("a", ("x",)), ("b", ("y", "z")), ("c", ("y",)), ("d", ("y",))]),
+        ("who? (A) me (B) you\tyou\nwhy? (A)\tso\n", [("who? (A) me (B) you", ("you",)), ("why? (A)", ("so",))]),
+        ("a\tx\n", [("a", ("x",))]),
     ],
 )
-def test_crossfit_without_options(tmp_path, text, reason, match):
-    with pytest.raises(CannotScore, match=match) as caught:
-        read_crossfit(write(tmp_path / "t.tsv", text))
-    assert caught.value.reason == reason
+def test_crossfit_free_form(tmp_path, text, found):
+    """Outputs that are no labels, or several on a line, are references; the first is learnt from."""
+    assert references(read_crossfit(write(tmp_path / "t.tsv", text)).support) == found
+
+
+def test_crossfit_free_form_by_seed(tmp_path):
+    """What kind a task is takes all of its files to tell; 0 labels make any task free-form."""
+    for name, text in {"13_train": "aa\tx\nbb\ty\tx\n", "87_train": "cc\tx\n", "87_dev": "dd\tx\n"}.items():
+        write(tmp_path / f"t/t_16_{name}.tsv", text)
+    task = read_crossfit(tmp_path / "t", seed=13)
+    assert references(task.support) == [("aa", ("x",)), ("bb", ("y", "x"))]
+    assert references(task.query) == [("dd", ("x",))]
+    write(tmp_path / "t/t_16_13_train.tsv", "aa\tx\nbb\ty\n")
+    assert triples(read_crossfit(tmp_path / "t", seed=87).query) == []
+    assert read_crossfit(tmp_path / "t").support[0].options == ("x", "y")
+    assert references(read_crossfit(tmp_path / "t", max_options=0).support)[1:] == [("bb", ("y",)), ("cc", ("x",))]
+
+
+def test_crossfit_of_one_label(tmp_path):
+    """Nothing is to be learnt from it, unless the labels that are missing are named."""
+    path = write(tmp_path / "t.tsv", "a\tx\nb\tx\n")
+    with pytest.raises(
+        CannotScore, match=r"t\.tsv:1: every output is 'x', and one option leaves nothing .*leave 't'"
+    ) as e:
+        read_crossfit(path)
+    assert e.value.reason == "one label"
+    assert read_crossfit(path, options=["y", "x"]).support[1] == Example("b", ("y", "x"), 1)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +264,7 @@ def test_crossfit_refuses(tmp_path):
         read_crossfit(file, options=["x", "z"])
     with pytest.raises(TaskError, match="`options` must be a list of texts, got the string 'xy'"):
         read_crossfit(file, options="xy")
-    with pytest.raises(CannotScore, match="and at most 1 are taken for labels"):
-        read_crossfit(file, max_options=1)
+    assert read_crossfit(file, max_options=1).free_form and not read_crossfit(file).free_form
     with pytest.raises(TaskError, match=r"train\.tsv:1: expected one output, got 2: 'x', 'z'; keep one"):
         read_crossfit(write(tmp_path / "train.tsv", "a\tx\tz\n"), options=["x", "z"])
     write(tmp_path / "t/t_16_13_train.tsv", "a\tx\n")
@@ -318,16 +334,28 @@ def test_unifiedqa_yes_no(tmp_path):
     ]
 
 
+def test_unifiedqa_free_form(tmp_path):
+    """Where few lines list options and some answer is neither yes nor no, each answer is a reference as it stands."""
+    text = "who? \\n (a) king (b) queen \\n a long story\tthe  Queen\nis it?\tyes\nwhy?\\n\\nso\tbecause.\n"
+    write(tmp_path / "q/train.tsv", text)
+    write(tmp_path / "q/dev.tsv", "is it?\tno\nis she?\tno\n")
+    task = read_unifiedqa(tmp_path / "q")
+    assert references(task.support) == [
+        ("who?\n(a) king (b) queen\na long story", ("the  Queen",)),
+        ("is it?", ("yes",)),
+        ("why?\nso", ("because.",)),
+    ]
+    assert references(task.query) == [("is she?", ("no",))]
+    with pytest.raises(TaskError, match=r"t\.tsv:2: `input` is empty"):
+        read_unifiedqa(write(tmp_path / "t.tsv", "who?\tme\n \\n \tyou\n"))
+
+
 LISTED = "which? \\n (a) x (b) y\tx\n" * 3
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (
-            "who?\tyes\nwho?\tthe king\n",
-            r"t\.tsv:2: few lines list options, and the answer 'the king' is neither yes nor no: 't' is",
-        ),
         ("who?\tx\ty\n", r"t\.tsv:1: expected 2 fields, a question and its answer; got 3; write one tab"),
         ("who?\n", r"t\.tsv:1: expected 2 fields, .*got 1"),
         ("who?\t \n", r"t\.tsv:1: the answer is empty"),
@@ -444,18 +472,49 @@ def test_legalbench_options(tmp_path, answers, prompt, options):
     ("rows", "reason", "match"),
     [
         ("", "without rows", r"train\.tsv: no rows below its header"),
-        (
-            "1 q\ttax\n2 q\ttorts\n",
-            "free-form",
-            r"train\.tsv:2: 2 distinct answers in 2 rows, .*beginning with 'tax': free-form",
-        ),
         ("1 q\ttax\n2 q\ttax\n", "one label", r"train\.tsv:2: every answer is 'tax', and one option leaves nothing"),
     ],
 )
-def test_legalbench_without_options(tmp_path, rows, reason, match):
+def test_legalbench_that_cannot_be_scored(tmp_path, rows, reason, match):
     with pytest.raises(CannotScore, match=match) as caught:
         read_legalbench(legal(tmp_path / "t", "Taxes or tort?\n{{t}}", "t\tanswer\n" + rows))
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("cell", "separator", "found"),
+    [
+        ("Juniper, Inc.", None, ("Juniper, Inc.",)),
+        ("Ann B. Cole,Dee Ek", None, ("Ann B. Cole,Dee Ek",)),
+        ("decide, decision ,decide", ",", ("decide", "decision")),
+        ("['Ann B. Cole', 'Dee Ek']", None, ("Ann B. Cole, Dee Ek",)),
+        ("['Not named']", None, ("Not named",)),
+        ("[\"O'Neil\", 'x']", None, ("O'Neil, x",)),
+        ("['a', 'b'] or c", None, ("['a', 'b'] or c",)),
+        ("['a' 'b']", None, ("['a' 'b']",)),
+    ],
+)
+def test_legalbench_free_form(tmp_path, cell, separator, found):
+    """A cell is one reference; alternatives are told by a separator, and a list of Python's loses its brackets."""
+    quoted = '"' + cell.replace('"', '""') + '"'
+    folder = legal(tmp_path / "t", train=f"text\tanswer\tparty\none\tsome other\ta\nshort\t{quoted}\tb\n")
+    head = "Say what the clause is. Clause: means this.\n\nClause: "
+    assert references(read_legalbench(folder, separator=separator).support) == [
+        (head + "one\nOf: a\nAnswer:", ("some other",)),
+        (head + "short\nOf: b\nAnswer:", found),
+    ]
+
+
+def test_legalbench_free_form_refuses(tmp_path):
+    folder = legal(tmp_path / "t", "{{text}}", "text\tanswer\none\tx,y\ntwo\tu,,v\n")
+    with pytest.raises(TaskError, match=r"train\.tsv:3: `references` holds an empty answer: \['u', '', 'v'\]"):
+        read_legalbench(folder, separator=",")
+    with pytest.raises(TaskError, match="`separator` is empty; expected what stands between answers"):
+        read_legalbench(folder, separator="")
+    folder = legal(tmp_path / "t", "{{text}}", "text\tanswer\none\tx,y\ntwo\t \nthree\tz\n")
+    with pytest.raises(TaskError, match=r"train\.tsv:3: `answer` is empty"):
+        read_legalbench(folder)
+    assert read_legalbench(legal(tmp_path / "t", "{{t}}", "t\tanswer\na\tx\nb\tx\n"), max_options=0).free_form
 
 
 @pytest.mark.parametrize(
@@ -595,17 +654,39 @@ def test_task_from():
     assert merged.support == (Example("q", ("a", "b"), 1),)
 
 
+def test_task_from_free_form():
+    """Without options, an output is a reference, or several; these may be called so."""
+    example = Example("r", references=("x",))
+    rows = [
+        {"input": "p", "output": "a b"},
+        {"input": "q", "output": ("a", "b", "a"), "options": ()},
+        {"input": "s", "references": ["c", "d"], "id": 3},
+        {"input": "t", "references": ("e",), "options": []},
+        example,
+    ]
+    assert references(task_from("t", rows).support) == [
+        *(("p", ("a b",)), ("q", ("a", "b")), ("s", ("c", "d")), ("t", ("e",)), ("r", ("x",))),
+    ]
+    assert task_from("t", [GOOD | {"references": ()}]).support == (Example("q", ("a", "b"), 1),)
+
+
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([GOOD, {"input": "q"}], r"task 't', example 2: field `options` is missing; got only \['input'\]"),
+        ([GOOD, {"input": "q"}], r"task 't', example 2: field `output` is missing; got only \['input', 'options'\]"),
         (
             [GOOD, GOOD | {"output": "z"}],
             r"example 2: `output` must be one of `options`: got 'z', options are \['a', 'b'\]",
         ),
         ([GOOD | {"options": ["b", "b"]}], "example 1: `options` holds 'b' more than once"),
         ([GOOD | {"input": float("nan")}], "example 1: field `input` must be a str, got nan"),
-        ([GOOD | {"options": []}], "example 1: `options` is empty: free-form"),
+        ([GOOD, {"input": "q", "output": "x"}], "task 't': 1 of 2 examples have no options.*make two tasks"),
+        ([GOOD | {"options": None}], "example 1: field `options` must be a list, got None"),
+        ([{"input": "q", "output": {"a"}}], "example 1: field `output` must be a str, or a list of them .*got {'a'}"),
+        ([{"input": "q", "references": []}], "example 1: field `output` is missing"),
+        ([{"input": "q", "references": None}], "example 1: field `output` must be .*got None"),
+        ([GOOD | {"references": ["b"]}], r"example 1: `references` \['b'\] stand in place of `output` and `options`"),
+        ([{"input": "q", "output": "a", "references": ["b"]}], "example 1: `references` .* leave one or other out"),
         (["q"], "example 1: expected an Example, or a mapping with `input`, `options`, `output`; got 'q'"),
         ("q", "task 't': expected a list of examples, got str; put it in a list"),
         (GOOD, "task 't': expected a list of examples, got dict"),
@@ -623,7 +704,7 @@ def test_task_from_refuses(rows, match):
 
 @pytest.fixture
 def shelf(tmp_path):
-    """One folder of each format, every one with a task that can be scored and one that cannot."""
+    """One folder of each format, every one but that of molecules with a multiple-choice task and a free-form one."""
     line, free = json.dumps(GOOD), json.dumps(GOOD | {"options": []})
     write(tmp_path / "metaicl/one/one_16_13_train.jsonl", line)
     write(tmp_path / "metaicl/two.jsonl", free)
@@ -641,26 +722,51 @@ def shelf(tmp_path):
     return tmp_path
 
 
-FORMATS = {"metaicl": "free-form", "crossfit": "free-form", "unifiedqa": "free-form", "legalbench": "free-form"}
+FORMATS = ["metaicl", "crossfit", "unifiedqa", "legalbench"]
 
 
-@pytest.mark.parametrize("format", FORMATS | {"molecules": "one label"})
+@pytest.mark.parametrize("format", FORMATS)
 def test_load_tasks_tells_the_format(shelf, format):
-    """A folder of tasks gives those that can be scored, and one warning; a task that is named must be one of them."""
-    first, second = ("one/tox", "two/p") if format == "molecules" else ("one", "two")
-    count, reason = ("1 of 3", "one label") if format == "molecules" else ("1 of 2", "free-form")
-    with pytest.warns(UserWarning, match=rf"{format}: {count} tasks are left out: 1 {reason} \({second}\)$") as caught:
-        tasks = load_tasks(shelf / format)
-    assert [Path(one.filename).name for one in caught] == ["test_readers.py"]
-    assert list(tasks) == ([first, "one/active"] if format == "molecules" else [first])
-    assert list(load_tasks(shelf / format, names=[first], format=format)) == [first]
-    with pytest.raises(CannotScore):
-        load_tasks(shelf / format, names=[first, second])
+    """A folder of tasks gives all of them; names choose, and a missing one raises or warns."""
+    tasks = load_tasks(shelf / format)
+    assert [(name, task.free_form) for name, task in tasks.items()] == [("one", False), ("two", True)]
+    assert list(load_tasks(shelf / format, names=["two", "one"], format=format)) == ["two", "one"]
     with pytest.warns(UserWarning, match="1 of 2 tasks are missing and left out: ona") as caught:
-        assert list(load_tasks(shelf / format, names=["ona", first], allow_missing=True)) == [first]
+        assert list(load_tasks(shelf / format, names=["ona", "one"], allow_missing=True)) == ["one"]
     assert [Path(one.filename).name for one in caught] == ["test_readers.py"]
-    with pytest.raises(TaskError, match=rf"1 of 2 tasks are missing: '{first[:-1]}' \(did you mean '{first}'"):
-        load_tasks(shelf / format, names=[first[:-1], first])
+    with pytest.raises(TaskError, match=r"1 of 2 tasks are missing: 'onee' \(did you mean 'one'"):
+        load_tasks(shelf / format, names=["onee", "one"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_load_tasks_without_free_form(shelf, format):
+    """They are left out whether named or not, and one warning counts them."""
+    for names in (None, ["one", "two"]):
+        with pytest.warns(UserWarning, match=rf"{format}: 1 of 2 tasks are left out: 1 free-form \(two\)$") as caught:
+            assert list(load_tasks(shelf / format, names=names, free_form=False)) == ["one"]
+        assert [Path(one.filename).name for one in caught] == ["test_readers.py"]
+    with pytest.raises(
+        TaskError, match=r"no task to load, of 1 .*; task 'two' is free-form; pass free_form=True to load"
+    ):
+        load_tasks(shelf / format, names=["two"], free_form=False)
+
+
+def test_load_tasks_that_cannot_be_scored(shelf):
+    """Of all tasks they are left out, and one warning counts them by reason; one that is named is an error."""
+    write(shelf / "crossfit/three/three_16_13_train.tsv", "a\tx\nb\tx\n")
+    legal(shelf / "legalbench/three", train=ROWS.replace("Right", "Duty"), prompt="Duty? {{text}}")
+    legal(shelf / "legalbench/four", train="text\tanswer\tparty\n")
+    for format, first, count, reasons, other in (
+        ("crossfit", "one", "1 of 3", r"1 one label \(three\)", "three"),
+        ("legalbench", "one", "2 of 4", r"1 without rows \(four\); 1 one label \(three\)", "four"),
+        ("molecules", "one/tox", "1 of 3", r"1 one label \(two/p\)", "two/p"),
+    ):
+        with pytest.warns(UserWarning, match=f"{format}: {count} tasks are left out: {reasons}$") as caught:
+            assert first in load_tasks(shelf / format)
+        assert [Path(one.filename).name for one in caught] == ["test_readers.py"]
+        with pytest.raises(CannotScore):
+            load_tasks(shelf / format, names=[first, other])
+    assert list(load_tasks(shelf / "molecules", names=["one/active"], free_form=False)) == ["one/active"]
 
 
 def test_load_tasks_of_one(shelf):
@@ -708,11 +814,10 @@ def test_load_tasks_refuses(shelf):
         load_tasks(shelf / "metaicl/notes")
     with pytest.raises(TaskError, match="gone: there is no such file or folder; check the path"):
         load_tasks(shelf / "gone")
-    with pytest.raises(
-        TaskError, match=r"two: no multiple-choice task to load, of 1 in the format 'crossfit'; .*2 distinct"
-    ):
+    write(shelf / "crossfit/two/two_16_13_train.tsv", "a\tx\nb\tx\n")
+    with pytest.raises(TaskError, match=r"two: no task to load, of 1 in the format 'crossfit'; .*every output is 'x'"):
         load_tasks(shelf / "crossfit/two")
-    with pytest.raises(TaskError, match="no multiple-choice task to load, of 0 in the format 'crossfit'"):
+    with pytest.raises(TaskError, match="no task to load, of 0 in the format 'crossfit'"):
         load_tasks(shelf / "crossfit", names=[])
     write(shelf / "crossfit/b.csv", CSV)
     with pytest.raises(

@@ -8,20 +8,20 @@ quotes are read, and there is no header. Options stand in no field of their own:
   output is the text of one of them. A task is of this kind where more than half of its lines are.
 - *classification*: the options are the distinct outputs of all files of the task, in alphabetical order. They must be
   few, and half as many as there are lines, or fewer.
-
-All other tasks are free-form: they have no options to score.
+- *free-form*: all others. The outputs of a line are its references.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.metaicl import seeded_files, seeded_task
 from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task_folders import seeded_files, seeded_task
 from bayes_lora.tasks.text_files import CannotScore, inside, lines, listed, option_texts, short
 from bayes_lora.tasks.unifiedqa import MARKER, MAX_READINGS, options_in, same
 
@@ -44,10 +44,10 @@ def read_crossfit(
         path: the folder or the file.
         seed: which of the folder's seeds to read.
         options: the options of all lines, in order, instead of the distinct outputs.
-        max_options: a task of more distinct outputs is free-form.
+        max_options: a task of more distinct outputs is free-form; 0 reads outputs as free-form however few there are.
 
     Raises:
-        CannotScore: the task is free-form, or all its outputs are the same.
+        CannotScore: all outputs are the same, and few as they are, they are labels.
         TaskError: there is no such task or seed, or a line is malformed or its output is none of the options.
     """
     path = Path(path).absolute()
@@ -68,14 +68,7 @@ def _examples(
 ) -> dict[Path, list[Example]]:
     found = {file: [_line(place, text) for place, text in _lines(file)] for file in files}
     every = [line for part in found.values() for line in part]
-    if options is None and 2 * sum(_listed(line) is not None for line in every) > len(every):
-        make = _choice
-    else:
-        labels = _labels(name, every, max_options) if options is None else option_texts(options)
-
-        def make(line: Line) -> Example:
-            return _labelled(line, labels)
-
+    make = _maker(name, every, options, max_options)
     examples: dict[Path, list[Example]] = {}
     for file, part in found.items():
         examples[file] = []
@@ -85,6 +78,23 @@ def _examples(
             except TaskError as error:
                 raise TaskError(f"{line[0]}: {error}") from None
     return examples
+
+
+def _maker(
+    name: str, every: Sequence[Line], options: Sequence[str] | None, max_options: int
+) -> Callable[[Line], Example]:
+    """Return the function that makes an example of a line: of which kind the task is takes all lines to tell."""
+    if options is not None:
+        return partial(_labelled, labels=option_texts(options))
+    if 2 * sum(_listed(line) is not None for line in every) > len(every):
+        return _choice
+    labels = sorted({output for _, _, outputs in every for output in outputs})
+    if len(labels) > min(max_options, len(every) // 2) or any(len(outputs) > 1 for _, _, outputs in every):
+        return _free_form
+    if len(labels) < 2:
+        problem = f"every output is {short(labels[0])}, and one option leaves nothing to choose"
+        raise CannotScore(f"{every[0][0]}: {problem}; leave {name!r} out, or name its labels as `options`", "one label")
+    return partial(_labelled, labels=tuple(labels))
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
@@ -100,23 +110,6 @@ def _line(place: str, text: str) -> Line:
     return place, fields[0], list(dict.fromkeys(fields[1:]))
 
 
-def _labels(name: str, every: Sequence[Line], max_options: int) -> tuple[str, ...]:
-    """Return the options that all lines share."""
-    labels = sorted({output for _, _, outputs in every for output in outputs})
-    cure = "is free-form; leave it out, or name its labels as `options`"
-    several = next((line for line in every if len(line[2]) > 1), None)
-    if several:
-        count = f"{len(several[2])} outputs, beginning with {short(several[2][0])}"
-        raise CannotScore(f"{several[0]}: expected one output, got {count}: {name!r} {cure}")
-    if len(labels) > min(max_options, len(every) // 2):
-        count = f"{len(labels)} distinct outputs in {len(every)} lines, and at most {max_options} are taken for labels"
-        raise CannotScore(f"{every[0][0]}: {count}: {name!r} {cure}")
-    if len(labels) < 2:
-        problem = f"every output is {short(labels[0])}, and one option leaves nothing to choose"
-        raise CannotScore(f"{every[0][0]}: {problem}; leave {name!r} out, or name its labels as `options`", "one label")
-    return tuple(labels)
-
-
 def _labelled(line: Line, labels: tuple[str, ...]) -> Example:
     _, text, outputs = line
     if len(outputs) > 1:
@@ -124,6 +117,10 @@ def _labelled(line: Line, labels: tuple[str, ...]) -> Example:
     if outputs[0] not in labels:
         raise TaskError(f"the output must be one of the options: got {short(outputs[0])}, options are {listed(labels)}")
     return Example(text, labels, labels.index(outputs[0]))
+
+
+def _free_form(line: Line) -> Example:
+    return Example(line[1], references=tuple(line[2]))
 
 
 def _listed(line: Line) -> tuple[str, list[str], int] | None:

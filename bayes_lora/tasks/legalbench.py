@@ -8,7 +8,8 @@ holds *demonstrations*: the rows of ``train.tsv``, solved.
 The options are those that the prompt lists in lines ``Option A: ...`` (then they are the letters), or ``No`` and
 ``Yes`` where there is no other answer, or else all distinct answers of the task, in alphabetical order: there must be
 few of them, and the prompt, without its demonstrations, must name every one, or half of the rows, or more, repeat one.
-All other tasks are free-form: they have no options to score.
+All other tasks are free-form, and a cell is one reference: where it lists names, all of them are asked for, and the
+answer is the list. One in brackets and quotes, as Python writes it, loses them, as in the demonstrations.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ LISTED = re.compile(r"^[ \t]*Option ([A-Z])[ \t]*:", re.MULTILINE)
 # Shorter cells may stand in the instructions by chance.
 TELLING_LENGTH = 20
 NO_YES = ("No", "Yes")
+# A list of texts as Python writes it; of other escapes than quotes the data hold none.
+QUOTED = r"""'[^'\n]*'|"[^"\n]*\""""
+PYTHON_LIST = re.compile(rf"\[(?:{QUOTED})(?:, (?:{QUOTED}))*\]")
 Row = tuple[str, dict[str, str]]
 
 
@@ -38,6 +42,7 @@ def read_legalbench(
     answer: str = "answer",
     options: Sequence[str] | None = None,
     max_options: int = 32,
+    separator: str | None = None,
 ) -> Task:
     """Read one task, named after its folder.
 
@@ -52,11 +57,15 @@ def read_legalbench(
         answer: column of the answers.
         options: the options of all rows, in order.
         max_options: a task of more distinct answers is free-form.
+        separator: what stands in a cell of a free-form task between answers each of which is right, as the comma in
+            the test half of definition_extraction.
 
     Raises:
-        CannotScore: the task is free-form, has no rows, or the same answer in all of them.
+        CannotScore: the task has no rows, or the same answer in all of them.
         TaskError: a file or a column is missing, a row is malformed, or its answer is none of the options.
     """
+    if separator == "":
+        raise TaskError("`separator` is empty; expected what stands between answers, as in ','; None separates nothing")
     path = Path(path).absolute()
     prompt = read_text(inside(path, path / "base_prompt.txt"), "prompt")
     train = _table(path, "train.tsv", answer)
@@ -69,7 +78,7 @@ def read_legalbench(
     rows = train.rows + test.rows
     fixed = option_texts(options) if options is not None else _options(path, short_prompt, rows, answer, max_options)
     template = prompt if demonstrations else short_prompt
-    examples = [_example(row, template, answer, fixed) for row in rows]
+    examples = [_example(row, template, answer, fixed, separator) for row in rows]
     support, behind = examples[: len(train.rows)], examples[len(train.rows) :]
     seen = {example.input for example in support}
     return Task(path.name, tuple(support), tuple(example for example in behind if example.input not in seen))
@@ -116,7 +125,7 @@ def _check_prompt(path: Path, prompt: str, tables: Mapping[str, Table]) -> None:
 
 
 def _options(path: Path, prompt: str, rows: Sequence[Row], answer: str, max_options: int) -> tuple[str, ...]:
-    """Return the options that all rows share."""
+    """Return the options that all rows share; none where the task is free-form."""
     letters = tuple(dict.fromkeys(LISTED.findall(prompt)))
     if len(letters) > 1:
         return letters
@@ -124,22 +133,21 @@ def _options(path: Path, prompt: str, rows: Sequence[Row], answer: str, max_opti
     if answers and set(answers) <= set(NO_YES):
         return NO_YES
     named = all(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.IGNORECASE) for text in answers)
-    cure = f"leave {path.name!r} out, or name its answers as `options`"
     if len(answers) > max_options or not (named or 2 * len(answers) <= len(rows)):
-        count = f"{len(answers)} distinct answers in {len(rows)} rows, which the prompt does not all name"
-        raise CannotScore(f"{rows[0][0]}: {count}, beginning with {short(answers[0])}: free-form; {cure}")
+        return ()
     if len(answers) < 2:
         problem = f"every answer is {short(''.join(answers))}, and one option leaves nothing to choose"
+        cure = f"leave {path.name!r} out, or name its answers as `options`"
         raise CannotScore(f"{rows[0][0]}: {problem}; {cure}", "one label")
     return tuple(answers)
 
 
-def _example(row: Row, template: str, answer: str, options: tuple[str, ...]) -> Example:
+def _example(row: Row, template: str, answer: str, options: tuple[str, ...], separator: str | None) -> Example:
     place, cells = row
     gold = cells[answer].strip()
     if not gold:
         raise TaskError(f"{place}: `{answer}` is empty; fill it in or remove the row")
-    if gold not in options:
+    if options and gold not in options:
         problem = f"`{answer}` must be one of the options: got {short(gold)}, options are {listed(options)}"
         raise TaskError(f"{place}: {problem}")
     columns = PLACEHOLDER.findall(template)
@@ -148,6 +156,15 @@ def _example(row: Row, template: str, answer: str, options: tuple[str, ...]) -> 
     # One pass: a cell may hold braces of its own.
     text = PLACEHOLDER.sub(lambda match: cells[match[1]].strip(), template).strip()
     try:
-        return Example(text, options, options.index(gold))
+        if options:
+            return Example(text, options, options.index(gold))
+        return Example(text, references=_references(gold, separator))
     except TaskError as error:
         raise TaskError(f"{place}: {error}") from None
+
+
+def _references(cell: str, separator: str | None) -> tuple[str, ...]:
+    if PYTHON_LIST.fullmatch(cell):
+        cell = ", ".join(text[1:-1] for text in re.findall(QUOTED, cell))
+    texts = [cell] if separator is None else [text.strip() for text in cell.split(separator)]
+    return tuple(dict.fromkeys(texts))

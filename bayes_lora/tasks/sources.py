@@ -24,9 +24,10 @@ from typing import Any
 from bayes_lora.errors import TaskError, did_you_mean
 from bayes_lora.tasks.crossfit_tsv import read_crossfit
 from bayes_lora.tasks.legalbench import read_legalbench
-from bayes_lora.tasks.metaicl import example_from, has_options, load_task, present_tasks, seeded_files
+from bayes_lora.tasks.metaicl import example_from, load_task
 from bayes_lora.tasks.molecules import molecule_tasks
 from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.task_folders import present_tasks, seeded_files
 from bayes_lora.tasks.text_files import CannotScore, children, inside, warn_left_out
 from bayes_lora.tasks.unifiedqa import read_unifiedqa
 
@@ -52,7 +53,8 @@ def task_from(name: str, examples: Iterable[Mapping[str, Any] | Example], *, mer
     Args:
         name: the task's name.
         examples: each an `Example`, or a mapping with ``input``, ``options`` (a list or tuple of texts) and ``output``
-            (one of them); other fields are ignored.
+            (one of them). Where the answer is free, ``options`` is empty or left out, and ``output`` is a text, or a
+            list or tuple of texts that are all right, which may be called ``references``. Other fields are ignored.
         merge_duplicates: take an option that an example lists twice as one option, instead of refusing it.
 
     Raises:
@@ -72,10 +74,18 @@ def task_from(name: str, examples: Iterable[Mapping[str, Any] | Example], *, mer
 def _from_mapping(item: object, merge_duplicates: bool) -> Example:
     if not isinstance(item, Mapping):
         raise TaskError(f"expected an Example, or a mapping with `input`, `options`, `output`; got {item!r}")
-    fields = {str(key): value for key, value in item.items()}
-    if isinstance(fields.get("options"), tuple):
-        fields["options"] = list(fields["options"])
-    return example_from(fields, merge_duplicates, True)
+    fields = {"options": []} | {
+        str(key): list(value) if isinstance(value, tuple) else value for key, value in item.items()
+    }
+    references, options = fields.pop("references", []), fields["options"]
+    if not isinstance(references, list) or references:
+        if "output" in fields or not isinstance(options, list) or options:
+            problem = f"`references` {references!r} stand in place of `output` and `options`, but one of these is given"
+            raise TaskError(f"{problem}, too; leave one or other out")
+        fields["output"] = references
+    example = example_from(fields, merge_duplicates, True)
+    assert isinstance(example, Example)
+    return example
 
 
 def load_tasks(
@@ -84,6 +94,7 @@ def load_tasks(
     format: str | None = None,
     names: Iterable[str] | None = None,
     allow_missing: bool = False,
+    free_form: bool = True,
     **options: Any,
 ) -> TaskSet:
     """Load the tasks of a file, of a task's folder, or of a folder of tasks.
@@ -92,9 +103,10 @@ def load_tasks(
         path: the file or the folder.
         format: one of ``metaicl``, ``crossfit``, ``unifiedqa``, ``legalbench`` and ``molecules``; by default told from
             the names of the files.
-        names: which tasks, in this order. None takes all that can be scored; one warning counts the others (free-form
-            ones, and those with one label only). A task that is named must be one that can be scored.
+        names: which tasks, in this order. None takes all that can be scored; one warning counts the others (those with
+            one label only, or without rows). A task that is named must be one that can be scored.
         allow_missing: leave out names that are not there, with one warning, instead of raising.
+        free_form: whether to load free-form tasks, too. False leaves them out; the same warning counts them.
         options: of the format's reader, such as ``seed`` or ``demonstrations``.
 
     Raises:
@@ -116,14 +128,19 @@ def load_tasks(
     tasks, left_out = [], {}
     for name in kept:
         try:
-            tasks.append(found[name]())
+            task = found[name]()
         except CannotScore as error:
             if chosen is not None:
                 raise
             left_out[name] = error
+        else:
+            if task.free_form and not free_form:
+                left_out[name] = CannotScore(f"task {name!r} is free-form; pass free_form=True to load it", "free-form")
+            else:
+                tasks.append(task)
     if not tasks:
         reason = "".join(f"; {error}" for error in list(left_out.values())[:1])
-        raise TaskError(f"{path}: no multiple-choice task to load, of {len(kept)} in the format {format!r}{reason}")
+        raise TaskError(f"{path}: no task to load, of {len(kept)} in the format {format!r}{reason}")
     warn_left_out(path, left_out, len(kept))
     return TaskSet(tasks)
 
@@ -195,8 +212,6 @@ def _metaicl(place: Path, **options: Any) -> Task:
         for part in seeded_files(place).values():
             for file in part.values():
                 inside(place, file)
-    if not has_options(place):
-        raise CannotScore(f"{place}: the first line has no options: free-form; leave this task out")
     return load_task(place, **options)
 
 

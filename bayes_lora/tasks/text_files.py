@@ -38,14 +38,14 @@ UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
 class CannotScore(TaskError):
-    """A task whose files are whole, but which is not multiple choice; `load_tasks` leaves it out, with a warning.
+    """A task whose files are whole, but leave nothing to learn; `load_tasks` leaves it out, with a warning.
 
     Args:
         message: as of any `TaskError`.
         reason: why, in few words, by which the warning counts.
     """
 
-    def __init__(self, message: str, reason: str = "free-form") -> None:
+    def __init__(self, message: str, reason: str) -> None:
         super().__init__(message, reason)
         self.reason = reason
 

@@ -7,7 +7,7 @@ and its answer, a tab between them; in the question the two characters ``\n`` st
 
 The second part lists the options, if there are any; the last one, if there is one, is the context. Letters may be upper
 case. A task is *multiple choice* where more than half of its lines list options; then all must. It is *yes/no* where
-every answer is ``yes`` or ``no``. All others (extractive, abstractive) are free-form: they have no options to score. No
+every answer is ``yes`` or ``no``. All others (extractive, abstractive) are *free-form*, with one reference a line. No
 quotes are read.
 """
 
@@ -16,12 +16,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.tasks.text_files import CannotScore, inside, lines, listed, short
+from bayes_lora.tasks.text_files import inside, lines, listed, short
 
 __all__ = ["normal", "options_in", "read_unifiedqa", "same"]
 
@@ -47,12 +48,11 @@ def read_unifiedqa(path: str | Path, *, query: str | None = None, merge_duplicat
         merge_duplicates: take an option that a line lists twice as one option, instead of refusing the line.
 
     Raises:
-        CannotScore: the task is free-form.
         TaskError: a file is missing, or a line is malformed or of another kind than the others.
     """
     path = Path(path).absolute()
     if not os.path.isdir(path):
-        return Task(path.stem, tuple(_examples(path.stem, [path], merge_duplicates)[path]))
+        return Task(path.stem, tuple(_examples([path], merge_duplicates)[path]))
     files = {part: inside(path, path / f"{part}.tsv") for part in PARTS if (path / f"{part}.tsv").exists()}
     if query not in (None, "dev", "test"):
         raise TaskError(f"{path}: `query` must be 'dev' or 'test', got {query!r}")
@@ -61,24 +61,22 @@ def read_unifiedqa(path: str | Path, *, query: str | None = None, merge_duplicat
             raise TaskError(f"{path}: expected {part}.tsv here, got {[file.name for file in files.values()]}")
     part = query or next((part for part in PARTS[1:] if part in files), "")
     chosen = [files[part] for part in ("train", part) if part in files]
-    examples = _examples(path.name, chosen, merge_duplicates)
+    examples = _examples(chosen, merge_duplicates)
     support, seen = examples[chosen[0]], {example.input for example in examples[chosen[0]]}
     behind = [example for file in chosen[1:] for example in examples[file] if example.input not in seen]
     return Task(path.name, tuple(support), tuple(behind))
 
 
-def _examples(name: str, files: list[Path], merge_duplicates: bool) -> dict[Path, list[Example]]:
+def _examples(files: list[Path], merge_duplicates: bool) -> dict[Path, list[Example]]:
     found = [(file, place, *_pair(place, text)) for file in files for place, text in _lines(file)]
     choice = 2 * sum(bool(_divide(question)[1]) for _, _, question, _ in found) > len(found)
-    if not choice:
-        free = next(((place, answer) for _, place, _, answer in found if normal(answer) not in YES_NO), None)
-        if free:
-            problem = f"few lines list options, and the answer {short(free[1])} is neither yes nor no"
-            raise CannotScore(f"{free[0]}: {problem}: {name!r} is free-form; leave it out")
+    make: Callable[[str, str], Example] = partial(_choice, merge_duplicates=merge_duplicates) if choice else _free_form
+    if not choice and all(normal(answer) in YES_NO for *_, answer in found):
+        make = _yes_no
     examples: dict[Path, list[Example]] = {file: [] for file in files}
     for file, place, question, answer in found:
         try:
-            example = _choice(question, answer, merge_duplicates) if choice else _yes_no(question, answer)
+            example = make(question, answer)
         except TaskError as error:
             raise TaskError(f"{place}: {error}") from None
         examples[file].append(example)
@@ -114,6 +112,10 @@ def _parts(question: str) -> list[str]:
 def _yes_no(question: str, answer: str) -> Example:
     # A context may begin with (a), but the options are not there.
     return Example("\n".join(_parts(question)), YES_NO, YES_NO.index(normal(answer)))
+
+
+def _free_form(question: str, answer: str) -> Example:
+    return Example("\n".join(_parts(question)), references=(answer,))
 
 
 def _choice(question: str, answer: str, merge_duplicates: bool) -> Example:
