@@ -204,6 +204,16 @@ def test_overlap_table_counts_per_pair() -> None:
     assert rows == [["[u]", "t", "1", "1", "4", "50.0%"], ["v", "t", "1", "0", "1", "100.0%"]]
 
 
+def test_free_form_tasks_overlap_as_others_do() -> None:
+    """What is compared is the input, whatever the answers are."""
+    training = task_set({"choice": ["who wrote the old book", "what is a cat"]})
+    free = [Example(text, references=("x", "y")) for text in ("Who wrote the old book?", "where is it now")]
+    unseen = TaskSet([Task("free", (free[0],), (free[1],))])
+    one, two = "who wrote the old book", "Who wrote the old book?"
+    assert find_overlaps(training, unseen) == [Overlap("free", "choice", two, one, 1.0, True)]
+    assert find_overlaps(unseen, training) == [Overlap("choice", "free", one, two, 1.0, True)]
+
+
 def test_a_hundred_tasks_take_seconds() -> None:
     """100 tasks of 200 texts of 60 words, a tenth of them unseen: 1.5 s on one core, with room for a busy machine."""
     rng = random.Random(0)

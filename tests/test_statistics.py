@@ -47,7 +47,7 @@ def test_statistics_of_a_task() -> None:
     one = task_statistics(Task("t", tuple(support), tuple(query)), max_length=3)
     assert (one.name, one.num_support, one.num_query, one.num_options) == ("t", 3, 2, (2, 2))
     assert one.fixed_options and one.top_share == 4 / 5
-    assert one.lengths == (1, 3, 5)
+    assert (one.lengths, one.answer_lengths) == ((1, 3, 5), (1, 1, 1))
     assert (one.num_repeats, one.truncated, one.warnings) == (0, 2 / 5, ())
 
 
@@ -83,6 +83,46 @@ def test_equal_inputs_with_other_options_are_no_conflict() -> None:
     """A question asked twice with other options is a repeat, but contradicts nothing."""
     one = task_statistics(Task("t", (Example("x", ("a", "b"), 0), Example("x", ("c", "d"), 1))))
     assert (one.num_repeats, one.warnings) == (1, ())
+
+
+def free(text: str, *references: str) -> Example:
+    """Return a free-form example."""
+    return Example(text, references=references)
+
+
+def test_statistics_of_a_free_form_task() -> None:
+    """Balance is the share of the most frequent answer, and an answer's length that of the first reference."""
+    support = [free("one", "a", "b c d e f"), free("one two", "a b"), free("one two three", "a", "c")]
+    one = task_statistics(Task("t", tuple(support), (free("1 2 3 4", "b c d e"),)), max_length=3)
+    assert (one.free_form, one.num_options, one.fixed_options, one.top_share) == (True, (0, 0), True, 2 / 4)
+    assert (one.lengths, one.answer_lengths) == ((1, 2, 4), (1, 2, 4))
+    assert (one.num_repeats, one.truncated, one.warnings) == (0, 1 / 4, ())
+
+
+@pytest.mark.parametrize(
+    ("support", "query", "match"),
+    [
+        ([free("x", "a"), free("y", "a", "b")], [], "all 2 answers are 'a': there is nothing to tell apart"),
+        ([free("x", "a")], [free("x", "b", "a"), free("y", "c")], "1 of 2 query inputs are in the support"),
+        (
+            [free("x\n y", "a", "b"), free("x\n y", "c")],
+            [],
+            "1 inputs have several answers in as many .* 'x y': make them",
+        ),
+        ([free("x", "a", "b"), free("x", "b", "c"), free("x", "c", "a")], [], "1 inputs have several answers"),
+    ],
+)
+def test_warnings_of_a_free_form_task(support: list[Example], query: list[Example], match: str) -> None:
+    """Examples that share a reference agree; the lengths of answers are no matter."""
+    [warning] = task_statistics(Task("t", tuple(support), tuple(query))).warnings
+    assert re.search(match, warning)
+
+
+def test_free_answers_that_agree() -> None:
+    """A question may come twice, and answers may be short and long."""
+    examples = (free("x", "a", "b"), free("x", "b"), free("y", "w " * 50))
+    one = task_statistics(Task("t", examples))
+    assert (one.num_repeats, one.warnings, one.answer_lengths[2] > 40) == (1, (), True)
 
 
 ANSWERS = st.lists(st.tuples(st.text("ab ", min_size=1).filter(str.strip), st.integers(0, 1)), min_size=1, max_size=20)
@@ -135,6 +175,21 @@ def test_table() -> None:
     ]
 
 
+def test_table_with_a_free_form_task() -> None:
+    """The lengths of answers get a column, for the other tasks as well."""
+    choice = Task("c", (Example("x y", ("a b c", "d"), 0), Example("x", ("a b c", "d"), 1)))
+    tasks = (Task("f", (free("x y", "a b"), free("z", "a b"), free("u", "c")), (free("v", "d e f"),)), choice)
+    wide = Console(width=100)
+    with wide.capture() as capture:
+        wide.print(statistics_table(map(task_statistics, tasks)))
+    head, _, *rows = [line.replace("│", " ").replace("┃", " ").split() for line in capture.get().splitlines()]
+    assert head == "task support query options top label words 5/50/95% answer repeats".split()
+    assert rows == [
+        ["f", "3", "1", "free", "50%", "1/1/2", "1/2/3", "0"],
+        ["c", "2", "0", "2", "50%", "1/2/2", "1/2/3", "0"],
+    ]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a good task, one with constant labels, one in the MetaICL layout, and a split."""
@@ -172,6 +227,16 @@ def test_tasks_command(monkeypatch, capsys, folder, model_folder) -> None:
     assert code == 0 and ">20" in out and "100%" in out
     code, out, _ = run(monkeypatch, capsys, "tasks", folder / "good.jsonl", "--run", folder, "--max-length", 90)
     assert code == 0 and ">90" in out
+
+
+def test_tasks_command_shows_free_form_tasks(monkeypatch, capsys, folder) -> None:
+    """A free-form task stands among the others."""
+    lines = [json.dumps({"input": f"q {i}", "output": ["Paris", "paris"], "options": []}) for i in range(3)]
+    (folder / "open.jsonl").write_text("\n".join(lines))
+    code, out, err = run(monkeypatch, capsys, "tasks", folder)
+    assert (code, err) == (0, "")
+    assert re.search(r"open +│ +3 │ +0 │ +free │ +100% │ +2/2/2 │ +1/1/1 │ +0", out)
+    assert "open: all 3 answers are 'Paris': there is nothing to tell apart" in out
 
 
 def test_tasks_command_tells_overlap(monkeypatch, capsys, folder) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,7 +29,7 @@ class Lengths(NamedTuple):
 
     Attributes:
         row: what the model reads: in tokens prompt and options, without the options' last tokens; in words the input.
-        options: of each option.
+        options: of each option; of a free answer, of its first reference alone.
     """
 
     row: int
@@ -43,10 +44,12 @@ class TaskStatistics:
         name: of the task.
         num_support: examples in the support half.
         num_query: examples in the query half.
-        num_options: fewest and most options of an example.
-        fixed_options: whether all examples have the same set of options.
-        top_share: share of the most frequent gold option; where options are not fixed, of its most frequent place.
+        num_options: fewest and most options of an example; (0, 0) where answers are free.
+        fixed_options: whether all examples have the same set of options; True where answers are free.
+        top_share: share of the most frequent answer; where options are not fixed, of the gold option's most frequent
+            place.
         lengths: 5th, 50th and 95th percentile of the rows' lengths, see :class:`Lengths`.
+        answer_lengths: the same of the gold answers' lengths.
         num_repeats: examples whose input an earlier example has.
         truncated: share of the rows that are longer than a limit; None without a limit.
         warnings: sentences.
@@ -59,14 +62,21 @@ class TaskStatistics:
     fixed_options: bool
     top_share: float
     lengths: tuple[int, int, int]
+    answer_lengths: tuple[int, int, int]
     num_repeats: int
     truncated: float | None
     warnings: tuple[str, ...]
 
+    @property
+    def free_form(self) -> bool:
+        """Whether answers are free text."""
+        return self.num_options == (0, 0)
+
 
 def count_words(example: Example) -> Lengths:
-    """Count the words of the input and of each option: what can be counted without a tokenizer."""
-    return Lengths(len(example.input.split()), tuple(len(option.split()) for option in example.options))
+    """Count the words of the input and of each answer: what can be counted without a tokenizer."""
+    answers = example.references[:1] if example.free_form else example.options
+    return Lengths(len(example.input.split()), tuple(len(answer.split()) for answer in answers))
 
 
 def token_counter(encoder: Encoder) -> Callable[[Example], Lengths]:
@@ -97,7 +107,7 @@ def task_statistics(
     counts = [len(example.options) for example in examples]
     fixed = len({frozenset(example.options) for example in examples}) == 1
     answers = Counter(example.output if fixed else example.answer for example in examples)
-    low, middle, high = np.percentile(rows, (5, 50, 95)).round().astype(int).tolist()
+    golds = [length.options[example.answer] for length, example in zip(lengths, examples, strict=True)]
     return TaskStatistics(
         name=task.name,
         num_support=len(task.support),
@@ -105,19 +115,25 @@ def task_statistics(
         num_options=(min(counts), max(counts)),
         fixed_options=fixed,
         top_share=max(answers.values()) / len(examples),
-        lengths=(low, middle, high),
+        lengths=_percentiles(rows),
+        answer_lengths=_percentiles(golds),
         num_repeats=len(examples) - len({example.input for example in examples}),
         truncated=None if max_length is None else float((rows > max_length).mean()),
         warnings=tuple(
             warning
-            for warning in (_constant(examples, fixed), _leaks(task), _conflicts(examples), _uneven(lengths))
+            for warning in (
+                _constant(examples, fixed),
+                _leaks(task),
+                _contradictions(examples) if task.free_form else _conflicts(examples),
+                None if task.free_form else _uneven(lengths),
+            )
             if warning is not None
         ),
     )
 
 
 def statistics_table(statistics: Iterable[TaskStatistics], unit: str = "words", max_length: int | None = None) -> Table:
-    """Show statistics, a line per task.
+    """Show statistics, a line per task; the lengths of answers only where some task is free-form.
 
     Args:
         statistics: of the tasks.
@@ -126,7 +142,9 @@ def statistics_table(statistics: Iterable[TaskStatistics], unit: str = "words", 
     """
     table = Table(title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("task", overflow="fold")
-    headings = ["support", "query", "options", "top label", f"{unit} 5/50/95%", "repeats"]
+    statistics = list(statistics)
+    free = any(one.free_form for one in statistics)
+    headings = ["support", "query", "options", "top label", f"{unit} 5/50/95%", *["answer"] * free, "repeats"]
     for heading in headings if max_length is None else [*headings, f">{max_length}"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for one in statistics:
@@ -134,13 +152,19 @@ def statistics_table(statistics: Iterable[TaskStatistics], unit: str = "words", 
         cells = [
             str(one.num_support),
             str(one.num_query),
-            str(most) if fewest == most else f"{fewest}-{most}",
+            "free" if one.free_form else str(most) if fewest == most else f"{fewest}-{most}",
             f"{one.top_share:.0%}" + ("" if one.fixed_options else "*"),
             "/".join(map(str, one.lengths)),
+            *["/".join(map(str, one.answer_lengths))] * free,
             str(one.num_repeats),
         ]
         table.add_row(escape(one.name), *cells, *([] if one.truncated is None else [f"{one.truncated:.0%}"]))
     return table
+
+
+def _percentiles(lengths: Sequence[int] | NDArray[np.int64]) -> tuple[int, int, int]:
+    low, middle, high = np.percentile(lengths, (5, 50, 95)).round().astype(int).tolist()
+    return low, middle, high
 
 
 def _constant(examples: Sequence[Example], fixed: bool) -> str | None:
@@ -169,6 +193,19 @@ def _conflicts(examples: Sequence[Example]) -> str | None:
     if not several:
         return None
     return f"{len(several)} inputs have several answers among the same options, such as {_short(several[0])}"
+
+
+def _contradictions(examples: Sequence[Example]) -> str | None:
+    """Warn of inputs whose examples have no reference in common: whichever is given, one of them counts it wrong."""
+    common: dict[str, set[str]] = {}
+    for example in examples:
+        known = common.setdefault(example.input, set(example.references))
+        known &= set(example.references)
+    several = [text for text, references in common.items() if not references]
+    if not several:
+        return None
+    cure = "make them references of one example"
+    return f"{len(several)} inputs have several answers in as many examples, such as {_short(several[0])}: {cure}"
 
 
 def _uneven(lengths: Sequence[Lengths]) -> str | None:
