@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bayes_lora.tasks import Example
 from bayes_lora.tasks.crossfit_tsv import read_crossfit
 from bayes_lora.tasks.legalbench import without_demonstrations
 from bayes_lora.tasks.metaicl import load_task
@@ -31,52 +32,60 @@ def load(path, **options):
     return tasks, [str(one.message).removeprefix(f"{path}: ") for one in caught]
 
 
-def sizes(tasks, names):
-    return {name: (len(tasks[name].support), len(tasks[name].query)) for name in names}
+COUNTS = json.loads(Path(__file__).with_name("shared_data.json").read_text(encoding="utf-8"))
+"""Of each task of crossfit: support, query, both again of seed 13, and the number of options, or "free"; of legalbench
+without those of the seed; of chemistry molecules, those whose label is 1, and the number of options."""
 
 
-CROSSFIT = {
-    "glue-mnli": (80, 80),
-    "glue-rte": (80, 77),
-    "ai2_arc": (79, 77),
-    "commonsense_qa": (80, 80),
-    "discovery": (80, 80),
-    "ethos-race": (69, 60),
-    "hellaswag": (80, 80),
-    "trec-finegrained": (80, 80),
-    "tweet_eval-emoji": (80, 80),
-    "yelp_polarity": (80, 80),
-    "superglue-wsc": (77, 67),
-    "race-high": (79, 80),
-    "quail": (79, 80),
-    "wiqa": (80, 79),
-}
-BY_SEED = {
-    "glue-mnli": (16, 1000),
-    "glue-rte": (16, 277),
-    "ai2_arc": (16, 299),
-    "commonsense_qa": (16, 1000),
-    "discovery": (16, 64),
-    "ethos-race": (16, 87),
-    "hellaswag": (16, 64),
-    "trec-finegrained": (16, 1000),
-}
+def halves(task):
+    return len(task.support), len(task.query)
+
+
+def kind(task):
+    sizes = {len(example.options) for example in task.examples}
+    return "free" if task.free_form else "-".join(str(size) for size in sorted({min(sizes), max(sizes)}))
 
 
 @pytest.mark.parametrize("path", [folder("crossfit")])
 def test_crossfit(path):
+    """All of them load, pooled and by seed; the free-form ones can be left out."""
     tasks, said = load(path, merge_duplicates=True)
-    assert len(tasks) == 82
+    seeded, said_by_seed = load(path, merge_duplicates=True, seed=13)
+    assert said == said_by_seed == []
+    assert set(tasks) == {child.name for child in path.iterdir() if child.is_dir()}
+    counts = {name: [*halves(task), *halves(seeded[name]), kind(task)] for name, task in tasks.items()}
+    assert counts == COUNTS["crossfit"]
+    assert len(tasks) == 105 and sum(task.free_form for task in tasks.values()) == 23
+    assert all(len(e.references) == 1 for task in tasks.values() if task.free_form for e in task.examples)
+    kept, said = load(path, merge_duplicates=True, free_form=False)
+    assert list(kept) == [name for name, task in tasks.items() if not task.free_form]
     assert said == ["23 of 105 tasks are left out: 23 free-form (ade_corpus_v2-dosage, freebase_qa, hotpot_qa, ...)"]
-    assert (sum(len(t.support) for t in tasks.values()), sum(len(t.query) for t in tasks.values())) == (6415, 6234)
-    assert sizes(tasks, CROSSFIT) == CROSSFIT
-    assert sizes(load(path, merge_duplicates=True, seed=13)[0], BY_SEED) == BY_SEED
+
+
+FREE_FORM = {
+    "freebase_qa": ("Who was the main singing star in the musical Half a Sixpence?", "tommy steele"),
+    "kilt_trex": ("Time Bandits [SEP] screenwriter", "Terry Gilliam"),
+    "wikisql": ("What is Country, when Score is 70-73=143?", "SELECT Country FROM table WHERE Score = 70-73=143"),
+}
 
 
 @pytest.mark.parametrize("path", [folder("crossfit")])
-@pytest.mark.parametrize("name", ["glue-mnli", "tweet_eval-emoji", "climate_fever", "trec", "numer_sense", "wiqa"])
+@pytest.mark.parametrize("name", FREE_FORM)
+def test_crossfit_free_form(path, name):
+    text, answer = FREE_FORM[name]
+    assert Example(text, references=(answer,)) in load_task(path / name).query
+
+
+@pytest.mark.parametrize("path", [folder("crossfit")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("glue-mnli", "tweet_eval-emoji", "climate_fever", "trec", "numer_sense", "wiqa"),
+        *("web_questions", "lama-trex", "superglue-record", "xsum"),
+    ],
+)
 def test_crossfit_as_its_own_files(path, name, tmp_path):
-    """A classification task gives the same examples from CrossFit's own files as from those of the MetaICL layout."""
+    """Classification and free-form tasks give the same examples from CrossFit's own files as in the MetaICL layout."""
     (tmp_path / name).mkdir()
     for file in sorted((path / name).glob("*.jsonl")):
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
@@ -91,46 +100,46 @@ def test_crossfit_as_its_own_files(path, name, tmp_path):
             assert {(e.input, e.output) for e in getattr(own, half)} == set(pairs)
 
 
-LEGALBENCH = {
-    "abercrombie": 5,
-    "corporate_lobbying": 10,
-    "consumer_contracts_qa": 4,
-    "cuad_non-compete": 6,
-    "hearsay": 5,
-    "proa": 5,
-    "maud_tail_period_length": 1,
-    "unfair_tos": 9,
-    "citation_prediction_classification": 2,
+LEGALBENCH_FREE_FORM = {
+    "citation_prediction_open": ["Phillips v. AWH Corp.", "Jones v. Robinson Prop. Grp., L.P."],
+    "definition_extraction": [
+        *("land", "traffic", "decision", "banking", "statute", "assessment", "hawkers and peddlers", "information"),
+    ],
+    "sara_numeric": ["$27181", "$62000", "$19039", "$0"],
+    "ssla_company_defendants": [
+        *("Juniper Networks, Inc.", "Electronic Arts Inc.", "Catalyst Pharmaceutical Partners, Inc."),
+    ],
+    "ssla_individual_defendants": [
+        "Kevin R. Johnson,Pradeep Sindhu,Robyn M. Denholm,Gene Zamiska",
+        "Andrew Wilson,Blake J. Jorgensen,Peter Robert Moore,Frank D. Gibeau,Patrick Soderlund",
+        "Patrick J McEnany,Hubert E Huckel,Steven R Miller",
+    ],
+    "ssla_plaintiff": ["Not named", "Ryan Kelly", "Ruth C May, Donna E Ledgerwood"],
+    "successor_liability": [
+        *("de facto merger,mere continuation", "mere continuation,fraudulent conveyance", "express agreement"),
+    ],
 }
 
 
 @pytest.mark.parametrize("path", [folder("legalbench")])
 def test_legalbench(path):
     tasks, said = load(path)
-    assert len(tasks) == 153
-    assert said == [
-        "9 of 162 tasks are left out: 7 free-form (citation_prediction_open, definition_extraction, sara_numeric, "
-        "...); 2 without rows (rule_qa, scalr)"
-    ]
-    left_out = {child.name for child in path.iterdir() if child.is_dir()} - set(tasks)
-    assert left_out == {
-        *("citation_prediction_open", "definition_extraction", "sara_numeric", "successor_liability"),
-        *("ssla_company_defendants", "ssla_individual_defendants", "ssla_plaintiff", "rule_qa", "scalr"),
+    assert said == ["2 of 162 tasks are left out: 2 without rows (rule_qa, scalr)"]
+    assert {child.name for child in path.iterdir() if child.is_dir()} - set(tasks) == {"rule_qa", "scalr"}
+    assert {name: [*halves(task), kind(task)] for name, task in tasks.items()} == COUNTS["legalbench"]
+    free = {name: task for name, task in tasks.items() if task.free_form}
+    assert {name: [e.references for e in task.support] for name, task in free.items()} == {
+        name: [(answer,) for answer in answers] for name, answers in LEGALBENCH_FREE_FORM.items()
     }
-    assert sum(len(task) for task in tasks.values()) == 809
+    choice = [task for task in tasks.values() if not task.free_form]
     # The 34 tasks on merger agreements have one example each, whose options the prompt lists.
-    assert Counter(len(task) for task in tasks.values()) == {1: 34, 2: 1, 4: 8, 5: 4, 6: 64, 7: 2, 8: 38, 9: 1, 10: 1}
-    assert Counter(len(task.support[0].options) for task in tasks.values()) == {
-        2: 131,
-        3: 5,
-        4: 5,
-        5: 3,
-        7: 4,
-        8: 1,
-        9: 3,
-        10: 1,
-    }
-    assert {name: len(tasks[name]) for name in LEGALBENCH} == LEGALBENCH
+    assert Counter(len(task) for task in choice) == {1: 34, 2: 1, 4: 8, 5: 4, 6: 64, 7: 2, 8: 38, 9: 1, 10: 1}
+    kept, said = load(path, free_form=False)
+    assert (len(kept), said[0].partition(": ")[2]) == (
+        153,
+        "7 free-form (citation_prediction_open, definition_extraction, sara_numeric, ...); "
+        "2 without rows (rule_qa, scalr)",
+    )
 
 
 @pytest.mark.parametrize("path", [folder("legalbench")])
@@ -153,32 +162,12 @@ def test_legalbench_prompts_hold_no_solved_rows(path):
     assert cut == 145
 
 
-CHEMISTRY = {
-    "BACE/Class": (1513, 691),
-    "BBBP/p_np": (2050, 1567),
-    "ClinTox/FDA_APPROVED": (1484, 1390),
-    "ClinTox/CT_TOX": (1484, 112),
-    "HIV/HIV_active": (1400, 700),
-    "Tox21/NR-AR": (7439, 310),
-    "Tox21/NR-AR-LBD": (6902, 238),
-    "Tox21/NR-AhR": (6691, 785),
-    "Tox21/NR-Aromatase": (5940, 307),
-    "Tox21/NR-ER": (6316, 798),
-    "Tox21/NR-ER-LBD": (7112, 356),
-    "Tox21/NR-PPAR-gamma": (6583, 189),
-    "Tox21/SR-ARE": (5935, 961),
-    "Tox21/SR-ATAD5": (7232, 267),
-    "Tox21/SR-HSE": (6594, 379),
-    "Tox21/SR-MMP": (5920, 936),
-    "Tox21/SR-p53": (6909, 431),
-}
-
-
 @pytest.mark.parametrize("path", [folder("chemistry")])
 def test_chemistry(path):
     """All labels of all molecules; blanks of Tox21 are left out, and no column is."""
     tasks, said = load(path)
     assert said == []
-    assert {name: (len(task), sum(e.answer for e in task.support)) for name, task in tasks.items()} == CHEMISTRY
+    counts = {name: [len(task), sum(e.answer for e in task.support), kind(task)] for name, task in tasks.items()}
+    assert counts == COUNTS["chemistry"]
     assert tasks["Tox21/NR-AhR"].support[0].input == "SMILES: CCOc1ccc2nc(S(N)(=O)=O)sc2c1\nNR-AhR?"
     assert tasks["Tox21/NR-AhR"].support[0].output == "yes"
