@@ -49,7 +49,7 @@ def load(folder: Path, rows: list[dict[str, Any]] | None = None, /, **changes: A
 
 def test_each_card_of_the_gallery_has_a_fixture() -> None:
     assert set(gallery()) == {path.stem for path in FIXTURES.glob("*.json")}
-    assert len(gallery()) > 45
+    assert len(gallery()) == 61
 
 
 @pytest.mark.parametrize("name", gallery())
@@ -61,7 +61,14 @@ def test_gallery(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = datasets.Dataset.from_list(fixture["rows"])
     monkeypatch.setattr(cards, "load_rows", lambda card, split, cache_dir: table)
     found = load_card(replace(card, query_split=None)).support
-    assert [{"input": e.input, "options": list(e.options), "output": e.output} for e in found] == fixture["expected"]
+    assert [expected(example) for example in found] == fixture["expected"]
+
+
+def expected(example: Example) -> dict[str, Any]:
+    """What a fixture says of an example."""
+    if example.free_form:
+        return {"input": example.input, "references": list(example.references)}
+    return {"input": example.input, "options": list(example.options), "output": example.output}
 
 
 @pytest.mark.hub
@@ -210,6 +217,54 @@ def test_draw(tmp_path: Path) -> None:
     assert len(load_card(card, max_examples=99, cache_dir=tmp_path / "cache")) == 40
     with pytest.raises(ConfigError, match="`max_examples` must be 1 or more, got 0"):
         load_card(card, max_examples=0, cache_dir=tmp_path / "cache")
+
+
+FREE_ROWS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "text": ("a king", "a", ("a king",)),
+    "text as it stands": (" 01 ", "a", (" 01 ",)),
+    "list": (["b", "a", "b"], "a", ("b", "a")),
+    "list under a key": ({"text": ["b", "a"], "start": [3, 1]}, "a.text", ("b", "a")),
+    "records": ([{"text": "b"}, {"text": "a"}], "a.text", ("b", "a")),
+}
+
+
+@pytest.mark.parametrize("case", FREE_ROWS)
+@pytest.mark.parametrize("options", [..., None])
+def test_free_form_rows(case: str, options: Any, tmp_path: Path) -> None:
+    """Options left out, or null, leave the answer free."""
+    value, label, references = FREE_ROWS[case]
+    [example] = load(tmp_path, [{"text": "q", "a": value}], options=options, label=label).support
+    assert example == Example("q", references=references)
+
+
+def test_free_form_cells_of_a_table(tmp_path: Path) -> None:
+    """A CSV file holds texts, so a number in it is one."""
+    (tmp_path / "data.csv").write_text("text,label\nhow many?,07\nwho?,NA\n", encoding="utf-8")
+    task = load(tmp_path, files="data.csv", options=...)
+    assert task.free_form
+    assert task.support == (Example("how many?", references=("07",)), Example("who?", references=("NA",)))
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (
+            1,
+            "column 'label': got 1; without `options`, a free answer is a text or a list.* and a label needs `options`",
+        ),
+        (True, "column 'label': got True; "),
+        ([1, 2], r"column 'label': got \[1, 2\]; "),
+        ([], "column 'label': the list holds no answer; remove the row, or see whether another `split`"),
+        (None, "column 'label': the value is missing"),
+        ({"a": "b"}, "column 'label': expected a text or a number, got {'a': 'b'}"),
+        (" ", "`references` holds an empty answer"),
+        (["a", ""], "`references` holds an empty answer"),
+    ],
+)
+def test_bad_free_form_rows(value: Any, match: str, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=match) as caught:
+        load(tmp_path, [{"text": "q", "label": value}], options=...)
+    assert str(caught.value).startswith("card 't', train of data.jsonl: row 1: ")
 
 
 NESTED = {"text": "q", "choices": [{"text": "x", "label": "P"}, {"text": "y", "label": "Q"}], "label": "Q"}
@@ -380,6 +435,13 @@ BAD_CARDS: list[tuple[dict[str, Any], str]] = [
     ({"labels": {0: "god"}}, r"`labels` maps 0 to 'god', which is none of `options` \(did you mean 'good'"),
     ({"labels": {0: "bad", "0": "good"}}, r"`labels` holds a value in two spellings: \[0, '0'\]"),
     ({"labels": {0: False}}, "`labels`: .*got False; put it in quotes"),
+    (
+        {"options": ..., "letters": ["a", "b"]},
+        "`letters` speaks of options, but there are none; give `options`, or leave",
+    ),
+    ({"options": None, "labels": {0: "bad"}}, "`labels` speaks of options, .* leave `labels` out: `label` then holds"),
+    ({"options": ..., "merge_duplicates": True}, "`merge_duplicates` speaks of options, but there are none"),
+    ({"options": ..., "label": ...}, "key 'label' is missing; every card has name, input and label"),
 ]
 
 
@@ -442,6 +504,19 @@ def test_labels_are_mapped(values: list[Any], data: st.DataObject) -> None:
         example = cards._example(card, {"text": "q", "label": value}, {}, 0)
         assert example is not None
         assert example.output == text
+
+
+@settings(deadline=None)
+@given(VALUES | st.none() | st.lists(VALUES | st.none(), max_size=3))
+def test_any_free_answer_is_kept_or_refused(value: Any) -> None:
+    """Texts come out as they went in; nothing else becomes a text."""
+    card = Card("t", "{text}", None, "label", path="a/b")
+    try:
+        example = cards._example(card, {"text": "q", "label": value}, {}, 0)
+    except TaskError:
+        return
+    assert example is not None
+    assert list(example.references) == list(dict.fromkeys([value] if isinstance(value, str) else value))
 
 
 @settings(deadline=None)

@@ -10,8 +10,10 @@ An example, with all that a card may hold beside it::
     options: [World, Sports, Business, Sci/Tech]  # of all rows; or {column: choices.text}, or {columns: [A, B]}
     label: label                   # the column that tells which option is right
 
-More keys are ``config`` and ``revision`` (of a data set of the hub), ``delimiter`` (of CSV), ``letters``, ``labels``,
-``max_examples``, ``seed`` and ``merge_duplicates``; :class:`Card` defines them.
+Without ``options`` the answer is free, and ``label`` is the column that holds it: a text, or a list of texts that are
+all right, as ``answers.text`` of SQuAD. More keys are ``config`` and ``revision`` (of a data set of the hub),
+``delimiter`` (of CSV), ``letters``, ``labels``, ``max_examples``, ``seed`` and ``merge_duplicates``; :class:`Card`
+defines them.
 """
 
 from __future__ import annotations
@@ -60,9 +62,11 @@ class Card:
     Attributes:
         name: the task's name.
         input: template of the input, with columns in braces.
-        options: the options of all rows, in order, or where a row has its own.
+        options: the options of all rows, in order, or where a row has its own. None, or no such key in the YAML file:
+            the answer is free.
         label: column of the gold answer: the option's index from 0, its text, or its letter from A. A value that could
-            be read in two ways is refused; ``letters`` or ``labels`` say which is meant.
+            be read in two ways is refused; ``letters`` or ``labels`` say which is meant. A free answer is a text, or a
+            list of texts, of which the first is learnt from and any counts as a match.
         path: data set on the hub. Either this or ``files`` is given.
         files: a CSV, TSV, JSONL or Parquet file, which is then the split ``train``, or one file for each split.
             Relative paths begin at the card's folder, and stay in it.
@@ -81,7 +85,7 @@ class Card:
 
     name: str
     input: str
-    options: tuple[str, ...] | RowOptions
+    options: tuple[str, ...] | RowOptions | None
     label: str
     path: str | None = None
     files: str | dict[str, str] | None = None
@@ -133,13 +137,17 @@ class Card:
             raise ConfigError(f"`delimiter` must be one character that separates cells, got {self.delimiter!r}.")
 
     def _check_answers(self) -> None:
+        for name in ("letters", "labels", "merge_duplicates"):
+            if self.options is None and getattr(self, name) not in (None, False):
+                cure = f"give `options`, or leave `{name}` out: `label` then holds a free answer"
+                raise ConfigError(f"`{name}` speaks of options, but there are none; {cure}.")
         if self.letters is not None and self.labels is not None:
             raise ConfigError("`letters` and `labels` both say what a label means; leave one out.")
         if isinstance(self.letters, tuple) and len(set(self.letters)) < max(2, len(self.letters)):
             raise ConfigError(f"`letters` must be at least 2 different names, got {list(self.letters)}.")
         if len(self.texts) < len(self.labels or {}):
             raise ConfigError(f"`labels` holds a value in two spellings: {list(self.labels or {})}; leave one out.")
-        if isinstance(self.options, RowOptions):
+        if self.options is None or isinstance(self.options, RowOptions):
             return
         try:
             Example("any", self.options, 0)
@@ -213,7 +221,7 @@ def read_card(path: str | Path) -> Card:
         if isinstance(values.get(key), Mapping):
             _check_keys(path, values[key], ["column", "columns"], f"{key}.")
     try:
-        return TypeAdapter(Card).validate_python({**values, "folder": Path(path).parent})
+        return TypeAdapter(Card).validate_python({"options": None, **values, "folder": Path(path).parent})
     except ValidationError as error:
         raise ConfigError(f"{path}: {_problem(error)}") from error
 
@@ -235,7 +243,7 @@ def _problem(error: ValidationError) -> str:
         return str(raised)
     key, value = worst["loc"][0], worst["input"]
     if worst["type"] == "missing":
-        return f"key {key!r} is missing; every card has name, input, options and label."
+        return f"key {key!r} is missing; every card has name, input and label."
     # YAML reads a bare yes, no, on and off as true and false.
     cure = "; put it in quotes" if worst["type"] == "string_type" and isinstance(value, (bool, int, float)) else ""
     return f"`{key}`: {worst['msg']}, got {value!r}{cure}."

@@ -110,6 +110,9 @@ def _check_columns(card: Card, columns: list[str]) -> None:
 
 def _example(card: Card, row: Mapping[str, Any], kinds: dict[str, int], index: int) -> Example | None:
     """Convert a row; None where the card leaves it out. ``kinds`` holds where each type of label was seen first."""
+    if card.options is None:
+        references = _references(card.label, _cell(row, card.label))
+        return Example(_input(card, row), references=references)
     label = _scalar(card.label, _cell(row, card.label))
     kind = "text" if isinstance(label, str) else "true or false" if isinstance(label, bool) else "number"
     kinds.setdefault(kind, index)
@@ -123,11 +126,28 @@ def _example(card: Card, row: Mapping[str, Any], kinds: dict[str, int], index: i
         answer = _answer(card, label, options, row)
     except TaskError as error:
         raise TaskError(f"column {card.label!r}: {error}") from None
+    text = _input(card, row)
+    merged = list(dict.fromkeys(options)) if card.merge_duplicates else options
+    return Example(text, tuple(merged), merged.index(options[answer]))
+
+
+def _input(card: Card, row: Mapping[str, Any]) -> str:
     texts = {name: _text(name, _cell(row, name)) for name in placeholders(card.input)}
     if not any(text.strip() for text in texts.values()):
         raise TaskError(f"`input` is empty: column {', '.join(map(repr, texts))} holds nothing; remove the row")
-    merged = list(dict.fromkeys(options)) if card.merge_duplicates else options
-    return Example(fill(card.input, texts.__getitem__), tuple(merged), merged.index(options[answer]))
+    return fill(card.input, texts.__getitem__)
+
+
+def _references(name: str, value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [_scalar(name, value)]
+    if not texts:
+        cure = "remove the row, or see whether another `split` has answers"
+        raise TaskError(f"column {name!r}: the list holds no answer; {cure}")
+    if not all(isinstance(text, str) for text in texts):
+        # A number is most likely the class label of a card whose options were forgotten.
+        expected = "without `options`, a free answer is a text or a list of texts"
+        raise TaskError(f"column {name!r}: got {value!r}; {expected}, and a label needs `options`")
+    return tuple(dict.fromkeys(texts))
 
 
 def _answer(card: Card, label: object, options: list[str], row: Mapping[str, Any]) -> int:
