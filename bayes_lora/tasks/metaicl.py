@@ -10,6 +10,7 @@ the first is learnt from. All lines of a task are of one kind. Other fields are 
 from __future__ import annotations
 
 import json
+import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -208,7 +209,7 @@ def _references(record: dict[str, Any]) -> tuple[str, ...]:
     texts = [output] if isinstance(output, str) else output
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         expected = "a str, or a list of them that is not empty"
-        raise TaskError(f"field `output` must be {expected}, where `options` is empty; got {output!r}")
+        raise TaskError(f"field `output` must be {expected}, where `options` is empty; got {reprlib.repr(output)}")
     return tuple(dict.fromkeys(texts))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -80,8 +81,8 @@ def _from_mapping(item: object, merge_duplicates: bool) -> Example:
     references, options = fields.pop("references", []), fields["options"]
     if not isinstance(references, list) or references:
         if "output" in fields or not isinstance(options, list) or options:
-            problem = f"`references` {references!r} stand in place of `output` and `options`, but one of these is given"
-            raise TaskError(f"{problem}, too; leave one or other out")
+            problem = f"`references` {reprlib.repr(references)} stand in place of `output` and `options`"
+            raise TaskError(f"{problem}, but one of these is given, too; leave one or other out")
         fields["output"] = references
     example = example_from(fields, merge_duplicates, True)
     assert isinstance(example, Example)
