@@ -96,7 +96,7 @@ def test_statistics_of_a_free_form_task() -> None:
     one = task_statistics(Task("t", tuple(support), (free("1 2 3 4", "b c d e"),)), max_length=3)
     assert (one.free_form, one.num_options, one.fixed_options, one.top_share) == (True, (0, 0), True, 2 / 4)
     assert (one.lengths, one.answer_lengths) == ((1, 2, 4), (1, 2, 4))
-    assert (one.num_repeats, one.truncated, one.warnings) == (0, 1 / 4, ())
+    assert (one.num_repeats, one.truncated, one.warnings) == (0, 2 / 4, ())  # one row, two answers
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,11 @@ def test_tokens_are_those_of_the_encoder(tokenizer: Any) -> None:
         assert count(examples[0]).options == tuple((whole[0].target_options == k).sum().item() for k in range(2))
         cut = [encoder.encode(example)[1] for example in examples]
         assert task_statistics(Task("t", tuple(examples)), count, max_length=limit).truncated == np.mean(cut)
+        free = [Example(e.input[:9], references=("so" + " so" * 4 * i,)) for i, e in enumerate(examples[:9])]
+        cut = [encoder.encode(example)[1] for example in free]
+        assert any(cut) and not all(cut)
+        assert task_statistics(Task("t", tuple(free)), count, max_length=limit).truncated == np.mean(cut)
+        assert [count(e).options for e in free] == [(len(row.gold),) for row in Encoder(tokenizer, template)(free)]
 
 
 def test_table() -> None:

@@ -86,7 +86,7 @@ def token_counter(encoder: Encoder) -> Callable[[Example], Lengths]:
     def count_tokens(example: Example) -> Lengths:
         row, _ = uncut.encode(example)
         uncut.forget()  # rows are not asked for twice, and a large collection's take gigabytes
-        return Lengths(len(row), tuple(row.target_options.bincount(minlength=row.num_options).tolist()))
+        return Lengths(len(row), tuple(row.target_options.bincount(minlength=row.num_options - row.free_form).tolist()))
 
     return count_tokens
 
@@ -118,7 +118,7 @@ def task_statistics(
         lengths=_percentiles(rows),
         answer_lengths=_percentiles(golds),
         num_repeats=len(examples) - len({example.input for example in examples}),
-        truncated=None if max_length is None else float((rows > max_length).mean()),
+        truncated=None if max_length is None else _share_cut(task, rows, golds, max_length),
         warnings=tuple(
             warning
             for warning in (
@@ -130,6 +130,14 @@ def task_statistics(
             if warning is not None
         ),
     )
+
+
+def _share_cut(task: Task, rows: np.ndarray, golds: Sequence[int], max_length: int) -> float:
+    """Share of the examples of which `Encoder` cuts something: of a free answer longer than half a row, its end."""
+    cut = rows > max_length
+    if task.free_form:
+        cut |= np.array(golds) > max_length // 2
+    return float(cut.mean())
 
 
 def statistics_table(statistics: Iterable[TaskStatistics], unit: str = "words", max_length: int | None = None) -> Table:

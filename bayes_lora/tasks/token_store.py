@@ -79,7 +79,9 @@ class TokenStore:
         path.touch()
         rows = []
         for i, (num_options, answer, free_form, name, cut) in enumerate(zip(*facts, strict=True)):
-            parts = {column: values[begins[i] : begins[i + 1]] for column, (values, begins) in columns.items()}
+            parts: dict[str, Any] = {
+                column: values[begins[i] : begins[i + 1]] for column, (values, begins) in columns.items()
+            }
             row = EncodedExample(**parts, num_options=num_options, answer=answer, key=name, free_form=free_form)
             rows.append((row, cut))
         return rows
