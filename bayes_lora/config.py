@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from bayes_lora.errors import ConfigError, did_you_mean
+from bayes_lora.config_values import check_keys, merge, named_template, nested, read_yaml
+from bayes_lora.errors import ConfigError
 from bayes_lora.model_files import DEFAULT_MODEL
-from bayes_lora.tasks.templates import TEMPLATES, PromptTemplate
+from bayes_lora.tasks.templates import PromptTemplate
 from bayes_lora.training import FitConfig
 
 __all__ = [
@@ -212,8 +212,8 @@ class RunConfig:
         Raises:
             ConfigError: an unknown key (near ones are named), or a value of the wrong type.
         """
-        values = _named_template(values, source)
-        _check_keys(values, asdict(cls()), source)
+        values = named_template(values, source)
+        check_keys(values, asdict(cls()), source)
         try:
             return TypeAdapter(cls).validate_python(dict(values))
         except ValidationError as error:
@@ -232,69 +232,15 @@ class RunConfig:
         """
         values = (base or cls()).to_dict()
         if path is not None:
-            read = _named_template(_read_yaml(path), str(path))
-            _check_keys(read, values, str(path))
-            _merge(values, read)
+            read = named_template(read_yaml(path), str(path))
+            check_keys(read, values, str(path))
+            merge(values, read)
         for setting in settings:
-            nested = _named_template(_nested(setting), "--set")
-            _check_keys(nested, values, "--set")
-            _merge(values, nested)
+            changed = named_template(nested(setting), "--set")
+            check_keys(changed, values, "--set")
+            merge(values, changed)
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values."""
         return asdict(self)
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    return {} if read is None else read
-
-
-def _nested(setting: str) -> Mapping[str, Any]:
-    """Turn ``a.b=c`` into ``{"a": {"b": c}}``; c is YAML."""
-    key, equals, text = setting.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {setting!r}: expected section.key=value, as in objective.beta=1e-4.")
-    try:
-        value = yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {setting!r}: {text!r} is no YAML value: {error}") from error
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
-
-
-def _named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The settings with a template in place of the name of one."""
-    section = values.get("language_model") if isinstance(values, Mapping) else None
-    name = section.get("template") if isinstance(section, Mapping) else None
-    if not isinstance(section, Mapping) or not isinstance(name, str):
-        return values
-    if name not in TEMPLATES:
-        near = did_you_mean(name, TEMPLATES, list_all=True)
-        raise ConfigError(f"{source}: language_model.template {name!r} is no template's name{near}.")
-    return {**values, "language_model": {**section, "template": asdict(TEMPLATES[name])}}
-
-
-def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
-        else:
-            values[key] = value
-
-
-def _check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    if not isinstance(values, Mapping):
-        where = f"{prefix[:-1]}: expected a section" if prefix else "expected a mapping"
-        raise ConfigError(f"{source}: {where} with {list(known)}, got {values!r}.")
-    for key, value in values.items():
-        if key not in known:
-            near = did_you_mean(str(key), known, list_all=True)
-            raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{near}.")
-        if isinstance(known[key], Mapping) and not is_dataclass(value):
-            _check_keys(value, known[key], source, f"{prefix}{key}.")
