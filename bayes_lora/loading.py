@@ -27,7 +27,7 @@ from bayes_lora.model_files import DEFAULT_MODEL, cache_folder, find_model
 from bayes_lora.packaged_model import CONVERTED_FOLDER
 from bayes_lora.seeding import seeded
 
-__all__ = ["default_dtype", "default_lora", "inject", "load_language_model"]
+__all__ = ["default_dtype", "default_lora", "inject", "load_language_model", "reading"]
 
 
 def default_lora(
@@ -133,12 +133,12 @@ def _load_base(
     shared = {key: value for key, value in options.items() if key in ("gguf_file", "trust_remote_code")}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # weights that do not fit are named below
     gguf = "gguf_file" in options
-    with _reading("config.json", name_or_path, found):
+    with reading("config.json", name_or_path, found):
         if not gguf:  # whose settings are read with its tokenizer
             AutoConfig.from_pretrained(source, **shared)
-    with _reading("file" if gguf else "tokenizer", name_or_path, found):
+    with reading("file" if gguf else "tokenizer", name_or_path, found):
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    with _reading("weights", name_or_path, found):
+    with reading("weights", name_or_path, found):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     model, info = loaded
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
@@ -151,7 +151,7 @@ def _load_base(
 
 
 @contextmanager
-def _reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
+def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
     """Turn whatever transformers raises over damaged files (of any type) into one line that says what to do."""
     try:
         yield

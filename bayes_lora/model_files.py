@@ -14,7 +14,14 @@ from rich.console import Console
 from bayes_lora.errors import ModelFileError
 from bayes_lora.packaged_model import CONVERTED_FOLDER, DEFAULT_MODEL, MEGABYTES, PACKAGE, convert_package
 
-__all__ = ["DEFAULT_MODEL", "cache_folder", "default_model_here", "fetch_default_model", "find_model"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "cache_folder",
+    "default_model_here",
+    "fetch_default_model",
+    "find_model",
+    "find_tokenizer",
+]
 
 HUB_ANSWER_SECONDS = 5.0
 # A resolver without a network may hang for longer than any socket time-out, hence a second, outer limit.
@@ -46,6 +53,36 @@ def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progr
     if name_or_path == DEFAULT_MODEL:
         return fetch_default_model(cache_dir=cache_dir, progress=progress)
     return _find_in_hub_cache(str(name_or_path)) or _download_from_hub(str(name_or_path))
+
+
+def find_tokenizer(name_or_path: str | Path) -> Path:
+    """Find a model's tokenizer and configuration, as :func:`find_model` does, but without the weights.
+
+    Of a hub id that is not on this machine all files but the weights are fetched.
+
+    Raises:
+        ModelFileError: there is no such model, or its files are not here and cannot be fetched.
+    """
+    local = _find_local(name_or_path)
+    if local is not None or name_or_path == DEFAULT_MODEL:
+        return local or find_model(name_or_path)
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    name = str(name_or_path)
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+        if isinstance(config, str):
+            return Path(config).parent
+        files = _list_on_hub(name)  # gives up after some seconds where there is no network
+        if isinstance(files, Exception):
+            raise files
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFileError(
+            f"'{name}' is not on this machine, and its tokenizer cannot be had from the Hugging Face hub ({reason}). "
+            "Check the name, or give a folder with the model's tokenizer and config.json."
+        ) from error
 
 
 def default_model_here(cache_dir: Path | None = None) -> Path | None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
-from bayes_lora.errors import ModelFileError
-from bayes_lora.model_files import DEFAULT_MODEL, HUB_FILES, _find_local, _list_on_hub, find_model
+from bayes_lora.model_files import DEFAULT_MODEL, find_tokenizer
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.prompts import Encoder
 from bayes_lora.tasks.statistics import UNCUT
@@ -200,41 +199,17 @@ def load_encoder(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from bayes_lora.loading import _reading
+    from bayes_lora.loading import reading
 
-    found = _find_tokenizer(name_or_path)
+    found = find_tokenizer(name_or_path)
     gguf = found.suffix == ".gguf" and found.is_file()
     source: str = str(found.parent if gguf else found)
     options: dict[str, Any] = {"gguf_file": found.name} if gguf else {}
-    with _reading("file" if gguf else "config.json", name_or_path, found):
+    with reading("file" if gguf else "config.json", name_or_path, found):
         config = AutoConfig.from_pretrained(source, **options)
-    with _reading("file" if gguf else "tokenizer", name_or_path, found):
+    with reading("file" if gguf else "tokenizer", name_or_path, found):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     # As LanguageModel has it: a row must fit into the window beyond which some models do not look back.
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     longest = min((limit for limit in limits if limit), default=None)
     return Encoder(tokenizer, template, max_length if longest is None else min(max_length, longest), longest)
-
-
-def _find_tokenizer(name_or_path: str | Path) -> Path:
-    """The folder or GGUF file with a model's tokenizer; of a hub id that is not here, all files but the weights."""
-    local = _find_local(name_or_path)
-    if local is not None or name_or_path == DEFAULT_MODEL:
-        return local or find_model(name_or_path)
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-
-    name = str(name_or_path)
-    try:
-        config = try_to_load_from_cache(name, "config.json")
-        if isinstance(config, str):
-            return Path(config).parent
-        files = _list_on_hub(name)  # gives up after some seconds where there is no network
-        if isinstance(files, Exception):
-            raise files
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelFileError(
-            f"'{name}' is not on this machine, and its tokenizer cannot be had from the Hugging Face hub ({reason}). "
-            "Check the name, or give a folder with the model's tokenizer and config.json."
-        ) from error

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_prompts import TEMPLATES, llama, unigram
 from test_statistics import run, write
 
-from bayes_lora import show
+from bayes_lora import model_files, show
 from bayes_lora.console import out as console
 from bayes_lora.errors import ModelFileError, TaskError
 from bayes_lora.loading import load_language_model
@@ -167,11 +167,11 @@ def test_a_hub_id_needs_no_weights(model_folder: Path, monkeypatch: pytest.Monke
         return str(model_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr(show, "_list_on_hub", lambda name: ["config.json"])
+    monkeypatch.setattr(model_files, "_list_on_hub", lambda name: ["config.json"])
     load_encoder("some/model-of-nobody")
     assert asked["name"] == "some/model-of-nobody"
     assert not any("safetensors" in pattern or ".bin" in pattern for pattern in asked["allow_patterns"])
-    monkeypatch.setattr(show, "_list_on_hub", lambda name: TimeoutError("no answer in 8 s\nat all"))
+    monkeypatch.setattr(model_files, "_list_on_hub", lambda name: TimeoutError("no answer in 8 s\nat all"))
     with pytest.raises(ModelFileError, match=r"'some/model-of-nobody'.*\(no answer in 8 s\)\. Check the name"):
         load_encoder("some/model-of-nobody")
 
