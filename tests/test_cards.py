@@ -501,7 +501,7 @@ def test_labels_are_mapped(values: list[Any], data: st.DataObject) -> None:
     labels = dict(zip(values, texts, strict=True))
     card = Card("t", "{text}", tuple(order), "label", path="a/b", labels=labels)
     for value, text in zip(values, texts, strict=True):
-        example = cards._example(card, {"text": "q", "label": value}, {}, 0)
+        example = cards.example_of(card, {"text": "q", "label": value}, {}, 0)
         assert example is not None
         assert example.output == text
 
@@ -525,7 +525,7 @@ def test_any_row_is_an_example_or_a_task_error(options: list[str], label: Any) -
     """And the gold option has to do with the label: its text, its letter or its index."""
     card = Card("t", "{text}", RowOptions(column="o"), "label", path="a/b")
     try:
-        example = cards._example(card, {"text": "q", "label": label, "o": options}, {}, 0)
+        example = cards.example_of(card, {"text": "q", "label": label, "o": options}, {}, 0)
     except TaskError:
         return
     assert example is not None

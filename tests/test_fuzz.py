@@ -6,6 +6,7 @@ import json
 import tempfile
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from bayes_lora.tasks.legalbench import read_legalbench
 from bayes_lora.tasks.metaicl import load_task
 from bayes_lora.tasks.molecules import read_molecules
 from bayes_lora.tasks.sources import load_tasks, task_from
+from bayes_lora.tasks.tables import load_table, read_table_questions
 from bayes_lora.tasks.unifiedqa import read_unifiedqa
 
 BROKEN_FILES = 2_000
@@ -57,6 +59,13 @@ PROMPT = "Tort or tax?\n\nText: a long cell of this table\nOf: b\nAnswer: tort\n
 ROWS = 'index\ttext\tanswer\twho\n0\ta long cell of this table\ttort\tb\n1\t"two\n""lines"""\ttax\tc\n2\té\ttax\td\n'
 NAMES = """text\tanswer\twho\na long cell of this table\tAnn, Bé\tb\n"two\nlines"\t['Cy', 'D']\tc\né\tAnn\td\n"""
 CSV = "id,smiles,tox,active\nm1,C[C@H](N),1,0.0\nm2,C#N,0,\nm3,O,,TRUE\nm4,é,1.0,1\n"
+TABLE = 'id,Title,text,label\n1,é,"two\n""lines""",good\n2,,b,bad\n3,c,"a, b",good\n4,d,e,good\n5,f,g,bad\n'
+OWN = "".join(
+    json.dumps({"n": i, "question": f"who {i}?", "options": ["me", "you", "é"][: 2 + i % 2], "answer": "AB"[i % 2]})
+    + "\n"
+    for i in range(4)
+)
+CARD = 'name: c\nfiles: t.csv\ninput: "{text}"\noptions: [bad, good]\nlabel: label\n'
 
 FILES = {
     "metaicl": {"t/t_16_13_train.jsonl": JSONL, "t/t_16_87_train.jsonl": JSONL.replace("question", "query")},
@@ -77,6 +86,9 @@ FILES = {
         "t/test.tsv": NAMES.replace("cell", "row"),
     },
     "molecules": {"t.csv": CSV},
+    "table": {"t.csv": TABLE},
+    "table of options": {"t.jsonl": OWN},
+    "table of tabs": {"t.tsv": TABLE.replace(",", "\t")},
 }
 READERS = {
     "metaicl": lambda root: load_task(root / "t"),
@@ -85,6 +97,7 @@ READERS = {
     "legalbench": lambda root: read_legalbench(root / "t"),
     "legalbench free-form": lambda root: read_legalbench(root / "t", separator=","),
     "molecules": lambda root: read_molecules(root / "t.csv"),
+    "table": lambda root: load_table(next(root.glob("t.*"))),
 }
 
 # --- what breaks them ---
@@ -243,6 +256,22 @@ def test_broken_free_form_questions():
         return Task("q", tuple(Example(q, references=("x",)) if isinstance(q, str) else q for q in questions))
 
     fuzz({"t/q.jsonl": FREE_JSONL.replace('"output": "a king", ', "")}, read)
+
+
+def test_broken_questions_of_a_table():
+    """Neither do those of a table, whose options are known or in a column."""
+    known = {"input": "{Title} {text}", "options": ("a", "b")}
+    fuzz({"t.csv": TABLE}, lambda root: Task("q", tuple(read_table_questions(root / "t.csv", **known))))
+    fuzz({"t.jsonl": OWN}, lambda root: Task("q", tuple(read_table_questions(root / "t.jsonl"))))
+
+
+# Pandas leaves a file open that it cannot read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_broken_cards():
+    """A card that is read names a table that is there, or is refused."""
+    with tempfile.TemporaryDirectory() as cache:
+        read = partial(load_tasks, format="card", cache_dir=cache)
+        fuzz({"c.yaml": CARD, "t.csv": TABLE}, read, BROKEN_FILES // 20)  # `datasets` is slow
 
 
 ANY = (

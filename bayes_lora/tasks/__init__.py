@@ -10,9 +10,10 @@ from bayes_lora.tasks.overlap import Overlap, find_overlaps, overlap_table
 from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.prompts import Encoder
 from bayes_lora.tasks.sampler import EpisodeSampler
-from bayes_lora.tasks.sources import load_tasks, task_from
+from bayes_lora.tasks.sources import load_tasks, task_format, task_from
 from bayes_lora.tasks.splits import load_split, shipped_splits
 from bayes_lora.tasks.statistics import TaskStatistics, statistics_table, task_statistics, token_counter
+from bayes_lora.tasks.tables import load_table
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.tasks.templates import TEMPLATES, PromptTemplate
 
@@ -36,6 +37,7 @@ __all__ = [
     "has_options",
     "load_card",
     "load_split",
+    "load_table",
     "load_task",
     "load_tasks",
     "load_taskset",
@@ -45,6 +47,7 @@ __all__ = [
     "read_questions",
     "shipped_splits",
     "statistics_table",
+    "task_format",
     "task_from",
     "task_statistics",
     "token_counter",

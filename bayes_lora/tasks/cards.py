@@ -22,7 +22,7 @@ from bayes_lora.tasks.task import Example, Task
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["load_card"]
+__all__ = ["example_of", "input_of", "load_card", "row_texts"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -73,7 +73,7 @@ def _examples(card: Card, split: str, cache_dir: str | Path | None, seen: Collec
         kinds: dict[str, int] = {}
         for index in order:
             with _place(f"row {index + 1}"):
-                example = _example(card, _row(rows, index), kinds, index)
+                example = example_of(card, _row(rows, index), kinds, index)
             if example is not None and example.input not in seen:
                 kept[index] = example
             if len(kept) == card.max_examples:
@@ -108,11 +108,11 @@ def _check_columns(card: Card, columns: list[str]) -> None:
             raise TaskError(f"no column {name!r}{did_you_mean(name, columns)}; columns are {', '.join(columns)}")
 
 
-def _example(card: Card, row: Mapping[str, Any], kinds: dict[str, int], index: int) -> Example | None:
+def example_of(card: Card, row: Mapping[str, Any], kinds: dict[str, int], index: int) -> Example | None:
     """Convert a row; None where the card leaves it out. ``kinds`` holds where each type of label was seen first."""
     if card.options is None:
         references = _references(card.label, _cell(row, card.label))
-        return Example(_input(card, row), references=references)
+        return Example(input_of(card.input, row), references=references)
     label = _scalar(card.label, _cell(row, card.label))
     kind = "text" if isinstance(label, str) else "true or false" if isinstance(label, bool) else "number"
     kinds.setdefault(kind, index)
@@ -121,21 +121,22 @@ def _example(card: Card, row: Mapping[str, Any], kinds: dict[str, int], index: i
         raise TaskError(f"column {card.label!r}: mixed types, {listed}; write all alike")
     if card.labels is not None and card.texts.get(key_of(label), "") is None:
         return None
-    options = list(card.options) if isinstance(card.options, tuple) else _row_texts(card.options, row)
+    options = list(card.options) if isinstance(card.options, tuple) else row_texts(card.options, row)
     try:
         answer = _answer(card, label, options, row)
     except TaskError as error:
         raise TaskError(f"column {card.label!r}: {error}") from None
-    text = _input(card, row)
+    text = input_of(card.input, row)
     merged = list(dict.fromkeys(options)) if card.merge_duplicates else options
     return Example(text, tuple(merged), merged.index(options[answer]))
 
 
-def _input(card: Card, row: Mapping[str, Any]) -> str:
-    texts = {name: _text(name, _cell(row, name)) for name in placeholders(card.input)}
+def input_of(template: str, row: Mapping[str, Any]) -> str:
+    """Fill a template of the input with what a row holds, of which something must not be blank."""
+    texts = {name: _text(name, _cell(row, name)) for name in placeholders(template)}
     if not any(text.strip() for text in texts.values()):
         raise TaskError(f"`input` is empty: column {', '.join(map(repr, texts))} holds nothing; remove the row")
-    return fill(card.input, texts.__getitem__)
+    return fill(template, texts.__getitem__)
 
 
 def _references(name: str, value: Any) -> tuple[str, ...]:
@@ -156,7 +157,7 @@ def _answer(card: Card, label: object, options: list[str], row: Mapping[str, Any
     if card.labels is not None:
         return _labelled(card, label, options)
     if card.letters is not None:
-        names = card.letters if isinstance(card.letters, tuple) else _row_texts(card.letters, row)
+        names = card.letters if isinstance(card.letters, tuple) else row_texts(card.letters, row)
         letters = [key_of(name) for name in names[: len(options)]]
         if key not in letters:
             raise TaskError(f"got {label!r}; `letters` of the {len(options)} options are {letters}")
@@ -182,7 +183,8 @@ def _labelled(card: Card, label: object, options: list[str]) -> int:
     return options.index(str(card.texts[key]))
 
 
-def _row_texts(where: RowOptions, row: Mapping[str, Any]) -> list[str]:
+def row_texts(where: RowOptions, row: Mapping[str, Any]) -> list[str]:
+    """Return the texts that a row has of its own."""
     if where.column is not None:
         return _texts(where.column, _cell(row, where.column))
     return [_text(name, _cell(row, name)) for name in where.columns or ()]

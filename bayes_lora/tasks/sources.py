@@ -8,6 +8,8 @@ crossfit       ``<task>/<task>_16_<seed>_train.tsv``                            
 unifiedqa      ``<task>/train.tsv``                                                       `read_unifiedqa`
 legalbench     ``<task>/base_prompt.txt`` with ``<task>/train.tsv``                       `read_legalbench`
 molecules      a column of labels in ``<file>.csv``, named ``<file>/<column>``            `read_molecules`
+card           ``<card>.yaml``, which says how a table is read                            `load_card`
+table          ``<task>.csv``, ``.tsv``, ``.parquet`` or ``.jsonl``, whose columns tell   `load_table`
 =============  =========================================================================  ====================
 """
 
@@ -22,17 +24,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bayes_lora.errors import TaskError, did_you_mean
+from bayes_lora.errors import ConfigError, TaskError, did_you_mean
+from bayes_lora.tasks.card_file import Card, read_card
+from bayes_lora.tasks.cards import load_card
 from bayes_lora.tasks.crossfit_tsv import read_crossfit
+from bayes_lora.tasks.file_formats import card_files, file_formats
 from bayes_lora.tasks.legalbench import read_legalbench
 from bayes_lora.tasks.metaicl import example_from, load_task
 from bayes_lora.tasks.molecules import molecule_tasks
+from bayes_lora.tasks.tables import load_table
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.tasks.task_folders import present_tasks, seeded_files
 from bayes_lora.tasks.text_files import CannotScore, children, inside, warn_left_out
 from bayes_lora.tasks.unifiedqa import read_unifiedqa
 
-__all__ = ["load_tasks", "task_from"]
+__all__ = ["format_options", "load_tasks", "task_format", "task_from"]
 
 READERS: dict[str, Callable[..., Any]] = {
     "metaicl": load_task,
@@ -40,11 +46,14 @@ READERS: dict[str, Callable[..., Any]] = {
     "unifiedqa": read_unifiedqa,
     "legalbench": read_legalbench,
     "molecules": molecule_tasks,
+    "card": load_card,
+    "table": load_table,
 }
 KNOWN = (
     "known formats: metaicl (<task>.jsonl or <task>/<task>_16_<seed>_train.jsonl), crossfit "
     "(<task>/<task>_16_<seed>_train.tsv), unifiedqa (<task>/train.tsv), legalbench (<task>/base_prompt.txt and "
-    "<task>/train.tsv), molecules (<file>.csv)"
+    "<task>/train.tsv), molecules (<file>.csv with a column smiles), card (<card>.yaml), table (<task>.csv, .tsv, "
+    ".parquet or .jsonl with a column named label or the like; save a spreadsheet as CSV)"
 )
 
 
@@ -102,8 +111,8 @@ def load_tasks(
 
     Args:
         path: the file or the folder.
-        format: one of ``metaicl``, ``crossfit``, ``unifiedqa``, ``legalbench`` and ``molecules``; by default told from
-            the names of the files.
+        format: one of ``metaicl``, ``crossfit``, ``unifiedqa``, ``legalbench``, ``molecules``, ``card`` and ``table``;
+            by default told from the names of the files, and from their first lines.
         names: which tasks, in this order. None takes all that can be scored; one warning counts the others (those with
             one label only, or without rows). A task that is named must be one that can be scored.
         allow_missing: leave out names that are not there, with one warning, instead of raising.
@@ -122,6 +131,8 @@ def load_tasks(
     _check_options(format, options)
     if format == "molecules":
         found = _molecules(places, chosen, options)
+    elif format == "card":
+        found = _cards(places, options)
     else:
         read = _metaicl if format == "metaicl" else READERS[format]
         found = {name: partial(read, place, **options) for name, place in places.items()}
@@ -146,6 +157,17 @@ def load_tasks(
     return TaskSet(tasks)
 
 
+def task_format(path: str | Path, format: str | None = None) -> str:
+    """Return the format that `load_tasks` would read; raises as it does where this cannot be told."""
+    return _find(Path(path).absolute(), format, None)[0]
+
+
+def format_options(format: str) -> list[str]:
+    """List the options that a format's reader has."""
+    parameters = inspect.signature(READERS[format]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
 def _find(path: Path, format: str | None, names: list[str] | None) -> tuple[str, dict[str, Path]]:
     """Return the format, and the file or the folder of each task (of molecules: each file)."""
     if format is not None and format not in READERS:
@@ -156,13 +178,15 @@ def _find(path: Path, format: str | None, names: list[str] | None) -> tuple[str,
     if not os.path.exists(path):
         raise TaskError(f"{path}: there is no such file or folder; check the path")
     if not path.is_dir():
-        formats = _formats(path)
+        formats = _formats(path, format)
         if format is None and not formats:
             raise TaskError(f"{path}: cannot tell the format; pass `format`; {KNOWN}")
         return format or formats[0], {path.stem: path}
-    entries = {path: _formats(path)}
+    entries = {path: _formats(path, format)}
     if not entries[path]:
-        entries = {child: _formats(child) for child in children(path)}
+        entries = {child: _formats(child, format) for child in children(path)}
+        for file in card_files(place for place, formats in entries.items() if "card" in formats):
+            entries.pop(file, None)  # a card's table is no task beside it
     here = [known for known in READERS if any(known in formats for formats in entries.values())]
     wanted = here if format is None else [format] * (format in here)
     if not wanted:
@@ -182,10 +206,10 @@ def _find(path: Path, format: str | None, names: list[str] | None) -> tuple[str,
     return wanted[0], places
 
 
-def _formats(path: Path) -> list[str]:
-    """Return the formats that a file or a folder may be a task of, judging by names."""
+def _formats(path: Path, format: str | None) -> list[str]:
+    """Return the formats that a file or a folder may be a task of, judging by names, and by a file's first line."""
     if not path.is_dir():
-        return {".jsonl": ["metaicl"], ".csv": ["molecules"]}.get(path.suffix.lower(), [])
+        return file_formats(path, format)
     names = {child.name for child in children(path)}
     if "base_prompt.txt" in names:
         return ["legalbench"]
@@ -200,8 +224,7 @@ def _formats(path: Path) -> list[str]:
 
 
 def _check_options(format: str, options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(READERS[format]).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    known = format_options(format)
     for name in options:
         if name not in known:
             near = did_you_mean(name, known)
@@ -228,6 +251,27 @@ def _molecules(
         if stem in files:
             found |= molecule_tasks(place, **options)
     return {name: partial(_raised, task) for name, task in found.items()}
+
+
+def _cards(places: Mapping[str, Path], options: Mapping[str, Any]) -> dict[str, Callable[[], Task]]:
+    """Read cards, by the names that they give their tasks."""
+    found: dict[str, Callable[[], Task]] = {}
+    for place in places.values():
+        try:
+            card = read_card(place)
+        except ConfigError as error:
+            raise TaskError(" ".join(str(error).split())) from None  # that of YAML has several lines
+        if card.name in found:
+            raise TaskError(f"{place}: the name {card.name!r} is that of another card here; change one")
+        found[card.name] = partial(_load_card, place, card, options)
+    return found
+
+
+def _load_card(place: Path, card: Card, options: Mapping[str, Any]) -> Task:
+    try:
+        return load_card(card, **options)
+    except TaskError as error:
+        raise TaskError(f"{place}: {error}") from error.__cause__
 
 
 def _raised(task: Task | CannotScore) -> Task:

@@ -1,0 +1,297 @@
+"""A user's own table becomes a task: which columns are taken, what is refused, and which formats are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import yaml
+from pyarrow import parquet
+
+from bayes_lora.errors import TaskError
+from bayes_lora.tasks import Example, RowOptions, Task, load_tasks, task_format
+from bayes_lora.tasks.card_file import read_card
+from bayes_lora.tasks.cards import load_card
+from bayes_lora.tasks.tables import load_table, read_questions
+from bayes_lora.tasks.text_files import CannotScore
+
+REVIEWS = "id,review,label\n1,fine,good\n2,awful,bad\n3,nice,good\n4,poor,bad\n"
+TWO = ("bad", "good")
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def told(path: Path, **options: Any) -> str:
+    """What is said of the columns."""
+    lines: list[str] = []
+    load_table(path, on_columns=lambda path, columns: lines.append(f"{path.name}: {columns}"), **options)
+    [line] = lines
+    return line
+
+
+def test_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "reviews.csv", REVIEWS)
+    texts = {"fine": 1, "awful": 0, "nice": 1, "poor": 0}
+    expected = Task("reviews", tuple(Example(text, TWO, answer) for text, answer in texts.items()))
+    assert dict(load_tasks(path)) == {"reviews": expected}
+    assert dict(load_tasks(tmp_path)) == {"reviews": expected}
+    assert told(path) == "reviews.csv: input is {review}, answers from label: bad, good; not read: id"
+
+
+@pytest.mark.parametrize("kind", ["csv", "semicolons.csv", "tsv", "jsonl", "parquet"])
+def test_kinds_of_files(tmp_path: Path, kind: str) -> None:
+    """All give the same task, though numbers are texts in some."""
+    rows = [{"Text": f"a; {i}\tb, c", "n": i, "Class": ["no", "yes", "maybe"][i % 3]} for i in range(6)]
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        cut = {"csv": ",", "semicolons.csv": ";", "tsv": "\t"}[kind]
+        write(path, "".join(cut.join(f'"{cell}"' for cell in row) + "\n" for row in [rows[0], *map(dict.values, rows)]))
+    [task] = load_tasks(path).values()
+    options = ("maybe", "no", "yes")
+    assert task.support == tuple(Example(row["Text"], options, options.index(row["Class"])) for row in rows)
+    assert told(path).endswith(": input is {Text}, answers from Class: maybe, no, yes; not read: n")
+
+
+INPUTS = {
+    "the column that is left": ("n,answer\n1,x\n2,y\n3,x\n4,y\n", {}, "1"),
+    "columns of texts": ("a,b,n,label\nu,v,1,x\nw,,2,y\n,z,3,x\nk,l,4,y\n", {}, "a: u\nb: v"),
+    "columns of numbers": ("a,b,label\n1,2,x\n3,4,y\n5,6,x\n7,8,y\n", {}, "a: 1\nb: 2"),
+    "a column": ("a,b,label\nu,v,x\nw,z,y\n1,2,x\n3,4,y\n", {"input": "b"}, "v"),
+    "a template": ("a,b,label\nu,v,x\nw,z,y\n1,2,x\n3,4,y\n", {"input": "{{{b}}} or {a}?"}, "{v} or u?"),
+    "both": ("a,b\nu,x\nw,y\n1,x\n2,y\n", {"input": "a", "label": "b"}, "u"),
+    "the answer's name in another case": ("a,SentiMent \nu,x\nw,y\n1,x\n2,y\n", {}, "u"),
+    "without ids": (",uuid,ticket_id,Customer ID,a,label\n0,1,2,3,u,x\n,,,,w,y\n,,,,1,x\n,,,,2,y\n", {}, "u"),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_inputs(tmp_path: Path, kind: str) -> None:
+    text, options, expected = INPUTS[kind]
+    task = load_table(write(tmp_path / "t.csv", text), **options)
+    assert (task.support[0].input, task.support[0].options, task.support[0].answer) == (expected, ("x", "y"), 0)
+    assert len(task) == 4
+
+
+def test_answers(tmp_path: Path) -> None:
+    """Spaces around an answer are no part of it; given options keep their order, and need not all occur."""
+    path = write(tmp_path / "t.csv", "text,label\na, 10\nb,9 \nc,10\nd,9\n,\n")
+    assert [(e.options, e.output) for e in load_table(path).support[:2]] == [(("10", "9"), "10"), (("10", "9"), "9")]
+    assert load_table(path, options=["9", "10", "11"]).support[0] == Example("a", ("9", "10", "11"), 1)
+    rows = [{"text": "a", "label": True}, {"text": "b", "label": False}] * 2
+    path = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert load_table(path).support[0] == Example("a", ("false", "true"), 1)
+
+
+def test_options_of_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", 'q,Options,answer\nwho?,"[""me"", ""you""]",you\nwhen?,now | then|never,C\n')
+    expected = (Example("who?", ("me", "you"), 1), Example("when?", ("now", "then", "never"), 2))
+    assert load_table(path).support == expected
+    assert told(path) == "t.csv: input is {q}, answers from answer: one of the row's Options"
+    rows = [{"q": "who?", "options": ["me", "you"], "answer": 1}, {"q": "when?", "options": ["a", "b"], "answer": 0}]
+    path = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert load_table(path).support == (expected[0], Example("when?", ("a", "b"), 0))
+
+
+def test_free_text(tmp_path: Path) -> None:
+    """Where nearly every row has another answer, or there are many, they are free text; a list holds several."""
+    path = write(tmp_path / "t.csv", "question,answer\nof France?,Paris\nof Spain?, Madrid\nof Italy?,Rome\n")
+    assert load_table(path).support[1] == Example("of Spain?", references=("Madrid",))
+    assert told(path) == "t.csv: input is {question}, answers from answer: free text"
+    many = "".join(f"text {i},{i % 65}\n" for i in range(650))
+    assert load_table(write(path, "text,label\n" + many)).free_form
+    assert len(load_table(write(path, "text,label\n" + many.replace(",64\n", ",63\n"))).support[0].options) == 64
+    rows = [{"q": "who?", "answer": ["she", "her"]}, {"q": "when?", "answer": ["then"]}]
+    path = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert load_table(path).support[0].references == ("she", "her")
+
+
+REFUSED = {
+    "no answer": (
+        "text,mood\na,x\nb,y\nc,x\nd,y\n",
+        {},
+        r"t\.csv: cannot tell .* columns are \['text', 'mood'\], and none is named label, output, .*--label 'mood', or",
+    ),
+    "two answers": ("text,label,Target\na,x,y\n", {}, r"\['label', 'Target'\] may all be; say which, as in --label"),
+    "unknown label": ("text,mood\na,x\n", {"label": "mod"}, r"`label` \(--label\) names 'mod'.*did you mean 'mood'"),
+    "unknown input": ("text,label\na,x\nb,y\n", {"input": "{txt}"}, r"`input` \(--input\) names 'txt'.*mean 'text'"),
+    "no column in the input": ("text,label\na,x\nb,y\n", {"input": "txt"}, r"`input` \(--input\) names 'txt'"),
+    "half a brace": ("text,label\na,x\nb,y\n", {"input": "{text"}, r"t\.csv: `input` '{text': '{' at position 1"),
+    "no input": ("id,label\n1,x\n2,y\n", {}, r"t\.csv: no column is left for the input; columns are \['id', 'label'\]"),
+    "a brace in a name": ("te{xt,label\na,x\nb,y\n", {}, "column 'te{xt' has a brace in its name.*rename it"),
+    "no label": ("text,label\na,x\nb, \nc,x\nd,y\n", {}, r"t\.csv:3: column 'label': the value is missing; fill it in"),
+    "no text": ("text,label\na,x\n ,y\nc,x\nd,y\n", {}, r"t\.csv:3: `input` is empty: column 'text' holds nothing"),
+    "two spellings": (
+        "text,label\na,x\nb,X\nc,x\nd,x\n",
+        {},
+        "column 'label' holds both 'X' and 'x'; write them alike",
+    ),
+    "another option": (
+        "text,label\na,x\nb,z\n",
+        {"options": ["x", "y"]},
+        r"t\.csv:3: column 'label': got 'z', which is",
+    ),
+    "one option": ("text,label\na,x\n", {"options": ["x"]}, "`options` must be a list of at least 2 different texts"),
+    "a text for options": ("text,label\na,x\n", {"options": "xy"}, "`options` must be a list"),
+    "one option in a row": ("q,options,answer\na,x,x\n", {}, r"t\.csv:2: `options` must hold at least 2"),
+    "not among a row's options": (
+        "q,options,answer\na,x|y,z\n",
+        {},
+        r"t\.csv:2: column 'answer': expected one of \['x'",
+    ),
+    "no rows": ("text,label\n,\n", {}, r"t\.csv: expected rows, got none; columns are \['text', 'label'\]"),
+    "nothing": ("", {}, r"t\.csv: the file is empty; expected a first row"),
+    "a cell too many": ("text,label\na,x\nb, c,y\n", {}, r"t\.csv:3: expected 2 cells, .* got 3; quote a cell"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(tmp_path: Path, kind: str) -> None:
+    text, options, match = REFUSED[kind]
+    with pytest.raises(TaskError, match=match) as caught:
+        load_table(write(tmp_path / "t.csv", text), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_answer_is_left_out(tmp_path: Path) -> None:
+    """As a file it is refused, and in a folder it is counted."""
+    path = write(tmp_path / "one.csv", "text,label\na,x\nb,x\n")
+    with pytest.raises(CannotScore, match=r"one\.csv: column 'label' holds only 'x', but a task needs two answers"):
+        load_table(path)
+    with pytest.raises(TaskError, match=r"one\.csv: no multiple-choice task to load, .*holds only 'x'"):
+        load_tasks(path)
+    write(tmp_path / "reviews.csv", REVIEWS)
+    with pytest.warns(UserWarning, match=r"1 of 2 tasks are left out: 1 one label \(one\)"):
+        assert list(load_tasks(tmp_path)) == ["reviews"]
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    for name, match in {"t.xlsx": "got '.xlsx'; save the sheet as CSV in UTF-8", "t.txt": "got '.txt'; check"}.items():
+        with pytest.raises(TaskError, match=match):
+            load_table(write(tmp_path / name, "text,label\n"))
+        with pytest.raises(TaskError, match="cannot tell the format.*save a spreadsheet as CSV"):
+            load_tasks(tmp_path / name)
+    with pytest.raises(
+        TaskError, match=r"t\.parquet: expected a Parquet file that can be read, got: .*; write it anew"
+    ):
+        load_table(write(tmp_path / "t.parquet", "text,label\n"))
+    for line, match in {"[1]": "expected an object whose keys are the columns, got list", "{": "broken JSON"}.items():
+        with pytest.raises(TaskError, match=rf"t\.jsonl:2: {match}"):
+            load_table(write(tmp_path / "t.jsonl", f'{{"a": 1, "label": "x"}}\n{line}\n'))
+
+
+def test_the_card_of_the_message_does(tmp_path: Path) -> None:
+    """What an error offers to write is a card that reads the table."""
+    for name, cut in {"t.csv": ",", "t.tsv": "\t", "u.csv": ";"}.items():
+        path = write(tmp_path / name, "text,mood\na,é\nb,y\nc,y\nd,é\n".replace(",", cut))
+        with pytest.raises(TaskError) as caught:
+            load_table(path)
+        text = str(caught.value)
+        card = write(tmp_path / "card.yaml", text[text.index("with {") + 5 :])
+        task = load_card(card, cache_dir=tmp_path / "cache")
+        assert task == load_table(path, label="mood")
+
+
+def test_a_table_is_read_as_by_its_card(tmp_path: Path) -> None:
+    path = write(tmp_path / "reviews.csv", REVIEWS)
+    columns: list[Any] = []
+    task = load_table(path, on_columns=lambda _, found: columns.append(found))
+    assert load_card(columns[0].card(path), cache_dir=tmp_path / "cache") == task
+
+
+# --- questions ---
+
+
+def test_questions(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.csv", "n,text\n1,a\n2,b\n")
+    assert read_questions(path, options=TWO) == [Example("a", TWO), Example("b", TWO)]
+    assert read_questions(path, input="{n}) {text}", options=TWO)[1].input == "2) b"
+    write(path, "text,label\na,good\nb,\n")
+    assert read_questions(path, options=TWO) == read_questions(path, input="text", label="label", options=TWO)
+    write(path, "text,mine\na,x|y\n")
+    assert read_questions(path, options=RowOptions("mine")) == [Example("a", ("x", "y"))]
+    write(path, "text,A,B\na,x,y\n")
+    assert read_questions(path, options=RowOptions(columns=("A", "B"))) == [Example("a", ("x", "y"))]
+    write(path, "text,options\na,x|y\n")
+    assert read_questions(path) == [Example("a", ("x", "y"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "match"),
+    [
+        ("text\na\n", {}, r"q\.csv: no column `options`; columns are \['text'\]; add one, with a list a row"),
+        ("text\na\n", {"options": RowOptions("o")}, r"q\.csv: no column 'o', of options; columns are \['text'\]"),
+        ("title\na\n", {"options": TWO, "input": "{text}"}, r"q\.csv: `input` \(--input\) names 'text'"),
+        ("text,n\na,1\n ,2\n", {"options": TWO}, r"q\.csv:3: `input` is empty: column 'text' holds nothing"),
+        ("text,options\na,x\n", {}, r"q\.csv:2: `options` must hold at least 2"),
+    ],
+)
+def test_questions_refused(tmp_path: Path, text: str, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(TaskError, match=match):
+        read_questions(write(tmp_path / "q.csv", text), **options)
+
+
+# --- formats ---
+
+LINE = '{"input": "q", "options": ["a", "b"], "output": "a"}\n'
+FORMATS = {
+    "t.csv": {"smiles,x\nC,1\n": "molecules", "MOL,x\nC,1\n": "molecules", "a,label\nu,x\n": "table", "": "table"},
+    "t.tsv": {"a\tLabel\nu\tx\n": "table"},
+    "t.jsonl": {LINE: "metaicl", "[1]\n": "metaicl", "": "metaicl", '{"text": "q", "label": 1}\n': "table"},
+    "t.parquet": {"": "table"},
+    "t.yaml": {"input: '{a}'\n": "card", '{\n"input": "{a}"}\n': "card"},
+    "t.yml": {"name: t\ninput: '{a}'\n": "card"},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path: Path, name: str) -> None:
+    for text, format in FORMATS[name].items():
+        path = write(tmp_path / "d" / name, text)
+        assert task_format(path) == task_format(tmp_path / "d") == format
+    other = {"t.csv": "table", "t.tsv": "table", "t.jsonl": "table", "t.parquet": "table"}.get(name, "card")
+    assert task_format(tmp_path / "d", other) == task_format(path, other) == other
+
+
+def test_files_that_are_no_tasks(tmp_path: Path) -> None:
+    """A file of settings is no card, and a TSV file without a header is no table."""
+    write(tmp_path / "config.yaml", "fit:\n  input: 3\n")
+    write(tmp_path / "t.tsv", "a film\tgood\n")
+    with pytest.raises(TaskError, match="no task of a format that is known here"):
+        task_format(tmp_path)
+    for name in ("config.yaml", "t.tsv"):
+        with pytest.raises(TaskError, match="cannot tell the format"):
+            task_format(tmp_path / name)
+
+
+def test_cards_of_a_folder(tmp_path: Path) -> None:
+    """A card's task has the name that the card gives, and the table beside it is no task of its own."""
+    card = {"name": "film", "files": "t.csv", "input": "{review}!", "options": ["bad", "good"], "label": "label"}
+    write(tmp_path / "t.csv", REVIEWS)
+    path = write(tmp_path / "a.yaml", yaml.safe_dump(card))
+    for place in (tmp_path, path):
+        tasks = load_tasks(place, cache_dir=tmp_path / "cache", max_examples=3)
+        assert list(tasks) == ["film"] and len(tasks["film"]) == 3
+        assert tasks["film"].support[0].input.endswith("!")
+    assert list(load_tasks(tmp_path, names=["film"], cache_dir=tmp_path / "cache")) == ["film"]
+    with pytest.raises(TaskError, match=r"1 of 1 tasks are missing: 'films' \(did you mean 'film'"):
+        load_tasks(tmp_path, names=["films"])
+    write(tmp_path / "b.yaml", yaml.safe_dump(card))
+    with pytest.raises(TaskError, match=r"b\.yaml: the name 'film' is that of another card here; change one"):
+        load_tasks(tmp_path)
+    write(tmp_path / "b.yaml", "input: 3\n")
+    with pytest.raises(TaskError, match=r"b\.yaml: key 'name' is missing"):
+        load_tasks(tmp_path)
+    assert read_card(path).name == "film"
+    with pytest.raises(TaskError, match=r"the format 'table' has no option `seed`; it has input, label, options"):
+        load_tasks(tmp_path / "t.csv", seed=3)
