@@ -171,6 +171,8 @@ class EpisodeConfig:
         examples_per_task: of larger training tasks this many are drawn, once; None takes all.
         held_back: share (below 1) or number of the training tasks that choose the checkpoint; 0 holds back none.
         held_back_shots: support and query size of a held-back task.
+        shuffle_options: put the options of each example, of all tasks, into an order of its own, once: against a taste
+            for the first one, where prompts list options.
     """
 
     tasks_per_episode: Count = 4
@@ -181,6 +183,7 @@ class EpisodeConfig:
     examples_per_task: Count | None = 64
     held_back: NonNegative = 0.12
     held_back_shots: Count = 16
+    shuffle_options: bool = False
 
 
 @dataclass(frozen=True)

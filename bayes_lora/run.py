@@ -138,6 +138,8 @@ def divide(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
     """Tasks to train on, and those held back, split into support and query; each cut to what the settings take."""
     settings = config.episodes
     limit = settings.examples_per_task
+    if settings.shuffle_options:
+        tasks = TaskSet(task.shuffle_options(seed=config.seed) for task in tasks.values())
     drawn = TaskSet(
         task if limit is None or len(task) <= limit else task.split(limit, seed=config.seed, num_query=0)
         for task in tasks.values()

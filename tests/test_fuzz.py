@@ -19,8 +19,9 @@ from bayes_lora.tasks.crossfit_tsv import read_crossfit
 from bayes_lora.tasks.legalbench import read_legalbench
 from bayes_lora.tasks.metaicl import load_task
 from bayes_lora.tasks.molecules import read_molecules
+from bayes_lora.tasks.questions import QuestionForm, read_table_questions
 from bayes_lora.tasks.sources import load_tasks, task_from
-from bayes_lora.tasks.tables import load_table, read_table_questions
+from bayes_lora.tasks.tables import load_table
 from bayes_lora.tasks.unifiedqa import read_unifiedqa
 
 BROKEN_FILES = 2_000
@@ -260,8 +261,8 @@ def test_broken_free_form_questions():
 
 def test_broken_questions_of_a_table():
     """Neither do those of a table, whose options are known or in a column."""
-    known = {"input": "{Title} {text}", "options": ("a", "b")}
-    fuzz({"t.csv": TABLE}, lambda root: Task("q", tuple(read_table_questions(root / "t.csv", **known))))
+    form = QuestionForm("{Title} {text}", options=("a", "b"))
+    fuzz({"t.csv": TABLE}, lambda root: Task("q", tuple(read_table_questions(root / "t.csv", form))))
     fuzz({"t.jsonl": OWN}, lambda root: Task("q", tuple(read_table_questions(root / "t.jsonl"))))
 
 

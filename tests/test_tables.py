@@ -15,7 +15,8 @@ from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Example, RowOptions, Task, load_tasks, task_format
 from bayes_lora.tasks.card_file import read_card
 from bayes_lora.tasks.cards import load_card
-from bayes_lora.tasks.tables import load_table, read_questions
+from bayes_lora.tasks.questions import QuestionForm, read_table_questions
+from bayes_lora.tasks.tables import load_table
 from bayes_lora.tasks.text_files import CannotScore
 
 REVIEWS = "id,review,label\n1,fine,good\n2,awful,bad\n3,nice,good\n4,poor,bad\n"
@@ -212,18 +213,25 @@ def test_a_table_is_read_as_by_its_card(tmp_path: Path) -> None:
 # --- questions ---
 
 
+def questions(path: Path, *form: Any, **more: Any) -> list[Example] | list[str]:
+    return read_table_questions(path, QuestionForm(*form, **more))
+
+
 def test_questions(tmp_path: Path) -> None:
     path = write(tmp_path / "q.csv", "n,text\n1,a\n2,b\n")
-    assert read_questions(path, options=TWO) == [Example("a", TWO), Example("b", TWO)]
-    assert read_questions(path, input="{n}) {text}", options=TWO)[1].input == "2) b"
+    assert questions(path, options=TWO) == [Example("a", TWO), Example("b", TWO)]
+    assert questions(path, "{n}) {text}", options=TWO)[1] == Example("2) b", TWO)
+    assert questions(path, options=()) == ["a", "b"]
     write(path, "text,label\na,good\nb,\n")
-    assert read_questions(path, options=TWO) == read_questions(path, input="text", label="label", options=TWO)
+    assert (
+        questions(path, options=TWO) == questions(path, "text", "label", TWO) == [Example("a", TWO), Example("b", TWO)]
+    )
     write(path, "text,mine\na,x|y\n")
-    assert read_questions(path, options=RowOptions("mine")) == [Example("a", ("x", "y"))]
+    assert questions(path, options=RowOptions("mine")) == [Example("a", ("x", "y"))]
     write(path, "text,A,B\na,x,y\n")
-    assert read_questions(path, options=RowOptions(columns=("A", "B"))) == [Example("a", ("x", "y"))]
+    assert questions(path, options=RowOptions(columns=("A", "B"))) == [Example("a", ("x", "y"))]
     write(path, "text,options\na,x|y\n")
-    assert read_questions(path) == [Example("a", ("x", "y"))]
+    assert read_table_questions(path) == [Example("a", ("x", "y"))]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +246,38 @@ def test_questions(tmp_path: Path) -> None:
 )
 def test_questions_refused(tmp_path: Path, text: str, options: dict[str, Any], match: str) -> None:
     with pytest.raises(TaskError, match=match):
-        read_questions(write(tmp_path / "q.csv", text), **options)
+        questions(write(tmp_path / "q.csv", text), **options)
+
+
+FORMS = [
+    QuestionForm(),
+    QuestionForm("{text}", "label", TWO),
+    QuestionForm("{text}", "label", ()),
+    QuestionForm("{text}", "label", RowOptions("mine")),
+    QuestionForm("{text}", "label", RowOptions(columns=("A", "B"))),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_are_kept(form: QuestionForm) -> None:
+    assert QuestionForm.from_dict(json.loads(json.dumps(form.to_dict()))) == form
+
+
+@pytest.mark.parametrize(
+    "values", [None, {}, FORMS[0].to_dict() | {"input": 3}, FORMS[0].to_dict() | {"options": "ab"}]
+)
+def test_bad_forms(values: Any) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        QuestionForm.from_dict(values)
+
+
+def test_forms_of_tasks(tmp_path: Path) -> None:
+    found: list[Any] = []
+    task = load_table(write(tmp_path / "t.csv", REVIEWS), on_columns=lambda _, columns: found.append(columns))
+    assert QuestionForm.of(task, found[0]) == QuestionForm("{review}", "label", TWO)
+    assert QuestionForm.of(task) == QuestionForm(options=TWO)
+    assert QuestionForm.of(Task("t", (Example("a", TWO), Example("b", ("x", "y"))))) == QuestionForm()
+    assert QuestionForm.of(Task("t", (Example("a", references=("b",)),))) == QuestionForm(options=())
 
 
 # --- formats ---

@@ -20,7 +20,7 @@ from typing import Any
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.task import Example, Task, TaskSet
 from bayes_lora.tasks.task_folders import present_tasks, seeded_files, seeded_task, task_places
-from bayes_lora.tasks.text_files import lines
+from bayes_lora.tasks.text_files import lines, listed, short
 
 __all__ = ["has_options", "load_task", "load_taskset", "read_examples", "read_questions"]
 
@@ -183,9 +183,9 @@ def _record(line: str) -> dict[str, Any]:
 def _field(record: dict[str, Any], field: str, kind: type) -> Any:
     if field not in record:
         cure = "; write [] where the answer is free" * (field == "options")
-        raise TaskError(f"field `{field}` is missing; got only {sorted(record)}{cure}")
+        raise TaskError(f"field `{field}` is missing; got only {listed(sorted(record))}{cure}")
     if not isinstance(record[field], kind):
-        raise TaskError(f"field `{field}` must be a {kind.__name__}, got {record[field]!r}")
+        raise TaskError(f"field `{field}` must be a {kind.__name__}, got {reprlib.repr(record[field])}")
     return record[field]
 
 
@@ -198,7 +198,9 @@ def example_from(record: dict[str, Any], merge_duplicates: bool, labelled: bool)
         return example if known else example.input
     output = _field(record, "output", str) if labelled or "output" in record else options[0]
     if output not in options:
-        raise TaskError(f"`output` must be one of `options`: got {output!r}, options are {options}")
+        raise TaskError(
+            f"`output` must be one of `options`: got {short(output)}, options are {listed(list(map(str, options)))}"
+        )
     if merge_duplicates:
         options = [option for index, option in enumerate(options) if option not in options[:index]]
     return Example(text, tuple(options), options.index(output))

@@ -20,7 +20,7 @@ from bayes_lora.tasks.card_file import Card, RowOptions, key_of, placeholders
 from bayes_lora.tasks.table_rows import Rows, is_blank
 from bayes_lora.tasks.text_files import CannotScore, listed, short
 
-__all__ = ["IDS", "LABELS", "MAX_OPTIONS", "Columns", "find_columns", "find_input", "label_text"]
+__all__ = ["IDS", "LABELS", "MAX_OPTIONS", "OPTIONS", "Columns", "find_columns", "find_input", "label_text"]
 
 LABELS = ("label", "output", "answer", "target", "class", "category", "sentiment", "intent", "gold")
 IDS = ("", "id", "uid", "uuid", "guid", "idx", "index", "row", "nr", "unnamed: 0")
@@ -58,6 +58,11 @@ class Columns:
         not_read = f"; not read: {', '.join(self.left_out[:SHOWN])}" if self.left_out else ""
         text = f"input is {self.input}, answers from {self.label}: {answers}{not_read}"
         return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+    @property
+    def own(self) -> str | None:
+        """The column in which a row has all its options."""
+        return self.options.column if isinstance(self.options, RowOptions) else None
 
     def card(self, path: Path) -> Card:
         """Make the card that reads this file in the same way; answers must not be free text."""
@@ -143,7 +148,7 @@ def _given_input(path: Path, table: Rows, input: str) -> str:
     except ConfigError as error:
         raise TaskError(f"{path}: {str(error).rstrip('.')}") from None
     for name in names or [input]:
-        if name.partition(".")[0] not in table.columns:
+        if name not in table.columns and name.partition(".")[0] not in table.columns:
             _named(path, table, name, "input")
     return input
 

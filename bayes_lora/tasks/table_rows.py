@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.text_files import lines, listed, read_table
 
-__all__ = ["SPREADSHEETS", "TABLES", "Rows", "first_cells", "first_record", "is_blank", "read_rows"]
+__all__ = ["SPREADSHEETS", "TABLES", "Rows", "at", "filled", "first_cells", "first_record", "is_blank", "read_rows"]
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
@@ -51,9 +52,45 @@ def read_rows(path: str | Path) -> Rows:
     return table._replace(rows=rows)
 
 
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Let messages begin with a row's place."""
+    try:
+        yield
+    except TaskError as error:
+        raise TaskError(f"{place}: {error}") from None
+
+
 def is_blank(value: object) -> bool:
     """Whether a cell holds nothing: no value, not a number, or a text of spaces."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def filled(row: Mapping[str, Any], label: str | None, options: str | None) -> dict[str, Any]:
+    """Return a row without missing values.
+
+    Args:
+        row: its cells by column.
+        label: the column of the answer, which then has no spaces around it.
+        options: the column of options, which then is a list: what a text holds in JSON, or divided by ``|``.
+    """
+    cells = {name: "" if is_blank(value) else value for name, value in row.items()}
+    if label is not None and isinstance(text := cells.get(label), str):
+        cells[label] = text.strip()
+    if options is not None and isinstance(text := cells.get(options), str):
+        cells[options] = _divided(text)
+    return cells
+
+
+def _divided(text: str) -> list[Any]:
+    if text.startswith("["):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, list):
+            return found
+    return [part.strip() for part in text.split("|")] if text else []
 
 
 def first_cells(path: Path) -> list[str]:

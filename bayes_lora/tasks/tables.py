@@ -1,4 +1,4 @@
-"""Reader of tables of a user's own, as tasks to learn or as questions to answer.
+"""Reader of tables of a user's own.
 
 Columns are given or guessed (:mod:`bayes_lora.tasks.table_columns`); then rows are read as by the card
 (:class:`bayes_lora.tasks.Card`) that says the same.
@@ -6,21 +6,18 @@ Columns are given or guessed (:mod:`bayes_lora.tasks.table_columns`); then rows 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import ConfigError, TaskError
-from bayes_lora.tasks.card_file import RowOptions
-from bayes_lora.tasks.cards import example_of, input_of, row_texts
-from bayes_lora.tasks.table_columns import LABELS, OPTIONS, Columns, find_columns, find_input, label_text
-from bayes_lora.tasks.table_rows import is_blank, read_rows
+from bayes_lora.tasks.cards import example_of, input_of
+from bayes_lora.tasks.table_columns import Columns, find_columns, label_text
+from bayes_lora.tasks.table_rows import at, filled, is_blank, read_rows
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.tasks.text_files import listed, short
+from bayes_lora.tasks.text_files import short
 
-__all__ = ["load_table", "read_table_questions"]
+__all__ = ["load_table"]
 
 Cells = Mapping[str, Any]
 MISSING = "the value is missing; fill it in, or remove the row"
@@ -56,53 +53,11 @@ def load_table(
     convert = _free_form(columns) if columns.options is None else _multiple_choice(path, columns)
     examples = []
     for index, (place, row) in enumerate(table.rows):
-        with _at(place):
+        with at(place):
             if is_blank(row[columns.label]):
                 raise TaskError(f"column {columns.label!r}: {MISSING}")
-            examples.append(convert(_filled(row, columns.options, columns.label), index))
+            examples.append(convert(filled(row, columns.label, columns.own), index))
     return Task(path.stem, tuple(examples))
-
-
-def read_table_questions(
-    path: str | Path,
-    *,
-    input: str | None = None,
-    label: str | None = None,
-    options: tuple[str, ...] | RowOptions | None = None,
-) -> list[Example]:
-    """Read the rows of a table as questions, in order: ``answer`` is 0, and a column of answers is not read.
-
-    Args:
-        path: the file.
-        input: the column of the input, or a template; by default guessed.
-        label: the column of the answer, if there is one; by default guessed.
-        options: of all rows, or the columns in which each row has its own; by default the column ``options``.
-
-    Raises:
-        TaskError: as `load_table`, or there are no options.
-    """
-    path = Path(path)
-    table = read_rows(path)
-    if options is None:
-        own = [name for name in table.columns if name.lower() == OPTIONS]
-        if not own:
-            raise TaskError(
-                f"{path}: no column `options`; columns are {listed(table.columns)}; add one, with a list a row"
-            )
-        options = RowOptions(own[0])
-    holders = [options.column or "", *(options.columns or ())] if isinstance(options, RowOptions) else []
-    for name in filter(None, holders):
-        if name.partition(".")[0] not in table.columns:
-            raise TaskError(f"{path}: no column {short(name)}, of options; columns are {listed(table.columns)}")
-    answers = [name for name in table.columns if name == label or (label is None and name.lower() in LABELS)]
-    template = find_input(path, table, input, [*answers, *holders])
-    questions = []
-    for place, row in table.rows:
-        with _at(place):
-            cells = _filled(row, options)
-            texts = row_texts(options, cells) if isinstance(options, RowOptions) else options
-            questions.append(Example(input_of(template, cells), tuple(texts)))
-    return questions
 
 
 def _multiple_choice(path: Path, columns: Columns) -> Callable[[Cells, int], Example]:
@@ -131,32 +86,3 @@ def _free_form(columns: Columns) -> Callable[[Cells, int], Example]:
         return Example(input_of(columns.input, row), references=tuple(map(label_text, references)))
 
     return convert
-
-
-def _filled(row: Cells, options: object, label: str | None = None) -> dict[str, Any]:
-    """Return a row without missing values, in which options that one text holds are a list."""
-    cells = {name: "" if is_blank(value) else value for name, value in row.items()}
-    if label is not None and isinstance(cells[label], str):
-        cells[label] = cells[label].strip()
-    if isinstance(options, RowOptions) and options.column in cells and isinstance(cells[options.column], str):
-        cells[options.column] = _divided(options.column, cells[options.column])
-    return cells
-
-
-def _divided(name: str, text: str) -> list[Any]:
-    if text.startswith("["):
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, list):
-            return found
-    return [part.strip() for part in text.split("|")] if text else []
-
-
-@contextmanager
-def _at(place: str) -> Iterator[None]:
-    try:
-        yield
-    except TaskError as error:
-        raise TaskError(f"{place}: {error}") from None
