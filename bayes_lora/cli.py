@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from dataclasses import replace
@@ -11,13 +10,30 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from bayes_lora import cli_tasks
+from bayes_lora import cli_adapt, cli_tasks
+from bayes_lora.cli_adapt import load_posterior
+from bayes_lora.cli_options import (
+    Config,
+    Draws,
+    Format,
+    Input,
+    Label,
+    Model,
+    Names,
+    Overwrite,
+    Resume,
+    Run,
+    Set,
+    Shots,
+    ShuffleOptions,
+    Split,
+    Tasks,
+)
 from bayes_lora.console import err, fail, out, say, warn
 from bayes_lora.errors import BayesLoraError, ConfigError
 
 if TYPE_CHECKING:
     from bayes_lora.config import RunConfig
-    from bayes_lora.posterior import Posterior
 
 # Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
 
@@ -27,19 +43,6 @@ app = typer.Typer(
 NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
 # Typer has a click of its own or the installed one, as its version is; this is the base class in either.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
-
-Tasks = Annotated[Path, typer.Option(help="A folder of tasks: <task>.jsonl files, or folders in the MetaICL layout.")]
-Split = Annotated[str | None, typer.Option(help="A split of the folder's splits.json.")]
-Config = Annotated[Path | None, typer.Option(help="A YAML file with settings.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, as in objective.beta=1e-4. Repeatable.")]
-Run = Annotated[Path, typer.Option(help="The run folder.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote there.")]
-Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file of a causal LM.")]
-Steps = Annotated[int, typer.Option(help="Gradient steps after the guide's one pass.", min=0)]
-Draws = Annotated[int, typer.Option(help="Posterior draws to average over; 0 predicts with the mean.", min=0)]
-Shots = Annotated[int, typer.Option(help="Support examples per task.", min=1)]
-Names = Annotated[str | None, typer.Option(help="Only these tasks: names with commas between.")]
 
 
 @app.command()
@@ -67,6 +70,10 @@ def fit(
     run: Run,
     split: Split = None,
     names: Names = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
+    shuffle_options: ShuffleOptions = False,
     model: Model = None,
     config: Config = None,
     settings: Set = None,
@@ -81,10 +88,11 @@ def fit(
     from bayes_lora.recipes import build_language_model
     from bayes_lora.run import fit_posterior
     from bayes_lora.run_folder import check_run_folder
-    from bayes_lora.task_options import training_tasks
+    from bayes_lora.task_options import TaskSource, training_tasks
 
-    chosen = _config(config, settings, model)
-    training = training_tasks(tasks, split, names)
+    more = ["episodes.shuffle_options=true"] if shuffle_options else []
+    chosen = _config(config, [*(settings or []), *more], model)
+    training = training_tasks(TaskSource(tasks, format, input, label), split, names)
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
     lm = build_language_model(chosen.language_model)
@@ -99,58 +107,8 @@ def fit(
     say(f"{state.step} steps; kept step {best['step']}: {_show(best)}. Posterior in {run / 'posterior'}")
 
 
-@app.command()
-def adapt(
-    run: Run,
-    examples: Annotated[Path, typer.Option(help="A .jsonl file with the new task's examples.")],
-    output: Annotated[Path, typer.Option(help="Folder for the task's posterior and its PEFT adapter.")],
-    steps: Steps = 10,
-    overwrite: Overwrite = False,
-) -> None:
-    """Adapt to a new task from a few examples; write its posterior and a plain PEFT adapter.
-
-    Example: `bayes-lora adapt --run runs/demo --examples mine.jsonl --output runs/mine`
-    """
-    from bayes_lora.run_folder import HOME, write_home
-    from bayes_lora.storage import check_new_folder, new_folder
-    from bayes_lora.tasks import Task, read_examples
-
-    task = Task(examples.stem, tuple(read_examples(examples)))
-    check_new_folder(output, overwrite=overwrite, marker=HOME)
-    posterior = _load(run)
-    with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
-        adapted = posterior.adapt(task, steps=steps)
-        adapted.save(folder / "posterior")
-        adapted.export_peft(folder / "adapter")
-        write_home(folder / HOME, run, output)
-    places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
-    say(f"adapted to {len(task)} examples: {places}")
-
-
-@app.command()
-def predict(
-    adapted: Annotated[Path, typer.Option(help="A folder that `adapt` wrote.")],
-    examples: Annotated[Path, typer.Option(help="A .jsonl file with `input` and `options` per line.")],
-    draws: Draws = 10,
-) -> None:
-    """Predict with a task's posterior; prints one JSON object per example.
-
-    Example: `bayes-lora predict --adapted runs/mine --examples questions.jsonl > answers.jsonl`
-    """
-    from bayes_lora.progress import hide_loading_bar
-    from bayes_lora.run_folder import load_language_model_of, read_home
-    from bayes_lora.task_posterior import TaskPosterior
-    from bayes_lora.tasks import read_examples
-
-    questions = read_examples(examples, labelled=False)
-    run = read_home(adapted)
-    hide_loading_bar()
-    posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
-    [log_probs] = posterior.predict([questions], num_draws=draws)
-    for question, row in zip(questions, log_probs.exp().tolist(), strict=True):
-        probs = dict(zip(question.options, (round(p, 6) for p in row), strict=False))
-        best = max(probs, key=probs.__getitem__)
-        sys.stdout.write(json.dumps({"input": question.input, "prediction": best, "probs": probs}) + "\n")
+app.command()(cli_adapt.adapt)
+app.command()(cli_adapt.predict)
 
 
 @app.command()
@@ -159,7 +117,11 @@ def evaluate(
     tasks: Tasks,
     split: Split = None,
     names: Names = None,
-    seed: Annotated[int, typer.Option(help="Which support set (MetaICL layout), or how to draw one.")] = 13,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
+    shuffle_options: ShuffleOptions = False,
+    seed: Annotated[int, typer.Option(help="Which support set (MetaICL, CrossFit), or how to draw one.")] = 13,
     shots: Shots = 16,
     queries: Annotated[int, typer.Option(help="At most this many query examples per task.", min=1)] = 200,
     steps: Annotated[str, typer.Option(help="Gradient steps after the one pass: numbers, commas between.")] = "0,10",
@@ -172,19 +134,23 @@ def evaluate(
 
     Without --split and --names, these are the folder's tasks but those that the run was fitted on.
 
-    Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`
+    Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`, or `--tasks tickets.csv`
     """
     from bayes_lora.progress import bars
     from bayes_lora.report import check_report_folder
     from bayes_lora.run import compare
     from bayes_lora.run_folder import read_fitted_tasks
-    from bayes_lora.task_options import unseen_tasks
+    from bayes_lora.task_options import TaskSource, unseen_tasks
+    from bayes_lora.tasks import TaskSet
 
     if output is not None:
         check_report_folder(output, overwrite=overwrite)
     counts = _integers(steps, "--steps")
-    unseen, left_out = unseen_tasks(tasks, split, names, seed, shots, queries, read_fitted_tasks(run))
-    posterior = _load(run)
+    source = TaskSource(tasks, format, input, label)
+    unseen, left_out = unseen_tasks(source, split, names, seed, shots, queries, read_fitted_tasks(run))
+    if shuffle_options:
+        unseen = TaskSet(task.shuffle_options(seed=seed) for task in unseen.values())
+    posterior = load_posterior(run)
     if left_out:
         say(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks, on which the posterior was fitted")
     with bars() as progress:
@@ -243,14 +209,6 @@ def _config(
     # A path is kept whole, so that a later call from another folder finds the model.
     name = str(Path(name).resolve()) if Path(name).exists() else name
     return replace(config, language_model=replace(config.language_model, name=name))
-
-
-def _load(run: Path) -> Posterior:
-    from bayes_lora.posterior import Posterior
-    from bayes_lora.progress import hide_loading_bar
-
-    hide_loading_bar()
-    return Posterior.load(run / "posterior")
 
 
 def _integers(text: str, name: str) -> list[int]:

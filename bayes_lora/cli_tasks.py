@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bayes_lora.cli_options import DATA, Format, Input, Label, MaxLength, Task
 from bayes_lora.console import out, say
 from bayes_lora.errors import ConfigError, TaskError
 
 if TYPE_CHECKING:
-    from bayes_lora.tasks import Encoder, Task, TaskSet
+    from bayes_lora.tasks import Encoder, TaskSet
 
 # Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
 
 __all__ = ["show", "tasks"]
 
-Tasks = Annotated[Path, typer.Argument(help="A folder of tasks, or one task: a .jsonl file or a MetaICL folder.")]
+Tasks = Annotated[Path, typer.Argument(help=f"A folder of tasks, or one task: {DATA}.")]
 Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file, whose tokenizer counts.")]
 Run = Annotated[Path | None, typer.Option(help="A run folder, whose tokenizer, template and max_length count.")]
-MaxLength = Annotated[int | None, typer.Option(help="Longest row in tokens, instead of the run's or 128.", min=1)]
-Seed = Annotated[int | None, typer.Option(help="Which support set (MetaICL layout); by default all are pooled.")]
+Seed = Annotated[int | None, typer.Option(help="Which support set (MetaICL, CrossFit); by default all are pooled.")]
 
 
 def tasks(
@@ -32,6 +31,9 @@ def tasks(
     run: Run = None,
     max_length: MaxLength = None,
     seed: Seed = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
 ) -> None:
     """Show each task's size, options, label balance, lengths and repeats, and warn of what looks wrong.
 
@@ -39,6 +41,7 @@ def tasks(
 
     Example: `bayes-lora tasks data/crossfit --split cls-45 --model HuggingFaceTB/SmolLM2-135M-Instruct`
     """
+    from bayes_lora.task_options import TaskSource
     from bayes_lora.tasks import load_split
     from bayes_lora.tasks.statistics import count_words, statistics_table, task_statistics, token_counter
 
@@ -46,7 +49,9 @@ def tasks(
     if encoder is None and max_length is not None:
         raise ConfigError(f"--max-length {max_length} is in tokens: expected --model or --run, whose tokenizer counts.")
     halves = None if split is None else load_split(path, split, allow_missing=True)
-    loaded = _load(path, None if halves is None else list(dict.fromkeys(halves[0] + halves[1])), seed)
+    names = None if halves is None else list(dict.fromkeys(halves[0] + halves[1]))
+    _check_seed(path, seed)
+    loaded = TaskSource(path, format, input, label).load(names, seed)
     limit, unit = (None, "words") if encoder is None else (encoder.max_length, "tokens")
     count = count_words if encoder is None else token_counter(encoder)
     statistics = [task_statistics(task, count, max_length=limit) for task in loaded.values()]
@@ -62,13 +67,16 @@ def tasks(
 
 def show(
     path: Tasks,
-    task: Annotated[str | None, typer.Option(help="Name of the task, where the folder has several.")] = None,
+    task: Task = None,
     example: Annotated[int, typer.Option(help="Which example, from 0: support, then query.", min=0)] = 0,
     model: Model = None,
     run: Run = None,
     demonstrations: Annotated[int, typer.Option(help="Solved support examples before it.", min=0)] = 0,
     max_length: MaxLength = None,
     seed: Seed = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
 ) -> None:
     """Show an example as the model sees it: the row it reads, what was cut, and the option tokens it is scored on.
 
@@ -77,8 +85,10 @@ def show(
     Example: `bayes-lora show data/crossfit --task ag_news --example 3 --run runs/cls --demonstrations 2`
     """
     from bayes_lora.show import show_example
+    from bayes_lora.task_options import TaskSource, one_task
 
-    chosen = _one(path, _load(path, None if task is None else [task], seed), task)
+    _check_seed(path, seed)
+    chosen = one_task(TaskSource(path, format, input, label), task, seed)
     if example >= len(chosen):
         raise TaskError(f"task {chosen.name!r} has examples 0 to {len(chosen) - 1}, got --example {example}.")
     # The example itself stays out, as a query is no part of the support.
@@ -93,28 +103,9 @@ def show(
     out.print(shown.render(colour=out.color_system is not None and not out.no_color), soft_wrap=True)
 
 
-def _load(path: Path, names: list[str] | None, seed: int | None) -> TaskSet:
-    from bayes_lora.tasks import TaskSet, load_task, load_taskset
-
-    name = path.absolute().name
-    if not path.is_dir() or any(path.glob(f"{glob.escape(name)}_16_*_*.jsonl")):
-        task = load_task(path, seed=seed, merge_duplicates=True)
-        return TaskSet([task]) if names is None else TaskSet([task]).select(names)
-    loaded = load_taskset(path, names, merge_duplicates=True)
-    if seed is None:
-        return loaded
-    places = {name: path / name for name in loaded}
-    return TaskSet(
-        load_task(places[name], seed=seed, merge_duplicates=True) if places[name].is_dir() else task
-        for name, task in loaded.items()
-    )
-
-
-def _one(path: Path, loaded: TaskSet, name: str | None) -> Task:
-    if name is None and len(loaded) > 1:
-        some = ", ".join(list(loaded)[:5])
-        raise TaskError(f"{path}: holds {len(loaded)} tasks, such as {some}. Say with --task which.")
-    return next(iter(loaded.values()))
+def _check_seed(path: Path, seed: int | None) -> None:
+    if seed is not None and path.is_file():
+        raise TaskError(f"{path}: a file has no seeds, whose support sets are files in a folder; leave out --seed {seed}.")
 
 
 def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Encoder:

@@ -1,10 +1,10 @@
-"""What the command line says: results on standard output; warnings and errors, a line each, on standard error."""
+"""What the command line says: results on standard output; notes, warnings and errors on standard error, a line each."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
-__all__ = ["err", "fail", "out", "say", "warn"]
+__all__ = ["err", "fail", "note", "out", "say", "warn"]
 
 out, err = Console(), Console(stderr=True)
 
@@ -12,6 +12,11 @@ out, err = Console(), Console(stderr=True)
 def say(text: str) -> None:
     """Print a line of a result as it is."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print what was taken for granted, which is no part of a result."""
+    err.print(_line(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(message: Warning | str, *_: object, **__: object) -> None:

@@ -23,6 +23,7 @@ from bayes_lora.objective import BetaELBO
 from bayes_lora.posterior import CONFIG as POSTERIOR_CONFIG
 from bayes_lora.recipes import build_language_model
 from bayes_lora.storage import read_json, write_json
+from bayes_lora.tasks.questions import QuestionForm
 from bayes_lora.tasks.task import Task, TaskSet
 from bayes_lora.training import FitState
 
@@ -34,6 +35,7 @@ __all__ = [
     "prepare_run_folder",
     "read_fitted_tasks",
     "read_home",
+    "read_question_form",
     "write_home",
     "write_settings",
 ]
@@ -98,9 +100,28 @@ def read_fitted_tasks(run: Path) -> list[str]:
     return [name for half in halves for name in half or []]
 
 
-def write_home(path: Path, run: Path, adapted: Path) -> None:
-    """Note in a file of an adapted folder where the run is, seen from there, so that the two may move together."""
-    write_json(path, {"run": os.path.relpath(run.resolve(), adapted.resolve())})
+def write_home(path: Path, run: Path, adapted: Path, form: QuestionForm | None = None) -> None:
+    """Note in a file of an adapted folder where the run is, and how questions are read from a table.
+
+    The run is as seen from the folder, so that the two may move together.
+    """
+    facts: dict[str, Any] = {"run": os.path.relpath(run.resolve(), adapted.resolve())}
+    write_json(path, facts | ({} if form is None else {"questions": form.to_dict()}))
+
+
+def read_question_form(adapted: Path) -> QuestionForm:
+    """How questions are read from a table, as far as an adapted folder tells.
+
+    Raises:
+        PosteriorError: the folder's note is damaged.
+    """
+    home = read_json(adapted / HOME)
+    if not isinstance(home, dict) or "questions" not in home:
+        return QuestionForm()
+    try:
+        return QuestionForm.from_dict(home["questions"])
+    except ValueError as error:
+        raise PosteriorError(f"{adapted / HOME} is damaged: 'questions': {error}. Run adapt again.") from error
 
 
 def read_home(adapted: Path) -> Path:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bayes_lora import cli
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "dry-run"]
+COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "dry-run", "tasks", "show"]
 SMALL = [
     "language_model.rank=2",
     "language_model.top_layers=2",
@@ -253,7 +253,7 @@ BAD_FITS = {
     "no splits": (["--split", "demo"], ["splits.json"]),
     "config": (["--config", "nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
     "model": (["--model", "./no/such/model"], ["no/such/model", "does not exist"]),
-    "tasks": (["--tasks", "nowhere"], ["nowhere", "expected a folder of tasks"]),
+    "tasks": (["--tasks", "nowhere"], ["nowhere", "no such file or folder"]),
 }
 
 

@@ -232,10 +232,10 @@ def test_show_command_in_colour(monkeypatch, capsys, folder, model_folder) -> No
     [
         (["data"], ["holds 2 tasks, such as one, two", "--task"]),
         (["data", "--task", "ones"], ["'ones' (did you mean 'one'?)"]),
-        (["data/two.jsonl", "--task", "one"], ["no such task", "'one'"]),
+        (["data/two.jsonl", "--task", "one"], ["1 of 1 tasks are missing", "'one'"]),
         (["data/two.jsonl", "--example", "1"], ["'two' has examples 0 to 0, got --example 1"]),
         (["data/one.jsonl", "--demonstrations", "4"], ["'one' has 3 other support examples, got --demonstrations 4"]),
-        (["nowhere"], ["nowhere", "No such file"]),
+        (["nowhere"], ["nowhere", "no such file"]),
         (["data/two.jsonl", "--model", "./none"], ["none", "does not exist"]),
         (["data/two.jsonl", "--example", "-1"], ["--example", "bayes-lora show --help"]),
     ],

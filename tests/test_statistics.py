@@ -256,7 +256,7 @@ def test_tasks_command_tells_overlap(monkeypatch, capsys, folder) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["nowhere"], ["nowhere", "No such file"]),
+        (["nowhere"], ["nowhere", "no such file"]),
         (["bad"], ["bad.jsonl:1: ", "broken JSON"]),
         (["good.jsonl", "--seed", 13], ["good.jsonl", "a file has no seeds"]),
         (["meta", "--seed", 7], ["no train file of seed 7", "13, 21"]),

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError
+from bayes_lora.tasks.table_rows import TABLES
 from bayes_lora.tasks.task_folders import present_tasks, task_places
+from bayes_lora.tasks.text_files import children
 
 __all__ = ["load_split", "shipped_splits"]
 
@@ -50,7 +52,7 @@ def load_split(root: str | Path, split: str, *, allow_missing: bool = False) -> 
     leaks = [name for name in test if name in train]
     if leaks:
         warnings.warn(f"{path}: {split!r} trains on tasks it calls unseen: {', '.join(leaks)}", stacklevel=2)
-    present = present_tasks(root, train + test, task_places(root), allow_missing)
+    present = present_tasks(root, train + test, _names_in(root), allow_missing)
     return [name for name in train if name in present], [name for name in test if name in present]
 
 
@@ -58,6 +60,11 @@ def shipped_splits() -> Splits:
     """Return the splits that come with the package: ``<group>/<split>`` to training tasks and unseen tasks."""
     with resources.as_file(resources.files("bayes_lora.tasks") / FILE) as path:
         return dict(_walk_splits(path, json.loads(path.read_text(encoding="utf-8")), ""))
+
+
+def _names_in(root: str | Path) -> list[str]:
+    """List the names that tasks in a folder may have, whatever their format."""
+    return [*task_places(root), *(file.stem for file in children(root) if file.suffix.lower() in TABLES)]
 
 
 def _find(path: Path, split: str) -> tuple[list[str], list[str]]:
