@@ -105,7 +105,7 @@ def show(
 
 def _check_seed(path: Path, seed: int | None) -> None:
     if seed is not None and path.is_file():
-        raise TaskError(f"{path}: a file has no seeds, whose support sets are files in a folder; leave out --seed {seed}.")
+        raise TaskError(f"{path}: a file has no seeds, for these are of files in a folder. Leave out --seed {seed}.")
 
 
 def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Encoder:

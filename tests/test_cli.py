@@ -12,6 +12,8 @@ from test_storage import names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_lora import cli
+from bayes_lora.task_options import TaskSource, one_task, support_of, unseen_tasks
+from bayes_lora.tasks import load_task
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
 COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "dry-run", "tasks", "show"]
@@ -520,6 +522,138 @@ def test_run_and_adapted_folder_move_together(call, refuse, data, adapted, tmp_p
     (tmp_path / "moved" / "mine").rename(tmp_path / "mine")
     err = refuse(*words, tmp_path / "mine")
     assert str(tmp_path / "runs" / "a") in err and "not there" in err and "adapt again" in err
+
+
+# --- a user's own table ---
+
+
+@pytest.fixture
+def tickets(tmp_path):
+    """A table with a column that says what an answer is, and one that does not matter."""
+    path = tmp_path / "tickets.csv"
+    texts = ("the film was good", "not so bad", "maybe a bad film")
+    rows = [f"{i},{texts[i % 3]} {i},{('late', 'broken')[i % 2]}" for i in range(14)]
+    path.write_text("id,text,Category\n" + "".join(f"{row}\n" for row in rows))
+    return path
+
+
+TOLD = "tickets.csv: input is {text}, answers from Category: broken, late; not read: id\n"
+
+
+def test_a_spreadsheet_in_three_commands(call, fitted, tickets, tmp_path):
+    """Adapt, evaluate, predict; what was guessed is told, and predict is told by adapt."""
+    mine, out_folder = tmp_path / "mine", tmp_path / "out"
+    words = ("--run", fitted, "--examples", tickets, "--shots", 5, "--steps", 0, "--output", mine)
+    code, out, err = call("adapt", *words)
+    assert (code, err) == (0, TOLD) and "adapted to 5 examples" in out
+    noted = json.loads((mine / "run.json").read_text())["questions"]
+    assert noted == {"input": "{text}", "label": "Category", "options": ["broken", "late"]}
+
+    words = ("--run", fitted, "--tasks", tickets, "--shots", 5, "--steps", 0, "--draws", 2, "--output", out_folder)
+    code, out, err = call("evaluate", *words)
+    assert code == 0 and err.startswith(TOLD) and "tickets" in out
+    assert json.loads((out_folder / "metrics.json").read_text())["pretrained"]["tasks"]["tickets"]["num_examples"] == 9
+
+    questions = tmp_path / "questions.csv"
+    questions.write_text("number,text\n1,a film\n2,so bad\n")
+    code, out, err = call("predict", "--adapted", mine, "--examples", questions, "--draws", 2)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and [row["input"] for row in rows] == ["a film", "so bad"]
+    assert all(list(row["probs"]) == ["broken", "late"] for row in rows)
+
+
+def test_looks_at_a_spreadsheet(call, model_folder, tickets):
+    code, out, err = call("tasks", tickets)
+    assert (code, err) == (0, TOLD) and "14" in out and "50%" in out
+    words = ("show", tickets, "--model", model_folder, "--input", "{id}: {text}\\n", "--label", "Category")
+    code, out, err = call(*words)
+    assert code == 0 and "0: the film was good 0\n\nAnswer:\n  [ ][b][r][o][k][e][n]\n* [ ][l][a][t][e]\n" in out
+    assert err == "tickets.csv: input is {id}: {text}\\n, answers from Category: broken, late\n"
+
+
+def test_adapt_draws_as_evaluate_does(tickets):
+    """So that evaluate predicts none of the rows that were adapted to with the same seed."""
+    for seed in (13, 21):
+        unseen, _ = unseen_tasks(TaskSource(tickets), None, None, seed, 5, 200)
+        [task] = unseen.values()
+        support = support_of(one_task(TaskSource(tickets), None), seed, 5).support
+        assert support == task.support and not {*support} & {*task.query} and len(task.query) == 9
+    assert len(support_of(one_task(TaskSource(tickets), None), 13, None)) == 14
+    assert len(support_of(one_task(TaskSource(tickets), None), 13, 14)) == 14
+
+
+def test_support_sets_by_seed(data):
+    """Of a folder with files by seed, the seed's own support is taken, and its query is none of it."""
+    folder = data / "metaicl" / "task-6"
+    task = one_task(TaskSource(folder), None, 21)
+    assert task == load_task(folder, seed=21) and support_of(task, 21, None).support == task.support
+    unseen, _ = unseen_tasks(TaskSource(data / "metaicl"), None, None, 21, 5, 200)
+    assert unseen["task-6"] == task
+
+
+def test_cards_and_splits(call, model_folder, tickets, fitted, tmp_path):
+    """A card's template and options are noted as well; a split may name tables."""
+    card = {"name": "urgent", "files": "tickets.csv", "input": "{text}!", "options": ["late", "broken"]}
+    (tmp_path / "a.yaml").write_text(json.dumps(card | {"label": "Category"}))
+    for examples, output in ((tmp_path / "a.yaml", tmp_path / "mine"), (tmp_path, tmp_path / "also")):
+        words = ("--run", fitted, "--examples", examples, "--shots", 3, "--steps", 0, "--output", output)
+        code, _, err = call("adapt", *words)
+        assert (code, err) == (0, "")
+        noted = json.loads((output / "run.json").read_text())["questions"]
+        assert noted == {"input": "{text}!", "label": "Category", "options": ["late", "broken"]}
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(tickets, tmp_path / "data" / f"{name}.csv")
+    (tmp_path / "data" / "splits.json").write_text('{"s": {"train": ["a"], "test": ["b"]}}')
+    code, out, _ = call("tasks", tmp_path / "data", "--split", "s")
+    assert code == 0 and "100.0%" in out  # of b's texts are in a
+
+
+def test_fit_with_options_shuffled(call, data, model_folder, tmp_path):
+    words = ("--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder, "--shuffle-options")
+    assert call("fit", *words, *settings("fit={steps: 1, eval_every: 1, warmup: 1}"))[0] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["episodes"]["shuffle_options"]
+    words = ("--run", tmp_path / "run", "--tasks", data / "unseen", *EVALUATE)
+    plain, shuffled = call("evaluate", *words), call("evaluate", *words, "--shuffle-options")
+    assert plain[0] == shuffled[0] == 0 and plain[1] != shuffled[1]
+
+
+def test_bad_tables(call, refuse, fitted, tickets, tmp_path):
+    """Each is one line, which says what to give."""
+    adapt = ("adapt", "--run", fitted, "--examples", tickets, "--output", tmp_path / "out")
+    err = refuse(*adapt, "--label", "Kategory")
+    assert "`label` (--label) names 'Kategory'" in err and "did you mean 'Category'" in err
+    err = refuse(*adapt, "--format", "tabel")
+    assert "'tabel' is unknown (did you mean 'table'" in err
+    text = tickets.read_text()
+    tickets.write_text(text.replace("Category", "kind"))
+    err = refuse(*adapt)
+    assert "cannot tell which column holds the answer" in err and "--label 'kind'" in err and '"files": ' in err
+    tickets.write_text(text.replace("late\n", "\n", 1))
+    code, out, err = call(*adapt)
+    assert (code, out, err[: len(TOLD)]) == (2, "", TOLD) and err.count("\n") == 2
+    assert "tickets.csv:2: column 'Category': the value is missing; fill it in" in err
+    tickets.write_text("text,label\n" + "".join(f"a film {i},{i % 2}\n" for i in range(1001)))
+    code, _, err = call(*adapt)
+    assert code == 2 and "task 'tickets' has 1,001 examples" in err and "--shots 64" in err
+    assert names(tmp_path) == ["tickets.csv"]
+
+
+def test_questions_of_a_table(call, refuse, data, adapted, tmp_path):
+    """Options of a task that was no table are noted where they are fixed; a damaged note is told."""
+    questions = tmp_path / "q.csv"
+    questions.write_text("text\na film\n")
+    words = ("predict", "--adapted", adapted / "mine", "--examples", questions, "--draws", 2)
+    code, out, _ = call(*words)
+    assert code == 0 and list(json.loads(out)["probs"]) == ["positive", "not so negative", "maybe"]
+    home = adapted / "mine" / "run.json"
+    noted = json.loads(home.read_text())
+    home.write_text(json.dumps(noted | {"questions": noted["questions"] | {"options": []}}))
+    assert "was adapted to free text, and only options are predicted" in refuse(*words)
+    home.write_text(json.dumps(noted | {"questions": 3}))
+    assert "run.json is damaged: 'questions': expected input, label and options. Run adapt again." in refuse(*words)
+    home.write_text(json.dumps({"run": noted["run"]}))
+    assert "q.csv: no column `options`" in refuse(*words)
 
 
 def test_warnings_are_one_line_and_keep_their_brackets(call, monkeypatch):

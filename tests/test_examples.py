@@ -10,6 +10,8 @@ from test_matrix import GUIDES, PRIORS
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FLAGS = {
     "any_pair.py": ["--steps", "1", "--prior", "ClusterMixture", "--guide", "SWAG"],
+    "icl_plus_adaptation.py": ["--steps", "1", "--queries", "4", "--demonstrations", "1"],
+    "own_data.py": ["--steps", "1"],
     "paper.py": ["--steps", "1", "--inner", "1"],
     "quickstart.py": ["--steps", "2", "--run", "{tmp}/run"],
     "svi_script.py": ["--steps", "2"],
@@ -18,6 +20,8 @@ FLAGS = {
 }
 SHOWS = {
     "any_pair.py": "ClusterMixture with SWAG, 8 draws: Metrics(",
+    "icl_plus_adaptation.py": "adapted + 1 shown",
+    "own_data.py": "adapted to 16 rows: Metrics(",
     "paper.py": "ours, one pass",
     "quickstart.py": "one pass + 10 steps: Metrics(",
     "svi_script.py": "unseen tasks: NLL ",

@@ -57,6 +57,17 @@ def test_held_back_tasks_are_read_under_the_bar_too(lm, tasks, monkeypatch):
     assert sum(runs) == 48
 
 
+def test_shuffled_options(tasks):
+    """Every task's options are put into an order of their own, the same at every call, and answers go with them."""
+    config = RunConfig(episodes=EpisodeConfig(held_back=1, held_back_shots=4, shuffle_options=True))
+    plain = divide(tasks, RunConfig(episodes=replace(config.episodes, shuffle_options=False)))
+    for before, after in zip(plain, divide(tasks, config), strict=True):
+        assert after.keys() == before.keys()
+        for task in after.values():
+            expected = before[task.name].shuffle_options(seed=config.seed)
+            assert task == expected and task != before[task.name]
+
+
 def test_examples_per_task(lm, tasks):
     config = RunConfig(episodes=EpisodeConfig(num_support=3, num_query=2, held_back=0, examples_per_task=6))
     assert [len(task) for task in build_episodes(lm, tasks, config)[0].tasks] == [6] * 4

@@ -288,7 +288,7 @@ FORMATS = {
     "t.tsv": {"a\tLabel\nu\tx\n": "table"},
     "t.jsonl": {LINE: "metaicl", "[1]\n": "metaicl", "": "metaicl", '{"text": "q", "label": 1}\n': "table"},
     "t.parquet": {"": "table"},
-    "t.yaml": {"input: '{a}'\n": "card", '{\n"input": "{a}"}\n': "card"},
+    "t.yaml": {"input: '{a}'\n": "card", '{"name": "t", "input": "{a}"}': "card", '{\n"input": "{a}"}\n': "card"},
     "t.yml": {"name: t\ninput: '{a}'\n": "card"},
 }
 

@@ -23,7 +23,7 @@ KINDS = {
     ".yml": ["card"],
 }
 # Of all YAML files those are cards that have this key.
-CARD_KEY = re.compile(rb"^[\"']?input[\"']?[ \t]*:", re.MULTILINE)
+CARD_KEY = re.compile(rb"(?:^|[{,][ \t]*)[\"']?input[\"']?[ \t]*:", re.MULTILINE)
 LONGEST_CARD = 1_000_000
 
 

@@ -1,0 +1,70 @@
+"""A spreadsheet of one's own: load it in one line, look at it, adapt a posterior, evaluate it, predict what is new.
+
+python examples/own_data.py                       # meta-learns first; about six minutes on two CPU cores
+python examples/own_data.py --run runs/demo       # with what `bayes-lora demo` has learnt; about one minute
+python examples/own_data.py --table mine.csv --new new.csv --label verdict
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich import print as show
+
+import bayes_lora
+from bayes_lora.baselines import pretrained
+from bayes_lora.demo import demo_config
+from bayes_lora.tasks import load_tasks, statistics_table, task_statistics
+from bayes_lora.tasks.questions import QuestionForm, read_table_questions
+
+HERE = Path(__file__).parent
+
+
+def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_lora.Posterior:
+    """What a run has learnt, or what is learnt now on the shipped tasks; none of them is about tickets."""
+    if run is not None:
+        return bayes_lora.Posterior.load(run / "posterior")
+    lm = bayes_lora.load_language_model(model) if model else bayes_lora.load_language_model()
+    training, _ = bayes_lora.demo_tasks()
+    config = demo_config()
+    posterior, _ = bayes_lora.fit_posterior(lm, training, replace(config, fit=replace(config.fit, steps=steps)))
+    return posterior
+
+
+def main(
+    model: str | None, steps: int, run: Path | None, table: Path, new: Path, label: str | None, shots: int
+) -> None:
+    # One row is one ticket. The column `category` is guessed to be the answer; the input is made of the other texts.
+    [task] = load_tasks(table, format="table", label=label).values()
+    show(statistics_table([task_statistics(task)]))
+    for warning in task_statistics(task).warnings:
+        print("look:", warning)
+    print(f"the first of {len(task)}: {task.support[0].input!r} is {task.support[0].output!r}")
+
+    # A few rows to adapt to, and all others to find out how good that is.
+    task = task.split(shots, seed=13)
+    posterior = fitted_posterior(model, steps, run)
+    before = pretrained(posterior.lm, [task])
+    adapted = posterior.adapt(task, steps=10)
+    for name, method, draws in (("pretrained", before, 0), (f"adapted to {shots} rows", adapted, 10)):
+        print(f"{name}: {method.evaluate([task], num_draws=draws)[task.name]}")
+
+    # New rows have no answers. What is unsure is for a person to read.
+    questions = read_table_questions(new, QuestionForm.of(task))
+    [log_probs] = adapted.predict([questions], num_draws=10)
+    for question, row in zip(questions, log_probs.exp(), strict=True):
+        share, best = row.max(-1)
+        verdict = question.options[best] if share > 0.5 else "ask somebody"
+        print(f"{verdict} ({question.options[best]} {share:.0%}): {question.input!r}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
+    parser.add_argument("--steps", type=int, default=demo_config().fit.steps, help="episodes of meta-learning")
+    parser.add_argument("--run", type=Path, help="a run folder, whose posterior is taken instead of learning one")
+    parser.add_argument("--table", type=Path, default=HERE / "tickets.csv", help="rows with answers")
+    parser.add_argument("--new", type=Path, default=HERE / "new_tickets.csv", help="rows without answers")
+    parser.add_argument("--label", help="the column of the answers; by default guessed from its name")
+    parser.add_argument("--shots", type=int, default=16, help="how many rows to adapt to")
+    main(**vars(parser.parse_args()))
