@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bayes_lora.console import note
 from bayes_lora.errors import TaskError
@@ -68,12 +69,14 @@ class TaskSource:
     def _cards(self) -> list[Path]:
         return [*self.path.glob("*.yaml"), *self.path.glob("*.yml")] if self.path.is_dir() else [self.path]
 
-    def _load(self, path: Path, format: str, names: list[str] | None, **options: object) -> TaskSet:
+    def _load(self, path: Path, format: str, names: list[str] | None, **options: Any) -> TaskSet:
         known = format_options(format)
-        options |= {"merge_duplicates": True} if "merge_duplicates" in known else {}
-        options |= {"on_columns": self._tell} if "on_columns" in known else {}
-        given = {"input": self.input, "label": self.label}
-        return load_tasks(path, format=format, names=names, **options, **{k: v for k, v in given.items() if v})
+        if "merge_duplicates" in known:
+            options["merge_duplicates"] = True
+        if "on_columns" in known:
+            options["on_columns"] = self._tell
+        options |= {name: value for name, value in (("input", self.input), ("label", self.label)) if value}
+        return load_tasks(path, format=format, names=names, **options)
 
     def _seeded(self, task: Task, format: str, seed: int) -> Task:
         folder = self.path if self.path.absolute().name == task.name else self.path / task.name

@@ -59,15 +59,15 @@ class QuestionForm:
         """
         if not isinstance(values, Mapping) or values.keys() != {"input", "label", "options"}:
             raise ValueError("expected input, label and options")
-        texts, options = [values["input"], values["label"]], values["options"]
-        if not all(text is None or isinstance(text, str) for text in texts):
+        input, label, options = values["input"], values["label"], values["options"]
+        if not all(text is None or isinstance(text, str) for text in (input, label)):
             raise ValueError("expected texts input and label")
         if isinstance(options, dict):
             columns = options.get("columns")
-            return cls(*texts, RowOptions(options.get("column"), columns and tuple(columns)))
+            return cls(input, label, RowOptions(options.get("column"), columns and tuple(columns)))
         if options is not None and not (isinstance(options, list) and all(isinstance(text, str) for text in options)):
             raise ValueError("expected a list of texts options")
-        return cls(*texts, None if options is None else tuple(options))
+        return cls(input, label, None if options is None else tuple(options))
 
 
 def read_table_questions(path: str | Path, form: QuestionForm | None = None) -> list[Example] | list[str]:
