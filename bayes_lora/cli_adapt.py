@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bayes_lora.cli_options import DATA, Draws, Format, Input, Label, Overwrite, Run, Steps, Task
 from bayes_lora.console import say
-from bayes_lora.errors import TaskError
 
 if TYPE_CHECKING:
     from bayes_lora.posterior import Posterior
+    from bayes_lora.task_posterior import TaskPosterior
+    from bayes_lora.tasks import Example
 
 # Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
 
@@ -64,10 +66,11 @@ def predict(
         Path, typer.Option(help="A table without answers, or a .jsonl file with `input` and `options` per line.")
     ],
     draws: Draws = 10,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest free answer, in tokens.", min=1)] = 32,
 ) -> None:
     """Predict with a task's posterior; prints one JSON object per example.
 
-    Columns of a table, and the options, are those that `adapt` was given.
+    Columns of a table, and the options, are those that `adapt` was given. Without options the answer is free text.
 
     Example: `bayes-lora predict --adapted runs/tickets --examples questions.csv > answers.jsonl`
     """
@@ -75,22 +78,30 @@ def predict(
     from bayes_lora.run_folder import load_language_model_of, read_home, read_question_form
     from bayes_lora.task_options import questions
     from bayes_lora.task_posterior import TaskPosterior
-    from bayes_lora.tasks import Example
 
     run = read_home(adapted)
     found = questions(examples, read_question_form(adapted))
-    choices = [question for question in found if isinstance(question, Example)]
-    if len(choices) < len(found):
-        raise TaskError(
-            f"{examples}: {adapted} was adapted to free text, and only options are predicted. Adapt to some."
-        )
     hide_loading_bar()
     posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
+    for answer in _answers(posterior, found, draws, max_new_tokens):
+        sys.stdout.write(json.dumps(answer) + "\n")
+
+
+def _answers(
+    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """What is predicted of each question: an option with the probabilities of all, or a text with its own."""
+    choices = [one for one in questions if not isinstance(one, str) and not one.free_form]
+    if not choices:
+        [texts] = posterior.generate([questions], num_draws=draws, max_new_tokens=max_new_tokens)
+        for question, said in zip(questions, texts, strict=True):
+            asked = question if isinstance(question, str) else question.input
+            yield {"input": asked, "prediction": said.text, "log_prob": round(said.log_prob, 6)}
+        return
     [log_probs] = posterior.predict([choices], num_draws=draws)
-    for question, row in zip(choices, log_probs.exp().tolist(), strict=True):
-        probs = dict(zip(question.options, (round(p, 6) for p in row), strict=False))
-        best = max(probs, key=probs.__getitem__)
-        sys.stdout.write(json.dumps({"input": question.input, "prediction": best, "probs": probs}) + "\n")
+    for choice, row in zip(choices, log_probs.exp().tolist(), strict=True):
+        probs = dict(zip(choice.options, (round(p, 6) for p in row), strict=False))
+        yield {"input": choice.input, "prediction": max(probs, key=probs.__getitem__), "probs": probs}
 
 
 def load_posterior(run: Path) -> Posterior:

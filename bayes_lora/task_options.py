@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bayes_lora.console import note
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import Example, Task, TaskSet, load_split, load_tasks, read_card, read_examples
+from bayes_lora.tasks import Example, Task, TaskSet, load_split, load_tasks, read_card, read_questions
 from bayes_lora.tasks.file_formats import file_formats
 from bayes_lora.tasks.questions import QuestionForm, read_table_questions
 from bayes_lora.tasks.sources import format_options, task_format
@@ -165,7 +165,7 @@ def support_of(task: Task, seed: int, shots: int | None) -> Task:
     return Task(task.name, _drawn(task, seed, shots).subset(shots, 0, seed=seed).support)
 
 
-def questions(path: Path, form: QuestionForm) -> list[Example] | list[str]:
+def questions(path: Path, form: QuestionForm) -> Sequence[Example | str]:
     """Read what to predict: lines in the MetaICL form, or a table.
 
     Raises:
@@ -173,7 +173,7 @@ def questions(path: Path, form: QuestionForm) -> list[Example] | list[str]:
     """
     if path.suffix.lower() in TABLES and file_formats(path) != ["metaicl"]:
         return read_table_questions(path, form)
-    return read_examples(path, labelled=False)
+    return read_questions(path)
 
 
 def _drawn(task: Task, seed: int, shots: int) -> Task:

@@ -649,11 +649,38 @@ def test_questions_of_a_table(call, refuse, data, adapted, tmp_path):
     home = adapted / "mine" / "run.json"
     noted = json.loads(home.read_text())
     home.write_text(json.dumps(noted | {"questions": noted["questions"] | {"options": []}}))
-    assert "was adapted to free text, and only options are predicted" in refuse(*words)
+    code, out, _ = call(*words, "--max-new-tokens", 3)  # as if it had been adapted to free text
+    assert code == 0 and json.loads(out).keys() == {"input", "prediction", "log_prob"}
     home.write_text(json.dumps(noted | {"questions": 3}))
     assert "run.json is damaged: 'questions': expected input, label and options. Run adapt again." in refuse(*words)
     home.write_text(json.dumps({"run": noted["run"]}))
     assert "q.csv: no column `options`" in refuse(*words)
+
+
+def test_a_table_of_free_answers(call, fitted, model_folder, tmp_path):
+    """Columns with many different answers are free text: looked at, shown, adapted to, evaluated and answered."""
+    table = tmp_path / "facts.csv"
+    table.write_text(
+        "question,answer\n" + "".join(f"a film {i}?,so {i} and {'bad ' * (i % 3)}{i}\n" for i in range(30))
+    )
+    code, out, err = call("tasks", table)
+    assert code == 0 and "free" in out and "answers from answer: free text" in err
+    code, out, _ = call("show", table, "--model", model_folder)
+    assert code == 0 and "a film 0?\nAnswer:" in out and out.rstrip().endswith("[\\n]")
+    words = ("--run", fitted, "--examples", table, "--shots", 4, "--output", tmp_path / "out", "--steps", 1)
+    assert call("adapt", *words)[0] == 0
+    code, out, _ = call("evaluate", "--run", fitted, "--tasks", table, "--shots", 4, "--queries", 3, "--steps", 0,
+                        "--draws", 2)  # fmt: skip
+    assert code == 0 and all(word in out for word in ("EM", "F1", "NLL")) and "Brier" not in out
+    (tmp_path / "q.csv").write_text("question\nwho?\nwhat film?\n")
+    questions = ("--examples", tmp_path / "q.csv", "--draws", 2, "--max-new-tokens", 3)
+    code, out, _ = call("predict", "--adapted", tmp_path / "out", *questions)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [answer["input"] for answer in answers] == ["who?", "what film?"]
+    assert all(answer["log_prob"] < 0 for answer in answers)
+    (tmp_path / "q.jsonl").write_text('{"input": "who?", "options": []}\n')
+    again = call("predict", "--adapted", tmp_path / "out", "--examples", tmp_path / "q.jsonl", *questions[2:])[1]
+    assert json.loads(again)["prediction"] == answers[0]["prediction"]
 
 
 def test_warnings_are_one_line_and_keep_their_brackets(call, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import Example, Task, TaskSet, read_examples, read_questions
+from bayes_lora.tasks import Example, Task, TaskSet, read_questions
 from bayes_lora.tasks.crossfit_tsv import read_crossfit
 from bayes_lora.tasks.legalbench import read_legalbench
 from bayes_lora.tasks.metaicl import load_task
@@ -246,7 +246,7 @@ def test_broken_files_of_any_format():
 
 def test_broken_questions():
     """Questions to predict have no output, but are as whole."""
-    fuzz({"t/q.jsonl": JSONL}, lambda root: Task("q", tuple(read_examples(root / "t/q.jsonl", labelled=False))))
+    fuzz({"t/q.jsonl": JSONL}, lambda root: Task("q", tuple(read_questions(root / "t/q.jsonl"))))
 
 
 def test_broken_free_form_questions():

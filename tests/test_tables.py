@@ -169,7 +169,7 @@ def test_one_answer_is_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "one.csv", "text,label\na,x\nb,x\n")
     with pytest.raises(CannotScore, match=r"one\.csv: column 'label' holds only 'x', but a task needs two answers"):
         load_table(path)
-    with pytest.raises(TaskError, match=r"one\.csv: no multiple-choice task to load, .*holds only 'x'"):
+    with pytest.raises(TaskError, match=r"one\.csv: no task to load, .*holds only 'x'"):
         load_tasks(path)
     write(tmp_path / "reviews.csv", REVIEWS)
     with pytest.warns(UserWarning, match=r"1 of 2 tasks are left out: 1 one label \(one\)"):

@@ -25,21 +25,19 @@ from bayes_lora.tasks.text_files import lines, listed, short
 __all__ = ["has_options", "load_task", "load_taskset", "read_examples", "read_questions"]
 
 
-def read_examples(path: str | Path, *, merge_duplicates: bool = False, labelled: bool = True) -> list[Example]:
+def read_examples(path: str | Path, *, merge_duplicates: bool = False) -> list[Example]:
     """Read all examples of one UTF-8 jsonl file, in order.
 
     Args:
         path: The file.
         merge_duplicates: Take an option that a line lists twice as one option, instead of refusing the line
             (a duplicate would count its probability twice).
-        labelled: Whether lines must have an ``output``. False reads multiple-choice questions to predict: `answer` is
-            then 0 where there is no ``output``.
 
     Raises:
         TaskError: The file cannot be read or is empty, a line is malformed, or one has options and another has none
             (the message begins with ``<file>:<line>:``).
     """
-    return _examples(path, merge_duplicates, {}, labelled)
+    return _examples(path, merge_duplicates, {})
 
 
 def read_questions(path: str | Path, *, merge_duplicates: bool = False) -> list[Example | str]:
@@ -138,14 +136,9 @@ def load_taskset(
     return TaskSet(load_task(places[name], seed=seed, merge_duplicates=merge_duplicates) for name in chosen)
 
 
-def _examples(path: str | Path, merge_duplicates: bool, kinds: dict[bool, str], labelled: bool = True) -> list[Example]:
-    examples = []
-    for place, question in _questions(path, merge_duplicates, kinds, labelled):
-        if isinstance(question, str):
-            problem = "field `output` is missing, and a question with neither options nor an answer is no example"
-            raise TaskError(f"{place}: {problem}; add it, or read questions to predict with `read_questions`")
-        examples.append(question)
-    return examples
+def _examples(path: str | Path, merge_duplicates: bool, kinds: dict[bool, str]) -> list[Example]:
+    found = (question for _, question in _questions(path, merge_duplicates, kinds, labelled=True))
+    return [question for question in found if isinstance(question, Example)]  # as all are that have an answer
 
 
 def _questions(
