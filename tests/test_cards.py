@@ -512,7 +512,7 @@ def test_any_free_answer_is_kept_or_refused(value: Any) -> None:
     """Texts come out as they went in; nothing else becomes a text."""
     card = Card("t", "{text}", None, "label", path="a/b")
     try:
-        example = cards._example(card, {"text": "q", "label": value}, {}, 0)
+        example = cards.example_of(card, {"text": "q", "label": value}, {}, 0)
     except TaskError:
         return
     assert example is not None
