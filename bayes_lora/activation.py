@@ -8,13 +8,14 @@ for every token and adapted layer on its own, with a prior of the same form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayes_lora.deferred import linear
+from bayes_lora.deferred import Blocks, linear
 from bayes_lora.errors import ConfigError
 
 __all__ = ["DeferredActivation", "LogRatios"]
@@ -49,11 +50,11 @@ class DeferredActivation(NamedTuple):
         """Each layer's."""
         return [DeferredActivation(*parts) for parts in zip(*(value.unbind(-3) for value in self), strict=True)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, blocks: Blocks | None = None) -> Tensor:
         """Draw h, ``(rows, ..., in)`` to ``(rows, ..., out)``, and note log q(h) - log p(h), summed over ``out``."""
-        loc, prior_loc = (linear(linear(x, a), b) for a, b in (self[0:2], self[4:6]))
+        loc, prior_loc = (linear(linear(x, a, blocks), b, blocks) for a, b in (self[0:2], self[4:6]))
         offset = self.offset.flatten()[0]
-        log_var, prior_log_var = (linear(linear(x, a), b) + offset for a, b in (self[2:4], self[6:8]))
+        log_var, prior_log_var = (linear(linear(x, a, blocks), b, blocks) + offset for a, b in (self[2:4], self[6:8]))
         noise = torch.randn_like(loc)
         added = noise * (0.5 * log_var).exp()
         # Not h - prior_loc: the noise is so small that rounding would change it.
@@ -69,12 +70,13 @@ class LogRatios:
     Args:
         mask: ``(R, L)`` which places of the rows hold tokens.
         layers: how many adapted layers there are.
+        rows_per_task: how many of the rows each task has; None stands for equally many.
     """
 
     active: list[LogRatios] = []
 
-    def __init__(self, mask: Tensor, layers: int) -> None:
-        self.mask, self.layers = mask, layers
+    def __init__(self, mask: Tensor, layers: int, rows_per_task: Sequence[int] | None = None) -> None:
+        self.mask, self.layers, self.rows_per_task = mask, layers, rows_per_task
         self.pieces: list[Tensor] = []
 
     def __enter__(self) -> LogRatios:
@@ -105,4 +107,6 @@ class LogRatios:
         """Sums over layers, rows and tokens for each draw and task, ``batch``."""
         chunks: list[Any] = [sum(self.pieces[i : i + self.layers]) for i in range(0, len(self.pieces), self.layers)]
         masked = torch.cat(chunks).view(-1, *self.mask.shape) * self.mask
-        return masked.view(*batch, -1).sum(-1)
+        rows = self.rows_per_task or (len(self.mask) // batch[-1],) * batch[-1]
+        parts = masked.sum(-1).view(*batch[:-1], -1).split(rows, -1)
+        return torch.stack([part.sum(-1) for part in parts], -1)

@@ -8,6 +8,7 @@ Usage::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,42 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["DeferredWeight", "LocalReparameterization", "linear"]
+__all__ = ["Blocks", "DeferredWeight", "LocalReparameterization", "linear"]
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+class Blocks(NamedTuple):
+    """Groups of unequal size into which the rows of a batch fall, in order.
+
+    Attributes:
+        sizes: rows of each group.
+        index: ``(rows,)`` the group of each row.
+    """
+
+    sizes: tuple[int, ...]
+    index: Tensor
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], device: torch.device) -> Blocks | None:
+        """None where all are equally large."""
+        if len(set(sizes)) <= 1:
+            return None
+        return cls(tuple(sizes), torch.repeat_interleave(torch.tensor(sizes)).to(device))
+
+
+def linear(x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
     """``x W^T``: ``(rows, ..., in)`` to ``(rows, ..., out)``.
 
-    A 3-D weight ``(groups, out, in)`` takes the rows in order as groups of equal size, each with its own matrix.
+    A 3-D weight ``(groups, out, in)`` takes the rows in order as groups, each with its own matrix: of equal size, or
+    as ``blocks`` says.
     """
     if weight.ndim == 2:
         return F.linear(x, weight)
+    if blocks is not None and 4 * min(weight.shape[1:]) > x.shape[1:-1].numel():
+        # A copy of the matrix for each row would not be small beside the row's activations.
+        parts = zip(x.split(blocks.sizes), weight, strict=True)
+        return torch.cat([F.linear(part, matrix) for part, matrix in parts])
+    if blocks is not None:
+        weight = weight[blocks.index]
     grouped = x.reshape(weight.shape[0], -1, weight.shape[-1])  # (groups, rows / groups * length, in)
     return torch.bmm(grouped, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
 
@@ -58,17 +85,18 @@ class DeferredWeight(NamedTuple):
         """Each layer's."""
         return [DeferredWeight(*parts) for parts in zip(*(value.unbind(-3) for value in self), strict=True)]
 
-    def variance(self, x: Tensor) -> Tensor:
+    def variance(self, x: Tensor, blocks: Blocks | None = None) -> Tensor:
         """Of each entry of ``dW x``, by the factors of the squared scale; ``(rows, ..., out)``."""
         first, second = torch.triu_indices(*[self.scale_A.shape[-2]] * 2, device=x.device)
         into = self.scale_A[..., first, :] * self.scale_A[..., second, :]
         weight = torch.where(first == second, 1.0, 2.0).to(x.dtype)
         out = self.scale_B[..., first] * self.scale_B[..., second] * weight
-        return linear(linear(x.square(), into), out)
+        return linear(linear(x.square(), into, blocks), out, blocks)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, blocks: Blocks | None = None) -> Tensor:
         """Draw ``dW x``, ``(rows, ..., in)`` to ``(rows, ..., out)``; noise is independent for every place."""
-        mean, variance = linear(linear(x, self.loc_A), self.loc_B), self.variance(x)
+        mean = linear(linear(x, self.loc_A, blocks), self.loc_B, blocks)
+        variance = self.variance(x, blocks)
         # Where it is zero, or rounding makes it less, the root has no derivative.
         scale = variance.clamp_min(torch.finfo(x.dtype).tiny).sqrt() * (variance > 0)
         return mean + scale * torch.randn_like(mean)

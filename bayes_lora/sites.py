@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from bayes_lora.deferred import Blocks
 from bayes_lora.errors import SiteError, did_you_mean
 from bayes_lora.seeding import same_noise
 from bayes_lora.slots import Bound, Slot, delta_site, factor_sites, unchanged
@@ -86,13 +87,14 @@ class LoraSites:
                 raise SiteError(f"site {site!r}: expected event shape {shape} (layers, out, in), got {got}.{hint}")
 
     @contextmanager
-    def bind(self, values: Sites) -> Iterator[None]:
+    def bind(self, values: Sites, rows: Sequence[int] | None = None) -> Iterator[None]:
         """Bind values to the slots inside a ``with`` block, and restore what was bound before on exit.
 
         Args:
             values: per site ``(layers, out, in)``, or ``(groups, layers, out, in)`` for a batch whose rows are
                 grouped by draw; a tensor, or what has a ``shape`` and gives a function of activations for each of its
                 ``layers()``.
+            rows: how many rows each group has; None stands for equally many.
 
         Raises:
             SiteError: a site is missing, unknown, of the wrong event shape, or has another number of groups.
@@ -102,7 +104,12 @@ class LoraSites:
         if len(groups) > 1 or any(len(group) > 1 for group in groups):
             got = {site: tuple(value.shape) for site, value in values.items()}
             raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for every site alike, got {got}.")
-        with self._bound(self._by_slot(values)):
+        if rows is not None and groups != {(len(rows),)}:
+            raise SiteError(f"got values for {[*next(iter(groups), ())]} groups, but rows for {len(rows)}.")
+        blocks = None
+        if rows is not None:
+            blocks = Blocks.of(rows, next(iter(self._slots.values()))[0].initial.device)
+        with self._bound(self._by_slot(values), blocks):
             yield
 
     def _by_slot(self, values: Sites) -> dict[str, Sequence[Bound]]:
@@ -120,27 +127,30 @@ class LoraSites:
         """Inside the block nothing is bound, whatever was bound outside."""
         return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
-    def _bound(self, weights: Mapping[str, Sequence[Bound]]) -> AbstractContextManager[None]:
-        return _Binding(self, weights)
+    def _bound(
+        self, weights: Mapping[str, Sequence[Bound]], blocks: Blocks | None = None
+    ) -> AbstractContextManager[None]:
+        return _Binding(self, weights, blocks)
 
-    def _current(self) -> dict[str, list[Bound]]:
-        return {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
+    def _current(self) -> tuple[dict[str, list[Bound]], Blocks | None]:
+        weights = {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
+        return weights, next((slots[0].blocks for slots in self._slots.values()), None)
 
-    def _assign(self, weights: Mapping[str, Sequence[Bound]]) -> None:
+    def _assign(self, weights: Mapping[str, Sequence[Bound]], blocks: Blocks | None) -> None:
         for site, slots in self._slots.items():
             for slot, weight in zip(slots, weights[site], strict=True):
-                slot.bound = weight
+                slot.bound, slot.blocks = weight, blocks
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The ``context_fn`` of ``torch.utils.checkpoint``: backward recomputes under the forward's binding.
 
         Gradient checkpointing runs the forward again inside ``backward``, when :meth:`bind` has been left.
         """
-        current = self._current()
+        current, blocks = self._current()
         bound = [value for values in current.values() for value in values]
         draws = any(value is not None and not isinstance(value, Tensor) for value in bound)
         device = next(iter(self._slots.values()))[0].initial.device
-        return nullcontext(), _Binding(self, current, same_noise(device) if draws else nullcontext)
+        return nullcontext(), _Binding(self, current, blocks, same_noise(device) if draws else nullcontext)
 
     def unstack(self, values: Sites) -> dict[str, Tensor]:
         """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``."""
@@ -174,19 +184,25 @@ class _Binding(AbstractContextManager[None]):
     Where ``noise`` is given, torch draws inside what it drew when that was made.
     """
 
-    def __init__(self, sites: LoraSites, weights: Mapping[str, Sequence[Bound]], noise: Noise = nullcontext) -> None:
-        self.sites, self.weights, self.noise = sites, weights, noise
-        self.before: list[tuple[dict[str, list[Bound]], ExitStack]] = []
+    def __init__(
+        self,
+        sites: LoraSites,
+        weights: Mapping[str, Sequence[Bound]],
+        blocks: Blocks | None,
+        noise: Noise = nullcontext,
+    ) -> None:
+        self.sites, self.weights, self.blocks, self.noise = sites, weights, blocks, noise
+        self.before: list[tuple[tuple[dict[str, list[Bound]], Blocks | None], ExitStack]] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()
         stack.enter_context(self.noise())
         self.before.append((self.sites._current(), stack))
-        self.sites._assign(self.weights)
+        self.sites._assign(self.weights, self.blocks)
 
     def __exit__(self, *_: object) -> None:
         before, stack = self.before.pop()
-        self.sites._assign(before)
+        self.sites._assign(*before)
         stack.close()
 
 

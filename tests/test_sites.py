@@ -4,6 +4,7 @@ import torch
 from conftest import BUILDERS, TARGETS, build_lm
 from torch import nn
 
+from bayes_lora.deferred import Blocks, DeferredWeight
 from bayes_lora.errors import SiteError
 from bayes_lora.loading import inject
 from bayes_lora.sites import Slot, find_sites
@@ -24,6 +25,63 @@ def test_grouped_slot_equals_a_loop(groups):
     blocks = x.chunk(groups)
     expected = torch.cat([block @ w.T for block, w in zip(blocks, weight, strict=True)])
     torch.testing.assert_close(slot(x), expected)
+
+
+@pytest.mark.parametrize("length", [3, 40])  # each group multiplied alone, and a matrix for each row
+@pytest.mark.parametrize("deferred", [False, True])
+def test_groups_of_unequal_size_equal_a_loop(length, deferred):
+    """Values and gradients, of weights and of deferred weights' moments."""
+    torch.manual_seed(0)
+    sizes = (1, 3, 2)
+    x = torch.randn(6, length, 4, dtype=torch.float64, requires_grad=True)
+    shapes = [(2, 4), (5, 2), (2, 4), (5, 2)] if deferred else [(5, 4)]
+    parts = [torch.randn(3, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    blocks = Blocks.of(sizes, torch.device("cpu"))
+    found, expected = [], []
+    if deferred:
+        weight = DeferredWeight(*parts)
+        found.append(weight.variance(x, blocks))
+        for group, rows in enumerate(x.split(sizes)):
+            expected.append(DeferredWeight(*(part[group] for part in parts)).variance(rows))
+        parts = parts[2:]  # of which the variance is made
+    else:
+        slot = Slot(torch.zeros(5, 4, dtype=torch.float64))
+        slot.bound, slot.blocks = parts[0], blocks
+        found.append(slot(x))
+        expected = [rows @ own.T for rows, own in zip(x.split(sizes), parts[0], strict=True)]
+    found, expected = found[0], torch.cat(expected)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    pairs = (torch.autograd.grad(value, [x, *parts], direction) for value in (found, expected))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_groups_of_equal_size_need_no_blocks():
+    assert Blocks.of((2, 2, 2), torch.device("cpu")) is None
+    assert Blocks.of((1, 2), torch.device("cpu")).index.tolist() == [0, 1, 1]
+
+
+def test_rows_of_other_groups_are_refused(lm):
+    with pytest.raises(SiteError, match=r"values for \[2\] groups, but rows for 3"):
+        with lm.sites.bind(random_values(lm.sites, 2), (1, 2, 1)):
+            pass
+    with pytest.raises(SiteError, match=r"values for \[\] groups, but rows for 1"):
+        with lm.sites.bind(random_values(lm.sites), (4,)):
+            pass
+
+
+def test_blocks_are_restored_with_what_was_bound(lm):
+    ids = torch.tensor([[5, 9, 2], [1, 1, 8], [7, 3, 2]])
+    values = random_values(lm.sites, 2)
+    with lm.sites.bind(values, (2, 1)):
+        before = lm.model(input_ids=ids).logits
+        with lm.sites.bind({site: value[0] for site, value in values.items()}):
+            first = lm.model(input_ids=ids).logits
+        torch.testing.assert_close(lm.model(input_ids=ids).logits, before, rtol=0, atol=0)
+    torch.testing.assert_close(before[:2], first[:2])
+    assert (before[2] - first[2]).abs().max() > 1e-3
+    assert all(slot.blocks is None for slots in lm.sites._slots.values() for slot in slots)
 
 
 @pytest.mark.parametrize("kind", list(BUILDERS))
