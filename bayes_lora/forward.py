@@ -46,6 +46,10 @@ class Forward(Protocol):
         """Score the option tokens of D copies of an episode, whose rows are grouped by draw under what is bound."""
         ...
 
+    def rows_per_task(self, episode: Episode) -> tuple[int, ...] | None:
+        """How many rows of its batch each task has; None stands for equally many."""
+        ...
+
 
 class PackedForward:
     """One forward over packed rows under a 4-D mask; layers below the first adapted one are taken from the trunk.
@@ -90,6 +94,10 @@ class PackedForward:
         if states is not None:
             below = states.flatten(0, 1)[episode.sources[episode.prompt_sources.flatten()]]
         return Read(scores.view(draws, -1), ends, below)
+
+    def rows_per_task(self, episode: Episode) -> tuple[int, ...]:
+        """See :class:`Forward`."""
+        return episode.rows_per_task
 
     def _piece(self, hidden: Tensor, places: Tensor, targets: Tensor) -> Tensor:
         return token_log_probs(self._head_alone(hidden), places, targets)

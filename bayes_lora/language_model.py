@@ -164,12 +164,19 @@ class LanguageModel:
 
     def _score(self, values: Sites, episode: Episode) -> Tensor:
         """Score all options under values ``(D, T or 1, layers, out, in)``: ``(D, T * N * K)``."""
-        with self.bound(values):
-            read = self._read(episode, len(tree_leaves(values)[0]))
+        draws, groups = tree_leaves(values)[0].shape[:2]
+        rows = self.forward.rows_per_task(episode) if groups > 1 else None
+        with self.bound(values, None if rows is None else rows * draws):
+            read = self.forward(episode, draws)
         return option_scores(read.token_scores, episode, self.normalize)
 
-    def bound(self, values: Sites) -> AbstractContextManager[None]:
-        """Inside the block the model runs under values ``(D, T or 1, layers, out, in)``, with rows grouped by draw."""
+    def bound(self, values: Sites, rows: list[int] | None = None) -> AbstractContextManager[None]:
+        """Inside the block the model runs under values ``(D, T or 1, layers, out, in)``, with rows grouped by draw.
+
+        Args:
+            values: per site.
+            rows: how many each draw and task has; None divides them equally.
+        """
         draws, groups = tree_leaves(values)[0].shape[:2]
         bound: Sites = tree_map(lambda value: value.flatten(0, 1) if draws * groups > 1 else value[0, 0], values)
         if self.model.dtype.itemsize == 2:
@@ -177,16 +184,18 @@ class LanguageModel:
             # all that follows the scores stay in 32. Whole updates are computed in 32, for their variances are small.
             whole = self.sites.delta_shapes
             bound = {site: value if site in whole else value.to(self.model.dtype) for site, value in bound.items()}
-        return self.sites.bind(bound)
+        return self.sites.bind(bound, rows)
 
-    def _read(self, episode: Episode, draws: int = 1) -> Read:
+    @property
+    def forward(self) -> Forward:
+        """The way to run the model, found on first use."""
         if self._forward is None:
             self._forward = choose_forward(self.model, self.sites, self.trunk)
-        return self._forward(episode, draws)
+        return self._forward
 
     def _read_frozen(self, episode: Episode) -> Read:
         with self.sites.unbound():
-            return self._read(episode)
+            return self.forward(episode)
 
     def features(self, episode: Episode) -> Features:
         """What the frozen LM knows of each example, whatever its label; computed once per example and kept."""

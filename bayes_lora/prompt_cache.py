@@ -53,6 +53,9 @@ class PromptCacheForward:
             found = found.index_add(1, laid.later[0], self._scores(output, laid.later, laid.rest.numel(), draws))
         return Read(found, read[0].unflatten(0, (draws, -1)), None)
 
+    def rows_per_task(self, episode: Episode) -> None:
+        """See :class:`bayes_lora.forward.Forward`: a prompt a row, or a blank one where a task has fewer."""
+
     def _run(self, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
         if self.takes_positions:
             kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

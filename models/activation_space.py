@@ -146,7 +146,7 @@ class ActivationSpace(HierarchicalModel):
             values.append(self.offset.expand(len(self.initial[factors[0]]), 1, 1))
             deferred[update] = DeferredActivation(*values)
         layers = sum(len(self.initial[a]) for a, _ in updates.values())
-        with LogRatios(episode.padded.segments >= 0, layers) as ratios:
+        with LogRatios(episode.padded.segments >= 0, layers, episode.rows_per_task) as ratios:
             log_lik = self.likelihood(deferred, episode)
         with tasks, pyro.poutine.scale(scale=examples_scale(episode, log_lik)):
             pyro.factor("phi.activations", -ratios.total(log_lik.shape[:-2])[..., None])

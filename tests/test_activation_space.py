@@ -88,18 +88,21 @@ def test_the_divergence_of_a_language_model(tokenizer, monkeypatch):
     hook = slot.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     terms = torch.tensor([objective.terms(episode)["kl.activations"] for _ in range(400)])
     hook.remove()
-    x = inputs[-1].unflatten(0, (2, -1))  # by task
+    x, rows = inputs[-1], episode.rows_per_task
+    assert rows == (1, 3)
+    task = torch.repeat_interleave(torch.tensor(rows))
     maps = []
     for fn in (start, model.phi_prior(theta)):
         a, b, va, vb = (
             fn[site].mean.detach().reshape(-1, *lm.sites.shapes[site[-13:]][1:])
             for site in ("v_proj.lora_A", "v_proj.lora_B", "log_variance.v_proj.lora_A", "log_variance.v_proj.lora_B")
         )
-        mean = torch.einsum("tnlr,tor->tnlo", torch.einsum("tnli,tri->tnlr", x, a), b)
-        log_variance = torch.einsum("tnlr,tor->tnlo", torch.einsum("tnli,tri->tnlr", x, va), vb) - 3.0
+        a, b, va, vb = (value.expand(2, -1, -1)[task] for value in (a, b, va, vb))
+        mean = torch.einsum("nlr,nor->nlo", torch.einsum("nli,nri->nlr", x, a), b)
+        log_variance = torch.einsum("nlr,nor->nlo", torch.einsum("nli,nri->nlr", x, va), vb) - 3.0
         maps.append(Normal(mean, (log_variance / 2).exp()))
-    tokens = (episode.padded.segments >= 0).unflatten(0, (2, -1))
-    each = (kl_divergence(*maps).sum(-1) * tokens).sum((1, 2))
+    of_rows = (kl_divergence(*maps).sum(-1) * (episode.padded.segments >= 0)).sum(-1)
+    each = [part.sum() for part in of_rows.split(rows)]
     expected = 7 / 2 * (each[0] * 11 / 2 + each[1] * 5 / 3)
     assert expected > 1.0
     assert abs(terms.mean() - expected) < 5 * terms.std() / 400**0.5

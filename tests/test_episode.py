@@ -37,36 +37,44 @@ def same(a: Episode, b: Episode) -> bool:
 # --- collate ---
 
 
-def check_row(episode: Episode, index: int, row: EncodedExample | None) -> None:
-    """Recover one row from the flattened tensors."""
+def check_example(episode: Episode, index: int, example: EncodedExample | None) -> None:
+    """Recover one example from the flattened tensors."""
     length, options = episode.input_ids.shape[1], episode.shape[2]
-    here = (episode.sources >= index * length) & (episode.sources < (index + 1) * length)
     scored = episode.target_options // options == index
-    size = 0 if row is None else len(row)
-    assert (episode.segments[index, size:] == -1).all()
-    assert (episode.segments[index, :size] >= 0).all()
-    if row is None:
-        assert not here.any() and not scored.any()
+    if example is None:
+        assert not scored.any()
         return
-    assert torch.equal(episode.input_ids[index, :size], row.tokens)
-    assert torch.equal(episode.segments[index, :size], row.segments)
-    assert torch.equal(episode.position_ids[index, :size], row.positions)
-    assert torch.equal(episode.sources[here] - index * length, row.sources)
-    assert torch.equal(episode.targets[scored], row.targets)
-    assert torch.equal(episode.target_options[scored] - index * options, row.target_options)
-    at = episode.sources[episode.target_sources[scored]] - index * length
-    assert torch.equal(at, row.sources[row.target_sources])
+    task, place = divmod(index, episode.shape[1])
+    [(r, row)] = [(r, row) for r, row in enumerate(episode.rows[task]) if place in row.members]
+    r, i = r + sum(episode.rows_per_task[:task]), row.members.index(place)
+    begin = r * length + row.starts[i]
+    inside = slice(begin, begin + len(example))
+    assert row.examples[i] is example
+    assert torch.equal(episode.input_ids.flatten()[inside], example.tokens)
+    assert torch.equal(episode.segments.flatten()[inside], example.segments)
+    assert torch.equal(episode.position_ids.flatten()[inside], example.positions)
+    assert (episode.owners.flatten()[inside] == i + 1).all() and (episode.owners[r] == i + 1).sum() == len(example)
+    here = (episode.sources >= inside.start) & (episode.sources < inside.stop)
+    assert torch.equal(episode.sources[here] - begin, example.sources)
+    assert torch.equal(episode.targets[scored], example.targets)
+    assert torch.equal(episode.target_options[scored] - index * options, example.target_options)
+    at = episode.sources[episode.target_sources[scored]] - begin
+    assert torch.equal(at, example.sources[example.target_sources])
+    assert int(episode.sources[episode.prompt_sources.flatten()[index]]) == begin + int(example.sources[0])
 
 
 @given(tasks=RAGGED)
 def test_collate_is_the_straightforward_loop(tasks: list[list[EncodedExample]]) -> None:
-    """Each row is found again in the flat tensors, and what is padded is masked."""
+    """Each example is found again in the flat tensors, and what is padded is masked."""
     episode = collate(tasks)
     width, options = max(map(len, tasks)), max(row.num_options for task in tasks for row in task)
     assert episode.shape == (len(tasks), width, options)
-    length = max(len(row) for task in tasks for row in task)
-    for name in ("input_ids", "segments", "position_ids"):
-        assert getattr(episode, name).shape == (len(tasks) * width, length)
+    rows = [row for task in episode.rows for row in task]
+    for name in ("input_ids", "segments", "owners", "position_ids"):
+        assert getattr(episode, name).shape == (sum(episode.rows_per_task), max(map(len, rows)))
+    for row, segments, owners in zip(rows, episode.segments, episode.owners, strict=True):
+        assert (segments[: len(row)] >= 0).all() and (owners[: len(row)] > 0).all()
+        assert (segments[len(row) :] == -1).all() and (owners[len(row) :] == -1).all()
     for t, task in enumerate(tasks):
         for n in range(width):
             row = task[n] if n < len(task) else None
@@ -75,11 +83,10 @@ def test_collate_is_the_straightforward_loop(tasks: list[list[EncodedExample]]) 
             assert episode.answer[t, n] == (0 if row is None else row.answer)
             count = 0 if row is None else row.num_options
             assert episode.option_mask[t, n].tolist() == [k < count for k in range(options)]
-            check_row(episode, t * width + n, row)
-    rows = [row for task in tasks for row in task]
-    assert len(episode.sources) == sum(len(row.sources) for row in rows)
-    assert len(episode.targets) == sum(len(row.targets) for row in rows)
-    assert all(a < b for a, b in pairwise(episode.sources.tolist()))  # a search for a row's sources relies on it
+            check_example(episode, t * width + n, row)
+    flat = [row for task in tasks for row in task]
+    assert len(episode.sources) == sum(len(row.sources) for row in flat) == len(set(episode.sources.tolist()))
+    assert len(episode.targets) == sum(len(row.targets) for row in flat)
     assert episode.num_data.tolist() == list(map(len, tasks))
     assert episode.task_index.tolist() == list(range(len(tasks)))
     assert episode.num_tasks == len(tasks)
@@ -265,17 +272,18 @@ def test_no_query_is_fine_where_support_is_scored(tasks: TaskSet, encoder: Encod
 
 @given(tasks=RAGGED, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 def test_attention_mask_is_the_triple_loop(tasks: list[list[EncodedExample]], dtype: torch.dtype) -> None:
-    """A token sees what stands before it in the prompt and in its own segment; no token sees nothing."""
-    padded = collate([[*task] for task in [*tasks, [SMALL[0][0]] * 5]]).padded  # has blank rows
+    """A token sees what stands before it in its example's prompt and in its own segment; no token sees nothing."""
+    padded = collate([[*task] for task in [*tasks, [SMALL[0][0]] * 5]]).padded
     segments = padded.segments
     rows, length = segments.shape
     mask = attention_mask(padded, dtype)
     assert (mask.shape, mask.dtype) == ((rows, 1, length, length), dtype)
     expected = []
-    for row in segments.tolist():
+    for row, owner in zip(segments.tolist(), padded.owners.tolist(), strict=True):
         for i in range(length):
             for j in range(length):
-                seen = j <= i and (row[j] == 0 or row[j] == row[i])
+                own = owner[j] == owner[i] or owner[i] == -1  # padding sees every prompt
+                seen = j <= i and own and (row[j] == 0 or row[j] == row[i])
                 expected.append(0.0 if seen else torch.finfo(dtype).min)
     assert torch.equal(mask, torch.tensor(expected, dtype=dtype).view_as(mask))
     assert (mask == 0).any(-1).all()

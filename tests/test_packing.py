@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bayes_lora.tasks import EncodedExample, collate, packing
 from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import attention_mask
-from bayes_lora.tasks.packing import Context, in_context, pack, pack_rows
+from bayes_lora.tasks.packing import Context, best_fit, in_context, pack, pack_rows, pack_tasks
 
 IDS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 PLAIN = st.builds(pack, IDS, st.lists(IDS, min_size=2, max_size=4), st.integers(0, 1))
@@ -41,9 +41,9 @@ def test_every_option_reads_its_context_prompt_and_beginning(tasks: list[list[En
         i, k = divmod(int(episode.target_options[q]), options)
         example = flat[i]
         assert example is not None
-        assert episode.segments.shape[0] % len(tasks) == 0
         row, place = divmod(int(episode.sources[episode.target_sources[q]]), length)
-        assert row // (len(episode.segments) // len(tasks)) == i // episode.shape[1]  # the task's own rows
+        own = sum(episode.rows_per_task[: i // episode.shape[1]])  # the first of the task's own rows
+        assert own <= row < own + episode.rows_per_task[i // episode.shape[1]]
         behind = q - int((episode.target_options < episode.target_options[q]).sum())
         option = example.targets[example.target_options == k]
         context = [] if example.context is None else example.context.tokens.tolist()
@@ -59,20 +59,64 @@ def test_every_option_reads_its_context_prompt_and_beginning(tasks: list[list[En
 
 
 @given(task=st.lists(examples(), min_size=1, max_size=6), limit=st.sampled_from([1, 12, 2048]))
-def test_rows_hold_all_examples_in_order(task: list[EncodedExample], limit: int) -> None:
-    """Only those with one context share a row, up to its length; the key says what is in it."""
+def test_rows_hold_every_example_once(task: list[EncodedExample], limit: int) -> None:
+    """Those of a row have one context, or none, and are no longer than the limit; the key says what is in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "ROW_TOKENS", limit)
         rows = pack_rows(task)
-    assert [example for row in rows for example in row.examples] == task
+    assert sorted(member for row in rows for member in row.members) == list(range(len(task)))
+    for context in CONTEXTS[:2]:  # in order
+        members = [member for row in rows if row.context is context for member in row.members]
+        assert members == [i for i, example in enumerate(task) if example.context is context]
     for row in rows:
-        contexts = {example.context for example in row.examples}
-        assert len(contexts) == 1
-        assert len(row.examples) == 1 or (None not in contexts and sum(map(len, row.examples)) <= limit)
+        assert row.examples == tuple(task[member] for member in row.members)
+        assert {example.context for example in row.examples} == {row.context}
+        assert list(row.members) == sorted(row.members)
+        assert len(row.examples) == 1 or sum(map(len, row.examples)) <= limit
         assert len(row) == len(row.tokens) == len(row.segments) == len(row.owners) == len(row.positions)
     keys = [row.key for row in rows]
     contents = [(tuple(e.key for e in row.examples)) for row in rows]
     assert len(set(keys)) == len(set(contents))
+
+
+SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=12)
+
+
+@given(tasks=st.lists(SIZES, min_size=1, max_size=5), limit=st.sampled_from([1, 100, 1024]))
+def test_sharing_rows_never_reads_more_tokens(tasks: list[list[int]], limit: int) -> None:
+    """Padding included; rows are not so long that attention, which costs their square, outweighs it."""
+    encoded = [[pack([1] * size, [[2], [3]], 0) for size in sizes] for sizes in tasks]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "ROW_TOKENS", limit)
+        rows = pack_tasks(encoded)
+    for sizes, own in zip(tasks, rows, strict=True):
+        assert sorted(member for row in own for member in row.members) == list(range(len(sizes)))
+        assert all(len(row) == sum(sizes[member] for member in row.members) for row in own)
+    longest = max(map(max, tasks))
+    lengths = [len(row) for own in rows for row in own]
+    assert max(lengths) <= max(longest, min(limit, max(256, 2 * longest)))
+    assert len(lengths) * max(lengths) <= sum(map(len, tasks)) * longest
+    if limit == 1:
+        assert all(len(row.examples) == 1 for own in rows for row in own)
+
+
+@given(sizes=SIZES.map(lambda sizes: sorted(sizes, reverse=True)), capacity=st.integers(1, 600))
+def test_best_fit_leaves_no_two_bins_half_empty(sizes: list[int], capacity: int) -> None:
+    """Every item is in one bin, none of which is over the capacity unless by an item of itself."""
+    bins = best_fit(sizes, capacity)
+    assert sorted(i for one in bins for i in one) == list(range(len(sizes)))
+    filled = [sum(sizes[i] for i in one) for one in bins]
+    assert all(total <= capacity or len(one) == 1 for total, one in zip(filled, bins, strict=True))
+    assert sum(2 * total <= capacity for total in filled) <= 1
+
+
+def test_tasks_of_unlike_lengths_are_padded_little() -> None:
+    """Each has as many rows as it needs: here six short examples share a row, each long one has its own."""
+    short, long = ([pack([1] * size, [[2], [3]], 0)] * 12 for size in (10, 60))
+    episode = collate([short, long])
+    assert episode.rows_per_task == (2, 12) and episode.input_ids.shape == (14, 60)
+    assert not (episode.segments < 0).any()
+    assert [row.members for row in episode.rows[0]] == [(0, 1, 2, 3, 4, 5), (6, 7, 8, 9, 10, 11)]
 
 
 def test_a_long_context_is_read_once_for_many_examples() -> None:

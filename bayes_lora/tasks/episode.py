@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.packing import EncodedExample, PackedRow, pack_rows
+from bayes_lora.tasks.packing import EncodedExample, PackedRow, pack_tasks
 
 __all__ = ["Episode", "PaddedRows", "attention_mask", "collate", "pad_rows", "send"]
 
@@ -36,16 +36,15 @@ class PaddedRows(NamedTuple):
 class Episode:
     """``T`` tasks with up to ``N`` scored examples each, and the support sets that a guide may read.
 
-    Each task has equally many rows, one per example or, where examples share demonstrations, fewer; flattened they are
-    ``R``. ``L`` tokens a row, ``M`` positions at which the head is needed, ``Q`` option tokens in all, ``K`` options at
-    most.
+    Examples of a task share rows; the rows of a task stand together, and are as many as it takes; ``R`` in all. ``L``
+    tokens a row, ``M`` positions at which the head is needed, ``Q`` option tokens in all, ``K`` options at most.
 
     Attributes:
         input_ids: ``(R, L)`` packed rows.
         segments: ``(R, L)`` 0 prompt or context, ``k + 1`` option ``k``, -1 padding.
         owners: ``(R, L)`` 0 context, ``i + 1`` the row's example ``i``, -1 padding.
         position_ids: ``(R, L)``.
-        sources: ``(M,)`` positions in the flattened ``R * L``, ordered by row.
+        sources: ``(M,)`` positions in the flattened ``R * L``, those of an example together, in the order of examples.
         prompt_sources: ``(T, N)`` index into ``sources`` of the last token of each prompt; 0 where there is no example.
         target_sources: ``(Q,)`` indices into ``sources``.
         targets: ``(Q,)`` token ids.
@@ -58,7 +57,7 @@ class Episode:
         task_index: ``(T,)`` the tasks' places in the collection; -1 for tasks that are not of it.
         num_tasks: size of the collection from which the tasks were drawn.
         examples: per task its ``N`` encoded examples, ``None`` where it has fewer.
-        rows: per task its rows, ``None`` where it has fewer than another.
+        rows: per task its rows, in some order.
         separate_support: the support sets, where they are other examples than the scored ones.
     """
 
@@ -79,13 +78,18 @@ class Episode:
     task_index: Tensor
     num_tasks: int
     examples: tuple[tuple[EncodedExample | None, ...], ...]
-    rows: tuple[tuple[PackedRow | None, ...], ...]
+    rows: tuple[tuple[PackedRow, ...], ...]
     separate_support: Episode | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(T, N, K)``."""
         return tuple(self.option_mask.shape)  # type: ignore[return-value]
+
+    @property
+    def rows_per_task(self) -> tuple[int, ...]:
+        """How many of the ``R`` rows each of the tasks has."""
+        return tuple(map(len, self.rows))
 
     @property
     def padded(self) -> PaddedRows:
@@ -153,18 +157,13 @@ def collate(
         raise TaskError("an episode needs at least one task, and every task at least one example.")
     if support is not None and len(support) != len(tasks):
         raise TaskError(f"an episode needs one support set per task: got {len(support)} for {len(tasks)} tasks.")
-    examples, rows = _filled(tasks), _filled([pack_rows(task) for task in tasks])
+    examples, rows = _filled(tasks), pack_tasks(tasks)
     flat = [example for task in examples for example in task]
     some = [(i, example) for i, example in enumerate(flat) if example is not None]
     padded = pad_rows([row for task in rows for row in task])
     length, options = padded.input_ids.shape[1], max(e.num_options for _, e in some)
     shape = (len(examples), len(examples[0]))
-    begins = [
-        r * length + start
-        for r, row in enumerate(row for task in rows for row in task)
-        if row is not None
-        for start in row.starts
-    ]
+    begins = _begins(rows, length)
     # Where the sources of each example begin among all of them.
     first = np.cumsum([0, *(0 if e is None else len(e.sources) for e in flat)])[:-1]
     offsets = [int(first[i]) for i, _ in some]
@@ -184,7 +183,7 @@ def collate(
         task_index=torch.as_tensor(range(len(tasks)) if task_index is None else task_index),
         num_tasks=len(tasks) if num_tasks is None else num_tasks,
         examples=examples,
-        rows=rows,
+        rows=tuple(map(tuple, rows)),
         separate_support=None if support is None else collate(support, task_index=task_index, num_tasks=num_tasks),
     )
 
@@ -195,18 +194,27 @@ def _filled(tasks: Sequence[Sequence[Item]]) -> tuple[tuple[Item | None, ...], .
     return tuple(tuple([*task, *[None] * (width - len(task))]) for task in tasks)
 
 
-def pad_rows(rows: Sequence[PackedRow | None]) -> PaddedRows:
+def _begins(rows: Sequence[Sequence[PackedRow]], length: int) -> list[int]:
+    """Where each example begins in the flattened ``R * L``, in the order of tasks and examples."""
+    begins, count = [], 0
+    for task in rows:
+        places = {
+            member: (count + r) * length + start
+            for r, row in enumerate(task)
+            for member, start in zip(row.members, row.starts, strict=True)
+        }
+        begins += [places[member] for member in range(len(places))]
+        count += len(task)
+    return begins
+
+
+def pad_rows(rows: Sequence[PackedRow]) -> PaddedRows:
     """Pad rows to the longest."""
-    blank = torch.zeros(1, dtype=torch.long)
-    tokens = [blank if row is None else row.tokens for row in rows]
-    segments = [blank - 1 if row is None else row.segments for row in rows]
-    owners = [blank - 1 if row is None else row.owners for row in rows]
-    positions = [blank if row is None else row.positions for row in rows]
     return PaddedRows(
-        pad_sequence(tokens, batch_first=True),
-        pad_sequence(segments, batch_first=True, padding_value=-1),
-        pad_sequence(owners, batch_first=True, padding_value=-1),
-        pad_sequence(positions, batch_first=True),
+        pad_sequence([row.tokens for row in rows], batch_first=True),
+        pad_sequence([row.segments for row in rows], batch_first=True, padding_value=-1),
+        pad_sequence([row.owners for row in rows], batch_first=True, padding_value=-1),
+        pad_sequence([row.positions for row in rows], batch_first=True),
     )
 
 

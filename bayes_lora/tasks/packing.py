@@ -1,23 +1,42 @@
 """Packed rows: a prompt once with all of its options behind it, and demonstrations once with many prompts behind them.
 
-A row is a tree. Demonstrations, if any, are its trunk, each example's prompt is a branch, and each of its options a
-twig: a token sees what lies between it and the root, and its positions count along that path alone. So scoring a packed
-row equals scoring every option of every example in a row of its own.
+A row is a tree, or several that do not see one another. Demonstrations, if any, are its trunk, each example's prompt is
+a branch, and each of its options a twig: a token sees what lies between it and the root, and its positions count along
+that path alone. So scoring a packed row equals scoring every option of every example in a row of its own.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-__all__ = ["Context", "EncodedExample", "PackedRow", "in_context", "pack", "pack_rows"]
+__all__ = [
+    "Context",
+    "EncodedExample",
+    "PackedRow",
+    "best_fit",
+    "in_context",
+    "pack",
+    "pack_rows",
+    "pack_tasks",
+    "packed_row",
+]
 
 ROW_TOKENS = 1024
 """Examples share a row up to so many tokens of their own: attention costs a row's square, a context its length."""
+
+ATTENTION_PLACES = 2000
+"""A token's way through a layer costs as much as its attention to so many places: at SmolLM2-135M's shape on a CPU, a
+token took 536 us in rows of 64 or 128, 564 in rows of 256, 646 of 512 and 785 of 1,024. In wider models it is more."""
+
+CAPACITIES = 32
+"""About so many row lengths are tried for an episode."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +107,11 @@ class EncodedExample:
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """A row of an episode: one example, or several that share a context. ``L`` tokens.
+    """A row of an episode: examples of one task, all behind the same context or all without any. ``L`` tokens.
 
     Attributes:
         examples: in order.
+        members: the place of each among the task's examples.
         starts: place in the row at which each example's prompt begins.
         tokens: ``(L,)`` token ids.
         segments: ``(L,)`` 0 in the context and in prompts, ``k + 1`` in an example's option ``k``.
@@ -101,6 +121,7 @@ class PackedRow:
     """
 
     examples: tuple[EncodedExample, ...]
+    members: tuple[int, ...]
     starts: tuple[int, ...]
     tokens: Tensor
     segments: Tensor
@@ -110,6 +131,11 @@ class PackedRow:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def context(self) -> Context | None:
+        """What stands before all of its examples."""
+        return self.examples[0].context
 
 
 def digest(*parts: object) -> bytes:
@@ -156,36 +182,98 @@ def in_context(example: EncodedExample, context: Context) -> EncodedExample:
 
 
 def pack_rows(examples: Sequence[EncodedExample]) -> list[PackedRow]:
-    """Lay the examples of a task out in rows, in order: those with one context share rows, others stand alone."""
-    rows: list[PackedRow] = []
-    some: list[EncodedExample] = []
-    length = 0
-    for example in examples:
-        context = example.context
-        fits = some and context is not None and some[0].context is not None and some[0].context.key == context.key
-        if some and not (fits and length + len(example) <= ROW_TOKENS):
-            rows.append(_row(some))
-            some, length = [], 0
+    """Lay the examples of one task out in rows, as :func:`pack_tasks` does."""
+    return pack_tasks([examples])[0]
+
+
+def pack_tasks(tasks: Sequence[Sequence[EncodedExample]]) -> list[list[PackedRow]]:
+    """Lay the examples of each task out in rows of its own, so that all rows, padded to the longest, cost little.
+
+    Examples with one context share rows in order. Of the others, any may share a row up to a length that is searched
+    for: long rows leave little to be padded at the end of each task, short ones take less attention.
+    """
+    behind = [_behind_contexts(task) for task in tasks]
+    alone = [_without_context(task) for task in tasks]
+    sizes = [[len(task[i]) for i in places] for task, places in zip(tasks, alone, strict=True)]
+    widths = [_width(task, members) for task, rows in zip(tasks, behind, strict=True) for members in rows]
+    capacity = _cheapest_capacity(sizes, widths)
+    bins = [[[places[k] for k in one] for one in best_fit(s, capacity)] for s, places in zip(sizes, alone, strict=True)]
+    return [
+        [packed_row(task, members) for members in sorted(rows + [sorted(one) for one in others])]
+        for task, rows, others in zip(tasks, behind, bins, strict=True)
+    ]
+
+
+def _without_context(task: Sequence[EncodedExample]) -> list[int]:
+    """The examples that may share a row with any other, the longest first."""
+    return sorted((i for i, example in enumerate(task) if example.context is None), key=lambda i: -len(task[i]))
+
+
+def _behind_contexts(task: Sequence[EncodedExample]) -> list[list[int]]:
+    """Which examples share a row because they share a context."""
+    rows: list[list[int]] = []
+    length, key = 0, None
+    for i, example in enumerate(task):
+        if example.context is None:
+            continue
+        if example.context.key != key or length + len(example) > ROW_TOKENS:
+            rows.append([])
+            length, key = 0, example.context.key
         length += len(example)
-        some.append(example)
-    return [*rows, _row(some)] if some else rows
+        rows[-1].append(i)
+    return rows
 
 
-def _row(examples: Sequence[EncodedExample]) -> PackedRow:
+def _width(task: Sequence[EncodedExample], members: Sequence[int]) -> int:
+    return len(task[members[0]].context or ()) + sum(len(task[i]) for i in members)
+
+
+def _cheapest_capacity(sizes: Sequence[Sequence[int]], widths: Sequence[int]) -> int:
+    """The length up to which examples of each task's ``sizes``, the largest first, should share rows.
+
+    Other rows have ``widths``.
+    """
+    least = max([*widths, *(one[0] for one in sizes if one)])
+    most = min(ROW_TOKENS, max(256, 2 * least))
+
+    def cost(capacity: int) -> int:
+        lengths = [sum(one[k] for k in row) for one in sizes for row in best_fit(one, capacity)]
+        longest = max([least, *lengths])
+        return (len(widths) + len(lengths)) * longest * (longest + ATTENTION_PLACES)
+
+    return min(range(min(least, most), most + 1, max(1, (most - least) // CAPACITIES)), key=cost)
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items, the largest first, each into the fullest bin that has room; larger ones than that stand alone.
+
+    Returns the indices in each bin.
+    """
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # what is left in each bin, the least first
+    for index, size in enumerate(sizes):
+        at = bisect_left(rooms, (size, -1))
+        if at < len(rooms):
+            room, chosen = rooms.pop(at)
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        insort(rooms, (room - size, chosen))
+    return bins
+
+
+def packed_row(task: Sequence[EncodedExample], members: Sequence[int]) -> PackedRow:
+    """The row of some of a task's examples, which have the same context or none."""
+    examples = [task[i] for i in members]
     context = examples[0].context
-    if context is None:
-        [example] = examples
-        owners = torch.ones_like(example.segments)
-        return PackedRow((example,), (0,), example.tokens, example.segments, owners, example.positions, example.key)
-    shift, starts, blank = len(context), [], torch.zeros_like(context.tokens)
-    at = shift
-    for example in examples:
-        starts.append(at)
-        at += len(example)
+    before = examples[0].tokens[:0] if context is None else context.tokens
+    shift, blank = len(before), torch.zeros_like(before)
     return PackedRow(
         examples=tuple(examples),
-        starts=tuple(starts),
-        tokens=torch.cat([context.tokens, *(example.tokens for example in examples)]),
+        members=tuple(members),
+        starts=tuple(accumulate(map(len, examples[:-1]), initial=shift)),
+        tokens=torch.cat([before, *(example.tokens for example in examples)]),
         segments=torch.cat([blank, *(example.segments for example in examples)]),
         owners=torch.cat([blank, *(torch.full_like(e.segments, i) for i, e in enumerate(examples, start=1))]),
         positions=torch.cat([torch.arange(shift), *(example.positions + shift for example in examples)]),
