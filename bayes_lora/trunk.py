@@ -10,19 +10,38 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from bayes_lora.cache import TensorCache
 from bayes_lora.memory import TokenBudget
 from bayes_lora.tasks.batching import by_tokens
 from bayes_lora.tasks.episode import Episode, send
-from bayes_lora.tasks.packing import PackedRow
+from bayes_lora.tasks.packing import EncodedExample, PackedRow, packed_row
 
 __all__ = ["Trunk"]
+
+
+class _Piece(NamedTuple):
+    """What of a row is kept by itself: an example without a context, or the whole row."""
+
+    row: int
+    start: int
+    key: bytes
+    content: PackedRow | EncodedExample
+
+    def alone(self) -> PackedRow:
+        """It in a row of its own."""
+        return self.content if isinstance(self.content, PackedRow) else packed_row([self.content], [0])
+
+
+def _pieces(index: int, row: PackedRow) -> list[_Piece]:
+    if row.context is not None:
+        return [_Piece(index, 0, row.key, row)]
+    return [_Piece(index, start, e.key, e) for e, start in zip(row.examples, row.starts, strict=True)]
 
 
 class _PassThrough(nn.Module):
@@ -116,25 +135,31 @@ class Trunk:
     def states(self, episode: Episode, run: Callable[[Sequence[PackedRow]], Any]) -> Tensor | None:
         """Hidden states at the input of layer k for every row of an episode, ``(R, L, d)``, or None if k is 0.
 
+        An example without a context sees only itself, so its states are kept whatever it shares a row with; a row with
+        a context is kept as a whole.
+
         Args:
             episode: the rows.
             run: a forward of the whole model over some rows, called without the upper layers.
         """
         if self.depth == 0:
             return None
-        flat = [row for task in episode.rows for row in task]
-        missing = {row.key: row for row in flat if row is not None and row.key not in self.cache}
-        fresh = self._compute(list(missing.values()), run) if missing else {}
-        known = [None if row is None else fresh.get(row.key) or self.cache.get(row.key) for row in flat]
-        [like] = next(states for states in known if states is not None)
-        blank = like.new_zeros(1, like.shape[-1])
-        padded = pad_sequence([blank if states is None else states[0] for states in known], batch_first=True)
-        return send(padded, episode.input_ids.device)
+        pieces = [piece for r, row in enumerate(chain(*episode.rows)) for piece in _pieces(r, row)]
+        missing = {piece.key: piece for piece in pieces if piece.key not in self.cache}
+        fresh = self._compute({key: piece.alone() for key, piece in missing.items()}, run) if missing else {}
+        known = [fresh.get(piece.key) or self.cache.get(piece.key) for piece in pieces]
+        [like] = known[0] or ()
+        states = like.new_zeros(*episode.input_ids.shape, like.shape[-1])
+        for piece, found in zip(pieces, known, strict=True):
+            [own] = found or ()
+            states[piece.row, piece.start : piece.start + len(own)] = own
+        return send(states, episode.input_ids.device)
 
     def _compute(
-        self, rows: list[PackedRow], run: Callable[[Sequence[PackedRow]], Any]
+        self, missing: dict[bytes, PackedRow], run: Callable[[Sequence[PackedRow]], Any]
     ) -> dict[bytes, tuple[Tensor, ...]]:
         assert self.layers is not None
+        keys, rows = list(missing), list(missing.values())
         fresh: dict[bytes, tuple[Tensor, ...]] = {}
         with torch.no_grad(), self._swapped(range(self.depth, len(self.layers))) as stand_ins:
             for batch in by_tokens([len(row) for row in rows], self.budget.per_item(1)):
@@ -142,6 +167,6 @@ class Trunk:
                 run(chosen)
                 seen = stand_ins[0].seen
                 assert seen is not None
-                for row, states in zip(chosen, seen, strict=True):
-                    fresh[row.key] = self.cache.put(row.key, (states[: len(row)],))
+                for i, states in zip(batch, seen, strict=True):
+                    fresh[keys[i]] = self.cache.put(keys[i], (states[: len(rows[i])],))
         return fresh
