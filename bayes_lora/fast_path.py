@@ -70,8 +70,8 @@ def probe(model: Any) -> Episode:
     """Examples of random tokens in which everything differs that a forward could confuse.
 
     Two tasks: in one, examples of unequal length share a context, in rows that are longer than any window of layers
-    that look back a fixed number of places; in the other an example stands alone, in a shorter row. Options have one to
-    three tokens.
+    that look back a fixed number of places; in the other examples without a context share a shorter row. Options have
+    one to three tokens.
     """
     generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
 
@@ -79,13 +79,14 @@ def probe(model: Any) -> Episode:
         drawn: list[int] = torch.randint(vocabulary, (count,), generator=generator).tolist()
         return drawn
 
-    options = [[tokens(n) for n in counts] for counts in ((3, 1, 2), (1, 3), (2, 3, 1))]
+    options = [[tokens(n) for n in counts] for counts in ((3, 1, 2), (1, 3), (2, 3, 1), (1, 2))]
     limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
     room = min((limit for limit in limits if limit), default=1024) - 20
     window = getattr(model.config, "window_size", None) or 0
     context = Context.of(tokens(max(2, min(room, 8 + window))))
     shared = [in_context(pack(tokens(n), o, 0), context) for n, o in zip((7, 4), options, strict=False)]
-    return collate([shared, [pack(tokens(5), options[2], 0)]]).to(model.device)
+    apart = [pack(tokens(n), o, 0) for n, o in zip((5, 3), options[2:], strict=True)]
+    return collate([shared, apart]).to(model.device)
 
 
 def plain_scores(model: Any, example: EncodedExample) -> Tensor:

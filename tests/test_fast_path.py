@@ -28,6 +28,7 @@ from bayes_lora.errors import ConfigError, ModelError
 from bayes_lora.forward import PackedForward
 from bayes_lora.prompt_cache import PromptCacheForward
 from bayes_lora.tasks import collate, packing
+from bayes_lora.tasks.episode import attention_mask
 from bayes_lora.trunk import Trunk
 
 
@@ -62,7 +63,7 @@ def present(scores: torch.Tensor, episode: Any) -> torch.Tensor:
 
 def check_against_plain(lm: Any, episode: Any, **tolerance: float) -> None:
     """Scores, and gradients of a weighted sum of them."""
-    found, wanted = random_phi(lm, 2, 2, 1, seed=3), random_phi(lm, 2, 2, 1, seed=3)
+    found, wanted = (random_phi(lm, 2, episode.shape[0], 1, seed=3) for _ in range(2))
     for phi in (found, wanted):
         for value in phi.values():
             value.requires_grad_()
@@ -205,7 +206,7 @@ def test_a_wrong_trunk_is_noticed_and_left_out(lm: Any, monkeypatch: pytest.Monk
         lm.features(episode)
     assert lm.trunk.depth == 0
     check_against_plain(lm, episode)
-    assert len(lm.trunk.cache) == 2  # the made-up rows of the check
+    assert len(lm.trunk.cache) == 3  # a made-up row, and two made-up examples of the check
 
 
 def bloom(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Any:
@@ -260,6 +261,72 @@ def test_a_mask_of_its_own_is_noticed_before_it_matters(tokenizer: Any, monkeypa
     with pytest.warns(UserWarning, match="GPTNeoForCausalLM: with packed rows .* its scores are off"):
         lm.features(collate([[packing.pack([5, 6], [[1], [2]], 0)]]))
     check_against_plain(lm, make_episode(lm)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_examples_that_see_one_another_are_noticed(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that keeps them apart behind demonstrations alone: nothing else of the check would show it."""
+
+    def leaky(rows: Any, dtype: torch.dtype) -> torch.Tensor:
+        alone = (rows.owners != 0).all(-1, keepdim=True)
+        return attention_mask(rows._replace(owners=rows.owners.where(~alone, rows.owners.clamp(max=1))), dtype)
+
+    monkeypatch.setattr(forward, "attention_mask", leaky)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM: with packed rows .* its scores are off"):
+        lm.features(make_episode(lm)[0])
+    check_against_plain(lm, make_episode(lm)[0])
+
+
+# --- examples that share a row ---
+
+
+def uneven_episode(lm: Any, counts: tuple[int, ...] = (5, 1, 7)) -> Any:
+    """Tasks with unequal numbers of examples and of rows, several of them in a row."""
+    tasks = list(make_tasks(len(counts)).values())
+    encoded = [lm.encoder(task.examples[:n]) for task, n in zip(tasks, counts, strict=True)]
+    encoded[1] = encoded[1] + lm.encoder(tasks[1].examples[8:12], tasks[1].examples[:1])  # and some that share more
+    return collate(encoded)
+
+
+def test_sharing_a_row_equals_a_row_alone(any_lm: Any) -> None:
+    """Values and gradients of draws of every task, from the trunk computed, kept, and kept in part."""
+    episode = uneven_episode(any_lm)
+    assert len(set(episode.rows_per_task)) > 1
+    assert any(len(row.examples) > 1 and row.context is None for task in episode.rows for row in task)
+    first = [example for example in episode.examples[2] if example is not None][:3]
+    any_lm.features(collate([first]))  # from here on these are known to the trunk
+    assert len(any_lm.trunk.cache) == 3 + 3  # those of the check, too
+    for _ in range(2):
+        check_against_plain(any_lm, episode, **closeness(any_lm))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharing_rows_without_a_trunk(tokenizer: Any, checkpointing: bool) -> None:
+    """All layers adapted; backward through checkpoints takes the tasks' rows apart as forward did."""
+    lm = build_lm("llama", tokenizer, top_layers=None, gradient_checkpointing=checkpointing)
+    assert lm.trunk.depth == 0
+    check_against_plain(lm, uneven_episode(lm))
+
+
+def test_an_example_in_other_company_is_known_to_the_trunk(lm: Any) -> None:
+    """What it shares a row with does not matter; a row behind demonstrations is known as a whole."""
+    tasks = list(make_tasks(3).values())
+    encoded = [lm.encoder(task.examples[:8]) for task in tasks]
+    behind = lm.encoder(tasks[0].examples[8:11], tasks[0].examples[:2])
+    lm.features(collate([encoded[0][:1]]))
+    phi, sizes = random_phi(lm), []
+    lm.trunk.layers[0].register_forward_hook(lambda _, args, out: sizes.append(args[0].shape[0]))
+    alone = lm(phi, collate([[example] for example in encoded[1]]))
+    assert sum(sizes) == 8
+    for company in ([encoded[1]], [encoded[1][::-1]], [encoded[1][:3], encoded[1][3:]]):
+        found = lm(phi, collate(company))
+        torch.testing.assert_close(found[found > -1e9].sort().values, alone[alone > -1e9].sort().values)
+    assert sum(sizes) == 8
+    lm(phi, collate([encoded[2][:2] + encoded[1][:2], behind]))
+    assert sum(sizes) == 8 + 2 + 1  # two new examples, and one row behind demonstrations
+    lm(phi, collate([behind + encoded[2][:1]]))
+    assert sum(sizes) == 11
+    lm(phi, collate([behind[:2]]))  # another row
+    assert sum(sizes) == 12
 
 
 def test_layers_that_return_tuples(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
