@@ -239,3 +239,23 @@ def test_the_zoo_is_measured(tmp_path, capsys):
     assert lines["GradientGuide"]["passes"] == 6.0 and lines["GradientGuide"]["passes_of_a_new_task"] == 5.0
     assert lines["HierarchicalNormal"]["parameters"] == 4.0 and lines["GradientGuide"]["parameters"] == 2.0
     assert "RankARD" in capsys.readouterr().out
+
+
+def test_collation_is_measured(tmp_path, capsys):
+    import collation
+
+    threads = torch.get_num_threads()
+    try:
+        collation.main(["--quick", "--output", str(tmp_path / "collation.json")])
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "collation.json").read_text())
+    assert [(line["tasks"], line["max_length"]) for line in result["lines"]] == [
+        (tasks, length) for length in (128, 256) for tasks in (1, 4, 8)
+    ]
+    for line in result["lines"]:
+        shared, alone = line["examples share rows"], line["a row per example"]
+        assert shared["tokens"] <= alone["tokens"] and shared["padding"] <= alone["padding"]
+        assert shared["tokens"] * (1 - shared["padding"]) == pytest.approx(alone["tokens"] * (1 - alone["padding"]))
+    assert result["step"]["ratio"] > 0 and result["step"]["ratio_of_tokens"] >= 1
+    assert "ms an example" in capsys.readouterr().out

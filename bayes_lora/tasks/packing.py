@@ -7,7 +7,6 @@ that path alone. So scoring a packed row equals scoring every option of every ex
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -16,11 +15,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from bayes_lora.tasks.bins import best_fit, cheapest_capacity
+
 __all__ = [
     "Context",
     "EncodedExample",
     "PackedRow",
-    "best_fit",
     "in_context",
     "pack",
     "pack_rows",
@@ -30,13 +30,6 @@ __all__ = [
 
 ROW_TOKENS = 1024
 """Examples share a row up to so many tokens of their own: attention costs a row's square, a context its length."""
-
-ATTENTION_PLACES = 2000
-"""A token's way through a layer costs as much as its attention to so many places: at SmolLM2-135M's shape on a CPU, a
-token took 536 us in rows of 64 or 128, 564 in rows of 256, 646 of 512 and 785 of 1,024. In wider models it is more."""
-
-CAPACITIES = 32
-"""About so many row lengths are tried for an episode."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +189,7 @@ def pack_tasks(tasks: Sequence[Sequence[EncodedExample]]) -> list[list[PackedRow
     alone = [_without_context(task) for task in tasks]
     sizes = [[len(task[i]) for i in places] for task, places in zip(tasks, alone, strict=True)]
     widths = [_width(task, members) for task, rows in zip(tasks, behind, strict=True) for members in rows]
-    capacity = _cheapest_capacity(sizes, widths)
+    capacity = cheapest_capacity(sizes, widths, ROW_TOKENS)
     bins = [[[places[k] for k in one] for one in best_fit(s, capacity)] for s, places in zip(sizes, alone, strict=True)]
     return [
         [packed_row(task, members) for members in sorted(rows + [sorted(one) for one in others])]
@@ -226,41 +219,6 @@ def _behind_contexts(task: Sequence[EncodedExample]) -> list[list[int]]:
 
 def _width(task: Sequence[EncodedExample], members: Sequence[int]) -> int:
     return len(task[members[0]].context or ()) + sum(len(task[i]) for i in members)
-
-
-def _cheapest_capacity(sizes: Sequence[Sequence[int]], widths: Sequence[int]) -> int:
-    """The length up to which examples of each task's ``sizes``, the largest first, should share rows.
-
-    Other rows have ``widths``.
-    """
-    least = max([*widths, *(one[0] for one in sizes if one)])
-    most = min(ROW_TOKENS, max(256, 2 * least))
-
-    def cost(capacity: int) -> int:
-        lengths = [sum(one[k] for k in row) for one in sizes for row in best_fit(one, capacity)]
-        longest = max([least, *lengths])
-        return (len(widths) + len(lengths)) * longest * (longest + ATTENTION_PLACES)
-
-    return min(range(min(least, most), most + 1, max(1, (most - least) // CAPACITIES)), key=cost)
-
-
-def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items, the largest first, each into the fullest bin that has room; larger ones than that stand alone.
-
-    Returns the indices in each bin.
-    """
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # what is left in each bin, the least first
-    for index, size in enumerate(sizes):
-        at = bisect_left(rooms, (size, -1))
-        if at < len(rooms):
-            room, chosen = rooms.pop(at)
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(index)
-        insort(rooms, (room - size, chosen))
-    return bins
 
 
 def packed_row(task: Sequence[EncodedExample], members: Sequence[int]) -> PackedRow:
