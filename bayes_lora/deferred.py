@@ -24,11 +24,11 @@ class Blocks(NamedTuple):
 
     Attributes:
         sizes: rows of each group.
-        index: ``(rows,)`` the group of each row.
+        group: ``(rows,)`` the group of each row.
     """
 
     sizes: tuple[int, ...]
-    index: Tensor
+    group: Tensor
 
     @classmethod
     def of(cls, sizes: Sequence[int], device: torch.device) -> Blocks | None:
@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
         parts = zip(x.split(blocks.sizes), weight, strict=True)
         return torch.cat([F.linear(part, matrix) for part, matrix in parts])
     if blocks is not None:
-        weight = weight[blocks.index]
+        weight = weight[blocks.group]
     grouped = x.reshape(weight.shape[0], -1, weight.shape[-1])  # (groups, rows / groups * length, in)
     return torch.bmm(grouped, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
 

@@ -59,7 +59,7 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
 
 def test_groups_of_equal_size_need_no_blocks():
     assert Blocks.of((2, 2, 2), torch.device("cpu")) is None
-    assert Blocks.of((1, 2), torch.device("cpu")).index.tolist() == [0, 1, 1]
+    assert Blocks.of((1, 2), torch.device("cpu")).group.tolist() == [0, 1, 1]
 
 
 def test_rows_of_other_groups_are_refused(lm):
