@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -170,7 +171,7 @@ class LanguageModel:
             read = self.forward(episode, draws)
         return option_scores(read.token_scores, episode, self.normalize)
 
-    def bound(self, values: Sites, rows: list[int] | None = None) -> AbstractContextManager[None]:
+    def bound(self, values: Sites, rows: Sequence[int] | None = None) -> AbstractContextManager[None]:
         """Inside the block the model runs under values ``(D, T or 1, layers, out, in)``, with rows grouped by draw.
 
         Args:
