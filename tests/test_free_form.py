@@ -91,7 +91,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_the_tokens(tokenizer):
     observed = model.answer(lm(phi, episode)).log_prob(episode.answer)
     found = torch.autograd.grad(observed.sum(), list(phi.values()))
     with lm.bound({site: value[None, :, 0] for site, value in phi.items()}):
-        tokens = lm._read(episode).token_scores
+        tokens = lm.forward(episode).token_scores
     expected = torch.autograd.grad(tokens.sum(), list(phi.values()))
     torch.testing.assert_close(observed.sum(), tokens.sum())
     for one, other in zip(found, expected, strict=True):
