@@ -35,7 +35,8 @@ class Blocks(NamedTuple):
         """None where all are equally large."""
         if len(set(sizes)) <= 1:
             return None
-        return cls(tuple(sizes), torch.repeat_interleave(torch.tensor(sizes)).to(device))
+        group = torch.tensor([index for index, size in enumerate(sizes) for _ in range(size)])
+        return cls(tuple(sizes), group.to(device, non_blocking=True))
 
 
 def linear(x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:

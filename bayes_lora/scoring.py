@@ -67,7 +67,7 @@ def option_scores(token_scores: Tensor, episode: Episode, normalize: Literal["su
     free = episode.free_form.flatten()
     if normalize == "mean":
         lengths = option_lengths(episode).clamp(min=1)
-        scores = scores / torch.where(free.repeat_interleave(episode.shape[-1]), 1, lengths)
+        scores = scores / torch.where(free[:, None].expand(-1, episode.shape[-1]).flatten(), 1, lengths)
     by_example = scores.unflatten(1, (len(free), -1))
     other = log_complement(by_example[..., :1])
     second = torch.arange(episode.shape[-1], device=free.device) == 1
