@@ -204,36 +204,6 @@ def test_all_tasks_and_examples_are_visited(tasks: TaskSet, encoder: Encoder) ->
     assert drawn == {row.key for task in tasks.values() for row in encoder(task.examples)}
 
 
-def many_tasks(count: int) -> TaskSet:
-    """Task ``i``'s prompts grow with a permutation of ``i``, so that order and length are unlike."""
-    return TaskSet(
-        [
-            Task(f"t{i}", [Example("film " * (1 + i * 5 % count) + str(n), ("yes", "no"), n % 2) for n in range(3)])
-            for i in range(count)
-        ]
-    )
-
-
-@pytest.mark.parametrize("count", [5, 7, 12])  # 2 T of them are all, or not
-def test_each_task_is_equally_likely(encoder: Encoder, count: int) -> None:
-    """So the plate's scaling is unbiased; within 5 standard deviations."""
-    sampler = EpisodeSampler(many_tasks(count), encoder, tasks_per_episode=3, num_support=1, num_query=1)
-    draws = 4000
-    chosen = [sampler._choose(np.random.default_rng([3, i])) for i in range(draws)]
-    assert all(len(set(one)) == 3 for one in chosen)
-    counts = np.bincount(np.concatenate(chosen), minlength=count)
-    share = 3 / count
-    assert np.abs(counts - draws * share).max() < 5 * (draws * share * (1 - share)) ** 0.5
-
-
-def test_tasks_of_an_episode_are_of_like_length(encoder: Encoder) -> None:
-    """Four neighbours on a circle of every other rank; nowhere do the longest meet the shortest."""
-    count = 12
-    sampler = EpisodeSampler(many_tasks(count), encoder, tasks_per_episode=2, num_support=1, num_query=1)
-    chosen = (sampler._choose(np.random.default_rng([3, i])) for i in range(500))
-    assert {abs(int(a) * 5 % count - int(b) * 5 % count) for a, b in chosen} == set(range(1, 2 * 3 + 1))
-
-
 def test_demonstrations_stand_before_every_query(tasks: TaskSet, encoder: Encoder) -> None:
     """They are the first support examples, solved; the guide's support has none."""
     settings: dict[str, Any] = dict(tasks_per_episode=2, num_support=3, num_query=4, score_support=False, seed=2)

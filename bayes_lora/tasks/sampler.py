@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
+from statistics import median
 
 import numpy as np
 
@@ -64,7 +64,8 @@ class EpisodeSampler:
         self.tasks, self.encoder, self.seed = list(tasks.values()), encoder, seed
         self.tasks_per_episode, self.num_support, self.num_query = tasks_per_episode, num_support, num_query
         self.score_support, self.num_demonstrations = score_support, num_demonstrations
-        self._circle = _alike([fmean(len(row) for row in encoder(task.examples)) for task in self.tasks])
+        lengths = [median(len(row) for row in encoder(task.examples)) for task in self.tasks]
+        self._by_length = np.argsort(lengths, kind="stable")
         for task in self.tasks:
             task.split(num_support, seed=0, num_query=num_query)  # fails now, not in the middle of a run
 
@@ -91,20 +92,10 @@ class EpisodeSampler:
         return task.examples if self.score_support else task.query
 
     def _choose(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw T tasks among 2 T neighbours in length; each task is equally likely.
-
-        Demonstrations and all queries behind them are one row, which is padded to that of the longest task.
-        """
-        total = len(self.tasks)
-        start, count = rng.integers(total), min(2 * self.tasks_per_episode, total)
-        neighbours = self._circle[(start + np.arange(count)) % total]
+        """Draw T tasks among 2 T neighbours in length, so that little is padded; each task is equally likely."""
+        start, count = rng.integers(len(self.tasks)), min(2 * self.tasks_per_episode, len(self.tasks))
+        neighbours = self._by_length[(start + np.arange(count)) % len(self.tasks)]
         return rng.choice(neighbours, self.tasks_per_episode, replace=False)
 
     def _draw(self, task: Task, rng: np.random.Generator) -> Task:
         return task.split(self.num_support, seed=int(rng.integers(2**31)), num_query=self.num_query)
-
-
-def _alike(lengths: Sequence[float]) -> np.ndarray:
-    """Indices on a circle on which all neighbours are of like length: ranks 0, 2, 4, ..., 5, 3, 1."""
-    order = np.argsort(lengths, kind="stable")
-    return np.concatenate([order[::2], order[1::2][::-1]])
