@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bayes_lora.decoding import Generated
+from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import Metrics, compute_metrics
+from bayes_lora.tasks.batching import by_tokens
+from bayes_lora.tasks.episode import Episode, collate
+from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.task import Example
 from bayes_lora.text_metrics import TextMetrics, text_metrics
+from bayes_lora.types import Sites, absent_score
 
-__all__ = ["predictive", "score", "score_text"]
+__all__ = ["predict_rows", "predictive", "score", "score_text", "task_of", "tempered"]
+
+TASK = -5
+"""The tasks' dimension of ``(T, 1, layers, out, in)``."""
 
 
 def predictive(log_lik: Tensor) -> Tensor:
@@ -25,6 +34,48 @@ def predictive(log_lik: Tensor) -> Tensor:
         ``(..., K)``, nats.
     """
     return torch.logsumexp(log_lik.log_softmax(-1), 0) - torch.tensor(float(len(log_lik))).log()
+
+
+def tempered(scores: Tensor, episode: Episode, temperature: float | Tensor) -> Tensor:
+    """Option scores ``(..., T, N, K)`` divided by a temperature.
+
+    Those of free answers stay as they are. Whatever a temperature is chosen on, the gold text is what was observed, and
+    dividing the log-probabilities of that and of any other text would seem to make every text likelier.
+    """
+    return torch.where(episode.free_form[..., None], scores, scores / temperature)
+
+
+def task_of(phi: Sites, index: int) -> Sites:
+    """The draws of one task."""
+    found: Sites = tree_map(lambda v: v if v.shape[TASK] == 1 else v[:, index : index + 1], phi)
+    return found
+
+
+def predict_rows(
+    lm: LanguageModel,
+    phi: Sites,
+    rows: Sequence[EncodedExample],
+    temperature: float,
+    max_tokens: Callable[[], int],
+) -> Tensor:
+    """Predictive log-probabilities ``(N, K)`` of one task's examples under draws ``(S, 1, 1, layers, out, in)``.
+
+    Rows of like length share a forward with all draws, of at most ``max_tokens()``, and then go back to their places.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    width = max(row.num_options for row in rows)
+    pieces: list[Tensor] = []
+    done = 0
+    while done < len(order):
+        # Asked anew each time, for the first forward may measure it. Queries are worth their demonstrations.
+        budget = max(max_tokens(), len(rows[0].context or ()))
+        batch = order[done : done + len(by_tokens([len(rows[i]) for i in order[done:]], budget)[0])]
+        done += len(batch)
+        episode = collate([[rows[i] for i in batch]]).to(lm.device)
+        log_probs = predictive(tempered(lm(phi, episode), episode, temperature))[0]
+        absent = width - log_probs.shape[-1]
+        pieces.append(nn.functional.pad(log_probs, (0, absent), value=absent_score(log_probs.dtype)))
+    return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
 
 
 def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:

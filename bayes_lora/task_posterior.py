@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,31 +10,28 @@ from typing import Any
 
 import torch
 from pyro.distributions import Normal, TorchDistribution
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bayes_lora.decoding import Generated, generate
 from bayes_lora.deferred import DeferredWeight
 from bayes_lora.errors import ConfigError, TaskError
-from bayes_lora.evaluation import predictive, score, score_text
+from bayes_lora.evaluation import TASK, predict_rows, score, score_text, task_of
 from bayes_lora.factored_normal import FactoredNormal
 from bayes_lora.language_model import LanguageModel
 from bayes_lora.metrics import Metrics
 from bayes_lora.seeding import seeded
 from bayes_lora.sites import factor_sites
 from bayes_lora.task_posterior_files import export_adapter, read_posterior, save_posterior
-from bayes_lora.tasks.batching import by_tokens
-from bayes_lora.tasks.episode import collate
-from bayes_lora.tasks.packing import EncodedExample
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.text_metrics import TextMetrics
-from bayes_lora.types import Sites, absent_score
+from bayes_lora.types import Sites
 from bayes_lora.weight_distribution import WeightDistribution
 
 __all__ = ["TaskPosterior"]
 
-TASK, WITH_COMPONENTS = -5, 6
-"""The tasks' dimension of ``(T, 1, layers, out, in)``, and how many there are where components stand before it."""
+WITH_COMPONENTS = 6
+"""Dimensions of ``(T, 1, layers, out, in)`` where components stand before it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,8 @@ class TaskPosterior:
         noise: where whole updates are random, ``N(B A, (B_s A_s)^2)`` with the locations for B and A: the factors of
             their scales, under the names of LoRA sites.
         joint: the distributions of sites whose weights are not independent normals, of batch ``(T, 1)``.
-        temperature: by which option scores are divided, see :mod:`bayes_lora.temperature`.
+        temperature: by which scores of options, but not those of free answers, are divided, see
+            :mod:`bayes_lora.temperature`.
     """
 
     lm: LanguageModel
@@ -161,9 +159,11 @@ class TaskPosterior:
         # Deferred weights draw while they are used.
         with seeded(seed, self.lm.device) if self.noise else nullcontext():
             return [
-                self._predict(
+                predict_rows(
+                    self.lm,
                     task_of(phi, i),
                     self.lm.encoder(query, shown[i]),
+                    self.temperature,
                     lambda: max_tokens or self.lm.budget.per_item(count),
                 )
                 for i, query in enumerate(queries)
@@ -218,23 +218,6 @@ class TaskPosterior:
             num_draws = 0  # all draws are the mean
         phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.mean().items()}
         return phi, demonstrations or [()] * len(queries)
-
-    def _predict(self, phi: Sites, rows: Sequence[EncodedExample], max_tokens: Callable[[], int]) -> Tensor:
-        """One task: rows of like length share a forward with all draws, then go back to their places."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        width = max(row.num_options for row in rows)
-        pieces: list[Tensor] = []
-        done = 0
-        while done < len(order):
-            # Asked anew each time, for the first forward may measure it. Queries are worth their demonstrations.
-            budget = max(max_tokens(), len(rows[0].context or ()))
-            batch = order[done : done + len(by_tokens([len(rows[i]) for i in order[done:]], budget)[0])]
-            done += len(batch)
-            episode = collate([[rows[i] for i in batch]]).to(self.lm.device)
-            log_probs = predictive(self.lm(phi, episode) / self.temperature)[0]
-            absent = width - log_probs.shape[-1]
-            pieces.append(nn.functional.pad(log_probs, (0, absent), value=absent_score(log_probs.dtype)))
-        return torch.cat(pieces)[torch.tensor(order, device=pieces[0].device).argsort()]
 
     def evaluate(
         self,
@@ -314,17 +297,4 @@ class TaskPosterior:
             TaskError: there is more than one task; ``select`` one first.
             ConfigError: a draw of whole updates was asked for, which is no LoRA.
         """
-        if draw is not None and self.noise:
-            raise ConfigError("draw: whole updates are random here, and a draw of them is no LoRA. Export the mean.")
-        if len(self.names) != 1:
-            raise TaskError(
-                f"an adapter holds one task, this posterior {len(self.names)}: select() one of {self.names}."
-            )
-        phi = self.mean() if draw is None else self.draw(1, seed=draw)
-        export_adapter(self.lm, phi, Path(path), overwrite=overwrite)
-
-
-def task_of(phi: Sites, index: int) -> Sites:
-    """The draws of one task."""
-    found: Sites = tree_map(lambda v: v if v.shape[TASK] == 1 else v[:, index : index + 1], phi)
-    return found
+        export_adapter(self, Path(path), draw, overwrite=overwrite)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bayes_lora.dropped_point import DroppedPoint
-from bayes_lora.errors import PosteriorError, SiteError
+from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
 from bayes_lora.identity import check_identity, identity
 from bayes_lora.kronecker_normal import KroneckerNormal
 from bayes_lora.language_model import LanguageModel
@@ -101,8 +101,15 @@ def _fits(shape: tuple[int, ...], loc: tuple[int, ...], *, factor: bool) -> bool
     return shape[:-2] == loc[:-2] and (shape[-1] == loc[-1] or shape[-2] == loc[-2])
 
 
-def export_adapter(lm: LanguageModel, phi: Sites, path: Path, *, overwrite: bool) -> None:
-    """Write the weights of one draw as a plain PEFT adapter; see :meth:`TaskPosterior.export_peft`."""
+def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, overwrite: bool) -> None:
+    """See :meth:`TaskPosterior.export_peft`."""
+    if draw is not None and posterior.noise:
+        raise ConfigError("draw: whole updates are random here, and a draw of them is no LoRA. Export the mean.")
+    if len(posterior.names) != 1:
+        raise TaskError(
+            f"an adapter holds one task, this posterior {len(posterior.names)}: select() one of {posterior.names}."
+        )
+    phi, lm = posterior.mean() if draw is None else posterior.draw(1, seed=draw), posterior.lm
     weights = lm.sites.unstack({site: value.reshape(value.shape[-3:]) for site, value in phi.items()})
     with new_folder(path, overwrite=overwrite) as folder:
         write_tensors(

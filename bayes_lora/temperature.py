@@ -2,17 +2,19 @@ r"""One temperature for the option scores, chosen on held-back tasks (Guo et al.
 
 .. math:: \tau^* = \arg\min_\tau \; -\sum_{ij} \log \tfrac1S \sum_s \mathrm{softmax}(\ell_{ijs} / \tau)_{y_{ij}}
 
-in nats. A point has no width; a temperature is what can make it less sure of itself, of all questions alike.
+in nats. A point has no width; a temperature is what can make it less sure of itself, of all questions alike. Free
+answers have none: see :func:`bayes_lora.evaluation.tempered`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from bayes_lora.adaptation import draw_phi
-from bayes_lora.evaluation import predictive
+from bayes_lora.evaluation import predictive, tempered
 from bayes_lora.objective import BetaELBO, evaluating
 from bayes_lora.seeding import seeded
 from bayes_lora.tasks.episode import Episode
@@ -39,10 +41,11 @@ def choose_temperature(
         with objective.handled(), evaluating(objective), seeded(seed, episode.input_ids.device):
             scores = model.likelihood(draw_phi(model, objective.guide.program, episode, num_draws), episode)
         ways = torch.tensor(TEMPERATURES, dtype=scores.dtype, device=scores.device).view(1, -1, 1, 1, 1)
-        log_probs = predictive(scores[:, None] / ways)  # (temperatures, T, N, K)
+        log_probs = predictive(tempered(scores[:, None], episode, ways))  # (temperatures, T, N, K)
         answer = episode.answer.expand(log_probs.shape[:-1])[..., None]
         nll = -log_probs.gather(-1, answer)[..., 0] * episode.mask
         totals += (nll.sum(-1) / episode.mask.sum(-1)).sum(-1).double().cpu()
         count += len(episode.mask)
     curve = dict(zip(TEMPERATURES, (totals / count).tolist(), strict=True))
-    return min(curve, key=curve.__getitem__), curve
+    # Where all held-back tasks have free answers, one is as good as another.
+    return min(curve, key=lambda one: (curve[one], abs(math.log(one)))), curve

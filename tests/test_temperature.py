@@ -1,5 +1,7 @@
 """A temperature for the option scores: chosen on held-back tasks, kept, saved and used."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_tasks
@@ -11,6 +13,7 @@ from bayes_lora.posterior import Posterior
 from bayes_lora.recipes import build_objective
 from bayes_lora.run import build_episodes, fit_posterior
 from bayes_lora.storage import read_json, write_json
+from bayes_lora.tasks import Example, Task, collate
 from bayes_lora.temperature import TEMPERATURES, choose_temperature
 
 CONFIG = small("map-temperature")
@@ -74,3 +77,21 @@ def test_a_diagnosis_is_of_the_tempered_predictions(lm):
     posterior.temperature = 3.0
     expected = posterior.adapt(tasks).evaluate(tasks, num_draws=0)
     assert posterior.diagnose(tasks).nll[0] == pytest.approx(sum(m.nll for m in expected.values()) / 2)
+
+
+def test_free_answers_have_no_temperature(lm):
+    """What was observed is always the gold text, so that the highest would win: they neither choose it nor take it."""
+    free = Task("free", tuple(Example(f"film {i}?", references=("so good" * (1 + i % 2), "no")) for i in range(9)))
+    objective = build_objective(lm, CONFIG).eval()
+    _, held_back = build_episodes(lm, make_tasks(6), CONFIG)
+    rows = lm.encoder(free.examples)
+    episode = collate([rows[4:]], [rows[:4]]).unseen()
+    chosen, alone = choose_temperature(objective, held_back, seed=2)
+    both, curve = choose_temperature(objective, [*held_back, episode], seed=2)
+    count = sum(len(one.mask) for one in held_back)
+    of_free = {tau: (count + 1) * curve[tau] - count * alone[tau] for tau in curve}
+    assert both == chosen and list(of_free.values()) == pytest.approx([of_free[chosen]] * len(curve))
+    assert choose_temperature(objective, [episode])[0] == min(TEMPERATURES, key=lambda tau: abs(math.log(tau)))
+    task, posterior = free.split(4, seed=0), Posterior(lm, objective, CONFIG, temperature=4.0)
+    hot, cold = (posterior.adapt(task).predict([task.query]) for posterior.temperature in (4.0, 1.0))
+    assert torch.equal(hot[0], cold[0]) and bool((cold[0][:, 0] < -1).all())
