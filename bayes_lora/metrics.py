@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ __all__ = [
     "per_example_gap",
     "top_confidence",
 ]
+
+Scores = TypeVar("Scores")
 
 _SUM_TOLERANCE = 2e-2  # bfloat16 log-probabilities of a few nats are off by about 1 %
 
@@ -74,19 +77,20 @@ def compute_metrics(log_probs: Tensor, answer: Tensor, option_mask: Tensor | Non
     )
 
 
-def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
+def mean_metrics(metrics: Sequence[Scores]) -> Scores:
     """Average over tasks, each task counting the same whatever its size; `num_examples` is their sum.
+
+    Args:
+        metrics: `Metrics`, or another dataclass of numbers with `num_examples`, all of one kind.
 
     Raises:
         ValueError: There is nothing to average.
     """
     if not metrics:
         raise ValueError("`metrics` is empty: there is no task to average over")
-
-    def mean(field: str) -> float:
-        return sum(float(getattr(one, field)) for one in metrics) / len(metrics)
-
-    return Metrics(mean("accuracy"), mean("nll"), mean("brier"), mean("ece"), sum(one.num_examples for one in metrics))
+    rows = [asdict(one) for one in metrics]  # type: ignore[call-overload]
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return type(metrics[0])(**means | {"num_examples": sum(row["num_examples"] for row in rows)})
 
 
 def top_confidence(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from bayes_lora.metrics import (
 )
 from bayes_lora.plots import reliability_diagram
 from bayes_lora.storage import write_json
-from bayes_lora.text_metrics import TextMetrics, mean_text_metrics
+from bayes_lora.text_metrics import TextMetrics
 
 __all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
 
@@ -123,7 +123,7 @@ def mean_by_kind(metrics: Mapping[str, Metrics | TextMetrics]) -> dict[str, Metr
     free = [one for one in metrics.values() if isinstance(one, TextMetrics)]
     means: dict[str, Metrics | TextMetrics] = {MEAN: mean_metrics(options)} if options else {}
     if free:
-        means[FREE_MEAN if options else MEAN] = mean_text_metrics(free)
+        means[FREE_MEAN if options else MEAN] = mean_metrics(free)
     return means
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics.functional.text import squad
 
-__all__ = ["TextMetrics", "mean_text_metrics", "text_metrics"]
+__all__ = ["TextMetrics", "text_metrics"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,3 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_
         nll=float(-log_probs.detach().double().mean()),
         num_examples=len(texts),
     )
-
-
-def mean_text_metrics(metrics: Sequence[TextMetrics]) -> TextMetrics:
-    """Average over tasks, each task counting the same whatever its size; `num_examples` is their sum.
-
-    Raises:
-        ValueError: There is nothing to average.
-    """
-    if not metrics:
-        raise ValueError("`metrics` is empty: there is no task to average over")
-    match, f1, nll = (
-        sum(getattr(one, name) for one in metrics) / len(metrics) for name in ("exact_match", "f1", "nll")
-    )
-    return TextMetrics(match, f1, nll, sum(one.num_examples for one in metrics))

@@ -15,13 +15,14 @@ from bayes_lora.adaptation import adapt
 from bayes_lora.decoding import Generated, PosteriorAverage
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.guides import GradientGuide, GuideNetwork, MeanField
+from bayes_lora.metrics import mean_metrics
 from bayes_lora.models import HierarchicalNormal, WeightSpace
 from bayes_lora.objective import BetaELBO
 from bayes_lora.scoring import log_complement
 from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks import Encoder, Example, PromptTemplate, Task
 from bayes_lora.tasks.episode import collate
-from bayes_lora.text_metrics import TextMetrics, mean_text_metrics, text_metrics
+from bayes_lora.text_metrics import TextMetrics, text_metrics
 
 FREE = [
     Example("was the film good?", references=("not so good", "no")),
@@ -214,12 +215,12 @@ def test_text_metrics_by_hand():
     found = text_metrics(texts, references, torch.tensor([-1.0, -2.0, -3.0, -6.0]))
     assert (found.exact_match, found.nll, found.num_examples) == (0.25, 3.0, 4)
     assert found.f1 == pytest.approx((1 + 2 / 3 + 0 + 2 / 3) / 4, abs=1e-6)
-    mean = mean_text_metrics([found, TextMetrics(0.75, 0.5, 1.0, 2)])
+    mean = mean_metrics([found, TextMetrics(0.75, 0.5, 1.0, 2)])
     assert (mean.exact_match, mean.nll, mean.num_examples) == (0.5, 2.0, 6)
     with pytest.raises(ValueError, match="a reference for each; got 1, 1 and 1"):
         text_metrics(["a"], [()], torch.zeros(1))
     with pytest.raises(ValueError, match="`metrics` is empty"):
-        mean_text_metrics([])
+        mean_metrics([])
 
 
 @pytest.mark.parametrize(
