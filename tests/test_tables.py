@@ -186,7 +186,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         TaskError, match=r"t\.parquet: expected a Parquet file that can be read, got: .*; write it anew"
     ):
         load_table(write(tmp_path / "t.parquet", "text,label\n"))
-    for line, match in {"[1]": "expected an object whose keys are the columns, got list", "{": "broken JSON"}.items():
+    for line, match in {"[1]": "expected an object whose keys are the columns; got list", "{": "broken JSON"}.items():
         with pytest.raises(TaskError, match=rf"t\.jsonl:2: {match}"):
             load_table(write(tmp_path / "t.jsonl", f'{{"a": 1, "label": "x"}}\n{line}\n'))
 

@@ -9,7 +9,6 @@ the first is learnt from. All lines of a task are of one kind. Other fields are 
 
 from __future__ import annotations
 
-import json
 import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.task import Example, Task
 from bayes_lora.tasks.task_folders import present_tasks, seeded_files, seeded_task, task_places
-from bayes_lora.tasks.text_files import lines, listed, short
+from bayes_lora.tasks.task_set import TaskSet
+from bayes_lora.tasks.text_files import json_object, lines, listed, short
 
 __all__ = ["has_options", "load_task", "load_taskset", "read_examples", "read_questions"]
 
@@ -164,13 +164,7 @@ def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def _record(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"broken JSON ({error}); expected one whole object on this line") from None
-    if not isinstance(record, dict):
-        raise TaskError(f"expected an object with `input`, `output`, `options`; got {type(record).__name__}")
-    return record
+    return json_object(line, "an object with `input`, `output`, `options`")
 
 
 def _field(record: dict[str, Any], field: str, kind: type) -> Any:

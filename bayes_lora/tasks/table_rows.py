@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.text_files import lines, listed, read_table
+from bayes_lora.tasks.text_files import json_object, lines, listed, read_table
 
 __all__ = ["SPREADSHEETS", "TABLES", "Rows", "at", "filled", "first_cells", "first_record", "is_blank", "read_rows"]
 
@@ -129,13 +129,8 @@ def _delimiter(path: Path, line: str) -> str:
 def _json_lines(path: Path) -> Rows:
     rows: list[tuple[str, dict[str, Any]]] = []
     for place, line in lines(path, "jsonl", "one JSON object a line"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TaskError(f"{place}: broken JSON ({error}); expected one whole object on this line") from None
-        if not isinstance(record, dict):
-            raise TaskError(f"{place}: expected an object whose keys are the columns, got {type(record).__name__}")
-        rows.append((place, record))
+        with at(place):
+            rows.append((place, json_object(line, "an object whose keys are the columns")))
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
     return Rows(columns, [(place, {name: row.get(name) for name in columns}) for place, row in rows])
 

@@ -8,12 +8,13 @@ line is read up to a limit, so that a broken file of gigabytes is refused before
 from __future__ import annotations
 
 import csv
+import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bayes_lora.errors import TaskError, did_you_mean
 
@@ -23,6 +24,7 @@ __all__ = [
     "Table",
     "children",
     "inside",
+    "json_object",
     "lines",
     "listed",
     "option_texts",
@@ -84,6 +86,21 @@ def lines(path: str | Path, kind: str, expected: str) -> Iterator[tuple[str, str
             yield f"{path}:{number}", text.removesuffix("\n").removesuffix("\r")
     if empty:
         raise TaskError(f"{path}: the file is empty; expected {expected}")
+
+
+def json_object(line: str, expected: str) -> dict[str, Any]:
+    """Return the object that a line holds.
+
+    Raises:
+        TaskError: it holds no JSON, or something else than an object; the message says what was ``expected``.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"broken JSON ({error}); expected one whole object on this line") from None
+    if not isinstance(record, dict):
+        raise TaskError(f"expected {expected}; got {type(record).__name__}")
+    return record
 
 
 def read_text(path: str | Path, kind: str) -> str:
