@@ -24,7 +24,8 @@ from bayes_lora.storage import write_json
 from bayes_lora.task_posterior import TaskPosterior
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.sampler import EpisodeSampler
-from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.temperature import choose_temperature
 from bayes_lora.text_metrics import TextMetrics
 from bayes_lora.training import FitState, fit

@@ -24,7 +24,8 @@ from bayes_lora.posterior import CONFIG as POSTERIOR_CONFIG
 from bayes_lora.recipes import build_language_model
 from bayes_lora.storage import read_json, write_json
 from bayes_lora.tasks.questions import QuestionForm
-from bayes_lora.tasks.task import Task, TaskSet
+from bayes_lora.tasks.task import Task
+from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.training import FitState
 
 __all__ = [

@@ -16,7 +16,7 @@ from bayes_lora.objective import evaluating
 from bayes_lora.posterior import Posterior
 from bayes_lora.run import build_episodes, fit_posterior
 from bayes_lora.seeding import seeded
-from bayes_lora.tasks.task import TaskSet
+from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.width import held_back_nll
 
 __all__ = ["BetaPoint", "sweep_beta", "sweep_table"]

@@ -14,7 +14,8 @@ from bayes_lora.tasks.sources import load_tasks, task_format, task_from
 from bayes_lora.tasks.splits import load_split, shipped_splits
 from bayes_lora.tasks.statistics import TaskStatistics, statistics_table, task_statistics, token_counter
 from bayes_lora.tasks.tables import load_table
-from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.tasks.templates import TEMPLATES, PromptTemplate
 
 __all__ = [

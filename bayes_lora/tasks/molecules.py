@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.tasks.text_files import CannotScore, Table, listed, read_table, short, warn_left_out
 
 __all__ = ["molecule_tasks", "read_molecules"]

@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.task import TaskSet
+from bayes_lora.tasks.task_set import TaskSet
 
 __all__ = ["Overlap", "find_overlaps", "normalize_text", "overlap_table"]
 

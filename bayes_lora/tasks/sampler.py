@@ -10,7 +10,8 @@ import numpy as np
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.episode import Episode, collate
 from bayes_lora.tasks.prompts import Encoder
-from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task_set import TaskSet
 
 __all__ = ["EpisodeSampler"]
 

@@ -33,8 +33,9 @@ from bayes_lora.tasks.legalbench import read_legalbench
 from bayes_lora.tasks.metaicl import example_from, load_task
 from bayes_lora.tasks.molecules import molecule_tasks
 from bayes_lora.tasks.tables import load_table
-from bayes_lora.tasks.task import Example, Task, TaskSet
+from bayes_lora.tasks.task import Example, Task
 from bayes_lora.tasks.task_folders import present_tasks, seeded_files
+from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.tasks.text_files import CannotScore, children, inside, warn_left_out
 from bayes_lora.tasks.unifiedqa import read_unifiedqa
 
