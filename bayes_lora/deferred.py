@@ -52,9 +52,31 @@ def linear(x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
         parts = zip(x.split(blocks.sizes), weight, strict=True)
         return torch.cat([F.linear(part, matrix) for part, matrix in parts])
     if blocks is not None:
-        weight = weight[blocks.group]
+        rows: Tensor = _LinearByRow.apply(x.flatten(1, -2), weight, blocks.group)  # type: ignore[no-untyped-call]
+        return rows.reshape(*x.shape[:-1], weight.shape[-2])
     grouped = x.reshape(weight.shape[0], -1, weight.shape[-1])  # (groups, rows / groups * length, in)
     return torch.bmm(grouped, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
+
+
+class _LinearByRow(torch.autograd.Function):
+    """``x_i W_g(i)^T`` of each row i; keeps the groups' matrices for backward, not a copy for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, group)
+        return torch.bmm(x, weight.index_select(0, group).mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # Of differentiable operations, for second-order steps differentiate through this.
+        (gradient,) = gradients
+        x, weight, group = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        return (
+            torch.bmm(gradient, weight.index_select(0, group)) if to_x else None,
+            torch.zeros_like(weight).index_add(0, group, torch.bmm(gradient.mT, x)) if to_weight else None,
+            None,
+        )
 
 
 class DeferredWeight(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 from conftest import BUILDERS, TARGETS, build_lm
 from torch import nn
 
-from bayes_lora.deferred import Blocks, DeferredWeight
+from bayes_lora.deferred import Blocks, DeferredWeight, linear
 from bayes_lora.errors import SiteError
 from bayes_lora.loading import inject
 from bayes_lora.sites import Slot, find_sites
@@ -54,6 +54,25 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
     direction = torch.randn_like(found)
     pairs = (torch.autograd.grad(value, [x, *parts], direction) for value in (found, expected))
     for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("of_x", [False, True])
+def test_groups_of_unequal_size_have_second_derivatives(of_x):
+    """As second-order steps need them, and one alone where only the weight is random."""
+    torch.manual_seed(0)
+    blocks = Blocks.of((1, 3, 2), torch.device("cpu"))
+    x = torch.randn(6, 24, 4, dtype=torch.float64, requires_grad=of_x)
+    weight = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    chosen = [x, weight] if of_x else [weight]
+
+    def twice(multiply):
+        first = torch.autograd.grad(multiply(x, weight).pow(3).sum(), chosen, create_graph=True)
+        return [*first, *torch.autograd.grad(sum((g * g).sum() for g in first), chosen)]
+
+    found = twice(lambda x, w: linear(x, w, blocks))
+    expected = twice(lambda x, w: torch.cat([part @ own.T for part, own in zip(x.split((1, 3, 2)), w, strict=True)]))
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
