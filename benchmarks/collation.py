@@ -1,7 +1,7 @@
 """What packing episodes costs and saves: time of collation, share of padding, time of a training step.
 
 python benchmarks/collation.py --quick            # the shipped tasks, a word a token, a tiny model
-python benchmarks/collation.py --tasks ../shared/data/crossfit --split cls-45 --tokenizer \\
+python benchmarks/collation.py --tasks data/crossfit --split cls-45 --tokenizer \\
     HuggingFaceTB/SmolLM2-135M-Instruct           # results/collation-cpu.json: four minutes on one core
 
 Each episode is packed twice, from the same examples: as it is, and with a row for each example. The step is that of the
