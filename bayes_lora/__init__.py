@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pyro
 
 if TYPE_CHECKING:
-    from bayes_lora.config import RunConfig as RunConfig
-    from bayes_lora.demo import demo_tasks as demo_tasks
-    from bayes_lora.language_model import LanguageModel as LanguageModel
-    from bayes_lora.loading import load_language_model as load_language_model
-    from bayes_lora.objective import BetaELBO as BetaELBO
-    from bayes_lora.posterior import Posterior as Posterior
-    from bayes_lora.run import compare as compare
-    from bayes_lora.run import fit_posterior as fit_posterior
-    from bayes_lora.task_posterior import TaskPosterior as TaskPosterior
+    from bayes_lora.infer.objective import BetaELBO as BetaELBO
+    from bayes_lora.lm.language_model import LanguageModel as LanguageModel
+    from bayes_lora.lm.loading import load_language_model as load_language_model
+    from bayes_lora.posterior.posterior import Posterior as Posterior
+    from bayes_lora.posterior.task_posterior import TaskPosterior as TaskPosterior
+    from bayes_lora.recipes.config import RunConfig as RunConfig
+    from bayes_lora.runs.fit import compare as compare
+    from bayes_lora.runs.fit import fit_posterior as fit_posterior
     from bayes_lora.tasks import load_split as load_split
     from bayes_lora.tasks import load_task as load_task
     from bayes_lora.tasks import load_taskset as load_taskset
+    from bayes_lora.tasks.shipped import demo_tasks as demo_tasks
 
 # Parameters live in modules: torch optimizers, state_dict and DDP then see them, and the global store stays empty.
 pyro.settings.set(module_local_params=True)
@@ -28,15 +28,15 @@ pyro.settings.set(module_local_params=True)
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BetaELBO": "objective",
-    "LanguageModel": "language_model",
-    "Posterior": "posterior",
-    "RunConfig": "config",
-    "TaskPosterior": "task_posterior",
-    "compare": "run",
-    "demo_tasks": "demo",
-    "fit_posterior": "run",
-    "load_language_model": "loading",
+    "BetaELBO": "infer.objective",
+    "LanguageModel": "lm.language_model",
+    "Posterior": "posterior.posterior",
+    "RunConfig": "recipes.config",
+    "TaskPosterior": "posterior.task_posterior",
+    "compare": "runs.fit",
+    "demo_tasks": "runs.demo",
+    "fit_posterior": "runs.fit",
+    "load_language_model": "lm.loading",
     "load_split": "tasks",
     "load_task": "tasks",
     "load_taskset": "tasks",

@@ -7,15 +7,26 @@ dimensions, if any, are draws.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bayes_lora.tasks.episode import Episode
+    from bayes_lora.episodes.episode import Episode
 
-__all__ = ["Guide", "Likelihood", "Model", "SiteShapes", "Sites", "absent_score"]
+__all__ = [
+    "Features",
+    "Guide",
+    "Likelihood",
+    "Model",
+    "SiteShapes",
+    "Sites",
+    "absent_score",
+    "delta_site",
+    "factor_sites",
+]
 
 Sites = dict[str, Tensor]
 """Site name (``"q_proj.lora_A"``) to value of shape ``(*batch, layers, out, in)``."""
@@ -64,3 +75,28 @@ class Guide(Protocol):
     def __call__(self, episode: Episode) -> Any:
         """Sample the model's latent sites and return phi."""
         ...
+
+
+def delta_site(site: str) -> str:
+    """The name of the whole update of which a site is a factor."""
+    return re.sub(r"\.lora_[AB]", ".delta_weight", site)
+
+
+def factor_sites(site: str) -> tuple[str, str]:
+    """The names of an update's factors A and B."""
+    return site.replace(".delta_weight", ".lora_A"), site.replace(".delta_weight", ".lora_B")
+
+
+class Features(NamedTuple):
+    """What the frozen LM knows of examples: the input of a guide's encoder; hidden and options are 0 where absent.
+
+    Attributes:
+        hidden: ``(T, N, 2, d)`` hidden states at the end of the prompt: at the first adapted layer, and at the head.
+        options: ``(T, N, K, d)`` output embedding of each option, averaged over its tokens.
+        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats; of absent ones
+            :func:`bayes_lora.types.absent_score`.
+    """
+
+    hidden: Tensor
+    options: Tensor
+    log_probs: Tensor

@@ -13,13 +13,13 @@ from profiling import profile_step
 from stock import Rows, Stock, option_rows
 from workload import Setup
 
-from bayes_lora.config import RunConfig
+from bayes_lora.episodes import Episode, collate
 from bayes_lora.guides import SharedMeanField
-from bayes_lora.language_model import LanguageModel
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.recipes import build_objective
-from bayes_lora.tasks import Episode, collate
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_objective
 
 
 class OurStep:

@@ -15,16 +15,17 @@ from harness import Result, interleave, memory, ratio, spread
 from stock import Rows, Stock, option_rows
 from workload import SHAPES, Setup
 
-from bayes_lora.adaptation import adapt
-from bayes_lora.baselines import finetune_lora
-from bayes_lora.config import RunConfig
-from bayes_lora.features import Features
+from bayes_lora.episodes import Episode, EpisodeSampler, collate
 from bayes_lora.guides import GuideNetwork, SharedMeanField
-from bayes_lora.language_model import LanguageModel
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.recipes import build_objective
-from bayes_lora.tasks import Episode, EpisodeSampler, Task, TaskSet, collate
+from bayes_lora.posterior.adapt import adapt
+from bayes_lora.posterior.baselines import finetune_lora
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.tasks import Task, TaskSet
+from bayes_lora.types import Features
 
 CPU = torch.device("cpu")
 DEFAULT_SITES = ("q_proj", "v_proj", "o_proj")

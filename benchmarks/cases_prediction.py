@@ -11,9 +11,9 @@ from harness import Result, interleave, ratio, spread
 from stock import Stock, option_rows
 from workload import Setup
 
-from bayes_lora.language_model import LanguageModel
-from bayes_lora.task_posterior import TaskPosterior
-from bayes_lora.tasks import collate
+from bayes_lora.episodes import collate
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.posterior.task_posterior import TaskPosterior
 
 
 def fixed_posterior(lm: LanguageModel) -> TaskPosterior:

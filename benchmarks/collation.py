@@ -24,12 +24,13 @@ from cases import OurStep
 from harness import interleave, machine, ratio, ratio_of_fastest, spread
 from workload import SHAPES, Setup, Sizes, build_setup, word_tokenizer
 
-from bayes_lora.config import RunConfig
-from bayes_lora.demo import demo_tasks
-from bayes_lora.recipes import build_objective
-from bayes_lora.show import load_encoder
-from bayes_lora.storage import write_json
-from bayes_lora.tasks import Encoder, Episode, EpisodeSampler, TaskSet, collate, load_split, load_taskset, packing
+from bayes_lora.cli.show import load_encoder
+from bayes_lora.episodes import Encoder, Episode, EpisodeSampler, collate, packing
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.tasks import TaskSet, load_split, load_taskset
+from bayes_lora.tasks.shipped import demo_tasks
+from bayes_lora.utils.storage import write_json
 
 SHARED, ALONE = "examples share rows", "a row per example"
 

@@ -23,11 +23,11 @@ import pyro
 import torch
 import transformers
 
-from bayes_lora.posterior import Posterior
-from bayes_lora.progress import bars
-from bayes_lora.run import compare
-from bayes_lora.storage import write_json
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.runs.fit import compare
 from bayes_lora.tasks import Task, load_taskset
+from bayes_lora.utils.progress import bars
+from bayes_lora.utils.storage import write_json
 
 COLUMNS = {"accuracy": "accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE"}
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from speed import RESULTS, add_arguments, chosen_cases, run_cases
 from workload import SHAPES, Shape, Sizes, build_setup
 
-from bayes_lora.storage import write_json
+from bayes_lora.utils.storage import write_json
 
 # Longer prompts than on a CPU, which is what a GPU is for.
 GPU_SIZES = replace(Sizes(), prompt=(96, 128), queries=32, wide_queries=32, budget=12.0, rounds=(5, 30))

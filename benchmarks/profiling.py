@@ -11,8 +11,8 @@ import torch
 from harness import synchronize
 from torch.profiler import ProfilerActivity, profile
 
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import Episode
+from bayes_lora.episodes import Episode
+from bayes_lora.infer.objective import BetaELBO
 
 
 class Clock:

@@ -22,7 +22,7 @@ from reporting import plot, print_profile, print_table
 from rich.console import Console
 from workload import SHAPES, Setup, Sizes, build_setup
 
-from bayes_lora.storage import write_json
+from bayes_lora.utils.storage import write_json
 
 CASES: dict[str, Callable[[Setup], Any]] = {
     "step": training_step,

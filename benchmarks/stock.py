@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from workload import twin
 
-from bayes_lora.tasks import Episode
-from bayes_lora.tasks.episode import attention_mask
-from bayes_lora.tasks.packing import EncodedExample
+from bayes_lora.episodes import Episode
+from bayes_lora.episodes.episode import attention_mask
+from bayes_lora.episodes.packing import EncodedExample
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from bayes_lora.language_model import LanguageModel
-from bayes_lora.loading import inject
-from bayes_lora.tasks import Example, PromptTemplate, Task
+from bayes_lora.episodes import PromptTemplate
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.loading import inject
+from bayes_lora.tasks import Example, Task
 
 WORDS = 4096
 

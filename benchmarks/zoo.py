@@ -20,11 +20,11 @@ from stock import Stock
 from workload import SHAPES, Setup, Sizes, build_setup
 
 from bayes_lora import guides, models
-from bayes_lora.deferred import LocalReparameterization
-from bayes_lora.language_model import LanguageModel
-from bayes_lora.objective import BetaELBO
-from bayes_lora.storage import read_json, write_json
-from bayes_lora.tasks import Episode
+from bayes_lora.episodes import Episode
+from bayes_lora.infer.handlers import LocalReparameterization
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.utils.storage import read_json, write_json
 
 PLAIN = "plain PEFT LoRA"
 

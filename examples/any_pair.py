@@ -10,11 +10,11 @@ import torch
 
 import bayes_lora
 from bayes_lora import guides, models
-from bayes_lora.adaptation import adapt
-from bayes_lora.deferred import LocalReparameterization
+from bayes_lora.episodes import EpisodeSampler
 from bayes_lora.guides import LowRank, MatrixNormal, Point
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import EpisodeSampler
+from bayes_lora.infer.handlers import LocalReparameterization
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.posterior.adapt import adapt
 
 BETA = 1e-3
 # Each is made of a language model and PEFT's initial LoRA.

@@ -12,9 +12,9 @@ from pathlib import Path
 from rich import print as show
 
 import bayes_lora
-from bayes_lora.baselines import pretrained
-from bayes_lora.demo import demo_config
-from bayes_lora.report import metrics_table
+from bayes_lora.posterior.baselines import pretrained
+from bayes_lora.runs.demo import demo_config
+from bayes_lora.runs.report import metrics_table
 
 
 def fitted_posterior(model: str | None, steps: int, run: Path | None, demonstrations: int) -> bayes_lora.Posterior:

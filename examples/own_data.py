@@ -12,10 +12,10 @@ from pathlib import Path
 from rich import print as show
 
 import bayes_lora
-from bayes_lora.baselines import pretrained
-from bayes_lora.demo import demo_config
+from bayes_lora.posterior.baselines import pretrained
+from bayes_lora.runs.demo import demo_config
 from bayes_lora.tasks import load_tasks, statistics_table, task_statistics
-from bayes_lora.tasks.questions import QuestionForm, read_table_questions
+from bayes_lora.tasks.readers.questions import QuestionForm, read_table_questions
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bayes_lora
-from bayes_lora.demo import demo_config
+from bayes_lora.runs.demo import demo_config
 
 
 def main(model: str | None, steps: int, run: Path) -> None:

@@ -10,12 +10,12 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 
 import bayes_lora
+from bayes_lora.episodes import EpisodeSampler, collate
 from bayes_lora.guides import GuideNetwork
+from bayes_lora.infer.objective import ScaleLatents
+from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.infer.schedules import linear_warmup
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import ScaleLatents
-from bayes_lora.schedules import linear_warmup
-from bayes_lora.tasks import EpisodeSampler, collate
-from bayes_lora.width import held_back_nll
 
 
 def main(model: str | None, steps: int, beta: float) -> None:

@@ -15,10 +15,10 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal
 from pyro.nn import PyroModule
 
 import bayes_lora
+from bayes_lora.episodes import collate
 from bayes_lora.guides import PointTheta
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import LayerwiseScale
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import collate
 
 
 class ByHand(PyroModule):

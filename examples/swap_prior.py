@@ -11,10 +11,10 @@ import torch
 from pyro.nn import PyroModule
 
 import bayes_lora
+from bayes_lora.episodes import EpisodeSampler
 from bayes_lora.guides import SharedMeanField
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import EpisodeSampler
 
 
 class DeeperVariesMore(HierarchicalNormal):

@@ -18,12 +18,14 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from bayes_lora.distributions.unconstrained import rebuilt, tensors_of
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.families import rebuilt, tensors_of
-from bayes_lora.guides.components import Components, choose_components, draws_around
 from bayes_lora.guides.point import SharedPoint
-from bayes_lora.guides.theta import PointTheta, sample_phi, show_to_svi
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.guides.task_guide import show_to_svi
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.components import Components, choose_components, draws_around
+from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Sites
 
 __all__ = ["Ensemble"]

@@ -15,11 +15,11 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 
-from bayes_lora.dropped_point import DroppedPoint
+from bayes_lora.distributions.dropped_point import DroppedPoint
+from bayes_lora.distributions.kronecker_normal import KroneckerNormal
+from bayes_lora.distributions.low_rank_normal import LowRankNormal
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.theta import normal_of
-from bayes_lora.kronecker_normal import KroneckerNormal
-from bayes_lora.low_rank_normal import LowRankNormal
+from bayes_lora.guides.task_guide import normal_of
 
 __all__ = ["Dropout", "Family", "LowRank", "MatrixNormal", "Point", "same_as_prior"]
 
@@ -43,7 +43,7 @@ class Point:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Diagonal plus low rank, see :class:`bayes_lora.low_rank_normal.LowRankNormal`.
+    """Diagonal plus low rank, see :class:`bayes_lora.distributions.low_rank_normal.LowRankNormal`.
 
     Attributes:
         rank: k.
@@ -69,7 +69,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class MatrixNormal:
-    """Rows correlated with rows, columns with columns, see :class:`bayes_lora.kronecker_normal.KroneckerNormal`.
+    """Rows correlated with rows, columns with columns.
+
+    See :class:`bayes_lora.distributions.kronecker_normal.KroneckerNormal`.
 
     Attributes:
         largest: longer sides are left independent, for their matrices would be larger than the weights.
@@ -88,7 +90,9 @@ class MatrixNormal:
 
 @dataclass(frozen=True)
 class Dropout:
-    """A point with dropout, see :class:`bayes_lora.dropped_point.DroppedPoint`: of A's columns, and B is a point.
+    """A point with dropout of A's columns; B is a point.
+
+    See :class:`bayes_lora.distributions.dropped_point.DroppedPoint`.
 
     Attributes:
         rate: share of the columns that is dropped.

@@ -26,11 +26,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.components import Components
 from bayes_lora.guides.network import Code, GuideNetwork
-from bayes_lora.guides.theta import PointTheta, normal_of, show_to_svi
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.guides.task_guide import normal_of, show_to_svi
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.components import Components
 from bayes_lora.types import Sites
 
 __all__ = ["FlowNetwork"]

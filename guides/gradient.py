@@ -22,14 +22,16 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.components import Components
-from bayes_lora.guides.descent import Descent, Distributions, from_point, to_point
-from bayes_lora.guides.descent import Point as Parameters
 from bayes_lora.guides.family import Family, Point, same_as_prior
 from bayes_lora.guides.point import SharedPoint
-from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.guides.task_guide import attribute, show_to_svi
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.components import Components
+from bayes_lora.infer.descent import Descent, Distributions, from_point, to_point
+from bayes_lora.infer.descent import Point as Parameters
+from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Sites
 
 __all__ = ["GradientGuide"]

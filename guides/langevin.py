@@ -19,11 +19,13 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.components import Components
-from bayes_lora.guides.descent import Descent, Distributions, Point
-from bayes_lora.guides.theta import PointTheta, check_factors, sample_phi, show_to_svi
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.guides.task_guide import check_factors, show_to_svi
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.components import Components
+from bayes_lora.infer.descent import Descent, Distributions, Point
+from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Sites
 
 __all__ = ["SGLD"]

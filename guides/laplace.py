@@ -5,11 +5,11 @@ r"""Laplace's approximation of each task's posterior, from theta (MacKay 1992; f
         \qquad\text{by K steps from } \mu_\theta \\
     q(\phi_i \mid S_i) &= \mathcal N\big(\hat\phi_i,\; (\lambda_i \sigma_\theta^{-2} + F_i / \beta)^{-1}\big)
 
-F is the Fisher information of the support (see :mod:`bayes_lora.curvature`): its diagonal, or a Kronecker product for
-each layer, in units of the prior's standard deviations, where the prior's precision is :math:`\lambda I` and the sum is
-exact. :math:`\lambda_i` is 1, or for each layer what maximises the marginal likelihood at the mode (the fixed point
-:math:`\lambda = \sum_k f_k / (f_k + \lambda) / \lVert u \rVert^2`, with u the mode and f the eigenvalues of F / beta in
-these units). Scales follow from one more backward pass, where gradient steps on them need many.
+F is the Fisher information of the support (see :mod:`bayes_lora.infer.curvature`): its diagonal, or a Kronecker product
+for each layer, in units of the prior's standard deviations, where the prior's precision is :math:`\lambda I` and the
+sum is exact. :math:`\lambda_i` is 1, or for each layer what maximises the marginal likelihood at the mode (the fixed
+point :math:`\lambda = \sum_k f_k / (f_k + \lambda) / \lVert u \rVert^2`, with u the mode and f the eigenvalues of F /
+beta in these units). Scales follow from one more backward pass, where gradient steps on them need many.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from bayes_lora.curvature import diagonal, gradients_of_examples, kronecker
+from bayes_lora.distributions.kronecker_normal import KroneckerNormal
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.descent import Descent, Distributions, to_point
-from bayes_lora.guides.theta import PointTheta, check_normal, sample_phi, show_to_svi
-from bayes_lora.kronecker_normal import KroneckerNormal
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.guides.task_guide import check_normal, show_to_svi
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.curvature import diagonal, gradients_of_examples, kronecker
+from bayes_lora.infer.descent import Descent, Distributions, to_point
+from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Sites
 
 __all__ = ["Laplace"]

@@ -14,7 +14,8 @@ from pyro.nn import PyroModule
 
 from bayes_lora.guides.family import Dropout
 from bayes_lora.guides.mean_field import SharedMeanField
-from bayes_lora.guides.theta import PointTheta, check_factors
+from bayes_lora.guides.task_guide import check_factors
+from bayes_lora.guides.theta import PointTheta
 
 __all__ = ["MCDropout"]
 

@@ -15,11 +15,13 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.descent import Distributions, Point, from_point, to_point
 from bayes_lora.guides.family import Family, same_as_prior
-from bayes_lora.guides.theta import PointTheta, attribute, sample_phi, show_to_svi
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.guides.task_guide import attribute, show_to_svi
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.descent import Distributions, Point, from_point, to_point
+from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Sites
 
 __all__ = ["MeanField", "SharedMeanField"]

@@ -26,10 +26,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_lora.features import Features
-from bayes_lora.guides.theta import PointTheta, attribute, check_factors, normal_of, sample_phi, show_to_svi
-from bayes_lora.tasks.episode import Episode
-from bayes_lora.types import Sites
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.guides.task_guide import attribute, check_factors, normal_of, show_to_svi
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.plates import sample_phi
+from bayes_lora.types import Features, Sites
 
 __all__ = ["GuideNetwork"]
 

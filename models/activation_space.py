@@ -18,61 +18,17 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
-from bayes_lora.activation import DeferredActivation, LogRatios
+from bayes_lora.distributions.deferred_activation import DeferredActivation, LogRatios
+from bayes_lora.distributions.flat import Flat
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.families import Parts, from_parts, to_parts
-from bayes_lora.models.hierarchical_model import HierarchicalModel, examples_scale, task_plate
-from bayes_lora.sites import delta_site, factor_sites
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.infer.plates import examples_scale, task_plate
+from bayes_lora.lm.sites import delta_site, factor_sites
+from bayes_lora.models.hierarchical_model import HierarchicalModel
 from bayes_lora.types import Likelihood, Sites
 
-__all__ = ["ActivationSpace", "Flat"]
-
-
-class Flat(dist.TorchDistribution):
-    """An improper flat density over tensors of three event dimensions; what it draws is ``at``.
-
-    Args:
-        at: ``(*batch, layers, out, in)``.
-    """
-
-    arg_constraints = {"at": constraints.independent(constraints.real, 3)}
-    support = constraints.independent(constraints.real, 3)
-    has_rsample = True
-
-    def __init__(self, at: Tensor) -> None:
-        self.at = at
-        super().__init__(at.shape[:-3], at.shape[-3:], validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Flat:
-        """The same for a larger batch."""
-        return Flat(self.at.expand(*batch_shape, *self.event_shape))
-
-    @property
-    def mean(self) -> Tensor:
-        """``at``."""
-        return self.at
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """``at``."""
-        return self.at.expand(self._extended_shape(sample_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Zero."""
-        shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-3])
-        return value.new_zeros(()).expand(shape)
-
-
-@to_parts.register
-def _(fn: Flat) -> Parts:
-    return {"value": fn.at}
-
-
-@from_parts.register
-def _(fn: Flat, parts: Parts) -> Any:
-    return dist.Delta(parts["value"], event_dim=3)
+__all__ = ["ActivationSpace"]
 
 
 class ActivationSpace(HierarchicalModel):

@@ -22,74 +22,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
-from bayes_lora.elbo import divergence
+from bayes_lora.distributions.mixture import Mixture
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.families import Parts, from_parts, to_parts
 from bayes_lora.models.hierarchical_model import HierarchicalModel
 from bayes_lora.types import Likelihood, Sites
 
-__all__ = ["ClusterMixture", "Mixture"]
-
-
-class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
-    """A mixture of independent normals over one site, with the bound on a divergence from it.
-
-    Args:
-        logits: log-weights ``(*batch, K)``.
-        components: normals of batch ``(*batch, K)`` and event ``(layers, out, in)``.
-        validate_args: whether to check values.
-    """
-
-    support = constraints.independent(constraints.real, 3)  # torch's own is of no bijection, which NUTS asks for
-
-    def __init__(self, logits: Tensor, components: Any, validate_args: bool | None = None) -> None:
-        batch = torch.broadcast_shapes(logits.shape, components.batch_shape)
-        weights: Any = dist.Categorical(logits=logits.expand(batch))
-        super().__init__(weights, components.expand(batch), validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
-        """The same for a larger batch."""
-        batch = (*batch_shape, self.logits.shape[-1])
-        components = self.component_distribution.expand(batch)
-        return Mixture(self.logits.expand(batch), components, validate_args=self._validate_args)
-
-    @property
-    def logits(self) -> Tensor:
-        """Log-weights ``(*batch, K)``, normalised."""
-        found: Tensor = self.mixture_distribution.logits
-        return found
-
-    def component(self, k: int) -> Any:
-        """The normals of one cluster, without the mixture's last batch dimension."""
-        base = self.component_distribution.base_dist
-        where = (..., k, slice(None), slice(None), slice(None))
-        return dist.Normal(base.loc[where], base.scale[where]).to_event(3)
-
-    def divergences(self, q: Any) -> Tensor:
-        """KL(q || each component), ``(*batch, K)`` nats."""
-        return torch.stack([divergence(q, self.component(k)) for k in range(self.logits.shape[-1])], -1)
-
-    def divergence_from(self, q: Any) -> Tensor:
-        r"""An upper bound on KL(q || mixture), nats: :math:`-\log \sum_k w_k e^{-\mathrm{KL}(q \| p_k)}`.
-
-        For every r over clusters, :math:`-\log \sum_k w_k p_k \le \sum_k r_k \log (r_k / (w_k p_k))` (Jensen); averaged
-        over q and minimised over r it is this (Hershey and Olsen, ICASSP 2007). It holds for each site given those
-        before it, so the sum over sites bounds the joint divergence.
-        """
-        return -torch.logsumexp(self.logits - self.divergences(q), -1)
-
-
-@to_parts.register
-def _(fn: Mixture) -> Parts:
-    """Of the normals with its means and variances, at which guides begin."""
-    return {"loc": fn.mean, "log_scale": 0.5 * fn.variance.log()}
-
-
-@from_parts.register
-def _(fn: Mixture, parts: Parts) -> Any:
-    return dist.Normal(parts["loc"], parts["log_scale"].exp()).to_event(3)
+__all__ = ["ClusterMixture"]
 
 
 class ClusterMixture(HierarchicalModel):

@@ -17,11 +17,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.tasks.episode import Episode
+from bayes_lora.infer.plates import examples_scale, task_plate
 from bayes_lora.types import Likelihood, Sites
 
-__all__ = ["HierarchicalModel", "task_plate"]
+__all__ = ["HierarchicalModel"]
 
 
 class HierarchicalModel(PyroModule):
@@ -135,13 +136,3 @@ def _depends_on_phi(phi: Sites, episode: Episode) -> Tensor:
     total: Any = sum(value.sum((-3, -2, -1)) for value in phi.values())
     zeros: Tensor = torch.zeros(episode.shape, device=episode.mask.device)
     return zeros + total[..., None]  # type: ignore[no-any-return]
-
-
-def task_plate(episode: Episode) -> pyro.plate:
-    """The plate of the collection's tasks, of which the episode holds some: scales T tasks up to all."""
-    return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
-
-
-def examples_scale(episode: Episode, like: Tensor) -> Tensor:
-    """N / n of each task, ``(T, 1)``."""
-    return (episode.num_data[:, None] / episode.mask.sum(-1, keepdim=True)).to(like.dtype)

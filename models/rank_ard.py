@@ -16,8 +16,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from bayes_lora.lm.sites import delta_site, factor_sites
 from bayes_lora.models.hierarchical_normal import HierarchicalNormal
-from bayes_lora.sites import delta_site, factor_sites
 from bayes_lora.types import Sites
 
 __all__ = ["RankARD"]

@@ -20,10 +20,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from bayes_lora.distributions.factored_normal import FactoredNormal, over_rows
 from bayes_lora.errors import ConfigError
-from bayes_lora.factored_normal import FactoredNormal, over_rows
+from bayes_lora.lm.sites import delta_site, factor_sites
 from bayes_lora.models.hierarchical_model import HierarchicalModel
-from bayes_lora.sites import delta_site, factor_sites
 from bayes_lora.types import Likelihood, Sites
 
 __all__ = ["WeightSpace"]
@@ -34,7 +34,7 @@ class WeightSpace(HierarchicalModel):
 
     Sites: ``theta.loc.<site>`` and ``theta.scale.<site>`` for every LoRA site, ``theta.precision.<update>`` (a factor);
     ``phi.<update>`` for every update, ``q_proj.delta_weight``; ``answer``. PEFT's scaling multiplies what the update
-    adds, its noise included. Run it under :class:`bayes_lora.deferred.LocalReparameterization`, or every task has
+    adds, its noise included. Run it under :class:`bayes_lora.infer.handlers.LocalReparameterization`, or every task has
     matrices of its own in memory.
 
     Args:

@@ -12,11 +12,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from bayes_lora.deferred import DeferredWeight
-from bayes_lora.features import Features
+from bayes_lora.distributions.deferred_weight import DeferredWeight
+from bayes_lora.episodes import Episode, collate
+from bayes_lora.episodes.packing import pack
 from bayes_lora.models import HierarchicalNormal, WeightSpace
-from bayes_lora.tasks import Episode, collate
-from bayes_lora.tasks.packing import pack
+from bayes_lora.types import Features
 
 SITE, RANK, WIDTH = "linear.lora_B", 2, 3
 UPDATE = "linear.delta_weight"

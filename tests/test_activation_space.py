@@ -10,18 +10,18 @@ from test_objective import make_episode
 from test_weight_space import build as build_weight_space
 from torch.distributions import Normal, kl_divergence
 
-from bayes_lora.activation import DeferredActivation, LogRatios
-from bayes_lora.adaptation import adapt
-from bayes_lora.config import GradientConfig, ObjectiveConfig, RunConfig
-from bayes_lora.deferred import linear
+from bayes_lora.distributions.deferred_activation import DeferredActivation, LogRatios
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GradientGuide, PointTheta
-from bayes_lora.guides.descent import minibatch
+from bayes_lora.infer.descent import minibatch
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import ActivationSpace
-from bayes_lora.objective import BetaELBO
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.tasks import collate
+from bayes_lora.posterior.adapt import adapt
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import GradientConfig, ObjectiveConfig, RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.utils.grouped_linear import linear
 
 OUT, IN, RANK = 5, 7, 2
 

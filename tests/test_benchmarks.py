@@ -10,7 +10,7 @@ from conftest import make_tasks
 from test_matrix import GUIDES, PRIORS
 from torch.utils.flop_counter import FlopCounterMode
 
-from bayes_lora.tasks import collate
+from bayes_lora.episodes import collate
 
 ROOT = Path(__file__).parents[1]
 CASES = {
@@ -48,7 +48,18 @@ def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder):
     python = [sys.executable, "-W", "ignore"]
     settings = ["episodes.held_back=1", "episodes.held_back_shots=2", "episodes.num_support=2", "episodes.num_query=2"]
     settings += ["episodes.tasks_per_episode=2", "fit.steps=2", "fit.eval_every=1", "guide.hidden=4"]
-    command = [*python, "-m", "bayes_lora.cli", "fit", "--tasks", "tasks", "--run", "run", "--model", str(model_folder)]
+    command = [
+        *python,
+        "-m",
+        "bayes_lora.cli.main",
+        "fit",
+        "--tasks",
+        "tasks",
+        "--run",
+        "run",
+        "--model",
+        str(model_folder),
+    ]
     for setting in settings:
         command += ["--set", setting]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)

@@ -6,9 +6,9 @@ import stat
 import pytest
 import torch
 
-from bayes_lora import cache
-from bayes_lora.cache import TensorCache
 from bayes_lora.errors import ConfigError
+from bayes_lora.lm import tensor_cache as cache
+from bayes_lora.lm.tensor_cache import TensorCache
 
 
 def tensors(i):

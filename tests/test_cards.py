@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_lora.errors import ConfigError, TaskError
-from bayes_lora.tasks import Example, Task, cards
-from bayes_lora.tasks.card_file import Card, RowOptions, fill, gallery, key_of, placeholders, read_card
-from bayes_lora.tasks.cards import load_card
+from bayes_lora.tasks import Example, Task
+from bayes_lora.tasks.readers import card_examples as cards
+from bayes_lora.tasks.readers.card import Card, RowOptions, fill, gallery, key_of, placeholders, read_card
+from bayes_lora.tasks.readers.card_examples import load_card
 
 FIXTURES = Path(__file__).parent / "fixtures_cards"
 BASE = {"name": "t", "files": "data.jsonl", "input": "{text}", "options": ["bad", "good"], "label": "label"}

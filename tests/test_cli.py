@@ -11,8 +11,8 @@ from conftest import make_tasks
 from test_storage import names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bayes_lora import cli
-from bayes_lora.task_options import TaskSource, one_task, support_of, unseen_tasks
+from bayes_lora.cli import main as cli
+from bayes_lora.cli.task_source import TaskSource, one_task, support_of, unseen_tasks
 from bayes_lora.tasks import load_task
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
@@ -409,7 +409,7 @@ def test_an_interruption_is_one_line(call, monkeypatch, error):
     def interrupt():
         raise error
 
-    monkeypatch.setattr("bayes_lora.model_files.fetch_default_model", interrupt)
+    monkeypatch.setattr("bayes_lora.lm.model_files.fetch_default_model", interrupt)
     code, out, err = call("fetch")
     assert (code, out, err.count("\n")) == (130, "", 1)
     assert err.startswith("interrupted") and "--resume" in err
@@ -432,7 +432,7 @@ def test_evaluate_looks_at_its_output_first(refuse, tmp_path, monkeypatch, kind)
         def refuse_to_write(*_, **__):
             raise OSError(errno.EROFS, "Read-only file system")
 
-        monkeypatch.setattr("bayes_lora.report.tempfile.TemporaryDirectory", refuse_to_write)
+        monkeypatch.setattr("bayes_lora.runs.report.tempfile.TemporaryDirectory", refuse_to_write)
     err = refuse("evaluate", "--run", tmp_path / "none", "--tasks", tmp_path / "none", "--output", tmp_path / where)
     assert part in err.lower() and str(tmp_path / where) in err and "--output" in err
     assert names(tmp_path) == ["file"]

@@ -9,14 +9,15 @@ from conjugate import NOISE, RANK, SITE, A, LinearLikelihood, LinearModel, linea
 from pyro.infer import SVI, TraceMeanField_ELBO
 from torch.distributions import Gamma, Independent, MultivariateNormal, Normal, kl_divergence
 
-from bayes_lora.elbo import AnalyticELBO, divergence
+from bayes_lora.distributions.divergence import divergence
+from bayes_lora.distributions.mixture import Mixture
+from bayes_lora.distributions.unconstrained import from_parts, to_parts
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.families import from_parts, to_parts
 from bayes_lora.guides import GradientGuide, MeanField, NormalTheta, PointTheta, SharedMeanField
+from bayes_lora.infer.elbo import AnalyticELBO
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import ClusterMixture, LayerwiseScale
-from bayes_lora.models.cluster_mixture import Mixture
-from bayes_lora.objective import BetaELBO
-from bayes_lora.task_posterior import TaskPosterior
+from bayes_lora.posterior.task_posterior import TaskPosterior
 
 SHAPES = {"q.lora_A": (2, 3, 4), "q.lora_B": (2, 5, 3)}
 

@@ -10,9 +10,6 @@ import torch
 from conftest import make_tasks
 from test_matrix import GUIDES, PRIORS, build, episodes, start
 
-from bayes_lora.adaptation import adapt, draw_phi
-from bayes_lora.deferred import LocalReparameterization
-from bayes_lora.diagnosis import diagnose
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.guides import (
     SGLD,
@@ -26,10 +23,14 @@ from bayes_lora.guides import (
     SharedMeanField,
     SharedPoint,
 )
-from bayes_lora.guides.components import Components, choose_components, draws_around
+from bayes_lora.infer.components import Components, choose_components, draws_around
+from bayes_lora.infer.handlers import LocalReparameterization
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.predictive import draw_phi
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.storage import read_json, write_json
+from bayes_lora.posterior.adapt import adapt
+from bayes_lora.posterior.diagnose import diagnose
+from bayes_lora.utils.storage import read_json, write_json
 
 
 @pytest.fixture
@@ -350,7 +351,7 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
 def test_a_joint_posterior_loads_where_no_guide_was_imported(lm, split, tmp_path):
     """In another process, by its names alone."""
     adapt(build(lm, "HierarchicalNormal", "MCDropout").eval(), lm, split).save(tmp_path / "task")
-    code = "import sys; from bayes_lora.task_posterior_files import FAMILIES; assert 'DroppedPoint' in FAMILIES"
+    code = "import sys; from bayes_lora.posterior.files import FAMILIES; assert 'DroppedPoint' in FAMILIES"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert read_json(tmp_path / "task" / "task_posterior.json")["families"].keys() == {
         site for site in lm.sites.shapes if "lora_B" in site
@@ -359,7 +360,7 @@ def test_a_joint_posterior_loads_where_no_guide_was_imported(lm, split, tmp_path
 
 def test_episodes_go_where_the_language_model_is(lm):
     """Not where the first parameter is, which for a prior without theta is a table that stays on the CPU."""
-    from bayes_lora.training import _device
+    from bayes_lora.infer.training import _device
 
     objective = BetaELBO(model := PRIORS["IndependentNormal"](lm), MeanField(model, num_tasks=4))
     moved = objective.to("meta")

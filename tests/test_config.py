@@ -6,10 +6,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_lora.config import EpisodeConfig, ObjectiveConfig, RunConfig
+from bayes_lora.episodes import TEMPLATES
 from bayes_lora.errors import ConfigError
-from bayes_lora.tasks import TEMPLATES
-from bayes_lora.training import FitConfig
+from bayes_lora.infer.training import FitConfig
+from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
 
 CHANGED = RunConfig(
     objective=ObjectiveConfig(beta=0.5, gamma=2.0), episodes=EpisodeConfig(held_back=3), fit=FitConfig(steps=7), seed=4

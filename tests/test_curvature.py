@@ -5,10 +5,10 @@ import torch
 from conftest import make_tasks
 from test_laplace import build, mean_theta
 
-from bayes_lora.curvature import Sides, diagonal, gradients_of_examples, kronecker
+from bayes_lora.distributions.kronecker_normal import KroneckerNormal
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
-from bayes_lora.kronecker_normal import KroneckerNormal
-from bayes_lora.tasks import collate
+from bayes_lora.infer.curvature import Sides, diagonal, gradients_of_examples, kronecker
 
 SITES = ["q_proj.lora_B", "v_proj.lora_B", "o_proj.lora_B"]
 

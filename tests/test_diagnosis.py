@@ -7,13 +7,13 @@ from rich.console import Console
 from test_matrix import GUIDES, PRIORS
 from torch.distributions import Normal, kl_divergence
 
-from bayes_lora.adaptation import adapt, one_pass
-from bayes_lora.config import RunConfig
-from bayes_lora.deferred import LocalReparameterization
-from bayes_lora.diagnosis import diagnose
-from bayes_lora.objective import BetaELBO
-from bayes_lora.posterior import Posterior
-from bayes_lora.tasks import collate
+from bayes_lora.episodes import collate
+from bayes_lora.infer.handlers import LocalReparameterization
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.posterior.adapt import adapt, one_pass
+from bayes_lora.posterior.diagnose import diagnose
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import RunConfig
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_wrong_width_is_named(lm, tasks, width, word):
 
 
 def test_draws_that_ruin_predictions_are_named(lm, tasks, monkeypatch):
-    monkeypatch.setattr("bayes_lora.diagnosis.WIDE", -1e9)  # whatever they cost
+    monkeypatch.setattr("bayes_lora.posterior.diagnose.WIDE", -1e9)  # whatever they cost
     assert any("Run-away: draws cost" in warning for warning in diagnose(objective(lm), lm, tasks).warnings)
 
 

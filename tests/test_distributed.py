@@ -10,12 +10,12 @@ from conftest import build_lm, make_tasks
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from bayes_lora.episodes import EpisodeSampler
 from bayes_lora.guides import GuideNetwork
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.schedules import linear_warmup
+from bayes_lora.infer.training import FitConfig, fit
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.schedules import linear_warmup
-from bayes_lora.tasks import EpisodeSampler
-from bayes_lora.training import FitConfig, fit
 
 CONFIG = FitConfig(steps=3, learning_rate=0.02, average=0.0, eval_every=3, warmup=2, clip_norm=0.5)
 

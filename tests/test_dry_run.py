@@ -10,13 +10,13 @@ import torch
 from conftest import make_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayes_lora.config import EpisodeConfig, LanguageModelConfig, RunConfig
-from bayes_lora.dry_run import dry_run, read_architecture
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ModelFileError, SiteError
-from bayes_lora.language_model import LanguageModel
-from bayes_lora.loading import inject
-from bayes_lora.recipes import build_objective
-from bayes_lora.tasks import collate
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.loading import inject
+from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.runs.dry_run import dry_run, read_architecture
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 

@@ -13,12 +13,13 @@ from test_objective import build, make_episode
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from bayes_lora.adaptation import adapt
-from bayes_lora.elbo import AnalyticELBO, divergence
+from bayes_lora.distributions.divergence import divergence
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.guides import NormalTheta, PointTheta
+from bayes_lora.infer.elbo import AnalyticELBO
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import IndependentNormal
-from bayes_lora.objective import BetaELBO
+from bayes_lora.posterior.adapt import adapt
 
 
 def loss_and_gradients(objective, episode):

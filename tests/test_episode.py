@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bayes_lora.episodes import EncodedExample, Encoder, Episode, EpisodeSampler, collate
+from bayes_lora.episodes.episode import attention_mask
+from bayes_lora.episodes.packing import pack
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import EncodedExample, Encoder, Episode, EpisodeSampler, Example, Task, TaskSet, collate
-from bayes_lora.tasks.episode import attention_mask
-from bayes_lora.tasks.packing import pack
+from bayes_lora.tasks import Example, Task, TaskSet
 
 IDS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 ROWS = st.builds(pack, IDS, st.lists(IDS, min_size=2, max_size=4), st.integers(0, 1))

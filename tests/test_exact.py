@@ -22,8 +22,6 @@ from conjugate import (
 )
 from pyro.infer import TraceMeanField_ELBO
 
-from bayes_lora.adaptation import draw_phi
-from bayes_lora.deferred import LocalReparameterization
 from bayes_lora.guides import (
     GradientGuide,
     GuideNetwork,
@@ -34,8 +32,9 @@ from bayes_lora.guides import (
     SharedMeanField,
     SharedPoint,
 )
-from bayes_lora.objective import BetaELBO
-from bayes_lora.width import Widened
+from bayes_lora.infer.handlers import LocalReparameterization, Widened
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.predictive import draw_phi
 
 
 def descent(model, **kwargs):

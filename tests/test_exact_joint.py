@@ -23,7 +23,7 @@ from conjugate import (
 from test_exact import chi_squared_p, descent
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from bayes_lora.adaptation import draw_phi
+from bayes_lora.distributions.kronecker_normal import KroneckerNormal
 from bayes_lora.guides import (
     NUTS,
     SGLD,
@@ -38,8 +38,8 @@ from bayes_lora.guides import (
     Point,
     SharedPoint,
 )
-from bayes_lora.kronecker_normal import KroneckerNormal
-from bayes_lora.objective import BetaELBO
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.predictive import draw_phi
 
 FLAT = slice(None), 0, 0, 0  # of (T, 1, 1, 1, r)
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from bayes_lora import factored_normal
-from bayes_lora.deferred import DeferredWeight, linear
-from bayes_lora.factored_normal import FactoredNormal
-from bayes_lora.families import from_parts, to_parts, widened
+from bayes_lora.distributions import factored_normal
+from bayes_lora.distributions.deferred_weight import DeferredWeight
+from bayes_lora.distributions.factored_normal import FactoredNormal
+from bayes_lora.distributions.unconstrained import from_parts, to_parts, widened
+from bayes_lora.utils.grouped_linear import linear
 
 OUT, IN = 5, 7
 

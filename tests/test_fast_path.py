@@ -22,14 +22,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from bayes_lora import fast_path, forward
-from bayes_lora.cache import TensorCache
+from bayes_lora.episodes import collate, packing
+from bayes_lora.episodes.episode import attention_mask
 from bayes_lora.errors import ConfigError, ModelError
-from bayes_lora.forward import PackedForward
-from bayes_lora.prompt_cache import PromptCacheForward
-from bayes_lora.tasks import collate, packing
-from bayes_lora.tasks.episode import attention_mask
-from bayes_lora.trunk import Trunk
+from bayes_lora.lm import choose_forward as fast_path
+from bayes_lora.lm import packed_forward as forward
+from bayes_lora.lm.kv_cache_forward import PromptCacheForward
+from bayes_lora.lm.packed_forward import PackedForward
+from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.lm.trunk import Trunk
 
 
 def plain_scores(lm: Any, example: Any) -> torch.Tensor:

@@ -11,18 +11,19 @@ from conftest import build_lm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bayes_lora.adaptation import adapt
-from bayes_lora.decoding import Generated, PosteriorAverage
+from bayes_lora.episodes import Encoder, PromptTemplate
+from bayes_lora.episodes.episode import collate
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.guides import GradientGuide, GuideNetwork, MeanField
-from bayes_lora.metrics import mean_metrics
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.lm.generation import Generated, PosteriorAverage
+from bayes_lora.lm.scoring import log_complement
+from bayes_lora.metrics.options import mean_metrics
+from bayes_lora.metrics.text import TextMetrics, text_metrics
 from bayes_lora.models import HierarchicalNormal, WeightSpace
-from bayes_lora.objective import BetaELBO
-from bayes_lora.scoring import log_complement
-from bayes_lora.task_posterior import TaskPosterior
-from bayes_lora.tasks import Encoder, Example, PromptTemplate, Task
-from bayes_lora.tasks.episode import collate
-from bayes_lora.text_metrics import TextMetrics, text_metrics
+from bayes_lora.posterior.adapt import adapt
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.tasks import Example, Task
 
 FREE = [
     Example("was the film good?", references=("not so good", "no")),

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Example, Task, TaskSet, read_questions
-from bayes_lora.tasks.crossfit_tsv import read_crossfit
-from bayes_lora.tasks.legalbench import read_legalbench
-from bayes_lora.tasks.metaicl import load_task
-from bayes_lora.tasks.molecules import read_molecules
-from bayes_lora.tasks.questions import QuestionForm, read_table_questions
-from bayes_lora.tasks.sources import load_tasks, task_from
-from bayes_lora.tasks.tables import load_table
-from bayes_lora.tasks.unifiedqa import read_unifiedqa
+from bayes_lora.tasks.readers.crossfit import read_crossfit
+from bayes_lora.tasks.readers.legalbench import read_legalbench
+from bayes_lora.tasks.readers.load import load_tasks, task_from
+from bayes_lora.tasks.readers.metaicl import load_task
+from bayes_lora.tasks.readers.molecules import read_molecules
+from bayes_lora.tasks.readers.questions import QuestionForm, read_table_questions
+from bayes_lora.tasks.readers.table import load_table
+from bayes_lora.tasks.readers.unifiedqa import read_unifiedqa
 
 BROKEN_FILES = 2_000
 RUN = settings(

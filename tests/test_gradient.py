@@ -7,13 +7,13 @@ from conftest import make_tasks
 from conjugate import LinearModel, linear_episode, make_data
 from test_objective import make_episode
 
-from bayes_lora.adaptation import draw_phi
+from bayes_lora.distributions.unconstrained import to_parts
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
-from bayes_lora.families import to_parts
 from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta, SharedPoint
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.predictive import draw_phi
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import collate
 
 
 def fixed_noise(monkeypatch):

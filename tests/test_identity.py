@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import build_lm, make_tasks
 
-from bayes_lora.config import RunConfig
+from bayes_lora.episodes import PromptTemplate
 from bayes_lora.errors import PosteriorError
-from bayes_lora.identity import NUM_MATRICES, NUM_VALUES, check_identity, identity, weight_sample
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.task_posterior import TaskPosterior
-from bayes_lora.tasks import PromptTemplate
+from bayes_lora.lm.fingerprint import NUM_MATRICES, NUM_VALUES, check_identity, identity, weight_sample
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_objective
 
 DIFFERENT = "fitted on other base weights than those of llama: .* matrices differ, such as .*pass lm= loaded from"
 

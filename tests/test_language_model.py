@@ -3,10 +3,10 @@ import torch
 from conftest import BUILDERS, SIZES, build_lm, make_tasks
 from transformers import MistralConfig, MistralForCausalLM
 
-from bayes_lora import forward
-from bayes_lora.cache import TensorCache
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.tasks import collate
+from bayes_lora.lm import packed_forward as forward
+from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.types import absent_score
 
 
@@ -116,7 +116,9 @@ def test_the_head_in_pieces_equals_the_head_at_once(any_lm, layers_known, monkey
             torch.testing.assert_close(gradient, expected[site])
         assert max(sizes) <= forward.LOGIT_BYTES
         sizes.clear()
-    torch.testing.assert_close(lm(phi, episode), whole, rtol=0, atol=0)  # nothing is left bypassed
+    monkeypatch.undo()
+    # Nothing is left bypassed. A tolerance, because other shapes take other kernels, which round differently.
+    torch.testing.assert_close(lm(phi, episode), whole)
 
 
 def test_features_from_the_head_in_pieces(lm, monkeypatch):

@@ -6,10 +6,10 @@ from conftest import make_tasks
 from test_matrix import PRIORS, start
 from test_objective import make_episode
 
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import Laplace
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.tasks import collate
 
 
 def build(lm, **kwargs):

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from bayes_lora import loading
 from bayes_lora.errors import ModelFileError, did_you_mean
-from bayes_lora.loading import load_language_model
-from bayes_lora.model_files import DEFAULT_MODEL
-from bayes_lora.packaged_model import CONVERTED_FOLDER
+from bayes_lora.lm import loading
+from bayes_lora.lm.loading import load_language_model
+from bayes_lora.lm.model_files import DEFAULT_MODEL
+from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
 
 
 def configure(folder, **changes):

@@ -11,8 +11,7 @@ from conftest import make_tasks
 import bayes_lora.guides
 import bayes_lora.models
 from bayes_lora import models
-from bayes_lora.adaptation import adapt, draw_phi
-from bayes_lora.deferred import LocalReparameterization
+from bayes_lora.episodes import EpisodeSampler
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import (
     NUTS,
@@ -32,8 +31,10 @@ from bayes_lora.guides import (
     SharedMeanField,
     SharedPoint,
 )
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import EpisodeSampler
+from bayes_lora.infer.handlers import LocalReparameterization
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.predictive import draw_phi
+from bayes_lora.posterior.adapt import adapt
 from bayes_lora.types import Guide, Likelihood, Model
 
 # Name to how it is made of a language model. A new model or guide has one row here.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bayes_lora import memory
-from bayes_lora.memory import FIRST_TOKENS, TokenBudget, fitting_tokens
+from bayes_lora.lm import token_budget as memory
+from bayes_lora.lm.token_budget import FIRST_TOKENS, TokenBudget, fitting_tokens
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

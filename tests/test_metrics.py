@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bayes_lora.metrics import (
+from bayes_lora.metrics.options import (
     Metrics,
     adaptive_calibration_error,
     compute_metrics,

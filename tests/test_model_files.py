@@ -14,9 +14,9 @@ import huggingface_hub
 import pytest
 from rich.console import Console
 
-from bayes_lora import model_files, packaged_model
 from bayes_lora.errors import ModelFileError
-from bayes_lora.model_files import DEFAULT_MODEL, fetch_default_model, find_model
+from bayes_lora.lm import model_files, packaged_model
+from bayes_lora.lm.model_files import DEFAULT_MODEL, fetch_default_model, find_model
 
 FAKE_GGUF = b"GGUF, but not really"
 run_command = packaged_model._run  # before a fixture takes its place

@@ -6,11 +6,11 @@ from conftest import make_tasks
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import Gamma, Normal, kl_divergence
 
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GuideNetwork, NormalTheta, PointTheta
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import collate
 
 
 def build(lm, *, random="AB", theta=PointTheta, beta=0.3, gamma=0.7, move=True, **kwargs):

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bayes_lora.tasks import EncodedExample, collate, packing
-from bayes_lora.tasks.batching import by_tokens
-from bayes_lora.tasks.bins import best_fit
-from bayes_lora.tasks.episode import attention_mask
-from bayes_lora.tasks.packing import Context, in_context, pack, pack_rows, pack_tasks
+from bayes_lora.episodes import EncodedExample, collate, packing
+from bayes_lora.episodes.batching import by_tokens
+from bayes_lora.episodes.bins import best_fit
+from bayes_lora.episodes.episode import attention_mask
+from bayes_lora.episodes.packing import Context, in_context, pack, pack_rows, pack_tasks
 
 IDS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 PLAIN = st.builds(pack, IDS, st.lists(IDS, min_size=2, max_size=4), st.integers(0, 1))

@@ -13,8 +13,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from bayes_lora.metrics import expected_calibration_error
-from bayes_lora.plots import reliability_diagram
+from bayes_lora.metrics.options import expected_calibration_error
+from bayes_lora.metrics.plots import reliability_diagram
 
 
 def curve(seed: int, num: int = 200) -> tuple[Tensor, Tensor]:

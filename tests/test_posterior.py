@@ -9,15 +9,16 @@ from conftest import BUILDERS, build_lm, make_tasks
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
-from bayes_lora.adaptation import adapt, draw_phi
-from bayes_lora.baselines import finetune_lora, pretrained
-from bayes_lora.config import GuideConfig, RunConfig
+from bayes_lora.episodes import PromptTemplate, collate
 from bayes_lora.errors import ConfigError, NonFiniteLoss, PosteriorError, RunFolderError, TaskError
-from bayes_lora.evaluation import predictive
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.task_posterior import TaskPosterior
-from bayes_lora.tasks import PromptTemplate, Task, collate
+from bayes_lora.infer.predictive import draw_phi, predictive
+from bayes_lora.posterior.adapt import adapt
+from bayes_lora.posterior.baselines import finetune_lora, pretrained
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.recipes.config import GuideConfig, RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.tasks import Task
 
 
 def build(lm, random="AB"):

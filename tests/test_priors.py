@@ -11,8 +11,8 @@ from torch.distributions import Gamma, HalfCauchy, Normal, kl_divergence
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GradientGuide, PointTheta, SharedMeanField
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import IndependentNormal, LayerwiseScale, RankARD, RegularizedHorseshoe
-from bayes_lora.objective import BetaELBO
 
 
 @pytest.fixture(autouse=True)

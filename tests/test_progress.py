@@ -3,7 +3,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from bayes_lora.progress import bars
+from bayes_lora.utils.progress import bars
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from bayes_lora.episodes import EncodedExample, Encoder, PromptTemplate
+from bayes_lora.episodes.episode import attention_mask, pad_rows
+from bayes_lora.episodes.packing import pack, pack_rows
 from bayes_lora.errors import ConfigError, TaskError
-from bayes_lora.tasks import EncodedExample, Encoder, Example, PromptTemplate
-from bayes_lora.tasks.episode import attention_mask, pad_rows
-from bayes_lora.tasks.packing import pack, pack_rows
+from bayes_lora.tasks import Example
 
 LETTERS = [chr(code) for code in range(32, 127)] + list("\n\té")
 TEXT = ["the film was good and bad. Answer: yes no maybe not so positive negative"] * 3

@@ -9,13 +9,13 @@ from conftest import SIZES, make_tasks
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayes_lora.config import RunConfig
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, PosteriorError
-from bayes_lora.identity import check_identity, identity
-from bayes_lora.loading import load_language_model
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.tasks import collate
+from bayes_lora.lm.fingerprint import check_identity, identity
+from bayes_lora.lm.loading import load_language_model
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_objective
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: make test-quantized"

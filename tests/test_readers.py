@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import Example, Task, text_files
-from bayes_lora.tasks.crossfit_tsv import read_crossfit
-from bayes_lora.tasks.legalbench import read_legalbench, without_demonstrations
-from bayes_lora.tasks.metaicl import load_task, read_examples
-from bayes_lora.tasks.molecules import read_molecules
-from bayes_lora.tasks.sources import load_tasks, task_from
-from bayes_lora.tasks.text_files import CannotScore, children, inside, read_table
-from bayes_lora.tasks.unifiedqa import options_in, read_unifiedqa
+from bayes_lora.tasks import Example, Task
+from bayes_lora.tasks.readers import text_files
+from bayes_lora.tasks.readers.crossfit import read_crossfit
+from bayes_lora.tasks.readers.legalbench import read_legalbench, without_demonstrations
+from bayes_lora.tasks.readers.load import load_tasks, task_from
+from bayes_lora.tasks.readers.metaicl import load_task, read_examples
+from bayes_lora.tasks.readers.molecules import read_molecules
+from bayes_lora.tasks.readers.text_files import CannotScore, children, inside, read_table
+from bayes_lora.tasks.readers.unifiedqa import options_in, read_unifiedqa
 
 ANSWER = r"\(a\) \.\.\. \(b\)"
 GOOD = {"input": "q", "output": "b", "options": ["a", "b"]}

@@ -5,10 +5,10 @@ import torch
 from torch.distributions import kl_divergence
 
 import bayes_lora
+from bayes_lora.episodes import collate
 from bayes_lora.guides import GradientGuide
-from bayes_lora.model_files import default_model_here
+from bayes_lora.lm.model_files import default_model_here
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.tasks import collate
 
 TASKS, SEEDS, DRAWS = ("message-politeness", "question-type"), 5, 16
 

@@ -7,13 +7,20 @@ import torch
 from conftest import make_tasks
 from test_matrix import episodes
 
-from bayes_lora.config import EnsembleConfig, EpisodeConfig, GradientConfig, GuideConfig, ObjectiveConfig, RunConfig
-from bayes_lora.dry_run import WITHOUT_STEPS
 from bayes_lora.guides import GradientGuide, GuideNetwork
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import RECIPES, build_objective
-from bayes_lora.run import fit_posterior
-from bayes_lora.training import FitConfig
+from bayes_lora.infer.training import FitConfig
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import (
+    EnsembleConfig,
+    EpisodeConfig,
+    GradientConfig,
+    GuideConfig,
+    ObjectiveConfig,
+    RunConfig,
+)
+from bayes_lora.recipes.recipes import RECIPES, build_objective
+from bayes_lora.runs.dry_run import WITHOUT_STEPS
+from bayes_lora.runs.fit import fit_posterior
 
 NOTHING_TO_LEARN = ("lora", "laplace-lora", "map-temperature")
 EPISODES = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=3, held_back=1, held_back_shots=4)

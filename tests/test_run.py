@@ -9,15 +9,16 @@ from conftest import make_tasks
 from rich.console import Console
 from test_storage import CONFIG, assert_equal, names
 
-from bayes_lora.baselines import pretrained
-from bayes_lora.config import EpisodeConfig, RunConfig
+from bayes_lora.episodes import collate
 from bayes_lora.errors import PosteriorError, TaskError
-from bayes_lora.metrics import Metrics, expected_calibration_error
-from bayes_lora.posterior import Posterior
-from bayes_lora.progress import bars
-from bayes_lora.report import MEAN, Comparison, MethodResult, metrics_table
-from bayes_lora.run import build_episodes, compare, divide, fit_posterior
-from bayes_lora.tasks import Example, Task, TaskSet, collate
+from bayes_lora.metrics.options import Metrics, expected_calibration_error
+from bayes_lora.posterior.baselines import pretrained
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import EpisodeConfig, RunConfig
+from bayes_lora.runs.fit import build_episodes, compare, divide, fit_posterior
+from bayes_lora.runs.report import MEAN, Comparison, MethodResult, metrics_table
+from bayes_lora.tasks import Example, Task, TaskSet
+from bayes_lora.utils.progress import bars
 
 METHODS = [
     "pretrained",
@@ -41,7 +42,7 @@ def test_held_back_tasks(lm, tasks, held_back):
 def test_held_back_tasks_are_read_under_the_bar_too(lm, tasks, monkeypatch):
     """Afterwards the frozen layers run no more."""
     seen = []
-    monkeypatch.setattr("bayes_lora.run.fit", lambda *_, **kwargs: seen.append(runs[:]) or kwargs["state"])
+    monkeypatch.setattr("bayes_lora.runs.fit.fit", lambda *_, **kwargs: seen.append(runs[:]) or kwargs["state"])
     lm.features(collate([lm.encoder([Example("on first use", ("a", "b"), 0)])]))
     runs, compute = [], lm.trunk._compute
     monkeypatch.setattr(lm.trunk, "_compute", lambda rows, run: runs.append(len(rows)) or compute(rows, run))

@@ -6,12 +6,12 @@ import pytest
 from conftest import make_tasks
 from test_storage import CONFIG, assert_equal, names
 
-import bayes_lora.run_folder
-from bayes_lora.config import RunConfig
+import bayes_lora.runs.folder
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
-from bayes_lora.posterior import Posterior
-from bayes_lora.run import divide, fit_posterior, with_language_model
-from bayes_lora.run_folder import check_run_folder, prepare_run_folder, read_fitted_tasks
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.runs.fit import divide, fit_posterior, with_language_model
+from bayes_lora.runs.folder import check_run_folder, prepare_run_folder, read_fitted_tasks
 from bayes_lora.tasks import Task, TaskSet
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
@@ -23,14 +23,14 @@ class CutOff(Exception):
 
 
 def cut_off_after(monkeypatch, step):
-    save = bayes_lora.run_folder.save_checkpoint
+    save = bayes_lora.runs.folder.save_checkpoint
 
     def save_and_stop(path, objective, optimizer, state, settings):
         save(path, objective, optimizer, state, settings)
         if state.step == step:
             raise CutOff
 
-    monkeypatch.setattr(bayes_lora.run_folder, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(bayes_lora.runs.folder, "save_checkpoint", save_and_stop)
 
 
 def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
@@ -119,7 +119,7 @@ def test_resume_with_more_steps_goes_on(lm, tasks, tmp_path):
 
 def test_resume_with_more_patience_goes_on(lm, tasks, tmp_path, monkeypatch):
     curve = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr("bayes_lora.training.held_back_nll", lambda *_: next(curve))
+    monkeypatch.setattr("bayes_lora.infer.training.held_back_nll", lambda *_: next(curve))
     run, fast = tmp_path / "a", replace(CONFIG, fit=replace(CONFIG.fit, patience=1))
     _, state = fit_posterior(lm, tasks, fast, run=run)
     assert (state.step, state.best) == (4, 0)

@@ -5,11 +5,11 @@ from conftest import make_tasks
 from rich.console import Console
 from test_storage import CONFIG
 
-from bayes_lora.config import EpisodeConfig, RunConfig
 from bayes_lora.errors import ConfigError
-from bayes_lora.schedules import SCHEDULES, beta_fraction, cyclical, linear_warmup
-from bayes_lora.sweep import sweep_beta, sweep_table
-from bayes_lora.training import FitConfig
+from bayes_lora.infer.schedules import SCHEDULES, beta_fraction, cyclical, linear_warmup
+from bayes_lora.infer.training import FitConfig
+from bayes_lora.recipes.config import EpisodeConfig, RunConfig
+from bayes_lora.runs.sweep import sweep_beta, sweep_table
 
 
 def test_linear():

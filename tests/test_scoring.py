@@ -3,7 +3,7 @@
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from bayes_lora.scoring import token_log_probs
+from bayes_lora.lm.scoring import token_log_probs
 
 PLACES, TARGETS = torch.tensor([0, 2, 2, -1, 1, 5]), torch.tensor([3, 0, 4, 1, 3, 2])
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bayes_lora.seeding import seeded
+from bayes_lora.utils.seeding import seeded
 
 
 def test_draws_under_a_seed_leave_no_trace():

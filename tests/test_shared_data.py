@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from bayes_lora.tasks import Example
-from bayes_lora.tasks.crossfit_tsv import read_crossfit
-from bayes_lora.tasks.legalbench import without_demonstrations
-from bayes_lora.tasks.metaicl import load_task
-from bayes_lora.tasks.sources import load_tasks
-from bayes_lora.tasks.text_files import read_table, read_text
+from bayes_lora.tasks.readers.crossfit import read_crossfit
+from bayes_lora.tasks.readers.legalbench import without_demonstrations
+from bayes_lora.tasks.readers.load import load_tasks
+from bayes_lora.tasks.readers.metaicl import load_task
+from bayes_lora.tasks.readers.text_files import read_table, read_text
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

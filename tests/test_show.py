@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from test_prompts import TEMPLATES, llama, unigram
 from test_statistics import run, write
 
-from bayes_lora import model_files, show
-from bayes_lora.console import out as console
+from bayes_lora.cli import show
+from bayes_lora.cli.console import out as console
+from bayes_lora.cli.show import load_encoder, show_example
+from bayes_lora.episodes import Encoder, PromptTemplate
 from bayes_lora.errors import ModelFileError, TaskError
-from bayes_lora.loading import load_language_model
-from bayes_lora.show import load_encoder, show_example
-from bayes_lora.tasks import Encoder, Example, PromptTemplate
+from bayes_lora.lm import model_files
+from bayes_lora.lm.loading import load_language_model
+from bayes_lora.tasks import Example
 
 OPTIONS = ("yes", "not so negative", "maybe")
 LONG = Example("the film was good and bad and so the maybe film was not good", OPTIONS, 1)

@@ -4,10 +4,11 @@ import torch
 from conftest import BUILDERS, TARGETS, build_lm
 from torch import nn
 
-from bayes_lora.deferred import Blocks, DeferredWeight, linear
+from bayes_lora.distributions.deferred_weight import DeferredWeight
 from bayes_lora.errors import SiteError
-from bayes_lora.loading import inject
-from bayes_lora.sites import Slot, find_sites
+from bayes_lora.lm.loading import inject
+from bayes_lora.lm.sites import Slot, find_sites
+from bayes_lora.utils.grouped_linear import Blocks, linear
 
 
 def random_values(sites, *batch, seed=0):

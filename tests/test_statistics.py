@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bayes_lora import cli
-from bayes_lora.console import out as console
-from bayes_lora.tasks import Encoder, Example, PromptTemplate, Task
-from bayes_lora.tasks.statistics import count_words, statistics_table, task_statistics, token_counter
+from bayes_lora.cli import main as cli
+from bayes_lora.cli.console import out as console
+from bayes_lora.episodes import Encoder, PromptTemplate
+from bayes_lora.episodes.encoder import token_counter
+from bayes_lora.tasks import Example, Task
+from bayes_lora.tasks.statistics import count_words, statistics_table, task_statistics
 
 AB = ("a", "b")
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import build_lm, make_tasks
 
-from bayes_lora.checkpoint import load_checkpoint, save_checkpoint
-from bayes_lora.config import EpisodeConfig, GuideConfig, RunConfig
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.run import build_episodes
-from bayes_lora.storage import check_new_folder, new_folder, read_json, read_tensors, write_json, write_tensors
-from bayes_lora.training import FitConfig, fit
+from bayes_lora.infer.training import FitConfig, fit
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import EpisodeConfig, GuideConfig, RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.runs.fit import build_episodes
+from bayes_lora.utils.storage import check_new_folder, new_folder, read_json, read_tensors, write_json, write_tensors
 
 CONFIG = RunConfig(
     guide=GuideConfig(directions=2, hidden=8, bilinear=2),

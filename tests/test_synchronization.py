@@ -7,7 +7,7 @@ from test_language_model import random_phi
 from test_objective import build, make_episode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayes_lora.objective import BetaELBO
+from bayes_lora.infer.objective import BetaELBO
 
 # On a GPU each of these waits until all that was queued is done, for its result decides a shape or a Python value.
 WAITING = {

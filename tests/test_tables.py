@@ -13,11 +13,11 @@ from pyarrow import parquet
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Example, RowOptions, Task, load_tasks, task_format
-from bayes_lora.tasks.card_file import read_card
-from bayes_lora.tasks.cards import load_card
-from bayes_lora.tasks.questions import QuestionForm, read_table_questions
-from bayes_lora.tasks.tables import load_table
-from bayes_lora.tasks.text_files import CannotScore
+from bayes_lora.tasks.readers.card import read_card
+from bayes_lora.tasks.readers.card_examples import load_card
+from bayes_lora.tasks.readers.questions import QuestionForm, read_table_questions
+from bayes_lora.tasks.readers.table import load_table
+from bayes_lora.tasks.readers.text_files import CannotScore
 
 REVIEWS = "id,review,label\n1,fine,good\n2,awful,bad\n3,nice,good\n4,poor,bad\n"
 TWO = ("bad", "good")

@@ -7,14 +7,15 @@ import torch
 from conftest import make_tasks
 from test_recipes import small
 
-from bayes_lora.adaptation import draw_phi
+from bayes_lora.episodes import collate
 from bayes_lora.errors import PosteriorError
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.run import build_episodes, fit_posterior
-from bayes_lora.storage import read_json, write_json
-from bayes_lora.tasks import Example, Task, collate
-from bayes_lora.temperature import TEMPERATURES, choose_temperature
+from bayes_lora.infer.predictive import draw_phi
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.temperature import TEMPERATURES, choose_temperature
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.runs.fit import build_episodes, fit_posterior
+from bayes_lora.tasks import Example, Task
+from bayes_lora.utils.storage import read_json, write_json
 
 CONFIG = small("map-temperature")
 

@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from bayes_lora.tasks import Encoder, Example, PromptTemplate
-from bayes_lora.tasks.token_store import TokenStore, tokenizer_key
+from bayes_lora.episodes import Encoder, PromptTemplate
+from bayes_lora.episodes.token_store import TokenStore, tokenizer_key
+from bayes_lora.tasks import Example
 
 EXAMPLES = [
     Example("good film", ("yes", "not so"), 1),

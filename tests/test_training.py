@@ -8,14 +8,13 @@ import torch
 from conftest import make_tasks
 from pyro.nn import PyroModule
 
-from bayes_lora.adaptation import draw_phi
+from bayes_lora.episodes import EpisodeSampler, collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GuideNetwork
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.predictive import draw_phi, held_back_nll
+from bayes_lora.infer.training import FitConfig, NonFiniteLoss, _look, fit
 from bayes_lora.models import HierarchicalNormal
-from bayes_lora.objective import BetaELBO
-from bayes_lora.tasks import EpisodeSampler, collate
-from bayes_lora.training import FitConfig, NonFiniteLoss, _look, fit
-from bayes_lora.width import held_back_nll
 
 CONFIG = FitConfig(steps=12, learning_rate=0.02, eval_every=3, warmup=4, patience=100)
 
@@ -51,7 +50,7 @@ def test_the_kept_parameters_are_those_of_the_best_look(lm):
 
 def test_patience_stops_early(lm, monkeypatch):
     curve = iter([1.0, 0.5, 0.7, 0.6, 0.8, 0.9])
-    monkeypatch.setattr("bayes_lora.training.held_back_nll", lambda *_: next(curve))
+    monkeypatch.setattr("bayes_lora.infer.training.held_back_nll", lambda *_: next(curve))
     objective, sampler, held_back = build(lm)
     state = fit(objective, sampler, held_back, FitConfig(steps=100, eval_every=1, patience=3))
     assert (state.step, state.best) == (5, 1)

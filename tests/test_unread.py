@@ -9,11 +9,11 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from bayes_lora.config import GradientConfig, GuideConfig, ObjectiveConfig, PriorConfig, RunConfig
 from bayes_lora.errors import ConfigError
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import RECIPES, build_objective
-from bayes_lora.unread import NOT_OF_RECIPES, changed_settings, describe, settings_of, watched
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import GradientConfig, GuideConfig, ObjectiveConfig, PriorConfig, RunConfig
+from bayes_lora.recipes.recipes import RECIPES, build_objective
+from bayes_lora.recipes.settings_read import NOT_OF_RECIPES, changed_settings, describe, settings_of, watched
 
 DOCS = Path(__file__).parents[1] / "docs" / "recipes.md"
 SETTINGS = [name for name, _ in settings_of(RunConfig()) if name.partition(".")[0] not in NOT_OF_RECIPES]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
-from bayes_lora.dropped_point import DroppedPoint
-from bayes_lora.elbo import divergence
-from bayes_lora.families import from_parts, rebuilt, tensors_of, to_parts, widened
-from bayes_lora.kronecker_normal import KroneckerNormal
-from bayes_lora.low_rank_normal import LowRankNormal
-from bayes_lora.task_posterior_files import FAMILIES
-from bayes_lora.weight_distribution import WeightDistribution
+from bayes_lora.distributions.divergence import divergence
+from bayes_lora.distributions.dropped_point import DroppedPoint
+from bayes_lora.distributions.kronecker_normal import KroneckerNormal
+from bayes_lora.distributions.low_rank_normal import LowRankNormal
+from bayes_lora.distributions.unconstrained import from_parts, rebuilt, tensors_of, to_parts, widened
+from bayes_lora.distributions.weight_distribution import WeightDistribution
+from bayes_lora.posterior.files import FAMILIES
 
 SHAPE, BATCH = (2, 3, 4), (5, 1)  # two layers of 3 x 4 matrices
 

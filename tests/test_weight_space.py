@@ -12,18 +12,18 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bayes_lora.config import EpisodeConfig, GradientConfig, ObjectiveConfig, RunConfig
-from bayes_lora.deferred import LocalReparameterization
+from bayes_lora.distributions.factored_normal import FactoredNormal
+from bayes_lora.distributions.unconstrained import to_parts
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.factored_normal import FactoredNormal
-from bayes_lora.families import to_parts
 from bayes_lora.guides import GradientGuide, NormalTheta, PointTheta
+from bayes_lora.infer.handlers import LocalReparameterization
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.lm.sites import delta_site, factor_sites
 from bayes_lora.models import WeightSpace
-from bayes_lora.objective import BetaELBO
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.sites import delta_site, factor_sites
-from bayes_lora.tasks import collate
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import EpisodeConfig, GradientConfig, ObjectiveConfig, RunConfig
+from bayes_lora.recipes.recipes import build_objective
 
 
 def build(lm, *, handler=LocalReparameterization, beta=0.1, **kwargs):
@@ -181,7 +181,7 @@ def test_tasks_together_equal_tasks_alone(lm, monkeypatch):
         event = torch.linspace(-1.2, 1.0, shape[-1] * shape[-2] * shape[-3], dtype=dtype, device=device)
         return event.view(shape[-3:]).expand(shape)
 
-    monkeypatch.setattr("bayes_lora.factored_normal._standard_normal", noise)
+    monkeypatch.setattr("bayes_lora.distributions.factored_normal._standard_normal", noise)
     guide = build(lm).guide.program
     rows = [lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())]
     together = guide.posterior(collate(rows, num_data=[9, 9], task_index=[3, 5], num_tasks=8), mean_theta(guide))
@@ -208,7 +208,7 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("handler", [LocalReparameterization, nullcontext])
 def test_no_task_has_a_matrix_of_its_own(tokenizer, handler, monkeypatch):
     """Neither in steps, whose divergence takes a few rows at a time, nor in prediction; where all is drawn, they do."""
-    monkeypatch.setattr("bayes_lora.factored_normal.CHUNK", 3 * 2 * 2 * 16)
+    monkeypatch.setattr("bayes_lora.distributions.factored_normal.CHUNK", 3 * 2 * 2 * 16)
     lm = build_lm("llama", tokenizer, targets=("v_proj",))  # 8 by 16
     objective = build(lm, handler=handler)
     tasks = [task.split(3, seed=1) for task in make_tasks(2).values()]

@@ -6,12 +6,14 @@ import torch
 from conftest import make_tasks
 from test_training import build
 
-from bayes_lora.config import RunConfig
 from bayes_lora.errors import ConfigError, PosteriorError
-from bayes_lora.posterior import Posterior
-from bayes_lora.recipes import build_objective
-from bayes_lora.storage import read_json, write_json
-from bayes_lora.width import Widened, choose_width, held_back_nll
+from bayes_lora.infer.handlers import Widened
+from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.posterior.calibrate import choose_width
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.utils.storage import read_json, write_json
 
 
 def normals(guide, episode):

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.table_rows import TABLES
-from bayes_lora.tasks.task_folders import present_tasks, task_places
-from bayes_lora.tasks.text_files import children
+from bayes_lora.tasks.readers.folders import present_tasks, task_places
+from bayes_lora.tasks.readers.table_rows import TABLES
+from bayes_lora.tasks.readers.text_files import children
 
 __all__ = ["load_split", "shipped_splits"]
 

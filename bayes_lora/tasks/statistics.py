@@ -12,13 +12,10 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
-from bayes_lora.tasks.prompts import Encoder
 from bayes_lora.tasks.task import Example, Task
 
-__all__ = ["Lengths", "TaskStatistics", "count_words", "statistics_table", "task_statistics", "token_counter"]
+__all__ = ["Lengths", "TaskStatistics", "count_words", "statistics_table", "task_statistics"]
 
-UNCUT = 1 << 40
-"""A limit on a row that no text reaches."""
 
 RATIO, GAP = 3, 3
 """Options are of very different length where the longest is three times the shortest and three units longer."""
@@ -77,18 +74,6 @@ def count_words(example: Example) -> Lengths:
     """Count the words of the input and of each answer: what can be counted without a tokenizer."""
     answers = example.references[:1] if example.free_form else example.options
     return Lengths(len(example.input.split()), tuple(len(answer.split()) for answer in answers))
-
-
-def token_counter(encoder: Encoder) -> Callable[[Example], Lengths]:
-    """Return a function that counts an example's tokens as this encoder makes them, before it cuts any."""
-    uncut = Encoder(encoder.tokenizer, encoder.template, UNCUT)
-
-    def count_tokens(example: Example) -> Lengths:
-        row, _ = uncut.encode(example)
-        uncut.forget()  # rows are not asked for twice, and a large collection's take gigabytes
-        return Lengths(len(row), tuple(row.target_options.bincount(minlength=row.num_options - row.free_form).tolist()))
-
-    return count_tokens
 
 
 def task_statistics(

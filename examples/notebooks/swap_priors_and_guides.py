@@ -32,15 +32,15 @@ import pandas as pd
 import torch
 
 import bayes_lora
-from bayes_lora.adaptation import adapt
-from bayes_lora.baselines import pretrained
-from bayes_lora.diagnosis import diagnose
+from bayes_lora.episodes import EpisodeSampler
 from bayes_lora.guides import GradientGuide, GuideNetwork, SharedMeanField
-from bayes_lora.metrics import mean_metrics
+from bayes_lora.infer.training import FitConfig, fit
+from bayes_lora.metrics.options import mean_metrics
 from bayes_lora.models import HierarchicalNormal, RankARD
-from bayes_lora.run import cache
-from bayes_lora.tasks import EpisodeSampler
-from bayes_lora.training import FitConfig, fit
+from bayes_lora.posterior.adapt import adapt
+from bayes_lora.posterior.baselines import pretrained
+from bayes_lora.posterior.diagnose import diagnose
+from bayes_lora.runs.fit import cache
 
 # %% tags=["parameters"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -30,10 +30,10 @@ import matplotlib.pyplot as plt
 import torch
 
 import bayes_lora
-from bayes_lora.baselines import pretrained
-from bayes_lora.demo import demo_config
-from bayes_lora.metrics import top_confidence
-from bayes_lora.plots import reliability_diagram
+from bayes_lora.metrics.options import top_confidence
+from bayes_lora.metrics.plots import reliability_diagram
+from bayes_lora.posterior.baselines import pretrained
+from bayes_lora.runs.demo import demo_config
 
 # %% tags=["parameters"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,0 +1,5 @@
+"""Run the command line: ``python -m bayes_lora.cli``."""
+
+from bayes_lora.cli.main import main
+
+main()

@@ -1,0 +1,113 @@
+"""The command line's way with one task: bayes-lora adapt | predict."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bayes_lora.cli.console import say
+from bayes_lora.cli.options import DATA, Draws, Format, Input, Label, Overwrite, Run, Steps, Task
+
+if TYPE_CHECKING:
+    from bayes_lora.posterior.posterior import Posterior
+    from bayes_lora.posterior.task_posterior import TaskPosterior
+    from bayes_lora.tasks import Example
+
+# Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
+
+__all__ = ["adapt", "load_posterior", "predict"]
+
+
+def adapt(
+    run: Run,
+    examples: Annotated[Path, typer.Option(help=f"The new task: {DATA}.")],
+    output: Annotated[Path, typer.Option(help="Folder for the task's posterior and its PEFT adapter.")],
+    task: Task = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
+    shots: Annotated[
+        int | None, typer.Option(help="So many examples, drawn as by evaluate; by default all.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw, as for evaluate; or which support set.")] = 13,
+    steps: Steps = 10,
+    overwrite: Overwrite = False,
+) -> None:
+    """Adapt to a new task from a few examples; write its posterior and a plain PEFT adapter.
+
+    Example: `bayes-lora adapt --run runs/demo --examples tickets.csv --shots 16 --output runs/tickets`
+    """
+    from bayes_lora.cli.task_source import TaskSource, one_task, support_of
+    from bayes_lora.runs.folder import HOME, write_home
+    from bayes_lora.utils.storage import check_new_folder, new_folder
+
+    source = TaskSource(examples, format, input, label)
+    chosen = one_task(source, task, seed)
+    support = support_of(chosen, seed, shots)
+    check_new_folder(output, overwrite=overwrite, marker=HOME)
+    posterior = load_posterior(run)
+    with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
+        adapted = posterior.adapt(support, steps=steps)
+        adapted.save(folder / "posterior")
+        adapted.export_peft(folder / "adapter")
+        write_home(folder / HOME, run, output, source.form(chosen))
+    places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
+    say(f"adapted to {len(support)} examples: {places}")
+
+
+def predict(
+    adapted: Annotated[Path, typer.Option(help="A folder that `adapt` wrote.")],
+    examples: Annotated[
+        Path, typer.Option(help="A table without answers, or a .jsonl file with `input` and `options` per line.")
+    ],
+    draws: Draws = 10,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest free answer, in tokens.", min=1)] = 32,
+) -> None:
+    """Predict with a task's posterior; prints one JSON object per example.
+
+    Columns of a table, and the options, are those that `adapt` was given. Without options the answer is free text.
+
+    Example: `bayes-lora predict --adapted runs/tickets --examples questions.csv > answers.jsonl`
+    """
+    from bayes_lora.cli.task_source import questions
+    from bayes_lora.posterior.task_posterior import TaskPosterior
+    from bayes_lora.runs.folder import load_language_model_of, read_home, read_question_form
+    from bayes_lora.utils.progress import hide_loading_bar
+
+    run = read_home(adapted)
+    found = questions(examples, read_question_form(adapted))
+    hide_loading_bar()
+    posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
+    for answer in _answers(posterior, found, draws, max_new_tokens):
+        sys.stdout.write(json.dumps(answer) + "\n")
+
+
+def _answers(
+    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """What is predicted of each question: an option with the probabilities of all, or a text with its own."""
+    choices = [one for one in questions if not isinstance(one, str) and not one.free_form]
+    if not choices:
+        [texts] = posterior.generate([questions], num_draws=draws, max_new_tokens=max_new_tokens)
+        for question, said in zip(questions, texts, strict=True):
+            asked = question if isinstance(question, str) else question.input
+            yield {"input": asked, "prediction": said.text, "log_prob": round(said.log_prob, 6)}
+        return
+    [log_probs] = posterior.predict([choices], num_draws=draws)
+    for choice, row in zip(choices, log_probs.exp().tolist(), strict=True):
+        probs = dict(zip(choice.options, (round(p, 6) for p in row), strict=False))
+        yield {"input": choice.input, "prediction": max(probs, key=probs.__getitem__), "probs": probs}
+
+
+def load_posterior(run: Path) -> Posterior:
+    """Load a run's posterior, without a bar."""
+    from bayes_lora.posterior.posterior import Posterior
+    from bayes_lora.utils.progress import hide_loading_bar
+
+    hide_loading_bar()
+    return Posterior.load(run / "posterior")

@@ -1,0 +1,247 @@
+"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch | dry-run | tasks | show."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from bayes_lora.cli import adapt as cli_adapt
+from bayes_lora.cli import tasks as cli_tasks
+from bayes_lora.cli.adapt import load_posterior
+from bayes_lora.cli.console import err, fail, out, say, warn
+from bayes_lora.cli.options import (
+    Config,
+    Draws,
+    Format,
+    Input,
+    Label,
+    Model,
+    Names,
+    Overwrite,
+    Resume,
+    Run,
+    Set,
+    Shots,
+    ShuffleOptions,
+    Split,
+    Tasks,
+)
+from bayes_lora.errors import BayesLoraError, ConfigError
+
+if TYPE_CHECKING:
+    from bayes_lora.recipes.config import RunConfig
+
+# Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
+)
+NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
+# Typer has a click of its own or the installed one, as its version is; this is the base class in either.
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+
+
+@app.command()
+def demo(
+    run: Run = Path("runs/demo"),
+    config: Config = None,
+    settings: Set = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Meta-learn on the shipped tasks, adapt to unseen ones, and show what came of it.
+
+    Example: `bayes-lora demo --run runs/demo`
+    """
+    from bayes_lora.runs.demo import demo_config, run_demo
+    from bayes_lora.utils.progress import hide_loading_bar
+
+    hide_loading_bar()
+    run_demo(run, _config(config, settings, base=demo_config()), resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command()
+def fit(
+    tasks: Tasks,
+    run: Run,
+    split: Split = None,
+    names: Names = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
+    shuffle_options: ShuffleOptions = False,
+    model: Model = None,
+    config: Config = None,
+    settings: Set = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Meta-learn a prior over LoRA weights, and a guide, from a folder of tasks.
+
+    Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run runs/cls --set fit.steps=200`
+    """
+    from bayes_lora.cli.task_source import TaskSource, training_tasks
+    from bayes_lora.recipes.recipes import build_language_model
+    from bayes_lora.runs.fit import fit_posterior
+    from bayes_lora.runs.folder import check_run_folder
+    from bayes_lora.utils.progress import bars, hide_loading_bar
+
+    more = ["episodes.shuffle_options=true"] if shuffle_options else []
+    chosen = _config(config, [*(settings or []), *more], model)
+    training = training_tasks(TaskSource(tasks, format, input, label), split, names)
+    check_run_folder(run, resume=resume, overwrite=overwrite)
+    hide_loading_bar()
+    lm = build_language_model(chosen.language_model)
+    with bars() as progress:
+        _, state = fit_posterior(lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress)
+    if not state.history:
+        say(f"nothing to fit: {chosen.recipe} learns nothing between tasks. Posterior in {run / 'posterior'}")
+        return
+    if state.step < chosen.fit.steps:
+        say(f"stopped before step {chosen.fit.steps}: {chosen.fit.patience} looks (fit.patience) found nothing better")
+    best = state.history[state.best] if state.best is not None else state.history[-1]
+    say(f"{state.step} steps; kept step {best['step']}: {_show(best)}. Posterior in {run / 'posterior'}")
+
+
+app.command()(cli_adapt.adapt)
+app.command()(cli_adapt.predict)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    tasks: Tasks,
+    split: Split = None,
+    names: Names = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
+    shuffle_options: ShuffleOptions = False,
+    seed: Annotated[int, typer.Option(help="Which support set (MetaICL, CrossFit), or how to draw one.")] = 13,
+    shots: Shots = 16,
+    queries: Annotated[int, typer.Option(help="At most this many query examples per task.", min=1)] = 200,
+    steps: Annotated[str, typer.Option(help="Gradient steps after the one pass: numbers, commas between.")] = "0,10",
+    draws: Draws = 10,
+    demonstrations: Annotated[int, typer.Option(help="Solved support examples before every query.", min=0)] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and reliability.png.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Adapt to unseen tasks and compare with the pretrained model and a LoRA fine-tuned on the same examples.
+
+    Without --split and --names, these are the folder's tasks but those that the run was fitted on.
+
+    Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`, or `--tasks tickets.csv`
+    """
+    from bayes_lora.cli.task_source import TaskSource, unseen_tasks
+    from bayes_lora.runs.fit import compare
+    from bayes_lora.runs.folder import read_fitted_tasks
+    from bayes_lora.runs.report import check_report_folder
+    from bayes_lora.tasks import TaskSet
+    from bayes_lora.utils.progress import bars
+
+    if output is not None:
+        check_report_folder(output, overwrite=overwrite)
+    counts = _integers(steps, "--steps")
+    source = TaskSource(tasks, format, input, label)
+    unseen, left_out = unseen_tasks(source, split, names, seed, shots, queries, read_fitted_tasks(run))
+    if shuffle_options:
+        unseen = TaskSet(task.shuffle_options(seed=seed) for task in unseen.values())
+    posterior = load_posterior(run)
+    if left_out:
+        say(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks, on which the posterior was fitted")
+    with bars() as progress:
+        comparison = compare(
+            posterior,
+            list(unseen.values()),
+            steps=counts,
+            num_draws=draws,
+            num_demonstrations=demonstrations,
+            progress=progress,
+        )
+    out.print(comparison.table())
+    if output is not None:
+        comparison.write(output)
+
+
+@app.command()
+def fetch() -> None:
+    """Download the default language model, so that everything else works offline.
+
+    Example: `bayes-lora fetch`
+    """
+    from bayes_lora.lm.model_files import fetch_default_model
+
+    say(str(fetch_default_model()))
+
+
+@app.command("dry-run")
+def dry_run(
+    architecture: Annotated[Path, typer.Option(help="The base model's config.json, or one like it.")],
+    config: Config = None,
+    settings: Set = None,
+) -> None:
+    """Show a run's LoRA sites, parameter counts and an estimate of its memory; nothing is loaded or downloaded.
+
+    Example: `bayes-lora dry-run --config llama-3-8b.yaml --architecture llama-3-8b.json` (both in examples/configs)
+    """
+    from bayes_lora.runs.dry_run import dry_run as look
+    from bayes_lora.runs.dry_run import read_architecture
+
+    for table in look(_config(config, settings), read_architecture(architecture)).tables():
+        out.print(table)
+
+
+app.command()(cli_tasks.tasks)
+app.command()(cli_tasks.show)
+
+
+def _config(
+    path: Path | None, settings: list[str] | None, model: str | None = None, base: RunConfig | None = None
+) -> RunConfig:
+    from bayes_lora.recipes.config import RunConfig
+
+    config = RunConfig.load(path, settings or [], base)
+    name = model or config.language_model.name
+    # A path is kept whole, so that a later call from another folder finds the model.
+    name = str(Path(name).resolve()) if Path(name).exists() else name
+    return replace(config, language_model=replace(config.language_model, name=name))
+
+
+def _integers(text: str, name: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"{name} {text!r}: expected whole numbers with commas between, as in 0,10.")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _show(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items() if name != "step")
+
+
+def main() -> None:
+    """Run the command line; an error a user can mend is one line and exit code 2."""
+    warnings.showwarning = warn
+    words = sys.argv[1:] or ["--help"]
+    try:
+        code = app(words, prog_name=NAME, standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else " ".join([NAME, *words[:1]])
+        fail(f"{error.format_message().rstrip('.')}. See {command} --help.")
+        code = USAGE
+    except BayesLoraError as error:
+        fail(error)
+        code = USAGE
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # some versions of Typer return it
+        err.print("interrupted: fit and demo go on with --resume", style="red")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What the model sees of an example: its packed row turned back into text, and what was cut of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.text import Text
+
+from bayes_lora.episodes.encoder import UNCUT, Encoder
+from bayes_lora.episodes.packing import EncodedExample
+from bayes_lora.episodes.templates import PromptTemplate
+from bayes_lora.lm.model_files import DEFAULT_MODEL, find_tokenizer
+from bayes_lora.tasks.task import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Part", "ShownExample", "load_encoder", "show_example"]
+
+LOST = 200
+"""Of a long text that was cut so many letters are shown at its beginning and at its end."""
+
+Kind = Literal["demonstration", "prompt", "cut"]
+STYLES = {"demonstration": "cyan", "prompt": "", "cut": "dim italic"}
+OPTION_STYLES = {
+    True: ("black on green", "black on bright_green"),
+    False: ("black on yellow", "black on bright_yellow"),
+}
+"""Of the gold option's tokens and the others', in turn, so that one is told from the next."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens, as text. The model reads those of every kind but ``cut``."""
+
+    kind: Kind
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example as the model sees it.
+
+    Attributes:
+        parts: demonstrations and prompt, in order, with what was cut where it would stand.
+        options: of each option the text of each token, all of which the model is scored on.
+        answer: index of the gold option, which the model is not told.
+        num_tokens: tokens of the row, demonstrations included; an option's last token is predicted, never read.
+        max_length: limit on the row without demonstrations.
+    """
+
+    parts: tuple[Part, ...]
+    options: tuple[tuple[str, ...], ...]
+    answer: int
+    num_tokens: int
+    max_length: int
+
+    @property
+    def num_cut(self) -> int:
+        """Tokens that the model does not see."""
+        return sum(part.num_tokens for part in self.parts if part.kind == "cut")
+
+    def summary(self) -> str:
+        """Where the row's tokens are, and how many were cut."""
+        sizes = {kind: sum(p.num_tokens for p in self.parts if p.kind == kind) for kind in ("demonstration", "prompt")}
+        scored, read = sum(map(len, self.options)), self.num_tokens - sum(sizes.values())
+        places = [f"{sizes['demonstration']} in demonstrations"] if sizes["demonstration"] else []
+        places += [f"{sizes['prompt']} in the prompt", f"{read} in options"]
+        cut = f"{self.num_cut} tokens were cut" if self.num_cut else "nothing was cut"
+        return (
+            f"{self.num_tokens} tokens: {', '.join(places)}; {scored} tokens are scored. "
+            f"max_length is {self.max_length}: {cut}."
+        )
+
+    def render(self, colour: bool) -> Text:
+        """The text, with the answer positions in colour, or each of their tokens in brackets."""
+        text = Text()
+        for part in self.parts:
+            if part.kind == "cut":
+                text.append(f"[{part.num_tokens} tokens cut: {_visible(_shorten(part.text))}]", STYLES["cut"])
+            else:
+                text.append(_visible(part.text), STYLES[part.kind])
+        for index, tokens in enumerate(self.options):
+            gold = index == self.answer
+            text.append("\n* " if gold else "\n  ", "bold" if gold else "")
+            for place, token in enumerate(tokens):
+                seen = _visible(token).replace("\n", "\\n")  # a free answer ends in one
+                if colour:
+                    text.append(seen, OPTION_STYLES[gold][place % 2])
+                else:
+                    text.append(f"[{seen}]")
+        return text
+
+
+def show_example(encoder: Encoder, example: Example, demonstrations: Sequence[Example] = ()) -> ShownExample:
+    """Encode an example as for the model, and turn the token ids back into text.
+
+    Args:
+        encoder: its own rows are shown; rows without a limit tell what it cut.
+        example: to show.
+        demonstrations: solved examples that stand before it.
+
+    Raises:
+        TaskError: as :class:`Encoder`.
+    """
+    [row] = encoder([example], demonstrations)
+    uncut = Encoder(encoder.tokenizer, encoder.template, UNCUT)
+    [whole] = uncut([example], demonstrations)
+    pieces = _demonstrations(encoder, uncut, row, demonstrations) if row.context is not None else []
+    prompt = row.tokens[row.segments == 0].tolist()
+    pieces += _divide("prompt", prompt, whole.tokens[whole.segments == 0].tolist())
+    seen: list[int] = []
+    parts = []
+    for kind, ids in pieces:
+        if ids:
+            parts.append(Part(kind, _text(encoder.tokenizer, seen, ids), len(ids)))
+            seen += ids if kind != "cut" else []
+    options = []
+    for index in range(row.num_options - row.free_form):
+        ids = row.targets[row.target_options == index].tolist()
+        texts = (_text(encoder.tokenizer, prompt + ids[:place], [token]) for place, token in enumerate(ids))
+        options.append(tuple(texts))
+    context = 0 if row.context is None else len(row.context)
+    return ShownExample(tuple(parts), tuple(options), row.answer, context + len(row), encoder.max_length)
+
+
+def _demonstrations(
+    encoder: Encoder, uncut: Encoder, row: EncodedExample, demonstrations: Sequence[Example]
+) -> list[tuple[Kind, list[int]]]:
+    """The tokens of a row's context, and those of what was cut of each demonstration or left out whole."""
+    assert row.context is not None
+    room = len(row.context)
+    left_out = len(demonstrations)
+    while left_out and room > 0:  # those that do not fit are left out from the first on
+        left_out -= 1
+        begins = len(encoder.solved(demonstrations[left_out], True)) == room
+        room -= len(encoder.solved(demonstrations[left_out], begins))
+    first, *others = demonstrations[left_out:]
+    kept, whole = encoder.solved(first, True), uncut.solved(first, True)
+    before = [token for i, one in enumerate(demonstrations[: left_out + 1]) for token in uncut.solved(one, i == 0)]
+    # What stands at the beginning of every text is no part of a demonstration.
+    begin = encoder.prefix or encoder.tokenizer(encoder.frame.first, add_special_tokens=False)["input_ids"]
+    head = next((i for i, (a, b) in enumerate(zip(begin, kept, strict=False)) if a != b), len(begin))
+    pieces: list[tuple[Kind, list[int]]] = [
+        ("demonstration", kept[:head]),
+        ("cut", before[head : head + len(before) - len(whole)]),
+        *_divide("demonstration", kept[head:], whole[head:]),
+    ]
+    for one in others:
+        pieces += _divide("demonstration", encoder.solved(one, False), uncut.solved(one, False))
+    return pieces
+
+
+def _divide(kind: Kind, kept: list[int], whole: list[int]) -> list[tuple[Kind, list[int]]]:
+    """Part what was kept of a text around the one run of tokens that was cut, if any."""
+    lost = len(whole) - len(kept)
+    if not lost:
+        return [(kind, kept)]
+    head = next((i for i, (a, b) in enumerate(zip(kept, whole, strict=False)) if a != b), len(kept))
+    return [(kind, kept[:head]), ("cut", whole[head : head + lost]), (kind, kept[head:])]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    """Text of tokens behind others: alone, SentencePiece would lose a space at the beginning."""
+    first, both, alone = (
+        str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for part in (before, before + ids, ids)
+    )
+    return both[len(first) :] if both.startswith(first) else alone  # half of a letter changes with the other half
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 2 * LOST else f"{text[:LOST]} ... {text[-LOST:]}"
+
+
+def _visible(text: str) -> str:
+    """Write out control characters, with which a text could play tricks on a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def load_encoder(
+    name_or_path: str | Path = DEFAULT_MODEL, template: PromptTemplate | None = None, max_length: int = 128
+) -> Encoder:
+    """Load a model's tokenizer, and the limits that its configuration sets, but not its weights.
+
+    Args:
+        name_or_path: as in :func:`bayes_lora.load_language_model`, whose encoder this is.
+        template: how an example becomes text.
+        max_length: the longest row in tokens.
+
+    Raises:
+        ModelFileError: the files cannot be had, or are damaged.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from bayes_lora.lm.loading import reading
+
+    found = find_tokenizer(name_or_path)
+    gguf = found.suffix == ".gguf" and found.is_file()
+    source: str = str(found.parent if gguf else found)
+    options: dict[str, Any] = {"gguf_file": found.name} if gguf else {}
+    with reading("file" if gguf else "config.json", name_or_path, found):
+        config = AutoConfig.from_pretrained(source, **options)
+    with reading("file" if gguf else "tokenizer", name_or_path, found):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    # As LanguageModel has it: a row must fit into the window beyond which some models do not look back.
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    longest = min((limit for limit in limits if limit), default=None)
+    return Encoder(tokenizer, template, max_length if longest is None else min(max_length, longest), longest)

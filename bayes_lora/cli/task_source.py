@@ -1,0 +1,194 @@
+"""Which tasks the command line's options mean."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bayes_lora.cli.console import note
+from bayes_lora.errors import TaskError
+from bayes_lora.tasks import Example, Task, TaskSet, load_split, load_tasks, read_card, read_questions
+from bayes_lora.tasks.readers.formats import file_formats
+from bayes_lora.tasks.readers.load import format_options, task_format
+from bayes_lora.tasks.readers.questions import QuestionForm, read_table_questions
+from bayes_lora.tasks.readers.table_columns import Columns
+from bayes_lora.tasks.readers.table_rows import TABLES
+
+__all__ = ["TaskSource", "one_task", "questions", "support_of", "training_tasks", "unseen_tasks"]
+
+MANY_ROWS = 1_000
+"""A gradient step takes all of the support at once; beyond so many rows that should be asked for."""
+
+
+@dataclass
+class TaskSource:
+    """Where tasks are, and how they are read; says which columns of a table were taken.
+
+    Attributes:
+        path: a file, a task's folder or a folder of tasks.
+        format: of `load_tasks`; None tells it from the files, or takes ``table`` where its columns are given.
+        input: column or template of a table's input; None guesses it.
+        label: column of a table's answers; None guesses it.
+        columns: of the tables that were read, by their task.
+    """
+
+    path: Path
+    format: str | None = None
+    input: str | None = None
+    label: str | None = None
+    columns: dict[str, Columns] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take what a shell cannot easily write: a line's end in a template."""
+        self.input = self.input and self.input.replace("\\n", "\n")
+        if self.format is None and (self.input or self.label):
+            self.format = "table"
+
+    def load(self, names: list[str] | None = None, seed: int | None = None) -> TaskSet:
+        """Load tasks; with a seed, those that have support sets by seed have this one.
+
+        Raises:
+            TaskError: as `load_tasks`.
+        """
+        format = task_format(self.path, self.format)
+        loaded = self._load(self.path, format, names)
+        if seed is None or "seed" not in format_options(format):
+            return loaded
+        return TaskSet(self._seeded(task, format, seed) for task in loaded.values())
+
+    def form(self, task: Task) -> QuestionForm:
+        """Tell how questions of a task that was loaded are read from a table."""
+        if task.name in self.columns:
+            return QuestionForm.of(task, self.columns[task.name])
+        cards = map(read_card, self._cards() if task_format(self.path, self.format) == "card" else [])
+        return QuestionForm.of(task, next((card for card in cards if card.name == task.name), None))
+
+    def _cards(self) -> list[Path]:
+        return [*self.path.glob("*.yaml"), *self.path.glob("*.yml")] if self.path.is_dir() else [self.path]
+
+    def _load(self, path: Path, format: str, names: list[str] | None, **options: Any) -> TaskSet:
+        known = format_options(format)
+        if "merge_duplicates" in known:
+            options["merge_duplicates"] = True
+        if "on_columns" in known:
+            options["on_columns"] = self._tell
+        options |= {name: value for name, value in (("input", self.input), ("label", self.label)) if value}
+        return load_tasks(path, format=format, names=names, **options)
+
+    def _seeded(self, task: Task, format: str, seed: int) -> Task:
+        folder = self.path if self.path.absolute().name == task.name else self.path / task.name
+        return self._load(folder, format, None, seed=seed)[task.name] if folder.is_dir() else task
+
+    def _tell(self, path: Path, columns: Columns) -> None:
+        self.columns[path.stem] = columns
+        note(f"{path.name}: {columns}")
+
+
+def training_tasks(source: TaskSource, split: str | None, names: str | None) -> TaskSet:
+    """The tasks of these names (commas between), or a split's training tasks, or all there are."""
+    wanted = None if split is None else load_split(source.path, split, allow_missing=True)[0]
+    return source.load(_names(names) if names else wanted)
+
+
+def unseen_tasks(
+    source: TaskSource,
+    split: str | None,
+    names: str | None,
+    seed: int,
+    shots: int,
+    queries: int,
+    fitted: Collection[str] = (),
+) -> tuple[TaskSet, list[str]]:
+    """The tasks of these names, or a split's unseen tasks, or all that there are but those of ``fitted``.
+
+    Args:
+        source: of the tasks.
+        split: of the folder's splits.
+        names: commas between.
+        seed: which support set, or how to draw one.
+        shots: support examples per task.
+        queries: at most this many query examples per task.
+        fitted: tasks that a posterior was fitted on. Those asked for by name or split are taken, with a warning.
+
+    Returns:
+        The tasks, and the names of those left out.
+
+    Raises:
+        TaskError: no task is left, or one is too small.
+    """
+    wanted = None if split is None else load_split(source.path, split, allow_missing=True)[1]
+    wanted = _names(names) if names else wanted
+    loaded = source.load(wanted, seed)
+    known = [name for name in loaded if name in fitted]
+    if wanted is None and len(known) == len(loaded):
+        raise TaskError(
+            f"{source.path}: the posterior was fitted on all {len(loaded)} tasks here, so none is unseen. Give another "
+            "--tasks, or name with --names those to evaluate on all the same."
+        )
+    if wanted is None:
+        loaded = loaded.select([name for name in loaded if name not in known])
+    elif known:
+        warnings.warn(f"not unseen, for the posterior was fitted on them: {', '.join(known)}", stacklevel=2)
+    tasks = TaskSet(_unseen_task(task, seed, shots, queries) for task in loaded.values())
+    return tasks, known if wanted is None else []
+
+
+def one_task(source: TaskSource, name: str | None, seed: int | None = None) -> Task:
+    """The task of this name, or the only one.
+
+    Raises:
+        TaskError: there are several, and no name says which.
+    """
+    loaded = source.load(None if name is None else [name], seed)
+    if name is None and len(loaded) > 1:
+        some = ", ".join(list(loaded)[:5])
+        raise TaskError(f"{source.path}: holds {len(loaded)} tasks, such as {some}. Say with --task which.")
+    return next(iter(loaded.values()))
+
+
+def support_of(task: Task, seed: int, shots: int | None) -> Task:
+    """What to adapt to: the support, or as many of its examples as :func:`unseen_tasks` draws with the same seed.
+
+    Raises:
+        TaskError: there are fewer examples, or too many to take them all without having been asked to.
+    """
+    if shots is None and len(task.support) > MANY_ROWS:
+        raise TaskError(
+            f"task {task.name!r} has {len(task.support):,} examples, and a step takes all at once. Say with --shots "
+            f"how many to adapt to, as in --shots 64, or --shots {len(task.support)} for all."
+        )
+    if shots is None:
+        return Task(task.name, task.support)
+    return Task(task.name, _drawn(task, seed, shots).subset(shots, 0, seed=seed).support)
+
+
+def questions(path: Path, form: QuestionForm) -> Sequence[Example | str]:
+    """Read what to predict: lines in the MetaICL form, or a table.
+
+    Raises:
+        TaskError: the file cannot be read, or a line or a row is malformed.
+    """
+    if path.suffix.lower() in TABLES and file_formats(path) != ["metaicl"]:
+        return read_table_questions(path, form)
+    return read_questions(path)
+
+
+def _drawn(task: Task, seed: int, shots: int) -> Task:
+    """The task's own halves, or a draw."""
+    return task if task.query else task.split(shots, seed=seed)
+
+
+def _unseen_task(task: Task, seed: int, shots: int, queries: int) -> Task:
+    task = _drawn(task, seed, shots)
+    if not task.query:
+        raise TaskError(
+            f"task {task.name!r} has {len(task)} examples, and --shots {shots} leaves none to predict. Ask for fewer."
+        )
+    return task.subset(shots, min(queries, len(task.query)), seed=seed)
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]

@@ -1,0 +1,134 @@
+"""The command line's looks at tasks: bayes-lora tasks | show. No model is loaded, at most its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bayes_lora.cli.console import out, say
+from bayes_lora.cli.options import DATA, Format, Input, Label, MaxLength, Task
+from bayes_lora.errors import ConfigError, TaskError
+
+if TYPE_CHECKING:
+    from bayes_lora.episodes import Encoder
+    from bayes_lora.tasks import TaskSet
+
+# Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
+
+__all__ = ["show", "tasks"]
+
+Tasks = Annotated[Path, typer.Argument(help=f"A folder of tasks, or one task: {DATA}.")]
+Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file, whose tokenizer counts.")]
+Run = Annotated[Path | None, typer.Option(help="A run folder, whose tokenizer, template and max_length count.")]
+Seed = Annotated[int | None, typer.Option(help="Which support set (MetaICL, CrossFit); by default all are pooled.")]
+
+
+def tasks(
+    path: Tasks,
+    split: Annotated[str | None, typer.Option(help="Only a split's tasks, and which texts its halves share.")] = None,
+    model: Model = None,
+    run: Run = None,
+    max_length: MaxLength = None,
+    seed: Seed = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
+) -> None:
+    """Show each task's size, options, label balance, lengths and repeats, and warn of what looks wrong.
+
+    Lengths are in words of the input; with --model or --run, in tokens of the whole row.
+
+    Example: `bayes-lora tasks data/crossfit --split cls-45 --model HuggingFaceTB/SmolLM2-135M-Instruct`
+    """
+    from bayes_lora.cli.task_source import TaskSource
+    from bayes_lora.episodes.encoder import token_counter
+    from bayes_lora.tasks import load_split
+    from bayes_lora.tasks.statistics import count_words, statistics_table, task_statistics
+
+    encoder = _encoder(model, run, max_length) if model or run else None
+    if encoder is None and max_length is not None:
+        raise ConfigError(f"--max-length {max_length} is in tokens: expected --model or --run, whose tokenizer counts.")
+    halves = None if split is None else load_split(path, split, allow_missing=True)
+    names = None if halves is None else list(dict.fromkeys(halves[0] + halves[1]))
+    _check_seed(path, seed)
+    loaded = TaskSource(path, format, input, label).load(names, seed)
+    limit, unit = (None, "words") if encoder is None else (encoder.max_length, "tokens")
+    count = count_words if encoder is None else token_counter(encoder)
+    statistics = [task_statistics(task, count, max_length=limit) for task in loaded.values()]
+    out.print(statistics_table(statistics, unit, limit))
+    if not all(one.fixed_options for one in statistics):
+        say("* options differ between examples: share of the gold option's most frequent place among them")
+    for one in statistics:
+        for warning in one.warnings:
+            out.print(f"{one.name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if halves is not None:
+        _print_overlap(loaded.select(halves[0]), loaded.select(halves[1]))
+
+
+def show(
+    path: Tasks,
+    task: Task = None,
+    example: Annotated[int, typer.Option(help="Which example, from 0: support, then query.", min=0)] = 0,
+    model: Model = None,
+    run: Run = None,
+    demonstrations: Annotated[int, typer.Option(help="Solved support examples before it.", min=0)] = 0,
+    max_length: MaxLength = None,
+    seed: Seed = None,
+    format: Format = None,
+    input: Input = None,
+    label: Label = None,
+) -> None:
+    """Show an example as the model sees it: the row it reads, what was cut, and the option tokens it is scored on.
+
+    Option tokens are in colour, or each in brackets; the gold option is starred.
+
+    Example: `bayes-lora show data/crossfit --task ag_news --example 3 --run runs/cls --demonstrations 2`
+    """
+    from bayes_lora.cli.show import show_example
+    from bayes_lora.cli.task_source import TaskSource, one_task
+
+    _check_seed(path, seed)
+    chosen = one_task(TaskSource(path, format, input, label), task, seed)
+    if example >= len(chosen):
+        raise TaskError(f"task {chosen.name!r} has examples 0 to {len(chosen) - 1}, got --example {example}.")
+    # The example itself stays out, as a query is no part of the support.
+    others = [one for index, one in enumerate(chosen.support) if index != example]
+    if demonstrations > len(others):
+        raise TaskError(
+            f"task {chosen.name!r} has {len(others)} other support examples, got --demonstrations {demonstrations}."
+        )
+    shown = show_example(_encoder(model, run, max_length), chosen.examples[example], others[:demonstrations])
+    half = "support" if example < len(chosen.support) else "query"
+    say(f"{chosen.name}, example {example} of {len(chosen)} ({half}): {shown.summary()}\n")
+    out.print(shown.render(colour=out.color_system is not None and not out.no_color), soft_wrap=True)
+
+
+def _check_seed(path: Path, seed: int | None) -> None:
+    if seed is not None and path.is_file():
+        raise TaskError(f"{path}: a file has no seeds, for these are of files in a folder. Leave out --seed {seed}.")
+
+
+def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Encoder:
+    """The encoder of a run or, with the settings that are the default, of a model."""
+    from bayes_lora.cli.show import load_encoder
+    from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
+    from bayes_lora.utils.storage import read_json
+
+    if model is not None and run is not None:
+        raise ConfigError("--model and --run: expected one of them, for a run has a model of its own.")
+    settings = LanguageModelConfig() if model is None else LanguageModelConfig(name=model)
+    if run is not None:
+        settings = RunConfig.from_dict(read_json(run / "config.json"), str(run / "config.json")).language_model
+    return load_encoder(settings.name, settings.template, max_length or settings.max_length)
+
+
+def _print_overlap(training: TaskSet, unseen: TaskSet) -> None:
+    from bayes_lora.tasks.overlap import find_overlaps, overlap_table
+
+    overlaps = find_overlaps(training, unseen)
+    if overlaps:
+        out.print(overlap_table(overlaps, unseen))
+    else:
+        say(f"no text of the {len(unseen)} unseen tasks is in one of the {len(training)} training tasks, or nearly")

@@ -1,0 +1,1 @@
+"""Distributions over LoRA weights, and what they share."""

@@ -1,0 +1,84 @@
+r"""A point with dropout on what a LoRA reads (Gal and Ghahramani, arXiv 1506.02142; PEFT: ``lora_dropout``).
+
+.. math:: W = V\, \mathrm{diag}(m / k), \qquad m_j \sim \mathrm{Bernoulli}(k)
+
+for each layer: whole columns are dropped, for all tokens of all questions, so that a draw is one model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.kl import register_kl
+
+from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts, widened
+from bayes_lora.distributions.weight_distribution import Noise, WeightDistribution
+
+__all__ = ["DroppedPoint"]
+
+
+class DroppedPoint(WeightDistribution):
+    """The distribution above. It has no density.
+
+    Args:
+        value: V, ``(*batch, layers, out, in)``; the mean.
+        keep: k, ``(*batch,)``, between 0 and 1.
+        validate_args: whether to check values.
+    """
+
+    dims = {"value": 3, "keep": 0}
+    value: Tensor
+    keep: Tensor
+
+    def __init__(self, value: Tensor, keep: Tensor, *, validate_args: bool | None = None) -> None:
+        super().__init__(value=value, keep=keep, validate_args=validate_args)
+
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """Draws ``(count, *batch, layers, out, in)``."""
+        keep = self.keep[..., None, None, None]
+        uniform = torch.special.ndtr(noise(torch.Size((count, *self.value[..., :1, :].shape))))
+        mask: Tensor = (uniform < keep).to(self.value.dtype) / keep
+        return self.value * mask
+
+    def widened(self, width: float) -> DroppedPoint:
+        """Itself: dropout has no width."""
+        return self
+
+    @property
+    def mean(self) -> Tensor:
+        """V."""
+        return self.value
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each weight by itself."""
+        keep = self.keep[..., None, None, None]
+        return self.value.square() * (1.0 - keep) / keep
+
+
+@register_kl(DroppedPoint, torch.distributions.Independent)  # type: ignore[untyped-decorator]
+def _(q: DroppedPoint, p: Any) -> Tensor:
+    """-E_q[log p], as the divergence of a point is -log p: what is left out does not depend on V."""
+    normal = p.base_dist
+    if not isinstance(normal, torch.distributions.Normal):
+        raise NotImplementedError(f"the divergence of DroppedPoint from {p} has no closed form.")
+    moved = (q.variance + (q.value - normal.loc).square()) / normal.scale.square()
+    return (0.5 * moved + normal.scale.log() + 0.5 * math.log(2 * math.pi)).sum((-3, -2, -1))
+
+
+@to_parts.register
+def _(fn: DroppedPoint) -> Parts:
+    return {"value": fn.value}
+
+
+@from_parts.register
+def _(fn: DroppedPoint, parts: Parts) -> Any:
+    return DroppedPoint(parts["value"], fn.keep)
+
+
+@widened.register
+def _(fn: DroppedPoint, width: float) -> Any:
+    return fn

@@ -1,0 +1,147 @@
+r"""A matrix normal for each layer: rows are correlated with rows, columns with columns.
+
+.. math:: W = M + \sigma \circ \big(L\, (S \circ E)\, R^\top\big), \qquad E_{ij} \sim \mathcal N(0, 1)
+
+of covariance :math:`\mathrm{diag}(\sigma) (R \otimes L) \mathrm{diag}(S^2) (R \otimes L)^\top \mathrm{diag}(\sigma)`
+(Louizos and Welling, arXiv 1603.04733, for S = 1; George et al., arXiv 1806.03884, for orthogonal L and R). A side
+that is too long to be correlated has no matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.kl import register_kl
+
+from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts, widened
+from bayes_lora.distributions.weight_distribution import Noise, WeightDistribution
+
+__all__ = ["KroneckerNormal"]
+
+
+class KroneckerNormal(WeightDistribution):
+    """The distribution above.
+
+    Args:
+        loc: M, ``(*batch, layers, out, in)``.
+        scale: sigma, likewise.
+        left: L, any invertible matrix, ``(*batch, layers, out, out)``; None for the identity.
+        right: R, likewise ``(*batch, layers, in, in)``.
+        spectrum: S, ``(*batch, layers, out, in)``; None for ones.
+        validate_args: whether to check values.
+    """
+
+    dims = {"loc": 3, "scale": 3, "left": 3, "right": 3, "spectrum": 3}
+    loc: Tensor
+    scale: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    spectrum: Tensor | None
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        spectrum: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        tensors = dict(loc=loc, scale=scale, left=left, right=right, spectrum=spectrum)
+        super().__init__(validate_args=validate_args, **tensors)
+
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """``M + sigma o (L (S o E) R^T)``, ``(count, *batch, layers, out, in)``."""
+        inside = noise(torch.Size((count, *self.loc.shape)))
+        if self.spectrum is not None:
+            inside = self.spectrum * inside
+        if self.left is not None:
+            inside = torch.einsum("...op,s...pi->s...oi", self.left, inside)
+        if self.right is not None:
+            inside = torch.einsum("...ip,s...op->s...oi", self.right, inside)
+        return self.loc + self.scale * inside
+
+    def widened(self, width: float) -> KroneckerNormal:
+        """The same with sigma times ``width``."""
+        return self.map(lambda name, value: width * value if name == "scale" else value)
+
+    @property
+    def mean(self) -> Tensor:
+        """M."""
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each weight by itself."""
+        inside = torch.ones_like(self.loc) if self.spectrum is None else self.spectrum.square()
+        sides = (None if side is None else side.square() for side in (self.left, self.right))
+        left, right = sides
+        return self.scale.square() * between(left, inside, right)
+
+    def log_det(self) -> Tensor:
+        """Log-determinant of the map from E to W, ``(*batch,)``."""
+        out, inside = self.event_shape[-2:]
+        total = self.scale.log().sum((-3, -2, -1))
+        if self.spectrum is not None:
+            total = total + self.spectrum.log().sum((-3, -2, -1))
+        for side, count in ((self.left, inside), (self.right, out)):
+            if side is not None:
+                total = total + count * torch.linalg.slogdet(side).logabsdet.sum(-1)
+        return total
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density, nats."""
+        noise = (value - self.loc) / self.scale
+        if self.left is not None:
+            noise = torch.linalg.solve(self.left, noise)
+        if self.right is not None:
+            noise = torch.linalg.solve(self.right, noise.mT).mT
+        if self.spectrum is not None:
+            noise = noise / self.spectrum
+        constant = 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
+        return -0.5 * noise.square().sum((-3, -2, -1)) - constant - self.log_det()
+
+    def entropy(self) -> Tensor:
+        """In nats."""
+        return 0.5 * self.event_shape.numel() * math.log(2 * math.pi * math.e) + self.log_det()
+
+
+def between(left: Tensor | None, inside: Tensor, right: Tensor | None) -> Tensor:
+    """``L X R^T``, where None stands for the identity."""
+    inside = inside if left is None else left @ inside
+    return inside if right is None else inside @ right.mT
+
+
+@register_kl(KroneckerNormal, torch.distributions.Independent)  # type: ignore[untyped-decorator]
+def _(q: KroneckerNormal, p: Any) -> Tensor:
+    normal = p.base_dist
+    if not isinstance(normal, torch.distributions.Normal):
+        raise NotImplementedError(f"KL of KroneckerNormal from {p} has no closed form.")
+    moved = (q.variance + (q.loc - normal.loc).square()) / normal.scale.square()
+    return (0.5 * (moved - 1.0) + normal.scale.log()).sum((-3, -2, -1)) - q.log_det()
+
+
+@to_parts.register
+def _(fn: KroneckerNormal) -> Parts:
+    parts = fn.tensors()
+    parts["log_scale"] = parts.pop("scale").log()
+    if fn.spectrum is not None:
+        parts["log_spectrum"] = parts.pop("spectrum").log()
+    return parts
+
+
+@from_parts.register
+def _(fn: KroneckerNormal, parts: Parts) -> Any:
+    tensors: dict[str, Any] = {
+        name.removeprefix("log_"): value.exp() if name.startswith("log_") else value for name, value in parts.items()
+    }
+    return KroneckerNormal(**tensors)
+
+
+@widened.register
+def _(fn: KroneckerNormal, width: float) -> Any:
+    return fn.widened(width)

@@ -1,0 +1,234 @@
+"""Episodes: the padded tensors of T tasks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from bayes_lora.episodes.packing import EncodedExample, PackedRow, pack_tasks
+from bayes_lora.errors import TaskError
+
+__all__ = ["Episode", "PaddedRows", "attention_mask", "collate", "pad_rows", "send"]
+
+Item = TypeVar("Item")
+
+
+class PaddedRows(NamedTuple):
+    """Rows of tokens, padded on the right: ``(R, L)`` each; see :class:`Episode`."""
+
+    input_ids: Tensor
+    segments: Tensor
+    owners: Tensor
+    position_ids: Tensor
+
+    def to(self, device: torch.device | str) -> PaddedRows:
+        """Copy to a device."""
+        return PaddedRows(*(send(tensor, device) for tensor in self))
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """``T`` tasks with up to ``N`` scored examples each, and the support sets that a guide may read.
+
+    Examples of a task share rows; the rows of a task stand together, and are as many as it takes; ``R`` in all. ``L``
+    tokens a row, ``M`` positions at which the head is needed, ``Q`` option tokens in all, ``K`` options at most.
+
+    Attributes:
+        input_ids: ``(R, L)`` packed rows.
+        segments: ``(R, L)`` 0 prompt or context, ``k + 1`` option ``k``, -1 padding.
+        owners: ``(R, L)`` 0 context, ``i + 1`` the row's example ``i``, -1 padding.
+        position_ids: ``(R, L)``.
+        sources: ``(M,)`` positions in the flattened ``R * L``, those of an example together, in the order of examples.
+        prompt_sources: ``(T, N)`` index into ``sources`` of the last token of each prompt; 0 where there is no example.
+        target_sources: ``(Q,)`` indices into ``sources``.
+        targets: ``(Q,)`` token ids.
+        target_options: ``(Q,)`` indices into the flattened ``T * N * K``.
+        option_mask: ``(T, N, K)`` true where there is an option.
+        answer: ``(T, N)`` index of the gold option.
+        free_form: ``(T, N)`` true where the answer is free text: option 0 is the gold answer, option 1 any other text.
+        mask: ``(T, N)`` true where there is an example.
+        num_data: ``(T,)`` each task's N, to which the likelihood of these examples is scaled.
+        task_index: ``(T,)`` the tasks' places in the collection; -1 for tasks that are not of it.
+        num_tasks: size of the collection from which the tasks were drawn.
+        examples: per task its ``N`` encoded examples, ``None`` where it has fewer.
+        rows: per task its rows, in some order.
+        separate_support: the support sets, where they are other examples than the scored ones.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+    owners: Tensor
+    position_ids: Tensor
+    sources: Tensor
+    prompt_sources: Tensor
+    target_sources: Tensor
+    targets: Tensor
+    target_options: Tensor
+    option_mask: Tensor
+    answer: Tensor
+    free_form: Tensor
+    mask: Tensor
+    num_data: Tensor
+    task_index: Tensor
+    num_tasks: int
+    examples: tuple[tuple[EncodedExample | None, ...], ...]
+    rows: tuple[tuple[PackedRow, ...], ...]
+    separate_support: Episode | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(T, N, K)``."""
+        return tuple(self.option_mask.shape)  # type: ignore[return-value]
+
+    @property
+    def rows_per_task(self) -> tuple[int, ...]:
+        """How many of the ``R`` rows each of the tasks has."""
+        return tuple(map(len, self.rows))
+
+    @property
+    def padded(self) -> PaddedRows:
+        """The rows that the language model reads."""
+        return PaddedRows(self.input_ids, self.segments, self.owners, self.position_ids)
+
+    @property
+    def support(self) -> Episode:
+        """What a guide may read: the support sets, which are the scored examples themselves if none were given."""
+        return self if self.separate_support is None else self.separate_support
+
+    def alone(self) -> Episode:
+        """The same examples as all there is: neither tasks nor examples stand for others that were not drawn."""
+        index = torch.arange(len(self.task_index), device=self.task_index.device)
+        return replace(self, task_index=index, num_tasks=len(index), num_data=self.mask.sum(-1))
+
+    def each_alone(self, start: int = 0, stop: int | None = None) -> Episode:
+        """Every example as a task of its own, in the order of tasks and examples; from ``start`` to ``stop``."""
+        rows = [[example] for task in self.examples for example in task if example is not None]
+        return collate(rows[start:stop]).to(self.mask.device)
+
+    def unseen(self) -> Episode:
+        """The same tasks as ones that the collection does not have: a guide that keeps something for each has none."""
+        support = None if self.separate_support is None else self.separate_support.unseen()
+        return replace(self, task_index=torch.full_like(self.task_index, -1), separate_support=support)
+
+    def to(self, device: torch.device | str) -> Episode:
+        """Copy the tensors to a device; to a GPU through pinned memory, without waiting for it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: send(v, device) for n, v in values.items() if isinstance(v, Tensor)}
+        if self.separate_support is not None:
+            moved["separate_support"] = self.separate_support.to(device)
+        return replace(self, **moved)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to a device; from the CPU to a GPU through pinned memory, so that the copy runs beside the CPU."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def collate(
+    tasks: Sequence[Sequence[EncodedExample]],
+    support: Sequence[Sequence[EncodedExample]] | None = None,
+    *,
+    num_data: Sequence[int] | Tensor | None = None,
+    task_index: Sequence[int] | Tensor | None = None,
+    num_tasks: int | None = None,
+) -> Episode:
+    """Pad the encoded examples of T tasks to one episode.
+
+    Args:
+        tasks: per task the examples whose answers are scored. Where a task has fewer than another, the missing
+            ones are masked at the end.
+        support: per task the examples that a guide may read; by default the scored ones.
+        num_data: each task's N; by default the number of its examples here.
+        task_index: the tasks' places in the collection; by default 0 to T - 1.
+        num_tasks: size of the collection; by default T.
+
+    Raises:
+        TaskError: there is no task, a task has no example, or ``support`` is of other tasks.
+    """
+    if not tasks or not all(tasks):
+        raise TaskError("an episode needs at least one task, and every task at least one example.")
+    if support is not None and len(support) != len(tasks):
+        raise TaskError(f"an episode needs one support set per task: got {len(support)} for {len(tasks)} tasks.")
+    examples, rows = _filled(tasks), pack_tasks(tasks)
+    flat = [example for task in examples for example in task]
+    some = [(i, example) for i, example in enumerate(flat) if example is not None]
+    padded = pad_rows([row for task in rows for row in task])
+    length, options = padded.input_ids.shape[1], max(e.num_options for _, e in some)
+    shape = (len(examples), len(examples[0]))
+    begins = _begins(rows, length)
+    # Where the sources of each example begin among all of them.
+    first = np.cumsum([0, *(0 if e is None else len(e.sources) for e in flat)])[:-1]
+    offsets = [int(first[i]) for i, _ in some]
+    counts = torch.tensor([0 if e is None else e.num_options for e in flat]).view(shape)
+    return Episode(
+        **padded._asdict(),
+        sources=torch.cat([e.sources + begin for (_, e), begin in zip(some, begins, strict=True)]),
+        prompt_sources=torch.from_numpy(first).view(shape) * (counts > 0),
+        target_sources=torch.cat([e.target_sources + o for (_, e), o in zip(some, offsets, strict=True)]),
+        targets=torch.cat([e.targets for _, e in some]),
+        target_options=torch.cat([e.target_options + i * options for i, e in some]),
+        option_mask=torch.arange(options) < counts[..., None],
+        answer=torch.tensor([0 if e is None else e.answer for e in flat]).view(shape),
+        free_form=torch.tensor([e is not None and e.free_form for e in flat]).view(shape),
+        mask=counts > 0,
+        num_data=torch.as_tensor([len(task) for task in tasks] if num_data is None else num_data),
+        task_index=torch.as_tensor(range(len(tasks)) if task_index is None else task_index),
+        num_tasks=len(tasks) if num_tasks is None else num_tasks,
+        examples=examples,
+        rows=tuple(map(tuple, rows)),
+        separate_support=None if support is None else collate(support, task_index=task_index, num_tasks=num_tasks),
+    )
+
+
+def _filled(tasks: Sequence[Sequence[Item]]) -> tuple[tuple[Item | None, ...], ...]:
+    """As many items for every task, None where there are fewer."""
+    width = max(map(len, tasks))
+    return tuple(tuple([*task, *[None] * (width - len(task))]) for task in tasks)
+
+
+def _begins(rows: Sequence[Sequence[PackedRow]], length: int) -> list[int]:
+    """Where each example begins in the flattened ``R * L``, in the order of tasks and examples."""
+    begins, count = [], 0
+    for task in rows:
+        places = {
+            member: (count + r) * length + start
+            for r, row in enumerate(task)
+            for member, start in zip(row.members, row.starts, strict=True)
+        }
+        begins += [places[member] for member in range(len(places))]
+        count += len(task)
+    return begins
+
+
+def pad_rows(rows: Sequence[PackedRow]) -> PaddedRows:
+    """Pad rows to the longest."""
+    return PaddedRows(
+        pad_sequence([row.tokens for row in rows], batch_first=True),
+        pad_sequence([row.segments for row in rows], batch_first=True, padding_value=-1),
+        pad_sequence([row.owners for row in rows], batch_first=True, padding_value=-1),
+        pad_sequence([row.positions for row in rows], batch_first=True),
+    )
+
+
+def attention_mask(rows: PaddedRows, dtype: torch.dtype) -> Tensor:
+    """The additive mask ``(R, 1, L, L)`` of packed rows.
+
+    A token sees what comes before it in the context, in its own example's prompt, and in its own option. Padding sees
+    the context and the prompts too, for a softmax over nothing is NaN. The mask is a float, since a boolean one is read
+    differently by models that add their own terms to it (Gemma 2).
+    """
+    _, segments, owners, _ = rows
+    length = segments.shape[-1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    prompt = segments[:, None, :] == 0
+    own = (owners[:, None, :] == owners[:, :, None]) | (owners[:, None, :] == 0) | (owners[:, :, None] < 0)
+    seen = causal & own & (prompt | (segments[:, None, :] == segments[:, :, None]))
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]

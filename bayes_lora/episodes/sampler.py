@@ -1,0 +1,102 @@
+"""Episodes drawn from a collection of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+import numpy as np
+
+from bayes_lora.episodes.encoder import Encoder
+from bayes_lora.episodes.episode import Episode, collate
+from bayes_lora.errors import TaskError
+from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task_set import TaskSet
+
+__all__ = ["EpisodeSampler"]
+
+
+class EpisodeSampler:
+    """Endless episodes from a collection of tasks, drawn without replacement within an episode.
+
+    Episode ``i`` depends on ``seed`` and ``i`` alone, so a resumed run sees what an uninterrupted one would have seen.
+
+    Args:
+        tasks: the collection.
+        encoder: turns examples into packed rows.
+        tasks_per_episode: T, at most the number of tasks.
+        num_support: support examples per task.
+        num_query: query examples per task, disjoint from the support.
+        score_support: whether the likelihood is taken on support and query, or on the query alone: then the LM never
+            runs on the support, whose features are cached, and theta learns from generalisation only.
+        num_demonstrations: k, of the support examples that stand solved before every query prompt; takes
+            ``score_support=False``, for a demonstration would be scored with its answer in sight.
+        seed: of the draws.
+
+    Raises:
+        TaskError: a task has fewer examples than ``num_support + num_query``, there are fewer tasks than T,
+            nothing is left to condition on or to score, or demonstrations would be scored.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskSet,
+        encoder: Encoder,
+        *,
+        tasks_per_episode: int = 4,
+        num_support: int = 8,
+        num_query: int = 8,
+        score_support: bool = True,
+        num_demonstrations: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < tasks_per_episode <= len(tasks):
+            raise TaskError(f"tasks_per_episode={tasks_per_episode}: expected 1 to {len(tasks)}, the number of tasks.")
+        if num_support < 1 or num_query < (0 if score_support else 1):
+            raise TaskError(
+                f"num_support={num_support}, num_query={num_query}: expected at least 1 support example, "
+                "and at least 1 query example where score_support is false."
+            )
+        if not 0 <= num_demonstrations <= num_support or (num_demonstrations and score_support):
+            raise TaskError(
+                f"num_demonstrations={num_demonstrations}: expected 0 to num_support={num_support}, and "
+                "score_support=False if there are any."
+            )
+        self.tasks, self.encoder, self.seed = list(tasks.values()), encoder, seed
+        self.tasks_per_episode, self.num_support, self.num_query = tasks_per_episode, num_support, num_query
+        self.score_support, self.num_demonstrations = score_support, num_demonstrations
+        lengths = [median(len(row) for row in encoder(task.examples)) for task in self.tasks]
+        self._by_length = np.argsort(lengths, kind="stable")
+        for task in self.tasks:
+            task.split(num_support, seed=0, num_query=num_query)  # fails now, not in the middle of a run
+
+    def __getitem__(self, index: int) -> Episode:
+        """Draw episode ``index``."""
+        rng = np.random.default_rng([self.seed, index])
+        chosen = self._choose(rng)
+        drawn = [self._draw(self.tasks[i], rng) for i in chosen]
+        return collate(
+            [self.encoder(self._scored(task), task.support[: self.num_demonstrations]) for task in drawn],
+            [self.encoder(task.support) for task in drawn],
+            num_data=[len(self.tasks[i]) for i in chosen],
+            task_index=chosen.tolist(),
+            num_tasks=len(self.tasks),
+        )
+
+    def __iter__(self) -> Iterator[Episode]:
+        index = 0
+        while True:
+            yield self[index]
+            index += 1
+
+    def _scored(self, task: Task) -> Sequence[Example]:
+        return task.examples if self.score_support else task.query
+
+    def _choose(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw T tasks among 2 T neighbours in length, so that little is padded; each task is equally likely."""
+        start, count = rng.integers(len(self.tasks)), min(2 * self.tasks_per_episode, len(self.tasks))
+        neighbours = self._by_length[(start + np.arange(count)) % len(self.tasks)]
+        return rng.choice(neighbours, self.tasks_per_episode, replace=False)
+
+    def _draw(self, task: Task, rng: np.random.Generator) -> Task:
+        return task.split(self.num_support, seed=int(rng.integers(2**31)), num_query=self.num_query)

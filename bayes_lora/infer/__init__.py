@@ -1,0 +1,1 @@
+"""Inference: objectives, effect handlers, plates, training."""

@@ -1,0 +1,107 @@
+r"""Fisher information of each task's support at a value of phi, from gradients of single examples.
+
+.. math:: F = \sum_j \mathbb E_{y \sim p(y \mid x_j, \phi)} \big[g_j g_j^\top\big], \qquad
+    g_j = \nabla_\phi \log p(y \mid x_j, \phi)
+
+which for these likelihoods is the generalised Gauss-Newton matrix: its diagonal, or a Kronecker product of the sides of
+each layer's matrix. Some examples at a time have weights of their own, so that one backward pass gives all of their
+gradients; no Jacobian over the whole set is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.types import Sites
+
+__all__ = ["Sides", "diagonal", "gradients_of_examples", "kronecker"]
+
+
+class Sides(NamedTuple):
+    r"""Sums over examples whose Kronecker product, over the trace, is nearly F; exact where F is such a product.
+
+    With G_j the gradient as a matrix, :math:`\sum_j G_j G_j^\top` and :math:`\sum_j G_j^\top G_j`: one step from the
+    identity towards the nearest Kronecker product (Morwani et al., arXiv 2406.17748). A side longer than ``largest``
+    keeps its diagonal alone.
+
+    Attributes:
+        left: ``(T, 1, layers, out, out)``, or ``(T, 1, layers, out)`` of the diagonal.
+        right: ``(T, 1, layers, in, in)``, or ``(T, 1, layers, in)``.
+        trace: ``(T, 1, layers)``.
+    """
+
+    left: Tensor
+    right: Tensor
+    trace: Tensor
+
+    def eigen(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Eigenvectors of the sides (None where one is diagonal) and F's eigenvalues, ``(T, 1, layers, out, in)``."""
+        vectors: list[Tensor | None] = []
+        values: list[Tensor] = []
+        for side in (self.left, self.right):
+            square = side.ndim > self.trace.ndim + 1
+            of_side, basis = torch.linalg.eigh(side) if square else (side, None)
+            values.append(of_side.clamp_min(0.0))
+            vectors.append(basis)
+        trace = self.trace.clamp_min(torch.finfo(self.trace.dtype).tiny)[..., None, None]
+        return vectors[0], vectors[1], values[0][..., :, None] * values[1][..., None, :] / trace
+
+
+def gradients_of_examples(
+    model: Any, support: Episode, theta: Sites, phi: Sites, num_samples: int, batch_size: int
+) -> Iterator[tuple[Tensor, Sites]]:
+    """Per pass the task of each example ``(n,)``, and its gradient per random site ``(n, 1, layers, out, in)``.
+
+    Args:
+        model: a hierarchical model.
+        support: of T tasks.
+        theta: at which the factor stands that all tasks share.
+        phi: per random site ``(T, 1, layers, out, in)``.
+        num_samples: answers drawn for every example; a backward pass each.
+        batch_size: examples per pass.
+    """
+    counts = support.mask.sum(-1)
+    task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    for start in range(0, len(task_of), batch_size):
+        each, task = support.each_alone(start, start + batch_size), task_of[start : start + batch_size]
+        own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
+        with torch.enable_grad():
+            answers = model.answer(model.likelihood(model.shared(theta) | own, each))
+            for i in range(num_samples):
+                log_prob: Tensor = answers.log_prob(answers.sample()).sum()
+                found = torch.autograd.grad(log_prob, list(own.values()), retain_graph=i + 1 < num_samples)
+                yield task, dict(zip(own, found, strict=True))
+
+
+def diagonal(passes: Iterator[tuple[Tensor, Sites]], phi: Sites, num_samples: int) -> Sites:
+    """Of F per random site, ``(T, 1, layers, out, in)``."""
+    total = {site: torch.zeros_like(value) for site, value in phi.items()}
+    for task, gradients in passes:
+        for site, gradient in gradients.items():
+            total[site].index_add_(0, task, gradient.square())
+    return {site: value / num_samples for site, value in total.items()}
+
+
+def kronecker(passes: Iterator[tuple[Tensor, Sites]], unit: Sites, num_samples: int, largest: int) -> dict[str, Sides]:
+    """Both sides of F per random site, where phi is measured in ``unit``, ``(T, 1, layers, out, in)``."""
+    found: dict[str, Sides] = {}
+    for task, gradients in passes:
+        for site, gradient in gradients.items():
+            scaled = gradient * unit[site][task]
+            parts = _side(scaled, largest), _side(scaled.mT, largest), scaled.square().sum((-2, -1))
+            if site not in found:
+                tasks = len(unit[site])
+                found[site] = Sides(*(part.new_zeros(tasks, *part.shape[1:]) for part in parts))
+            for total, part in zip(found[site], parts, strict=True):
+                total.index_add_(0, task, part / num_samples)
+    return found
+
+
+def _side(matrix: Tensor, largest: int) -> Tensor:
+    """``G G^T``, or its diagonal."""
+    return matrix.square().sum(-1) if matrix.shape[-2] > largest else matrix @ matrix.mT

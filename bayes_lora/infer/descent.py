@@ -1,0 +1,153 @@
+"""Steps of gradient descent on the negative beta-ELBO of support sets, all tasks in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts
+from bayes_lora.episodes.episode import Episode, collate
+from bayes_lora.infer.elbo import AnalyticELBO
+from bayes_lora.infer.handlers import ScaleLatents, apart
+from bayes_lora.infer.plates import sample_phi
+from bayes_lora.types import Sites
+
+__all__ = ["Adam", "Descent", "Distributions", "Point", "from_point", "minibatch", "to_point"]
+
+Distributions = dict[str, dist.TorchDistribution]
+"""Site name to a distribution, of batch ``(T, 1)`` or what broadcasts to it."""
+
+Point = dict[tuple[str, str], Tensor]
+"""``(part, site)`` to an unconstrained parameter, ``("loc", site)`` and ``("log_scale", site)`` for normals."""
+
+
+class Descent:
+    """The steps themselves; see :class:`bayes_lora.guides.GradientGuide` for what is set.
+
+    Args:
+        model: a Pyro model whose theta sites can be conditioned on.
+        rate: step size of ``(part, site)``.
+        optimizer: ``"sgd"`` or ``"adam"``.
+        beta: weight of the divergence.
+        num_particles: draws per step.
+        second: whether the displacement can be differentiated in theta and start.
+        batch_size: examples of each support set per step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rate: Callable[[str, str], Tensor | float],
+        optimizer: Literal["sgd", "adam"] = "adam",
+        beta: float = 1.0,
+        num_particles: int = 1,
+        second: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model, self.rate, self.second, self.scale = model, rate, second, ScaleLatents(beta, 1.0)
+        self.batch_size = batch_size
+        make: Any = AnalyticELBO
+        self.elbo: Any = make(num_particles, max_plate_nesting=2, vectorize_particles=True)
+        self.direction = Adam() if optimizer == "adam" else lambda _, gradient: gradient
+
+    def __call__(
+        self,
+        support: Episode,
+        theta: Sites,
+        start: Distributions,
+        steps: int,
+        on_step: Callable[[int, Point], None] | None = None,
+    ) -> Point:
+        """Take the steps; returns how far each parameter moved. Every task counts for itself, whatever its collection.
+
+        ``on_step`` is called after each with its index and how far they have moved; it may move them further.
+        """
+        origin = to_point(start, len(support.task_index))
+        if not self.second:
+            origin = {key: value.detach() for key, value in origin.items()}
+            theta = {site: value.detach() for site, value in theta.items()}
+        moved = {key: torch.zeros_like(value) for key, value in origin.items()}
+        alone = support.alone()
+        for step in range(steps):
+            batch = alone if self.batch_size is None else minibatch(alone, step, self.batch_size)
+            gradients = self.gradients(batch, theta, start, {key: origin[key] + moved[key] for key in origin})
+            for key, gradient in gradients.items():
+                moved[key] = moved[key] - self.rate(*key) * self.direction(key, gradient)
+            if on_step is not None:
+                on_step(step, moved)
+        return moved
+
+    def gradients(self, support: Episode, theta: Sites, like: Distributions, point: Point) -> Point:
+        """Of the negative beta-ELBO of each support set, at a point."""
+
+        def guide(episode: Episode) -> None:
+            sample_phi(episode, from_point(like, point))
+
+        attention = _twice_differentiable() if self.second else nullcontext()
+        with apart(), torch.enable_grad(), attention:
+            point = {
+                key: value if self.second and value.requires_grad else value.detach().requires_grad_()
+                for key, value in point.items()
+            }
+            model = self.scale(pyro.condition(self.model, data=theta))
+            loss = self.elbo.differentiable_loss(model, self.scale(guide), support)
+            gradients = torch.autograd.grad(loss, list(point.values()), create_graph=self.second)
+        return dict(zip(point, gradients, strict=True))
+
+
+class Adam:
+    """Directions of Adam (Kingma and Ba, arXiv 1412.6980) as functions of gradients, to be differentiated through."""
+
+    def __init__(self, decays: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8) -> None:
+        self.decays, self.epsilon = decays, epsilon
+        self.moments: dict[tuple[str, str], tuple[int, Tensor, Tensor]] = {}
+
+    def __call__(self, key: tuple[str, str], gradient: Tensor) -> Tensor:
+        """The direction for one tensor, whose moments are kept under the key."""
+        zero = torch.zeros_like(gradient)
+        count, first, second = self.moments.get(key, (0, zero, zero))
+        count, (a, b) = count + 1, self.decays
+        first, second = a * first + (1 - a) * gradient, b * second + (1 - b) * gradient.square()
+        self.moments[key] = (count, first, second)
+        # Under the root, where the derivative at zero would be infinite.
+        root = (second / (1 - b**count) + self.epsilon**2).sqrt()
+        return first / (1 - a**count) / (root + self.epsilon)
+
+
+def minibatch(episode: Episode, step: int, size: int) -> Episode:
+    """The examples whose turn it is in a step, which stand for all of their task's."""
+    rows = [[example for example in task if example is not None] for task in episode.examples]
+    taken = [[task[(step * size + i) % len(task)] for i in range(min(size, len(task)))] for task in rows]
+    part = collate(taken, num_data=episode.num_data, task_index=episode.task_index, num_tasks=episode.num_tasks)
+    return part.to(episode.mask.device)
+
+
+def to_point(distributions: Distributions, tasks: int | None = None) -> Point:
+    """The unconstrained parameters of all sites; those without a batch get ``(tasks, 1)``, where tasks is given."""
+    point: Point = {}
+    for site, fn in distributions.items():
+        for part, value in to_parts(fn).items():
+            whole = tasks is None or fn.batch_shape
+            point[part, site] = value if whole else value.expand(tasks or 0, 1, *value.shape)
+    return point
+
+
+def from_point(like: Distributions, point: Point) -> Distributions:
+    """Distributions of the families of ``like`` with these parameters."""
+    parts: dict[str, Parts] = {site: {} for site in like}
+    for (part, site), value in point.items():
+        parts[site][part] = value
+    return {site: from_parts(fn, parts[site]) for site, fn in like.items()}
+
+
+def _twice_differentiable() -> AbstractContextManager[None]:
+    """Inside the block attention takes the form that has a second derivative."""
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context

@@ -1,0 +1,61 @@
+"""Posterior predictive probabilities of option scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.infer.handlers import Widened
+from bayes_lora.infer.objective import BetaELBO, evaluating
+from bayes_lora.types import Sites
+
+__all__ = ["draw_phi", "held_back_nll", "predictive", "tempered"]
+
+
+def predictive(log_lik: Tensor) -> Tensor:
+    r"""Posterior predictive log-probabilities: :math:`\log \frac1S \sum_s \mathrm{softmax}(\ell_s)`.
+
+    Args:
+        log_lik: option scores ``(S, ..., K)``, nats.
+
+    Returns:
+        ``(..., K)``, nats.
+    """
+    return torch.logsumexp(log_lik.log_softmax(-1), 0) - torch.tensor(float(len(log_lik))).log()
+
+
+def tempered(scores: Tensor, episode: Episode, temperature: float | Tensor) -> Tensor:
+    """Option scores ``(..., T, N, K)`` divided by a temperature.
+
+    Those of free answers stay as they are. Whatever a temperature is chosen on, the gold text is what was observed, and
+    dividing the log-probabilities of that and of any other text would seem to make every text likelier.
+    """
+    return torch.where(episode.free_form[..., None], scores, scores / temperature)
+
+
+def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws: int) -> Sites:
+    """Draw phi from q(theta) q(phi | support): ``(num_draws, T, 1, layers, out, in)``, for any guide."""
+    with torch.no_grad(), pyro.plate("draws", num_draws, dim=-3):
+        trace = pyro.poutine.trace(guide).get_trace(episode)
+        phi: Sites = pyro.poutine.replay(model.sample_phi, trace=trace)(episode)
+    return phi
+
+
+def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:
+    """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
+    total, count = 0.0, 0
+    model = objective.model.program
+    for episode in episodes:
+        with objective.handled(), evaluating(objective), torch.no_grad(), Widened(width):
+            phi = draw_phi(model, objective.guide.program, episode, num_draws)
+        with torch.no_grad():
+            log_probs: Tensor = predictive(model.likelihood(phi, episode))
+        nll = -log_probs.gather(-1, episode.answer[..., None])[..., 0]
+        total += float(((nll * episode.mask).sum(-1) / episode.mask.sum(-1)).sum())
+        count += len(nll)
+    return total / count

@@ -1,0 +1,260 @@
+"""fit(): an ordinary torch loop on Accelerate over the ELBO module, with held-back tasks to choose the checkpoint.
+
+What is looked at and kept is a running average of the parameters: an episode holds few tasks, so steps are noisy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from accelerate import Accelerator
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.episodes.sampler import EpisodeSampler
+from bayes_lora.errors import ConfigError, NonFiniteLoss
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.infer.schedules import SCHEDULES, Schedule, beta_fraction
+from bayes_lora.utils.seeding import seeded
+
+__all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of :func:`fit`.
+
+    Attributes:
+        steps: at most this many episodes.
+        learning_rate: of :func:`fit`'s own Adam; every rate decays to a tenth of itself on a cosine.
+        average: decay of the exponential moving average of the parameters that is kept; 0 keeps the last ones.
+        clip_norm: gradient norm of the loss per example (nats) above which gradients are scaled down.
+        schedule: of beta, see :mod:`bayes_lora.infer.schedules`: ``"constant"``, ``"linear"`` or ``"cyclical"``.
+        warmup: steps over which beta rises linearly to its full value, once or in each cycle.
+        eval_every: steps between looks at the held-back tasks.
+        patience: stop after this many looks without improvement.
+        num_draws: draws at each look.
+        seed: of the draws of theta and phi.
+    """
+
+    steps: int = 160
+    learning_rate: float = 1.5e-3
+    average: float = 0.97
+    clip_norm: float = 1.0
+    schedule: Schedule = "linear"
+    warmup: int = 20
+    eval_every: int = 20
+    patience: int = 4
+    num_draws: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name not in ("schedule", "warmup", "seed", "average") and not value > 0:
+                raise ConfigError(f"{name}: expected a positive number, got {value}.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        if not 0 <= self.average < 1:
+            raise ConfigError(f"average: expected a decay of at least 0 and below 1, got {self.average}.")
+
+
+@dataclass
+class FitState:
+    """Where a fit stands; enough, with the objective's and the optimizer's state, to go on.
+
+    Attributes:
+        step: episodes seen.
+        history: a row per look: step, loss (nats per example, mean since the last look), held-back nll, seconds.
+        best: index of the best row.
+        best_parameters: the averaged parameters there.
+        average: the averaged parameters now.
+    """
+
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: int | None = None
+    best_parameters: dict[str, Tensor] | None = None
+    average: dict[str, Tensor] | None = None
+
+    @property
+    def stale(self) -> int:
+        """Looks since the best one."""
+        return 0 if self.best is None else len(self.history) - 1 - self.best
+
+
+def fit(
+    objective: BetaELBO,
+    sampler: EpisodeSampler,
+    held_back: Sequence[Episode] = (),
+    config: FitConfig | None = None,
+    *,
+    state: FitState | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    accelerator: Accelerator | None = None,
+    on_step: Callable[[FitState, float], None] | None = None,
+    on_look: Callable[[FitState], None] | None = None,
+) -> FitState:
+    """Minimise the objective over episodes; leave it at the parameters that were best on the held-back tasks.
+
+    Args:
+        objective: model and guide.
+        sampler: episodes of the training tasks.
+        held_back: episodes of tasks that are not trained on, on which checkpoints are compared; none means that the
+            last parameters are kept.
+        config: settings.
+        state: of an earlier call, to go on from; with ``optimizer``, which holds its moments.
+        optimizer: by default Adam with ``config.learning_rate``; a group's rate decays from its own (``initial_lr``).
+        accelerator: by default one for this machine.
+        on_step: called after each step with the state and the loss, nats per example.
+        on_look: called after each look at the held-back tasks, when ``state`` may be saved.
+
+    Raises:
+        NonFiniteLoss: names the step and the site or parameter; parameters are as they were before that step.
+    """
+    config, state = config or FitConfig(), state or FitState()
+    accelerator = accelerator or Accelerator()
+    optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
+    # The LM is where it is, and the objective must be with it; under DDP every process draws its own episodes.
+    prepared = accelerator.prepare_model(objective, device_placement=False)
+    stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    num_data = sum(len(task) for task in sampler.tasks)
+    device = _device(objective)
+    state.average = state.average or {name: p.detach().clone() for name, p in objective.named_parameters()}
+    objective.train()
+    losses: list[float] = []
+    checks = is_validation_enabled()
+
+    def draw(step: int) -> Episode:
+        return sampler[step * accelerator.num_processes + accelerator.process_index].to(device)
+
+    def goes_on() -> bool:
+        return state.step < config.steps and (not held_back or state.stale < config.patience)
+
+    episode = draw(state.step) if goes_on() else None
+    while goes_on():
+        objective.warm(beta_fraction(config.schedule, state.step, config.warmup))
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # a fit that goes on must not begin at one that has decayed
+            group["lr"] = group["initial_lr"] * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
+        index = state.step * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed(config.seed * 1_000_003 + index)  # a resumed run draws what a whole one would have drawn
+        assert episode is not None
+        optimizer.zero_grad()
+        # Once is enough: later steps run the same program, and every check waits for the device.
+        with pyro.validation_enabled(checks):
+            loss = _loss(prepared, objective, episode, state.step) / num_data
+            accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
+        seen, checks = episode, False
+        episode = draw(state.step + 1)  # while the device is at work
+        losses.append(_checked(objective, seen, loss, norm, state.step, config.seed * 1_000_003 + index))
+        stepper.step()
+        state.step += 1
+        _update_average(objective, state, config.average)
+        if on_step:
+            on_step(state, losses[-1])
+        if state.step % config.eval_every == 0 or state.step == config.steps:
+            _look(objective, held_back, config, state, losses)
+            losses = []
+            if on_look:
+                on_look(state)
+    kept = state.best_parameters if held_back else {**objective.state_dict(), **state.average}
+    if kept is not None:
+        objective.load_state_dict(kept)
+    objective.warm(1.0)
+    objective.eval()
+    return state
+
+
+def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Tensor:
+    """The loss in nats; ``prepared`` is what Accelerate made of the objective."""
+    try:
+        loss: Tensor = prepared(episode)
+    except ValueError as error:  # Pyro's validation of a distribution comes before the loss
+        site = _blame_site(objective, episode)
+        if site is None:
+            raise
+        raise NonFiniteLoss(f"step {step}: {site}.") from error
+    return loss
+
+
+def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, step: int, seed: int) -> float:
+    """The loss per example as a number, if it and its gradient's norm are finite; a step's one wait for the device."""
+    loss = loss.detach()
+    value, size = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
+    if not math.isfinite(value):
+        site = _blame_site(objective, episode) or "no single site is to blame: the sum overflows. Try a smaller beta"
+        raise NonFiniteLoss(f"step {step}: the loss is {value}; {site}.")
+    if not math.isfinite(size):
+        # Clipping has spread it over all gradients; made again, they tell where it came from.
+        objective.zero_grad()
+        torch.manual_seed(seed)
+        objective(episode).backward()
+        names = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise NonFiniteLoss(f"step {step}: the gradient of {names[:3]} is not finite. Try a lower learning_rate.")
+    return float(value)
+
+
+def _device(objective: BetaELBO) -> torch.device:
+    """Where the language model is; of another likelihood, where the first parameter is, though tables stay behind."""
+    likelihood = getattr(objective.model.program, "likelihood", None)
+    found: torch.device = getattr(likelihood, "device", next(objective.parameters()).device)
+    return found
+
+
+def _update_average(objective: BetaELBO, state: FitState, decay: float) -> None:
+    """Move the average towards the parameters; early on by more, for it began at the start."""
+    assert state.average is not None
+    update = get_ema_multi_avg_fn(min(decay, (1 + state.step) / (10 + state.step)))
+    parameters = dict(objective.named_parameters())
+    update(list(state.average.values()), [parameters[name].detach() for name in state.average], state.step)
+
+
+@contextmanager
+def _averaged(objective: BetaELBO, average: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the block the objective has its averaged parameters."""
+    current = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    objective.load_state_dict(average, strict=False)
+    try:
+        yield
+    finally:
+        objective.load_state_dict(current, strict=False)
+
+
+def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide = pyro.poutine.trace(objective.guide).get_trace(episode)
+        model = pyro.poutine.trace(pyro.poutine.replay(objective.model, guide)).get_trace(episode)
+        for where, trace in (("guide", guide), ("model", model)):
+            trace.compute_log_prob()
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"])):
+                    return f"site {name!r} of the {where} is where it starts. Try a lower learning_rate"
+    return None
+
+
+def _look(
+    objective: BetaELBO, held_back: Sequence[Episode], config: FitConfig, state: FitState, losses: list[float]
+) -> None:
+    row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
+    assert state.average is not None
+    device = _device(objective)
+    # The same draws at every look, or noise would choose the checkpoint.
+    with _averaged(objective, state.average), seeded(config.seed, device):
+        if held_back:
+            row["held_back_nll"] = held_back_nll(objective, held_back, config.num_draws)
+        state.history.append(row)
+        best = None if state.best is None else state.history[state.best].get("held_back_nll", math.inf)
+        if best is None or row.get("held_back_nll", -math.inf) < best:
+            state.best = len(state.history) - 1
+            state.best_parameters = copy.deepcopy(objective.state_dict())

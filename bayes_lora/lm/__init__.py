@@ -1,0 +1,1 @@
+"""The language model: LoRA sites, scores, features, generation."""

@@ -1,0 +1,128 @@
+"""Which forward a language model can take: found by comparing scores on made-up examples, on first use."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayes_lora.episodes.episode import Episode, collate
+from bayes_lora.episodes.packing import Context, EncodedExample, in_context, pack
+from bayes_lora.errors import ConfigError, ModelError
+from bayes_lora.lm.kv_cache_forward import PromptCacheForward
+from bayes_lora.lm.packed_forward import Forward, PackedForward, head_reads
+from bayes_lora.lm.sites import LoraSites
+from bayes_lora.lm.trunk import Trunk
+
+__all__ = ["choose_forward"]
+
+TOLERANCES = {torch.float64: (1e-5, 1e-4), torch.float32: (1e-4, 1e-3)}
+"""How far scores may be apart, relative to the score and in nats; wrong masks or positions are off by far more."""
+COARSE = (0.03, 0.3)
+"""In 16 bits, and where a quantised base rounds activations by what else is in the batch."""
+
+
+@torch.no_grad()
+def choose_forward(model: Any, sites: LoraSites, trunk: Trunk) -> Forward:
+    """The fastest forward whose scores equal those of the model's ordinary forward, a row for each option.
+
+    Packed rows with the lower layers kept; else packed rows through all layers; else a key-value cache of the prompts.
+    What is passed over is named in one warning. ``trunk.depth`` is set to 0 where its states cannot be used.
+
+    Raises:
+        ModelError: none of them does.
+        ConfigError: one does that gradient checkpointing cannot be had with.
+    """
+    name, checked = type(model).__name__, probe(model)
+    examples = [example for task in checked.examples for example in task if example is not None]
+    with sites.unbound():
+        with trunk.watched():
+            expected = torch.cat([plain_scores(model, example) for example in examples])
+        packed = PackedForward(model, sites, trunk)
+        why = _difference(packed, checked, expected)
+        if why is None:
+            return packed
+        if trunk.depth:
+            depth, trunk.depth = trunk.depth, 0
+            if _difference(packed, checked, expected) is None:
+                _warn(f"{name}: starting at layer {depth} from kept hidden states, {why}. All layers run every time.")
+                return packed
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ConfigError(
+                f"gradient_checkpointing: {name} needs a key-value cache, which it cannot be had with, for with packed "
+                f"rows under a 4-D mask, {why}. Leave it off."
+            )
+        prompts = PromptCacheForward(model)
+        still = _difference(prompts, checked, expected)
+    if still is not None:
+        raise ModelError(
+            f"{name} cannot be used: with packed rows under a 4-D mask, {why}; with a key-value cache, {still}. "
+            "Pass a causal LM of another architecture, or another attn_implementation in model_kwargs."
+        )
+    _warn(f"{name}: with packed rows under a 4-D mask, {why}. Options are scored from a key-value cache, more slowly.")
+    return prompts
+
+
+def probe(model: Any) -> Episode:
+    """Examples of random tokens in which everything differs that a forward could confuse.
+
+    Two tasks: in one, examples of unequal length share a context, in rows that are longer than any window of layers
+    that look back a fixed number of places; in the other examples without a context share a shorter row. Options have
+    one to three tokens.
+    """
+    generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
+
+    def tokens(count: int) -> list[int]:
+        drawn: list[int] = torch.randint(vocabulary, (count,), generator=generator).tolist()
+        return drawn
+
+    options = [[tokens(n) for n in counts] for counts in ((3, 1, 2), (1, 3), (2, 3, 1), (1, 2))]
+    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    room = min((limit for limit in limits if limit), default=1024) - 20
+    window = getattr(model.config, "window_size", None) or 0
+    context = Context.of(tokens(max(2, min(room, 8 + window))))
+    shared = [in_context(pack(tokens(n), o, 0), context) for n, o in zip((7, 4), options, strict=False)]
+    apart = [pack(tokens(n), o, 0) for n, o in zip((5, 3), options[2:], strict=True)]
+    return collate([shared, apart]).to(model.device)
+
+
+def plain_scores(model: Any, example: EncodedExample) -> Tensor:
+    """Scores ``(Q,)`` of an example's option tokens by the ordinary forward, a row for each option."""
+    head, scores = model.get_output_embeddings(), []
+    prompt = example.tokens[example.segments == 0]
+    before = prompt if example.context is None else torch.cat([example.context.tokens, prompt])
+    for k in range(example.num_options):
+        row = torch.cat([before, example.tokens[example.segments == k + 1]]).to(model.device)
+        targets = example.targets[example.target_options == k].to(model.device)
+        count = len(targets)
+        with head_reads(head, lambda hidden, count=count: hidden[:, -count:]):  # type: ignore[misc]
+            logits = model(input_ids=row[None], use_cache=False).logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores.append(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+    return torch.cat(scores)
+
+
+def _difference(forward: Any, episode: Episode, expected: Tensor) -> str | None:
+    """What is wrong with a forward's scores, or with the head alone; None where they are right."""
+    try:
+        found = [forward(episode).token_scores[0]]
+        if isinstance(forward, PackedForward):
+            found.append(forward(episode, most_positions=2).token_scores[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any type: each model has its own way to refuse arguments
+        return "it raises " + textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
+    model: Any = forward.model
+    quantised = getattr(model, "is_quantized", False)
+    relative, absolute = COARSE if quantised else TOLERANCES.get(model.dtype, COARSE)
+    for scores in found:
+        if not torch.allclose(scores, expected.to(scores.dtype), rtol=relative, atol=absolute):
+            return f"its scores are off by {float((scores - expected).abs().max()):.3g} nats"
+    return None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=6)

@@ -1,0 +1,84 @@
+"""What the frozen language model knows of examples: the input of a guide's encoder, computed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bayes_lora.episodes.batching import by_tokens
+from bayes_lora.episodes.episode import Episode, collate, send
+from bayes_lora.episodes.packing import EncodedExample
+from bayes_lora.lm.packed_forward import Read
+from bayes_lora.lm.scoring import option_lengths, option_scores
+from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.lm.token_budget import TokenBudget
+from bayes_lora.types import Features, absent_score
+
+__all__ = ["FeatureReader"]
+
+
+class FeatureReader:
+    """Computes features, and keeps them on the CPU as long as there is room.
+
+    Args:
+        embeddings: the model's output embeddings.
+        cache: keeps them.
+        read: runs the model without LoRA.
+        budget: how many tokens it reads at a time.
+        normalize: as :class:`bayes_lora.lm.language_model.LanguageModel` scores options.
+    """
+
+    def __init__(
+        self,
+        embeddings: torch.nn.Module,
+        cache: TensorCache,
+        read: Callable[[Episode], Read],
+        budget: TokenBudget,
+        normalize: Literal["sum", "mean"],
+    ) -> None:
+        self.embeddings, self.cache, self.read = embeddings, cache, read
+        self.budget, self.normalize = budget, normalize
+
+    def __call__(self, episode: Episode) -> Features:
+        """The features of an episode's examples, whatever their labels, where the episode is."""
+        flat = [example for task in episode.examples for example in task]
+        missing = {e.key: e for e in flat if e is not None and e.key not in self.cache}
+        fresh = self._compute(list(missing.values()), episode.input_ids.device) if missing else {}
+        known = [None if e is None else fresh.get(e.key) or self.cache.get(e.key) for e in flat]
+        shape, (like, _, scores) = episode.shape, next(features for features in known if features is not None)
+        hidden = like.new_zeros(len(flat), *like.shape)
+        options = like.new_zeros(len(flat), shape[-1], like.shape[-1])
+        log_probs = scores.new_full((len(flat), shape[-1]), absent_score(scores.dtype))
+        for i, features in enumerate(known):
+            if features is not None:
+                k = len(features[1])
+                hidden[i], options[i, :k], log_probs[i, :k] = features
+        parts = (send(part, episode.input_ids.device) for part in (hidden, options, log_probs))
+        return Features(*(part.unflatten(0, shape[:2]) for part in parts))
+
+    def _compute(self, examples: Sequence[EncodedExample], device: torch.device) -> dict[bytes, tuple[Tensor, ...]]:
+        fresh = {}
+        for batch in by_tokens([len(e) + len(e.context or ()) for e in examples], self.budget.per_item(1)):
+            chosen = [examples[i] for i in batch]
+            hidden, options, log_probs = self._read(collate([chosen]).to(device))
+            for i, example in enumerate(chosen):
+                k = example.num_options
+                fresh[example.key] = self.cache.put(example.key, (hidden[i], options[i, :k], log_probs[i, :k]))
+        return fresh
+
+    @torch.no_grad()
+    def _read(self, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
+        """Features ``(N, 2, d)``, ``(N, K, d)`` and ``(N, K)`` of one task's examples."""
+        _, rows, options = episode.shape
+        read = self.read(episode)
+        [top] = read.prompt_ends
+        below = top if read.trunk_ends is None else read.trunk_ends
+        [scores] = option_scores(read.token_scores, episode, self.normalize)
+        tokens = self.embeddings.weight[episode.targets]  # type: ignore[index]  # (Q, d)
+        lengths = option_lengths(episode).to(top.dtype).clamp(min=1)
+        embedded = top.new_zeros(rows * options, top.shape[-1]).index_add(0, episode.target_options, tokens)
+        log_probs = scores.view(rows, options).log_softmax(-1)
+        return torch.stack([below, top], 1), (embedded / lengths[:, None]).view(rows, options, -1), log_probs

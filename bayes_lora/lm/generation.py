@@ -1,0 +1,158 @@
+r"""Greedy decoding under a posterior over LoRA weights.
+
+The next token is the likeliest one under the posterior predictive of the whole text, of which a draw is one model:
+
+.. math:: p(y_t \mid y_{<t}) = \sum_s w_s \, p(y_t \mid y_{<t}, \phi_s), \qquad w_s \propto p(y_{<t} \mid \phi_s)
+
+so that the probabilities along a text multiply to the mean over draws of :math:`p(y \mid \phi_s)`. All draws run side
+by side, with a key-value cache each. ``S`` draws, ``N`` prompts, ``V`` the vocabulary; log-probabilities in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from bayes_lora.episodes.batching import by_tokens
+from bayes_lora.types import Sites
+
+if TYPE_CHECKING:
+    from bayes_lora.lm.language_model import LanguageModel
+
+__all__ = ["Generated", "PosteriorAverage", "generate"]
+
+
+class Generated(NamedTuple):
+    """A decoded answer.
+
+    Attributes:
+        text: without what ends it, and without spaces around it.
+        log_prob: of its tokens and of what ends it, nats: the logarithm of the mean over draws of their probability.
+            Of an answer that did not end, of the tokens there are.
+    """
+
+    text: str
+    log_prob: float
+
+
+class PosteriorAverage(LogitsProcessor):
+    """Replaces each draw's scores by the log-probabilities of the average, the same for all draws.
+
+    Args:
+        draws: S; rows are grouped by draw, ``S * N``.
+
+    Attributes:
+        totals: after each step the log-probability ``(N,)`` of the tokens before it.
+    """
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        self.totals: list[Tensor] = []
+        self._weights: Tensor | None = None  # (S, N) log p(y_<t | phi_s)
+        self._before: Tensor | None = None  # (S, N, V) of the step before
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return ``(S * N, V)``."""
+        log_probs = scores.float().log_softmax(-1).unflatten(0, (self.draws, -1))
+        weights = self._advance(input_ids, log_probs.new_zeros(log_probs.shape[:2]))
+        self._before = log_probs
+        mixed = (weights[..., None] + log_probs).logsumexp(0) - weights.logsumexp(0)[:, None]
+        return mixed.repeat(self.draws, 1)
+
+    def _advance(self, input_ids: Tensor, begin: Tensor) -> Tensor:
+        weights = begin if self._weights is None else self._weights
+        if self._before is not None:
+            chosen = input_ids[:, -1:].unflatten(0, (self.draws, -1))
+            weights = weights + self._before.gather(-1, chosen)[..., 0]
+        self._weights = weights
+        self.totals.append(weights.logsumexp(0) - math.log(self.draws))
+        return weights
+
+    def log_probs(self, sequences: Tensor) -> Tensor:
+        """Log-probability ``(N, L)`` of the first 1 to L tokens, for all L that were generated."""
+        self._advance(sequences, sequences.new_zeros(0))
+        return torch.stack(self.totals[1:], -1)
+
+
+class Ended(StoppingCriteria):
+    """Which rows hold the text that ends an answer; one of the first draw speaks for all, for all are alike."""
+
+    def __init__(self, tokenizer: Any, end: str, prompts: int, start: int) -> None:
+        self.tokenizer, self.end, self.prompts, self.start = tokenizer, end, prompts, start
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Return ``(S * N,)``."""
+        texts = decode(self.tokenizer, input_ids[: self.prompts, self.start :])
+        done = torch.tensor([has_ended(text, self.end) for text in texts], device=input_ids.device)
+        return done.repeat(len(input_ids) // self.prompts)
+
+
+def has_ended(text: str, end: str) -> bool:
+    """Whether a text holds what ends it; at its very beginning a line end ends nothing."""
+    return end in text.lstrip()
+
+
+def decode(tokenizer: Any, rows: Tensor) -> list[str]:
+    """The text of each row of tokens, special ones and all."""
+    found: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return found
+
+
+@torch.no_grad()
+def generate(lm: LanguageModel, phi: Sites, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generated]:
+    """Answer each prompt; those of like length share a forward.
+
+    Args:
+        lm: the language model.
+        phi: ``(S or 1, 1, 1, layers, out, in)``, of one task.
+        prompts: token ids.
+        max_new_tokens: at most.
+    """
+    draws = max(len(value) for value in phi.values())
+    values = {site: value.expand(draws, *value.shape[1:]).flatten(1, 2) for site, value in phi.items()}
+    answers: dict[int, Generated] = {}
+    with lm.bound(values):
+        for batch in by_tokens([len(ids) + max_new_tokens for ids in prompts], lm.budget.per_item(draws)):
+            answers |= zip(batch, _answers(lm, [prompts[i] for i in batch], draws, max_new_tokens), strict=True)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, most: int) -> list[Generated]:
+    tokenizer: Any = lm.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    rows = [torch.tensor(ids) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    average, end = PosteriorAverage(draws), lm.encoder.end_text
+    model: Any = lm.model
+    sequences: Tensor = model.generate(
+        input_ids=ids.repeat(draws, 1).to(lm.device),
+        attention_mask=mask.repeat(draws, 1).to(lm.device),
+        generation_config=GenerationConfig(
+            max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+        ),
+        logits_processor=LogitsProcessorList([average]),
+        stopping_criteria=StoppingCriteriaList([Ended(tokenizer, end, len(rows), ids.shape[1])]),
+    )
+    log_probs = average.log_probs(sequences)
+    new = sequences[: len(rows), ids.shape[1] :]
+    return [_answer(tokenizer, end, row, scores) for row, scores in zip(new.cpu(), log_probs.cpu(), strict=True)]
+
+
+def _answer(tokenizer: Any, end: str, tokens: Tensor, log_probs: Tensor) -> Generated:
+    """Cut an answer behind the first token that ends it."""
+    count = len(tokens)
+    for length in range(1, len(tokens) + 1):
+        [text] = decode(tokenizer, tokens[None, :length])
+        if has_ended(text, end) or tokens[length - 1] == tokenizer.eos_token_id:
+            count = length
+            break
+    [text] = decode(tokenizer, tokens[None, :count])
+    text = text.lstrip().partition(end)[0].removesuffix(tokenizer.eos_token or "")
+    return Generated(text.strip(), float(log_probs[count - 1]))

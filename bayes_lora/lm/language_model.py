@@ -1,0 +1,234 @@
+"""The likelihood: a Hugging Face causal LM whose LoRA weights are bound from outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from bayes_lora.episodes.encoder import Encoder
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.episodes.templates import PromptTemplate
+from bayes_lora.episodes.token_store import TokenStore
+from bayes_lora.errors import ConfigError, SiteError
+from bayes_lora.lm.choose_forward import choose_forward
+from bayes_lora.lm.features import FeatureReader
+from bayes_lora.lm.packed_forward import Forward, Read
+from bayes_lora.lm.scoring import option_scores
+from bayes_lora.lm.sites import LoraSites, find_sites
+from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.lm.token_budget import TokenBudget
+from bayes_lora.lm.trunk import Trunk
+from bayes_lora.types import Features, Sites
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel:
+    r"""Option log-likelihoods of an episode under LoRA weights phi.
+
+    .. math:: \log p(o \mid x, \phi) = \sum_j \log p_{W_0 + \mathrm{LoRA}(\phi)}(o_j \mid x, o_{<j})
+
+    in nats, over the tokens of option o; with ``normalize="mean"`` divided by their number. T tasks times S draws run
+    in one forward, a prompt is read once for all its options, and the LM head runs on answer positions only.
+
+    This is a plain object, not a module: Pyro makes every parameter that it can reach trainable, and must not reach
+    the LM's. All parameters of ``model`` are frozen.
+
+    Args:
+        model: a causal LM with adapters injected by PEFT (its LoRA linears are replaced by slots here).
+        tokenizer: its tokenizer.
+        lora_config: the PEFT configuration, kept for export.
+        name: hub id or path, kept for export.
+        template: how an example becomes text.
+        max_length: longest row in tokens; at most the model's longest position and its sliding window, if it has them.
+        normalize: ``"sum"`` or ``"mean"`` over an option's tokens.
+        token_budget: without gradients, draws are taken in chunks of at most this many tokens per forward; None finds
+            the number, on a GPU by measuring what the first chunk takes (see :mod:`bayes_lora.lm.token_budget`).
+        cache_bytes: RAM for the hidden states that the lowest adapted layer reads; what it has no room for is computed
+            anew each time, or kept in ``cache_folder``.
+        cache_folder: for memory-mapped files, which are gone with the process.
+        token_folder: for the tokens of large collections, which stay, see :mod:`bayes_lora.episodes.token_store`; None
+            keeps them in memory only.
+        gradient_checkpointing: whether activations are computed again in backward, layer by layer, instead of kept.
+
+    Raises:
+        SiteError: LoRA cannot be made random where it is.
+        ConfigError: a setting is wrong, or the cache folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        lora_config: peft.LoraConfig,
+        *,
+        name: str = "",
+        template: PromptTemplate | None = None,
+        max_length: int = 128,
+        normalize: Literal["sum", "mean"] = "sum",
+        token_budget: int | None = None,
+        cache_bytes: int = 4 << 30,
+        cache_folder: str | Path | None = None,
+        token_folder: str | Path | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if normalize not in ("sum", "mean"):
+            raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
+        self.model, self.tokenizer, self.lora_config, self.name = model, tokenizer, lora_config, name
+        self.model.requires_grad_(False).eval()
+        keep_differentiable(model)
+        self.sites: LoraSites = find_sites(model)
+        self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
+        # A given mask is taken as it is, so a row must fit into the window beyond which some models do not look back.
+        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        longest = min((limit for limit in limits if limit), default=None)
+        length = max_length if longest is None else min(max_length, longest)
+        store = None if token_folder is None else TokenStore(Path(token_folder))
+        self.encoder = Encoder(tokenizer, template, length, longest, store)
+        adapted = [module for modules in self.sites.modules.values() for module in modules]
+        head: Any = model.get_output_embeddings()
+        if any(module is head for name, module in model.named_modules() if name in adapted):
+            raise SiteError("LoRA on the LM head cannot be random: the head sees answer positions, not rows of a draw.")
+        self.trunk = Trunk(model, adapted, TensorCache(cache_bytes, cache_folder), self.budget)
+        known = TensorCache(1 << 30, cache_folder)
+        self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)
+        self._forward: Forward | None = None
+        if gradient_checkpointing:
+            checkpoint_layers(model, self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.model.device
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores besides the weights; saved with a posterior, and compared when it is loaded."""
+        return {
+            "name": self.name,
+            "max_length": self.encoder.max_length,
+            "template": asdict(self.encoder.template),
+            "normalize": self.normalize,
+            "lora_alpha": self.lora_config.lora_alpha,
+            "use_rslora": bool(self.lora_config.use_rslora),
+        }
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the residual stream."""
+        return int(self.model.config.hidden_size)
+
+    def __call__(self, phi: Sites, episode: Episode) -> Tensor:
+        """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; absent options get :func:`absent_score`.
+
+        Args:
+            phi: per site ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)``.
+            episode: T tasks, N examples, up to K options.
+
+        Raises:
+            SiteError: phi lacks a site, or its batch shape fits no ``(T, N)``.
+        """
+        self.sites.check(phi)
+        tasks = episode.shape[0]
+        # Over tensors and the parts of deferred weights alike.
+        leaves: list[Tensor] = tree_leaves(phi)
+        batch = torch.broadcast_shapes(*(value.shape[:-3] for value in leaves)) or (1, 1)
+        if len(batch) < 2 or batch[-1] != 1 or batch[-2] not in (1, tasks):
+            raise SiteError(
+                f"phi has batch shape {tuple(batch)}: expected (*draws, {tasks} or 1, 1), "
+                "for tasks are dimension -2 and a draw is shared by all examples (dimension -1) of a task."
+            )
+        draws, per_task = batch[:-2], batch[-2]
+        count = math.prod(draws)
+        values = tree_map(lambda v: v.expand(*batch, *v.shape[-3:]).reshape(count, per_task, *v.shape[-3:]), phi)
+
+        def score(start: int, end: int) -> Tensor:
+            return self._score(tree_map(lambda value: value[start:end], values), episode)
+
+        if torch.is_grad_enabled():
+            scores = [score(0, count)]
+        else:
+            scores = self.budget.run(score, count, episode.input_ids.numel())
+        return torch.cat(scores).reshape(*draws, *episode.shape)
+
+    def _score(self, values: Sites, episode: Episode) -> Tensor:
+        """Score all options under values ``(D, T or 1, layers, out, in)``: ``(D, T * N * K)``."""
+        draws, groups = tree_leaves(values)[0].shape[:2]
+        rows = self.forward.rows_per_task(episode) if groups > 1 else None
+        with self.bound(values, None if rows is None else rows * draws):
+            read = self.forward(episode, draws)
+        return option_scores(read.token_scores, episode, self.normalize)
+
+    def bound(self, values: Sites, rows: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Inside the block the model runs under values ``(D, T or 1, layers, out, in)``, with rows grouped by draw.
+
+        Args:
+            values: per site.
+            rows: how many each draw and task has; None divides them equally.
+        """
+        draws, groups = tree_leaves(values)[0].shape[:2]
+        bound: Sites = tree_map(lambda value: value.flatten(0, 1) if draws * groups > 1 else value[0, 0], values)
+        if self.model.dtype.itemsize == 2:
+            # In the base's own 16 bits, or PEFT would compute the adapters in the values' 32: phi, its gradients and
+            # all that follows the scores stay in 32. Whole updates are computed in 32, for their variances are small.
+            whole = self.sites.delta_shapes
+            bound = {site: value if site in whole else value.to(self.model.dtype) for site, value in bound.items()}
+        return self.sites.bind(bound, rows)
+
+    @property
+    def forward(self) -> Forward:
+        """The way to run the model, found on first use."""
+        if self._forward is None:
+            self._forward = choose_forward(self.model, self.sites, self.trunk)
+        return self._forward
+
+    def _read_frozen(self, episode: Episode) -> Read:
+        with self.sites.unbound():
+            return self.forward(episode)
+
+    def features(self, episode: Episode) -> Features:
+        """What the frozen LM knows of each example, whatever its label; computed once per example and kept."""
+        return self.feature_reader(episode)
+
+
+def keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes' 4-bit layers from repacking their weights, which they do on CPUs that compute in bfloat16.
+
+    They do it for good in the first forward whose input needs no gradient; from then on no gradient passes through.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def checkpoint_layers(model: Any, sites: LoraSites) -> None:
+    """Let transformers checkpoint the decoder layers; backward runs them again under what was bound in forward.
+
+    Raises:
+        ConfigError: the model does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not support it. Leave it off.")
+    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": sites.checkpoint_context}
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+    for module in model.modules():
+        # Layers are checkpointed in training mode only. Their own flag does not reach the modules inside them, but some
+        # apply a rate of dropout themselves.
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)

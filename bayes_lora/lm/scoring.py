@@ -1,0 +1,92 @@
+"""From logits at answer positions to the scores of options.
+
+``M`` positions at which a token is predicted, ``Q`` option tokens, ``V`` the vocabulary; all log quantities in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.types import absent_score
+
+__all__ = ["log_complement", "option_lengths", "option_scores", "token_log_probs"]
+
+
+def token_log_probs(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each option token, ``(Q,)``, at least in float32.
+
+    Args:
+        logits: ``(m, V)``, of all positions or of some that follow each other.
+        places: ``(Q,)`` the row of ``logits`` that predicts each token. Where it is none of the m, the result is 0, so
+            that results for the parts of a whole may be added.
+        targets: ``(Q,)`` token ids.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    inside = (places >= 0) & (places < len(logits))
+    rows = places.clamp(0, len(logits) - 1)
+    found: Tensor = _TokenLogProbs.apply(logits, rows, targets)  # type: ignore[no-untyped-call]
+    return torch.where(inside, found, 0.0)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """``logits[rows, targets] - logsumexp(logits)[rows]``, whose backward makes one tensor of the logits' size.
+
+    A vocabulary is wide; torch's own backward makes one for the indexing, one for the softmax, one for their product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, rows, targets)
+        return logits[rows, targets] - logits.logsumexp(-1)[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        logits, rows, targets = ctx.saved_tensors
+        of_rows = -gradient.new_zeros(len(logits)).index_add(0, rows, gradient)[:, None]
+        softmax = logits.softmax(-1)
+        if torch.is_grad_enabled():  # under create_graph: second-order steps differentiate through this
+            scaled = softmax * of_rows
+            return scaled.index_put((rows, targets), gradient, accumulate=True), None, None
+        return softmax.mul_(of_rows).index_put_((rows, targets), gradient, accumulate=True), None, None
+
+
+def option_scores(token_scores: Tensor, episode: Episode, normalize: Literal["sum", "mean"]) -> Tensor:
+    r"""Scores of options from those of their tokens ``(D, Q)``: ``(D, T * N * K)``, absent options marked as such.
+
+    They are sums, or averages. A free answer is always a sum, the log-probability of its text and of what ends it; any
+    other text has :math:`\log(1 - p)`, so that the two are outcomes like options, with probabilities that sum to 1.
+    """
+    empty = token_scores.new_zeros(len(token_scores), episode.option_mask.numel())
+    scores = empty.index_add(1, episode.target_options, token_scores)
+    free = episode.free_form.flatten()
+    if normalize == "mean":
+        lengths = option_lengths(episode).clamp(min=1)
+        scores = scores / torch.where(free[:, None].expand(-1, episode.shape[-1]).flatten(), 1, lengths)
+    by_example = scores.unflatten(1, (len(free), -1))
+    other = log_complement(by_example[..., :1])
+    second = torch.arange(episode.shape[-1], device=free.device) == 1
+    scores = torch.where(free[:, None] & second, other, by_example).flatten(1)
+    return scores.masked_fill(~episode.option_mask.flatten(), absent_score(scores.dtype))
+
+
+def log_complement(log_p: Tensor) -> Tensor:
+    """log(1 - p) of log p, with gradients that are finite for every log p <= 0, also where rounding puts it above."""
+    below = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    # Each branch sees only what it is exact for, or its infinite gradient times 0 would be no number.
+    half = -math.log(2.0)
+    near = torch.log(-torch.expm1(below.clamp(min=half)))
+    far = torch.log1p(-below.clamp(max=half).exp())
+    return torch.where(below > half, near, far)
+
+
+def option_lengths(episode: Episode) -> Tensor:
+    """Number of tokens of each option, ``(T * N * K,)``."""
+    # Not bincount, which reads its argument's largest value back from the device.
+    empty = episode.target_options.new_zeros(episode.option_mask.numel())
+    return empty.index_add(0, episode.target_options, torch.ones_like(episode.target_options))

@@ -1,0 +1,270 @@
+"""LoRA sites: which adapter matrices of a PEFT model are random, and how sampled values are bound to them.
+
+PEFT injects its own layers (``lora_B(lora_A(x)) * scaling``); :func:`find_sites` then replaces each layer's ``lora_A``
+and ``lora_B`` linear by a :class:`Slot`, whose ``weight`` is bound from outside. One *site* is the stack over layers
+of one factor of one module kind: ``q_proj.lora_A`` has event shape ``(layers, r, d_in)``. No ``forward`` is patched.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from bayes_lora.errors import SiteError, did_you_mean
+from bayes_lora.lm.slots import Bound, Slot, unchanged
+from bayes_lora.types import Sites, SiteShapes, delta_site, factor_sites
+from bayes_lora.utils.grouped_linear import Blocks
+from bayes_lora.utils.seeding import same_noise
+
+__all__ = ["LoraSites", "Slot", "delta_site", "factor_sites", "find_sites"]
+
+FACTORS = ("lora_A", "lora_B")
+
+
+class LoraSites:
+    """The LoRA sites of one PEFT model.
+
+    Attributes:
+        shapes: site name to event shape ``(layers, out, in)``.
+        delta_shapes: likewise for whole updates, which may be bound in place of their two factors:
+            ``q_proj.delta_weight`` for ``q_proj.lora_A`` and ``q_proj.lora_B``.
+        modules: site name to the adapted modules' Hugging Face names, in layer order.
+    """
+
+    def __init__(self, slots: Mapping[str, Sequence[tuple[str, Slot]]]) -> None:
+        self._slots = {site: [slot for _, slot in pairs] for site, pairs in slots.items()}
+        self.modules = {site: [name for name, _ in pairs] for site, pairs in slots.items()}
+        self.shapes: SiteShapes = {
+            site: (len(slots), slots[0].initial.shape[0], slots[0].initial.shape[1])
+            for site, slots in self._slots.items()
+        }
+        self.delta_shapes: SiteShapes = {
+            delta_site(a): (self.shapes[a][0], self.shapes[factor_sites(delta_site(a))[1]][1], self.shapes[a][2])
+            for a in self.shapes
+            if ".lora_A" in a
+        }
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{site}: {shape}" for site, shape in self.shapes.items())
+        return f"LoraSites({inside})"
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of LoRA weights of one draw."""
+        return sum(layers * rows * columns for layers, rows, columns in self.shapes.values())
+
+    def initial(self) -> Sites:
+        """PEFT's initial values (A random, B zero), shape ``(layers, out, in)`` per site."""
+        return {site: torch.stack([slot.initial for slot in slots]) for site, slots in self._slots.items()}
+
+    def check(self, values: Sites) -> None:
+        """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes.
+
+        A ``delta_weight`` stands for both of its factors.
+        """
+        whole = {site: shape for site, shape in self.delta_shapes.items() if site in values}
+        replaced = {factor for site in whole for factor in factor_sites(site)}
+        expected = {site: shape for site, shape in self.shapes.items() if site not in replaced} | whole
+        for site in values.keys() - expected.keys():
+            near = did_you_mean(site, expected, list_all=True)
+            raise SiteError(f"site {site!r}: the model has no such site{near}.")
+        for site, shape in expected.items():
+            if site not in values:
+                raise SiteError(f"site {site!r}: no value given. Expected one of event shape {shape}.")
+            got = tuple(values[site].shape[-3:])
+            if got != shape:
+                hint = " Did you pass it transposed?" if got == (shape[0], shape[2], shape[1]) else ""
+                raise SiteError(f"site {site!r}: expected event shape {shape} (layers, out, in), got {got}.{hint}")
+
+    @contextmanager
+    def bind(self, values: Sites, rows: Sequence[int] | None = None) -> Iterator[None]:
+        """Bind values to the slots inside a ``with`` block, and restore what was bound before on exit.
+
+        Args:
+            values: per site ``(layers, out, in)``, or ``(groups, layers, out, in)`` for a batch whose rows are
+                grouped by draw; a tensor, or what has a ``shape`` and gives a function of activations for each of its
+                ``layers()``.
+            rows: how many rows each group has; None stands for equally many.
+
+        Raises:
+            SiteError: a site is missing, unknown, of the wrong event shape, or has another number of groups.
+        """
+        self.check(values)
+        groups = {value.shape[:-3] for value in values.values()}
+        if len(groups) > 1 or any(len(group) > 1 for group in groups):
+            got = {site: tuple(value.shape) for site, value in values.items()}
+            raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for every site alike, got {got}.")
+        if rows is not None and groups != {(len(rows),)}:
+            raise SiteError(f"got values for {[*next(iter(groups), ())]} groups, but rows for {len(rows)}.")
+        blocks = None
+        if rows is not None:
+            blocks = Blocks.of(rows, next(iter(self._slots.values()))[0].initial.device)
+        with self._bound(self._by_slot(values), blocks):
+            yield
+
+    def _by_slot(self, values: Sites) -> dict[str, Sequence[Bound]]:
+        bound: dict[str, Sequence[Bound]] = {}
+        for site, value in values.items():
+            layers: Sequence[Bound] = value.unbind(-3) if isinstance(value, Tensor) else value.layers()
+            if site in self.delta_shapes:
+                a, b = factor_sites(site)
+                bound |= {a: [unchanged] * len(layers), b: layers}
+            else:
+                bound[site] = layers
+        return bound
+
+    def unbound(self) -> AbstractContextManager[None]:
+        """Inside the block nothing is bound, whatever was bound outside."""
+        return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
+
+    def _bound(
+        self, weights: Mapping[str, Sequence[Bound]], blocks: Blocks | None = None
+    ) -> AbstractContextManager[None]:
+        return _Binding(self, weights, blocks)
+
+    def _current(self) -> tuple[dict[str, list[Bound]], Blocks | None]:
+        weights = {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
+        return weights, next((slots[0].blocks for slots in self._slots.values()), None)
+
+    def _assign(self, weights: Mapping[str, Sequence[Bound]], blocks: Blocks | None) -> None:
+        for site, slots in self._slots.items():
+            for slot, weight in zip(slots, weights[site], strict=True):
+                slot.bound, slot.blocks = weight, blocks
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The ``context_fn`` of ``torch.utils.checkpoint``: backward recomputes under the forward's binding.
+
+        Gradient checkpointing runs the forward again inside ``backward``, when :meth:`bind` has been left.
+        """
+        current, blocks = self._current()
+        bound = [value for values in current.values() for value in values]
+        draws = any(value is not None and not isinstance(value, Tensor) for value in bound)
+        device = next(iter(self._slots.values()))[0].initial.device
+        return nullcontext(), _Binding(self, current, blocks, same_noise(device) if draws else nullcontext)
+
+    def unstack(self, values: Sites) -> dict[str, Tensor]:
+        """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``."""
+        self.check(values)
+        return {
+            f"{module}.{_factor(site)}": weight
+            for site, modules in self.modules.items()
+            for module, weight in zip(modules, values[site].unbind(-3), strict=True)
+        }
+
+    def stack(self, weights: Mapping[str, Tensor]) -> Sites:
+        """Inverse of :meth:`unstack`.
+
+        Raises:
+            SiteError: a weight is missing or left over.
+        """
+        names = {site: [f"{module}.{_factor(site)}" for module in modules] for site, modules in self.modules.items()}
+        expected = {name for group in names.values() for name in group}
+        if expected != weights.keys():
+            missing, extra = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+            raise SiteError(f"LoRA weights do not fit the sites: missing {missing[:4]}, not wanted {extra[:4]}.")
+        return {site: torch.stack([weights[name] for name in group], dim=-3) for site, group in names.items()}
+
+
+Noise = Callable[[], AbstractContextManager[Any]]
+
+
+class _Binding(AbstractContextManager[None]):
+    """Binds weights, and restores what was bound; may be entered again, as every backward through a checkpoint does.
+
+    Where ``noise`` is given, torch draws inside what it drew when that was made.
+    """
+
+    def __init__(
+        self,
+        sites: LoraSites,
+        weights: Mapping[str, Sequence[Bound]],
+        blocks: Blocks | None,
+        noise: Noise = nullcontext,
+    ) -> None:
+        self.sites, self.weights, self.blocks, self.noise = sites, weights, blocks, noise
+        self.before: list[tuple[tuple[dict[str, list[Bound]], Blocks | None], ExitStack]] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        stack.enter_context(self.noise())
+        self.before.append((self.sites._current(), stack))
+        self.sites._assign(self.weights, self.blocks)
+
+    def __exit__(self, *_: object) -> None:
+        before, stack = self.before.pop()
+        self.sites._assign(*before)
+        stack.close()
+
+
+def _factor(site: str) -> str:
+    return next(factor for factor in FACTORS if f".{factor}" in site)
+
+
+def _layer_index(name: str) -> int:
+    numbers = re.findall(r"\.(\d+)\.", f".{name}.")
+    return int(numbers[0]) if numbers else 0
+
+
+def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
+    """Replace the LoRA linears of a PEFT-injected model by slots, and return its sites.
+
+    Layers of one module kind whose shapes differ become sites of their own, ``q_proj.lora_A``, ``q_proj.lora_A.2``.
+    Both factors of a layer are of the same number.
+
+    A ``lora_dropout`` is taken out, with one warning: a draw of phi is one model, which gives one answer.
+
+    Raises:
+        SiteError: the model has no LoRA layer, or one whose factors are not plain linears (embeddings,
+            convolutions, DoRA, ``lora_bias=True``).
+    """
+    found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot, Slot]]]] = {}
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in sorted(layers, key=lambda pair: _layer_index(pair[0])):
+        if adapter not in layer.lora_A or layer.lora_variant or not isinstance(layer.lora_A[adapter], nn.Linear):
+            raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got {layer!r}.")
+        if layer.lora_B[adapter].bias is not None:
+            raise SiteError(f"module {name!r}: its LoRA has a bias, which no site holds. Set lora_bias=False.")
+        a, b = (_replace(getattr(layer, factor), adapter) for factor in FACTORS)
+        shapes = (*a.initial.shape, *b.initial.shape)
+        found.setdefault(name.rpartition(".")[2], {}).setdefault(shapes, []).append((name, a, b))
+    _drop_dropout([layer for _, layer in layers], adapter)
+    if not found:
+        raise SiteError("the model has no LoRA layer. Inject some first: peft.inject_adapter_in_model(config, model).")
+    return LoraSites(
+        {
+            f"{kind}.{factor}" + (f".{index}" if index > 1 else ""): [(name, slots[f]) for name, *slots in layers]
+            for kind, by_shape in found.items()
+            for f, factor in enumerate(FACTORS)
+            for index, layers in enumerate(by_shape.values(), start=1)
+        }
+    )
+
+
+def _replace(factors: Any, adapter: str) -> Slot:
+    # At least float32, whatever the base: bfloat16 would round small steps of its weights to nothing.
+    initial = factors[adapter].weight
+    slot = Slot(initial.to(torch.promote_types(initial.dtype, torch.float32)))
+    factors[adapter] = slot
+    return slot
+
+
+def _drop_dropout(layers: Sequence[LoraLayer], adapter: str) -> None:
+    dropouts = [layer.lora_dropout[adapter] for layer in layers]
+    rates = {dropout.p for dropout in dropouts if isinstance(dropout, nn.Dropout)}
+    for layer in layers:
+        layer.lora_dropout[adapter] = nn.Identity()
+    if rates:
+        warnings.warn(
+            f"lora_dropout={max(rates)} is not applied: scores are a function of phi alone. Set lora_dropout=0.0.",
+            stacklevel=3,
+        )

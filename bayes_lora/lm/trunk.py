@@ -1,0 +1,172 @@
+"""The frozen trunk: layers below the first adapted one run once per example, and their output is kept.
+
+Nothing below the lowest LoRA layer depends on phi, so a row's hidden states at that layer's input never change.
+Later forwards swap the lower layers for pass-throughs, the last of which returns the kept states; embeddings, masks
+and rotary tables are still made by the Hugging Face model itself, so the result is that of the full forward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bayes_lora.episodes.batching import by_tokens
+from bayes_lora.episodes.episode import Episode, send
+from bayes_lora.episodes.packing import EncodedExample, PackedRow, packed_row
+from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.lm.token_budget import TokenBudget
+
+__all__ = ["Trunk"]
+
+
+class _Piece(NamedTuple):
+    """What of a row is kept by itself: an example without a context, or the whole row."""
+
+    row: int
+    start: int
+    key: bytes
+    content: PackedRow | EncodedExample
+
+    def alone(self) -> PackedRow:
+        """It in a row of its own."""
+        return self.content if isinstance(self.content, PackedRow) else packed_row([self.content], [0])
+
+
+def _pieces(index: int, row: PackedRow) -> list[_Piece]:
+    if row.context is not None:
+        return [_Piece(index, 0, row.key, row)]
+    return [_Piece(index, start, e.key, e) for e, start in zip(row.examples, row.starts, strict=True)]
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a decoder layer: returns what it is given, or ``states`` if there are any; may record its input."""
+
+    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+        # Some models choose the mask by an attribute of the layer.
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.states: Tensor | None = None
+        self.seen: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        self.seen = hidden_states
+        output = hidden_states if self.states is None else self.states
+        return (output,) if self.in_tuple else output
+
+
+class Trunk:
+    """Runs and replaces the layers below the first adapted one.
+
+    Attributes:
+        depth: index k of the first adapted layer; 0 where there is nothing to keep.
+    """
+
+    def __init__(self, model: nn.Module, adapted: Sequence[str], cache: TensorCache, budget: TokenBudget) -> None:
+        """Find the decoder layers that hold the ``adapted`` modules.
+
+        Args:
+            model: the Hugging Face model.
+            adapted: names of the modules with LoRA.
+            cache: keeps hidden states; those for which it has no room are computed anew each time.
+            budget: how many tokens the lower layers read at a time.
+        """
+        places = [re.match(r"(.*?)\.(\d+)\.", name) for name in adapted]
+        stacks = {place[1] for place in places if place}
+        self.layers: nn.ModuleList | None = None
+        self.depth = 0
+        if len(stacks) == 1 and all(places):
+            layers = model.get_submodule(stacks.pop())
+            if isinstance(layers, nn.ModuleList):
+                self.layers = layers
+                self.depth = min(int(place[2]) for place in places if place)
+        self.cache, self.budget = cache, budget
+        self._in_tuple = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside the block it is noted whether the model's layers return tuples, as those that replace them must."""
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            self._in_tuple = isinstance(output, tuple)
+
+        handles = [layer.register_forward_hook(note) for layer in (self.layers or ())]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def skipped(self, states: Tensor | None) -> Iterator[None]:
+        """Inside the block the model's lower layers are replaced by ``states`` ``(rows, L, d)``."""
+        if states is None:
+            yield
+            return
+        with self._swapped(range(self.depth)) as stand_ins:
+            stand_ins[-1].states = states
+            yield
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside the block no layer runs: the head's input is the embeddings, passed through."""
+        with self._swapped(range(len(self.layers or ()))):
+            yield
+
+    @contextmanager
+    def _swapped(self, indices: range) -> Iterator[list[_PassThrough]]:
+        layers = self.layers if self.layers is not None else nn.ModuleList()
+        originals = {i: layers[i] for i in indices}
+        stand_ins = [_PassThrough(layer, self._in_tuple) for layer in originals.values()]
+        for i, stand_in in zip(indices, stand_ins, strict=True):
+            layers[i] = stand_in
+        try:
+            yield stand_ins
+        finally:
+            for i, layer in originals.items():
+                layers[i] = layer
+
+    def states(self, episode: Episode, run: Callable[[Sequence[PackedRow]], Any]) -> Tensor | None:
+        """Hidden states at the input of layer k for every row of an episode, ``(R, L, d)``, or None if k is 0.
+
+        An example without a context sees only itself, so its states are kept whatever it shares a row with; a row with
+        a context is kept as a whole.
+
+        Args:
+            episode: the rows.
+            run: a forward of the whole model over some rows, called without the upper layers.
+        """
+        if self.depth == 0:
+            return None
+        pieces = [piece for r, row in enumerate(chain(*episode.rows)) for piece in _pieces(r, row)]
+        missing = {piece.key: piece for piece in pieces if piece.key not in self.cache}
+        fresh = self._compute({key: piece.alone() for key, piece in missing.items()}, run) if missing else {}
+        known = [fresh.get(piece.key) or self.cache.get(piece.key) for piece in pieces]
+        [like] = known[0] or ()
+        states = like.new_zeros(*episode.input_ids.shape, like.shape[-1])
+        for piece, found in zip(pieces, known, strict=True):
+            [own] = found or ()
+            states[piece.row, piece.start : piece.start + len(own)] = own
+        return send(states, episode.input_ids.device)
+
+    def _compute(
+        self, missing: dict[bytes, PackedRow], run: Callable[[Sequence[PackedRow]], Any]
+    ) -> dict[bytes, tuple[Tensor, ...]]:
+        assert self.layers is not None
+        keys, rows = list(missing), list(missing.values())
+        fresh: dict[bytes, tuple[Tensor, ...]] = {}
+        with torch.no_grad(), self._swapped(range(self.depth, len(self.layers))) as stand_ins:
+            for batch in by_tokens([len(row) for row in rows], self.budget.per_item(1)):
+                chosen = [rows[i] for i in batch]
+                run(chosen)
+                seen = stand_ins[0].seen
+                assert seen is not None
+                for i, states in zip(batch, seen, strict=True):
+                    fresh[keys[i]] = self.cache.put(keys[i], (states[: len(rows[i])],))
+        return fresh

@@ -1,0 +1,1 @@
+"""Metrics of predictions, from arrays, and plots."""

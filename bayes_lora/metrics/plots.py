@@ -1,0 +1,141 @@
+"""Pictures of how well calibrated predictions are."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from bayes_lora.metrics.options import expected_calibration_error
+
+__all__ = ["reliability_diagram"]
+
+# Okabe and Ito's colours with a marker each: told apart by colour-blind readers and in grey print.
+_STYLES = [
+    ("#767676", "s"),
+    ("#d55e00", "^"),
+    ("#0072b2", "o"),
+    ("#009e73", "D"),
+    ("#b3568c", "v"),
+    ("#9a6a00", "P"),
+]
+_INK = "#333333"
+_SMALL = 8.5  # points; the figure is drawn at its size in print
+
+
+def reliability_diagram(
+    curves: Mapping[str, tuple[Tensor, Tensor]], path: Path | None = None, *, num_bins: int = 15
+) -> Figure:
+    """Draw accuracy against confidence, one panel for each method, with the counts below.
+
+    A point is one equal-width bin of confidence: its mean confidence and its accuracy, drawn larger the more
+    examples it holds. The stem to the diagonal is the bin's calibration error; ECE is the mean length of the
+    stems, weighted by examples. Below the diagonal a method is overconfident. Underneath stands the histogram
+    of the confidences, with a line at their mean and one at the accuracy.
+
+    Args:
+        curves: For each method, by the name to show, in order: the confidences of its predictions ``(N,)`` in
+            [0, 1], and whether they are right ``(N,)`` bool, as `top_confidence` returns them.
+        path: Where to write the picture; its ending is the format (``.png``, ``.pdf``, ``.svg``). A file that
+            is there is replaced in one step. None writes nothing.
+        num_bins: Number of equal-width bins, for the points and for ECE.
+
+    Returns:
+        The figure, which belongs to no pyplot window and needs no closing.
+
+    Raises:
+        ValueError: There are no curves, a curve has no examples, or a confidence is outside [0, 1].
+    """
+    if not curves:
+        raise ValueError("`curves` is empty: give the confidences of at least one method")
+    figure = Figure(figsize=(0.6 + 2.15 * len(curves), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        2, len(curves), sharex=True, sharey="row", squeeze=False, gridspec_kw={"height_ratios": [3, 1]}
+    )
+    for column, (name, (confidence, correct)) in enumerate(curves.items()):
+        ece = expected_calibration_error(confidence, correct, num_bins)
+        confidence, correct = confidence.detach().cpu().double(), correct.cpu().double()
+        color, marker = _STYLES[column % len(_STYLES)]
+        _draw_points(axes[0, column], confidence, correct, num_bins, color, marker, f"ECE {ece:.3f}")
+        _draw_counts(axes[1, column], confidence, correct, num_bins, color)
+        axes[1, column].set_xlabel("confidence", fontsize=_SMALL + 1)
+        axes[0, column].set_title(
+            textwrap.fill(name, 24), fontsize=10, color=color, fontweight="bold", parse_math=False
+        )
+    axes[0, 0].set_ylabel("accuracy", fontsize=_SMALL + 1)
+    axes[1, 0].set_ylabel("examples", fontsize=_SMALL + 1)
+    figure.align_ylabels()
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=_SMALL, frameon=False)
+    if path is not None:
+        _write(figure, Path(path))
+    return figure
+
+
+def _bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean confidence, accuracy and count of each bin that is not empty, ``(bins,)`` each."""
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=confidence.dtype)
+    index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
+    count = torch.bincount(index, minlength=num_bins)
+    filled = count > 0
+    sums = [torch.bincount(index, weights=values, minlength=num_bins) for values in (confidence, correct)]
+    mean_confidence, accuracy = (one[filled] / count[filled] for one in sums)
+    return mean_confidence, accuracy, count[filled]
+
+
+def _draw_points(
+    axes: Axes, confidence: Tensor, correct: Tensor, num_bins: int, color: str, marker: str, label: str
+) -> None:
+    x, y, count = (one.numpy() for one in _bin_means(confidence, correct, num_bins))
+    axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.vlines(x, x, y, color=color, linewidth=2.5, alpha=0.35, zorder=2)
+    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.5, zorder=3)
+    area = 12 + 88 * count / count.max()
+    axes.scatter(x, y, s=area, color=color, marker=marker, edgecolor="white", linewidth=0.6, zorder=4, clip_on=False)
+    (handle,) = axes.plot([], [], color=color, marker=marker, markersize=5, linewidth=0.8, label=label)
+    axes.legend(
+        handles=[handle],
+        loc="upper left",
+        fontsize=_SMALL + 0.5,
+        frameon=False,
+        handlelength=1.2,
+        borderpad=0.2,
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.set_aspect("equal", adjustable="box")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _plain(axes)
+
+
+def _draw_counts(axes: Axes, confidence: Tensor, correct: Tensor, num_bins: int, color: str) -> None:
+    edges = torch.linspace(0, 1, num_bins + 1).tolist()
+    axes.hist(confidence.numpy(), bins=edges, color=color, alpha=0.55, edgecolor="white", linewidth=0.5)
+    axes.axvline(float(confidence.mean()), color=_INK, linewidth=1.2, linestyle=(0, (2, 1)), label="mean confidence")
+    axes.axvline(float(correct.mean()), color=_INK, linewidth=1.2, label="accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.tick_params(labelsize=_SMALL, length=2.5, color=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    """Write under a temporary name and rename, so that no reader ever sees half a picture."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=200)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

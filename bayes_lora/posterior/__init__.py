@@ -1,0 +1,1 @@
+"""Posteriors of tasks: adapt, draw, predict, calibrate, save, load."""

@@ -1,0 +1,162 @@
+r"""Do the draws do anything? A posterior's width, in predictions and beside its prior.
+
+A posterior that is too narrow predicts as its mean does, and its calibration is that of a point; one that is too wide
+predicts worse than its mean. Both happen silently: the loss is finite, the divergence positive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from bayes_lora.distributions.divergence import divergence
+from bayes_lora.distributions.factored_normal import FactoredNormal, over_rows
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.posterior.adapt import adapt_at
+from bayes_lora.posterior.predict import score
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.tasks.task import Task
+
+__all__ = ["Diagnosis", "SiteWidth", "diagnose"]
+
+NARROW, WIDE = 0.01, 0.2
+"""Draws that change no answer and move probabilities by less than this share are none; draws that cost more nats than
+this are noise."""
+
+
+@dataclass(frozen=True)
+class SiteWidth:
+    """One site, averaged over tasks.
+
+    Attributes:
+        divergence: KL(q(phi | support) || p(phi | theta)) a task, nats.
+        scale: mean standard deviation of q.
+        prior_scale: of p(phi | theta).
+    """
+
+    divergence: float
+    scale: float
+    prior_scale: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the draws change, averaged over tasks.
+
+    Attributes:
+        nll: mean NLL (nats) of the posterior mean, and of the average over draws.
+        ece: likewise, over tasks with options; not a number where there are none.
+        moved: mean change of the answers' probabilities (total variation).
+        changed: share of the questions whose most probable answer is another.
+        sites: each site's width.
+        warnings: what is wrong, and the setting to change; empty where nothing is.
+    """
+
+    nll: tuple[float, float]
+    ece: tuple[float, float]
+    moved: float
+    changed: float
+    sites: dict[str, SiteWidth]
+    warnings: tuple[str, ...]
+
+    def table(self) -> Table:
+        """A line per site, and what the draws change in the title."""
+        title = (
+            f"mean / draws: NLL {self.nll[0]:.3f} / {self.nll[1]:.3f}, ECE {self.ece[0]:.3f} / {self.ece[1]:.3f}; "
+            f"{self.changed:.1%} of the answers changed, probabilities moved by {self.moved:.3f}"
+        )
+        table = Table("site", "KL (nats a task)", "sd", "prior sd", title=title, caption="\n".join(self.warnings))
+        for site, width in self.sites.items():
+            table.add_row(site, f"{width.divergence:.1f}", f"{width.scale:.2e}", f"{width.prior_scale:.2e}")
+        return table
+
+
+def diagnose(
+    objective: BetaELBO,
+    lm: LanguageModel,
+    tasks: Sequence[Task],
+    *,
+    steps: int = 0,
+    learning_rate: float = 2e-3,
+    width: float = 1.0,
+    temperature: float = 1.0,
+    num_draws: int = 10,
+    seed: int = 0,
+) -> Diagnosis:
+    """Adapt to tasks, and compare the mean with draws on their query examples.
+
+    Args:
+        objective: the fitted model and guide.
+        lm: the language model.
+        tasks: split into support and query.
+        steps: gradient steps after the guide's one pass.
+        learning_rate: theirs.
+        width: factor on the standard deviations.
+        temperature: by which option scores are divided.
+        num_draws: S.
+        seed: of the draws.
+    """
+    adapted, theta = adapt_at(objective, lm, tasks, steps, learning_rate, width, seed)
+    adapted = replace(adapted, temperature=temperature)
+    queries = [task.query for task in tasks]
+    mean, drawn = (adapted.predict(queries, num_draws=count, seed=seed) for count in (0, num_draws))
+    nll, ece = zip(_scores(tasks, mean), _scores(tasks, drawn), strict=True)
+    pairs = list(zip(mean, drawn, strict=True))
+    moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
+    changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
+    sites = _sites(objective.model.program.phi_prior(theta), adapted)
+    point = not sites and adapted.num_components == 1
+    warnings = _warnings(nll, moved, changed, sites, point)
+    return Diagnosis(nll, ece, moved, changed, sites, warnings)
+
+
+@torch.no_grad()
+def _sites(prior: dict[str, Any], adapted: TaskPosterior) -> dict[str, SiteWidth]:
+    sites = {}
+    for site, q in adapted.distributions().items():
+        p = prior[site]
+        sites[site] = SiteWidth(float(divergence(q, p).mean()), _mean_scale(q), _mean_scale(p))
+    return sites
+
+
+def _mean_scale(fn: Any) -> float:
+    base = getattr(fn, "base_dist", fn)
+    if not isinstance(base, FactoredNormal):
+        return float(fn.stddev.mean())
+    total = over_rows(lambda q: (q.scale_B @ q.scale_A + base.offset).abs(), base)  # never as whole matrices
+    return float(total.mean()) / base.event_shape.numel()
+
+
+def _scores(tasks: Sequence[Task], predictions: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean NLL, and mean ECE of the tasks with options."""
+    nll = [-float(p[:, 0].mean()) for task, p in zip(tasks, predictions, strict=True) if task.free_form]
+    known = [score(task.query, p) for task, p in zip(tasks, predictions, strict=True) if not task.free_form]
+    return fmean([*nll, *(one.nll for one in known)]), fmean(one.ece for one in known) if known else math.nan
+
+
+def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth], point: bool) -> tuple[str, ...]:
+    if point:
+        return ("The posterior is a point: draws are the mean. Use a model and a guide whose phi has a scale.",)
+    found = []
+    if moved < NARROW and not changed:
+        found.append(
+            f"Collapsed: draws move probabilities by {moved:.4f} and change no answer. Raise prior.initial_scale or "
+            "objective.beta, or adapt with a larger width."
+        )
+    if nll[1] > nll[0] + WIDE:
+        found.append(
+            f"Run-away: draws cost {nll[1] - nll[0]:.2f} nats beside the mean. Lower prior.initial_scale, or adapt "
+            "with a smaller width."
+        )
+    wide = [site for site, width in sites.items() if width.scale > 3.0 * width.prior_scale]
+    if wide:
+        found.append(f"Wider than three times the prior: {wide[:3]}. Raise objective.beta, which holds q to the prior.")
+    return tuple(found)

@@ -1,0 +1,50 @@
+r"""One temperature for the option scores, chosen on held-back tasks (Guo et al., arXiv 1706.04599).
+
+.. math:: \tau^* = \arg\min_\tau \; -\sum_{ij} \log \tfrac1S \sum_s \mathrm{softmax}(\ell_{ijs} / \tau)_{y_{ij}}
+
+in nats. A point has no width; a temperature is what can make it less sure of itself, of all questions alike. Free
+answers have none: see :func:`bayes_lora.infer.predictive.tempered`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.infer.objective import BetaELBO, evaluating
+from bayes_lora.infer.predictive import draw_phi, predictive, tempered
+from bayes_lora.utils.seeding import seeded
+
+__all__ = ["TEMPERATURES", "choose_temperature"]
+
+TEMPERATURES = tuple(round(0.7 * 1.05**i, 4) for i in range(50))  # to 7.6; scores of absent options stay finite
+
+
+@torch.no_grad()
+def choose_temperature(
+    objective: BetaELBO, episodes: Sequence[Episode], *, num_draws: int = 1, seed: int = 0
+) -> tuple[float, dict[float, float]]:
+    """The temperature of least predictive NLL on held-back tasks, and the NLL (nats) of each, averaged over tasks.
+
+    Args:
+        objective: the fitted model and guide; adaptation is the guide's one pass.
+        episodes: of tasks that were not trained on.
+        num_draws: S.
+        seed: of the draws.
+    """
+    model, totals, count = objective.model.program, torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0
+    for episode in episodes:
+        with objective.handled(), evaluating(objective), seeded(seed, episode.input_ids.device):
+            scores = model.likelihood(draw_phi(model, objective.guide.program, episode, num_draws), episode)
+        ways = torch.tensor(TEMPERATURES, dtype=scores.dtype, device=scores.device).view(1, -1, 1, 1, 1)
+        log_probs = predictive(tempered(scores[:, None], episode, ways))  # (temperatures, T, N, K)
+        answer = episode.answer.expand(log_probs.shape[:-1])[..., None]
+        nll = -log_probs.gather(-1, answer)[..., 0] * episode.mask
+        totals += (nll.sum(-1) / episode.mask.sum(-1)).sum(-1).double().cpu()
+        count += len(episode.mask)
+    curve = dict(zip(TEMPERATURES, (totals / count).tolist(), strict=True))
+    # Where all held-back tasks have free answers, one is as good as another.
+    return min(curve, key=lambda one: (curve[one], abs(math.log(one)))), curve

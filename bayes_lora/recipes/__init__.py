@@ -1,0 +1,1 @@
+"""Named models, guides and objectives, and their settings."""

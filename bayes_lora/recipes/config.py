@@ -1,0 +1,249 @@
+"""Settings of a run: dataclasses, read from YAML and flags, saved as JSON beside the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from bayes_lora.episodes.templates import PromptTemplate
+from bayes_lora.errors import ConfigError
+from bayes_lora.infer.training import FitConfig
+from bayes_lora.lm.model_files import DEFAULT_MODEL
+from bayes_lora.recipes.config_values import check_keys, merge, named_template, nested, read_yaml
+
+__all__ = [
+    "ActivationSpaceConfig",
+    "DropoutConfig",
+    "EnsembleConfig",
+    "EpisodeConfig",
+    "GradientConfig",
+    "GuideConfig",
+    "LanguageModelConfig",
+    "LaplaceConfig",
+    "ObjectiveConfig",
+    "PriorConfig",
+    "RunConfig",
+    "WeightSpaceConfig",
+]
+
+# Ranges that :meth:`RunConfig.from_dict` checks.
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """The base model, its LoRA, its prompts, and how it runs. See :func:`bayes_lora.load_language_model`.
+
+    Attributes:
+        dtype: of the base; None is bfloat16 on a GPU that computes in it, else float32.
+        quantization: of the base, through bitsandbytes.
+        template: how an example becomes text; the name of one of :data:`bayes_lora.tasks.TEMPLATES` will do.
+        gradient_checkpointing: less memory in training, for a second forward through the adapted layers.
+        cache_gib: RAM for hidden states below the adapted layers.
+        cache_folder: where those that RAM has no room for are kept, until the process ends.
+        token_cache: whether tokens of large collections are kept on disk, for later runs as well.
+    """
+
+    name: str = DEFAULT_MODEL
+    rank: Count = 8
+    top_layers: Count = 6
+    target_modules: list[str] | None = None
+    max_length: Count = 128
+    normalize: Literal["sum", "mean"] = "sum"
+    template: PromptTemplate = field(default_factory=PromptTemplate)
+    seed: Seed = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    gradient_checkpointing: bool = False
+    cache_gib: NonNegative = 4.0
+    cache_folder: str | None = None
+    token_cache: bool = True
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Keyword arguments of :class:`bayes_lora.models.HierarchicalNormal`."""
+
+    random: Literal["A", "B", "AB"] = "AB"
+    initial_scale: tuple[Positive, Positive] = (0.1, 0.05)
+    loc_scale: Positive = 1.0
+    concentration: Positive = 1.0
+    rate: Positive = 0.01
+
+
+@dataclass(frozen=True)
+class WeightSpaceConfig:
+    """Keyword arguments of :class:`bayes_lora.models.WeightSpace`."""
+
+    offset: Positive = 1e-3
+    loc_scale: Positive = 1.0
+    concentration: Positive = 1.0
+    rate: Positive = 1e-6
+
+
+@dataclass(frozen=True)
+class ActivationSpaceConfig:
+    """Keyword arguments of :class:`bayes_lora.models.ActivationSpace`."""
+
+    offset: float = -20.0
+    loc_scale: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class GuideConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.GuideNetwork`; ``theta`` is ``point`` or ``normal``."""
+
+    theta: Literal["point", "normal"] = "point"
+    directions: Count = 8
+    hidden: Count = 128
+    bilinear: Count = 12
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.GradientGuide`; beta is the objective's where it is None."""
+
+    steps: Annotated[int, Field(ge=0)] = 5
+    learning_rate: Positive | dict[str, Positive] = 2e-3
+    optimizer: Literal["sgd", "adam"] = "adam"
+    beta: Positive | None = None
+    num_particles: Count = 1
+    batch_size: Count | None = None
+    second_order: bool = False
+    learn_rates: bool = False
+
+
+@dataclass(frozen=True)
+class LaplaceConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.Laplace`; steps and their rate are those of ``gradient``."""
+
+    curvature: Literal["diagonal", "kronecker"] = "kronecker"
+    prior_precision: Literal["prior", "marginal-likelihood"] = "marginal-likelihood"
+    num_samples: Count = 1
+    largest: Count = 64
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Members of :class:`bayes_lora.guides.Ensemble`, and how far from the prior's mean they start.
+
+    Each is a particle in training, so that ``objective.num_particles`` is at least their number.
+    """
+
+    num_members: Annotated[int, Field(ge=2)] = 4
+    spread: Positive = 0.5
+
+
+@dataclass(frozen=True)
+class DropoutConfig:
+    """Keyword arguments of :class:`bayes_lora.guides.MCDropout`."""
+
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Keyword arguments of :class:`bayes_lora.infer.objective.BetaELBO`."""
+
+    beta: Positive = 1e-3
+    gamma: Positive | None = None
+    num_particles: Count = 1
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Episodes of the training tasks, and which of them are held back.
+
+    Attributes:
+        tasks_per_episode: T.
+        num_support: support examples per task.
+        num_query: query examples per task.
+        score_support: whether the likelihood is taken on support and query, or on the query alone.
+        num_demonstrations: of the support, how many examples stand solved before every query.
+        examples_per_task: of larger training tasks this many are drawn, once; None takes all.
+        held_back: share (below 1) or number of the training tasks that choose the checkpoint; 0 holds back none.
+        held_back_shots: support and query size of a held-back task.
+        shuffle_options: put the options of each example, of all tasks, into an order of its own, once: against a taste
+            for the first one, where prompts list options.
+    """
+
+    tasks_per_episode: Count = 4
+    num_support: Count = 16
+    num_query: Count = 8
+    score_support: bool = False
+    num_demonstrations: Annotated[int, Field(ge=0)] = 0
+    examples_per_task: Count | None = 64
+    held_back: NonNegative = 0.12
+    held_back_shots: Count = 16
+    shuffle_options: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run, one section per piece.
+
+    A recipe reads some of them (docs/recipes.md); what it does not read must be at its default.
+    """
+
+    recipe: str = "abmll-network"
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    weight_space: WeightSpaceConfig = field(default_factory=WeightSpaceConfig)
+    activation_space: ActivationSpaceConfig = field(default_factory=ActivationSpaceConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    laplace: LaplaceConfig = field(default_factory=LaplaceConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    mc_dropout: DropoutConfig = field(default_factory=DropoutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    seed: Seed = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
+        """Build from nested mappings.
+
+        Raises:
+            ConfigError: an unknown key (near ones are named), or a value of the wrong type.
+        """
+        values = named_template(values, source)
+        check_keys(values, asdict(cls()), source)
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raised = first.get("ctx", {}).get("error")  # by a section's own check, which names the value
+            problem = f".{raised}" if raised else f": {first['msg']}, got {first['input']!r}."
+            raise ConfigError(f"{source}: {where}{problem}") from error
+
+    @classmethod
+    def load(cls, path: Path | None, settings: Sequence[str] = (), base: RunConfig | None = None) -> RunConfig:
+        """Read a YAML file, then apply ``section.key=value`` settings (values are YAML) over it.
+
+        Raises:
+            ConfigError: the file is missing or not a YAML mapping, or a setting is malformed.
+        """
+        values = (base or cls()).to_dict()
+        if path is not None:
+            read = named_template(read_yaml(path), str(path))
+            check_keys(read, values, str(path))
+            merge(values, read)
+        for setting in settings:
+            changed = named_template(nested(setting), "--set")
+            check_keys(changed, values, "--set")
+            merge(values, changed)
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values."""
+        return asdict(self)

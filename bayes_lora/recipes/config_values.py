@@ -1,0 +1,72 @@
+"""Nested values of settings: read from YAML files and flags, merged, and their keys checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bayes_lora.episodes.templates import TEMPLATES
+from bayes_lora.errors import ConfigError, did_you_mean
+
+__all__ = ["check_keys", "merge", "named_template", "nested", "read_yaml"]
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """Read a mapping; an empty file is an empty one."""
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    return {} if read is None else read
+
+
+def nested(setting: str) -> Mapping[str, Any]:
+    """Turn ``a.b=c`` into ``{"a": {"b": c}}``; c is YAML."""
+    key, equals, text = setting.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {setting!r}: expected section.key=value, as in objective.beta=1e-4.")
+    try:
+        value = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"--set {setting!r}: {text!r} is no YAML value: {error}") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The settings with a template in place of the name of one."""
+    section = values.get("language_model") if isinstance(values, Mapping) else None
+    name = section.get("template") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or not isinstance(name, str):
+        return values
+    if name not in TEMPLATES:
+        near = did_you_mean(name, TEMPLATES, list_all=True)
+        raise ConfigError(f"{source}: language_model.template {name!r} is no template's name{near}.")
+    return {**values, "language_model": {**section, "template": asdict(TEMPLATES[name])}}
+
+
+def merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Put values over others, section by section."""
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """Refuse a key that is not known, and name near ones."""
+    if not isinstance(values, Mapping):
+        where = f"{prefix[:-1]}: expected a section" if prefix else "expected a mapping"
+        raise ConfigError(f"{source}: {where} with {list(known)}, got {values!r}.")
+    for key, value in values.items():
+        if key not in known:
+            near = did_you_mean(str(key), known, list_all=True)
+            raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{near}.")
+        if isinstance(known[key], Mapping) and not is_dataclass(value):
+            check_keys(value, known[key], source, f"{prefix}{key}.")

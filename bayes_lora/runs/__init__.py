@@ -1,0 +1,1 @@
+"""Jobs that leave a folder: fits, comparisons, sweeps, the demonstration."""

@@ -1,0 +1,273 @@
+"""The main job in two calls: fit a posterior on a collection of tasks, and compare it with baselines on unseen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from bayes_lora.episodes.episode import Episode, collate
+from bayes_lora.episodes.sampler import EpisodeSampler
+from bayes_lora.errors import TaskError
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.training import FitState, fit
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.metrics.options import Metrics, top_confidence
+from bayes_lora.metrics.text import TextMetrics
+from bayes_lora.posterior.baselines import finetune_lora, pretrained
+from bayes_lora.posterior.calibrate import WIDTHS, choose_width
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.predict import score, score_text
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.posterior.temperature import choose_temperature
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import CALIBRATION, build_objective
+from bayes_lora.recipes.settings_read import warn_of_no_fit
+from bayes_lora.runs.folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
+from bayes_lora.runs.report import Comparison, MethodResult
+from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task_set import TaskSet
+from bayes_lora.utils.storage import write_json
+
+__all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
+
+
+def fit_posterior(
+    lm: LanguageModel,
+    tasks: TaskSet,
+    config: RunConfig | None = None,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Posterior, FitState]:
+    """Meta-learn on training tasks: hold some back, fit on the others, return the best checkpoint.
+
+    Args:
+        lm: the language model.
+        tasks: training tasks; support and query are drawn anew for each episode.
+        config: settings.
+        run: a folder for checkpoints, the curve (``curve.json``), the names of the tasks (``tasks.json``) and the
+            posterior (``posterior/``), the held-back NLL at each width (``widths.json``) or temperature; None writes
+            none.
+        resume: go on from the folder's checkpoint, if there is one. ``fit.steps`` and ``fit.patience`` may be larger
+            than they were: a run that had ended then goes on. The learning rate decays over ``fit.steps``, so it rises
+            again with them, and the end is not quite that of a run that had as many from the start.
+        overwrite: replace the folder if it holds a run already.
+        progress: shows bars with an estimate of the time left.
+
+    Raises:
+        TaskError: a task is too small for the episodes.
+        ConfigError: the checkpoint was made with other settings or tasks.
+        RunFolderError: the folder holds a run already, or something else.
+    """
+    config = with_language_model(config or RunConfig(), lm)
+    run = None if run is None else Path(run)
+    kept, held = divide(tasks, config)
+    sampler, held_back = build_episodes(lm, tasks, config)
+    objective = build_objective(lm, config)
+    # A guide may have nothing to learn between tasks; then there is nothing to fit.
+    steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
+    if not steps:
+        warn_of_no_fit(config)
+    optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
+    journal = Journal(run, objective, optimizer, identity(config, tasks), progress)
+    if run is not None:
+        prepare_run_folder(run, resume=resume, overwrite=overwrite)
+    state = journal.resumed()
+    if run is not None:
+        write_settings(run, config, list(kept), list(held))
+    cache(lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress)
+    journal.open_bar(state, steps)
+    if steps:
+        state = fit(
+            objective,
+            sampler,
+            held_back,
+            config.fit,
+            state=state,
+            optimizer=optimizer,
+            on_step=journal.on_step,
+            on_look=journal.on_look,
+        )
+    journal.close_bar(state)
+    posterior = Posterior(lm, objective.eval(), config)
+    calibration = CALIBRATION.get(config.recipe, "width") if held_back else "none"
+    if calibration == "width":
+        posterior.width, curve = _choose_width(objective, held_back, config, progress)
+    elif calibration == "temperature":
+        posterior.temperature, curve = choose_temperature(objective, held_back, seed=config.seed)
+    if run is not None:
+        posterior.save(run / POSTERIOR, overwrite=True)
+        write_json(run / CURVE, state.history)
+        if calibration != "none":
+            write_json(run / f"{calibration}s.json", {str(factor): nll for factor, nll in curve.items()})
+    return posterior, state
+
+
+def _choose_width(
+    objective: BetaELBO, held_back: Sequence[Episode], config: RunConfig, progress: Progress | None
+) -> tuple[float, dict[float, float]]:
+    bar = progress.add_task("choosing the width", total=len(WIDTHS)) if progress else None
+
+    def advance() -> None:
+        if progress is not None and bar is not None:
+            progress.advance(bar)
+
+    return choose_width(objective, held_back, widths=WIDTHS, seed=config.seed, on_width=advance)
+
+
+def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
+    """The settings with those of the language model at hand, so that what is saved says what was fitted."""
+    encoder = lm.encoder
+    kept = replace(
+        config.language_model,
+        name=lm.name or config.language_model.name,
+        rank=int(lm.lora_config.r),
+        max_length=encoder.max_length,
+        normalize=lm.normalize,
+        template=encoder.template,
+    )
+    return replace(config, language_model=kept)
+
+
+def divide(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
+    """Tasks to train on, and those held back, split into support and query; each cut to what the settings take."""
+    settings = config.episodes
+    limit = settings.examples_per_task
+    if settings.shuffle_options:
+        tasks = TaskSet(task.shuffle_options(seed=config.seed) for task in tasks.values())
+    drawn = TaskSet(
+        task if limit is None or len(task) <= limit else task.split(limit, seed=config.seed, num_query=0)
+        for task in tasks.values()
+    )
+    if not settings.held_back:
+        return drawn, TaskSet([])
+    share = settings.held_back
+    kept, back = drawn.split(max(1, round(share * len(drawn))) if share < 1 else int(share), seed=config.seed)
+    return kept, TaskSet(_split_held_back(task, settings.held_back_shots, config.seed) for task in back.values())
+
+
+def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tuple[EpisodeSampler, list[Episode]]:
+    """Divide a collection into a sampler of training episodes and one episode per held-back task."""
+    settings = config.episodes
+    kept, held = divide(tasks, config)
+    # One warning counts what is cut.
+    lm.encoder([example for task in (*kept.values(), *held.values()) for example in task.examples])
+    sampler = EpisodeSampler(
+        kept,
+        lm.encoder,
+        tasks_per_episode=min(settings.tasks_per_episode, len(kept)),
+        num_support=settings.num_support,
+        num_query=settings.num_query,
+        score_support=settings.score_support,
+        num_demonstrations=settings.num_demonstrations,
+        seed=config.seed,
+    )
+    shown = settings.num_demonstrations
+    episodes = [
+        collate([lm.encoder(task.query, task.support[:shown])], [lm.encoder(task.support)]) for task in held.values()
+    ]
+    return sampler, [episode.unseen().to(lm.device) for episode in episodes]
+
+
+def _split_held_back(task: Task, shots: int, seed: int) -> Task:
+    if len(task) <= shots:
+        raise TaskError(
+            f"held-back task {task.name!r} has {len(task)} examples, but episodes.held_back_shots={shots} of them are "
+            "support and at least one more is needed. Lower it, or set episodes.held_back=0."
+        )
+    return task.split(shots, seed=seed, num_query=min(2 * shots, len(task) - shots))
+
+
+def cache(lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None) -> None:
+    """Run the frozen part of the language model over examples once, with a bar."""
+    rows = lm.encoder([example for group in groups for example in group])
+    bar = progress.add_task(what, total=len(rows)) if progress else None
+    size = 64
+    for start in range(0, len(rows), size):
+        lm.features(collate([rows[start : start + size]]).to(lm.device))
+        if progress is not None and bar is not None:
+            progress.update(bar, advance=min(size, len(rows) - start))
+
+
+Method = Callable[[Task], tuple[TaskPosterior, int]]
+
+
+def compare(
+    posterior: Posterior,
+    tasks: Sequence[Task],
+    *,
+    steps: Sequence[int] = (0, 10),
+    learning_rate: float = 2e-3,
+    num_draws: int = 10,
+    lora_steps: int = 10,
+    lora_learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    num_demonstrations: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate on unseen tasks: the pretrained model, a LoRA fine-tuned at each step size, and the posterior.
+
+    Args:
+        posterior: a fitted posterior.
+        tasks: ``support`` is adapted to, ``query`` is predicted.
+        steps: gradient steps after the guide's one pass; a row each.
+        learning_rate: of these steps.
+        num_draws: S, of the posterior predictive.
+        lora_steps: Adam steps of the LoRA baseline.
+        lora_learning_rates: its step sizes, a row each.
+        num_demonstrations: of each task's support, how many examples stand solved before every query, whatever the
+            method: the pretrained model then learns in context.
+        progress: shows a bar.
+    """
+    lm = posterior.lm
+    methods: dict[str, Method] = {"pretrained": lambda task: (pretrained(lm, [task]), 0)}
+    for rate in lora_learning_rates:
+        methods[f"LoRA, {lora_steps} steps of {rate:g}"] = lambda task, rate=rate: (  # type: ignore[misc]
+            finetune_lora(lm, [task], steps=lora_steps, learning_rate=rate),
+            0,
+        )
+    for count in steps:
+        name = "ours, one pass" + (f" + {count} steps" if count else "")
+        methods[name] = lambda task, count=count: (  # type: ignore[misc]
+            posterior.adapt(task, steps=count, learning_rate=learning_rate),
+            num_draws,
+        )
+    cache(lm, [task.examples for task in tasks], "reading unseen tasks", progress)
+    bar = progress.add_task("adapting and predicting", total=len(methods) * len(tasks)) if progress else None
+
+    def advance() -> None:
+        if progress is not None and bar is not None:
+            progress.update(bar, advance=1)
+
+    results = {}
+    for name, method in methods.items():
+        if progress is not None and bar is not None:
+            progress.update(bar, description=name)
+        results[name] = _evaluate(method, tasks, num_demonstrations, advance)
+    return Comparison(results)
+
+
+def _evaluate(method: Method, tasks: Sequence[Task], shown: int, advance: Callable[[], None]) -> MethodResult:
+    metrics: dict[str, Metrics | TextMetrics] = {}
+    confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    for task in tasks:
+        adapted, num_draws = method(task)
+        demonstrations = [task.support[:shown]]
+        [log_probs] = adapted.predict([task.query], num_draws=num_draws, demonstrations=demonstrations)
+        if task.free_form:
+            draws = 0 if adapted.noise else num_draws
+            [answers] = adapted.generate([task.query], num_draws=draws, demonstrations=demonstrations)
+            metrics[task.name] = score_text(task.query, log_probs, answers)
+        else:
+            metrics[task.name] = score(task.query, log_probs)
+            answer = torch.tensor([example.answer for example in task.query])
+            sure, right = top_confidence(log_probs.cpu(), answer)
+            confidence.append(sure)
+            correct.append(right)
+        advance()
+    return MethodResult(metrics, torch.cat(confidence), torch.cat(correct))

@@ -1,0 +1,169 @@
+"""Results of a comparison: a table for people, JSON for programs, a reliability diagram for both."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from bayes_lora.errors import RunFolderError
+from bayes_lora.metrics.options import (
+    Metrics,
+    adaptive_calibration_error,
+    expected_calibration_error,
+    mean_metrics,
+    per_example_gap,
+)
+from bayes_lora.metrics.plots import reliability_diagram
+from bayes_lora.metrics.text import TextMetrics
+from bayes_lora.utils.storage import write_json
+
+__all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
+
+MEAN, FREE_MEAN = "mean", "mean, free answers"
+METRICS, DIAGRAM = "metrics.json", "reliability.png"
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method on several tasks.
+
+    Attributes:
+        metrics: by task.
+        confidence: of the predicted option, the examples of all tasks with options one after another.
+        correct: whether it was right.
+    """
+
+    metrics: dict[str, Metrics | TextMetrics]
+    confidence: Tensor
+    correct: Tensor
+
+    @property
+    def means(self) -> dict[str, Metrics | TextMetrics]:
+        """Unweighted mean over tasks: ``mean``, and where there are tasks of both kinds, ``mean, free answers``."""
+        return mean_by_kind(self.metrics)
+
+    @property
+    def mean(self) -> Metrics | TextMetrics:
+        """Unweighted mean over tasks; of those with options, where there are tasks of both kinds."""
+        return self.means[MEAN]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods on the same tasks, in the order to show them."""
+
+    results: Mapping[str, MethodResult]
+
+    def table(self, title: str = "Unseen tasks") -> Table:
+        """Per task and on average accuracy, NLL (nats), Brier and ECE of every method; of free answers EM, F1, NLL."""
+        return metrics_table({name: result.metrics for name, result in self.results.items()}, title)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Metrics per method and task, their mean, and calibration errors over all tasks' examples together."""
+        found: dict[str, Any] = {}
+        for name, result in self.results.items():
+            found[name] = {"tasks": {task: metrics.to_dict() for task, metrics in result.metrics.items()}}
+            found[name] |= {kind: metrics.to_dict() for kind, metrics in result.means.items()}
+            if len(result.confidence):
+                found[name]["pooled"] = {
+                    "ece": expected_calibration_error(result.confidence, result.correct),
+                    "adaptive_ece": adaptive_calibration_error(result.confidence, result.correct),
+                    "per_example_gap": per_example_gap(result.confidence, result.correct),
+                }
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``metrics.json`` and ``reliability.png`` into a folder, which is made if it is missing.
+
+        Free answers have no confidence to draw: where all are free, there is no diagram.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / METRICS, self.to_dict())
+        curves = {name: (result.confidence, result.correct) for name, result in self.chosen().items()}
+        if all(len(confidence) for confidence, _ in curves.values()):
+            reliability_diagram(curves, folder / DIAGRAM)
+
+    def chosen(self) -> dict[str, MethodResult]:
+        """All methods but the LoRA baselines, and of these the one with the lowest mean NLL."""
+        loras = {name: result for name, result in self.results.items() if name.startswith("LoRA")}
+        best = min(loras, key=lambda name: loras[name].mean.nll, default=None)
+        return {name: result for name, result in self.results.items() if name not in loras or name == best}
+
+
+def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Look whether :meth:`Comparison.write` can write there: before long work, not after it. Leaves nothing behind.
+
+    Raises:
+        RunFolderError: metrics are there already and may not be replaced, or the folder cannot be made or written.
+    """
+    there = folder.absolute()
+    try:
+        taken = (folder / METRICS).exists() and not overwrite
+        while not there.exists():
+            there = there.parent
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: expected a folder that can be written, but {there}: {error.strerror}. Give another --output."
+        ) from error
+    if taken:
+        raise RunFolderError(f"{folder} holds metrics already. Use --overwrite to replace them, or another --output.")
+
+
+def mean_by_kind(metrics: Mapping[str, Metrics | TextMetrics]) -> dict[str, Metrics | TextMetrics]:
+    """Unweighted means over the tasks with options and over those with free answers, by what to call them."""
+    options = [one for one in metrics.values() if isinstance(one, Metrics)]
+    free = [one for one in metrics.values() if isinstance(one, TextMetrics)]
+    means: dict[str, Metrics | TextMetrics] = {MEAN: mean_metrics(options)} if options else {}
+    if free:
+        means[FREE_MEAN if options else MEAN] = mean_metrics(free)
+    return means
+
+
+COLUMNS = {
+    "accuracy": ("accuracy", max),
+    "EM": ("exact_match", max),
+    "F1": ("f1", max),
+    "NLL": ("nll", min),
+    "Brier": ("brier", min),
+    "ECE": ("ece", min),
+}
+
+
+def metrics_table(results: Mapping[str, Mapping[str, Metrics | TextMetrics]], title: str) -> Table:
+    """A table with a block per task and a last block for the mean; the best of each column in bold."""
+    tasks = list(next(iter(results.values())))
+    blocks = {task: {method: by_task[task] for method, by_task in results.items()} for task in tasks}
+    if len(tasks) > 1:
+        means = {method: mean_by_kind(by_task) for method, by_task in results.items()}
+        for kind in next(iter(means.values())):
+            blocks[kind] = {method: by_kind[kind] for method, by_kind in means.items()}
+    shown = [metrics for rows in blocks.values() for metrics in rows.values()]
+    columns = {name: column for name, column in COLUMNS.items() if any(hasattr(one, column[0]) for one in shown)}
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for heading, justify in (("task", "left"), ("method", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for task, rows in blocks.items():
+        cells = [_column(list(rows.values()), field, best) for field, best in columns.values()]
+        for index, method in enumerate(rows):
+            names = (escape(task) if index == 0 else "", escape(method))
+            table.add_row(*names, *(column[index] for column in cells), end_section=index == len(rows) - 1)
+    return table
+
+
+def _column(metrics: Sequence[Metrics | TextMetrics], field: str, best: Callable[..., float]) -> list[str]:
+    """A block's cells in one column, empty where metrics of another kind have no such field."""
+    if not all(hasattr(one, field) for one in metrics):
+        return [""] * len(metrics)
+    values = [round(float(getattr(one, field)), 3) for one in metrics]
+    winner = best(values) if len(values) > 1 else None
+    return [f"[bold]{value:.3f}[/bold]" if value == winner else f"{value:.3f}" for value in values]

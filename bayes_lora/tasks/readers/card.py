@@ -1,0 +1,249 @@
+"""Cards: YAML files that say how a table (a data set of the Hugging Face hub, or local files) is read as a task.
+
+An example, with all that a card may hold beside it::
+
+    name: ag_news                  # the task's name
+    path: fancyzhx/ag_news         # a data set of the hub; or files: data.csv, or files: {train: a.csv, test: b.csv}
+    split: train                   # read as support; train+test and train[:10%] are splits too
+    query_split: test              # read as query; left out, there is none
+    input: "{text}"                # columns in braces; {{ and }} are braces
+    options: [World, Sports, Business, Sci/Tech]  # of all rows; or {column: choices.text}, or {columns: [A, B]}
+    label: label                   # the column that tells which option is right
+
+Without ``options`` the answer is free, and ``label`` is the column that holds it: a text, or a list of texts that are
+all right, as ``answers.text`` of SQuAD. More keys are ``config`` and ``revision`` (of a data set of the hub),
+``delimiter`` (of CSV), ``letters``, ``labels``, ``max_examples``, ``seed`` and ``merge_duplicates``; :class:`Card`
+defines them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from bayes_lora.errors import ConfigError, TaskError, did_you_mean
+from bayes_lora.tasks.task import Example
+
+__all__ = ["Card", "RowOptions", "fill", "gallery", "key_of", "placeholders", "read_card"]
+
+# The reader of `datasets` for each kind of file.
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Texts that differ from row to row: in one column that holds a list, or in several that hold a text each."""
+
+    column: str | None = None
+    columns: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.column is None) == (self.columns is None):
+            raise ConfigError("expected either `column`, which holds a list, or `columns`, which hold a text each.")
+
+
+@dataclass(frozen=True)
+class Card:
+    """How rows of a table become the examples of a task.
+
+    Where a column is named, ``a.b`` is what the column ``a`` holds under ``b``; of a list of records, the list of
+    what each holds there.
+
+    Attributes:
+        name: the task's name.
+        input: template of the input, with columns in braces.
+        options: the options of all rows, in order, or where a row has its own. None, or no such key in the YAML file:
+            the answer is free.
+        label: column of the gold answer: the option's index from 0, its text, or its letter from A. A value that could
+            be read in two ways is refused; ``letters`` or ``labels`` say which is meant. A free answer is a text, or a
+            list of texts, of which the first is learnt from and any counts as a match.
+        path: data set on the hub. Either this or ``files`` is given.
+        files: a CSV, TSV, JSONL or Parquet file, which is then the split ``train``, or one file for each split.
+            Relative paths begin at the card's folder, and stay in it.
+        config: which configuration of the data set.
+        revision: which commit, tag or branch of the data set.
+        delimiter: what separates the cells of a CSV file; by default a comma, in a TSV file a tab.
+        split: rows of the support set, as `datasets` spells it.
+        query_split: rows of the query set, without those whose input is in support.
+        letters: what the options are called in the label column, in order: of all rows, or where a row has its own.
+        labels: text of the option for each value of the label column; None leaves out the rows with this value.
+        max_examples: at most that many examples of either set are drawn; None takes all.
+        seed: seed of the draw.
+        merge_duplicates: take an option that a row lists twice as one option, instead of refusing the row.
+        folder: where ``files`` are; not in the YAML file, which stands in it.
+    """
+
+    name: str
+    input: str
+    options: tuple[str, ...] | RowOptions | None
+    label: str
+    path: str | None = None
+    files: str | dict[str, str] | None = None
+    config: str | None = None
+    revision: str | None = None
+    delimiter: str | None = None
+    split: str = "train"
+    query_split: str | None = None
+    letters: tuple[str, ...] | RowOptions | None = None
+    labels: dict[bool | int | float | str, str | None] | None = None
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    merge_duplicates: bool = False
+    folder: Path = Path()
+
+    def __post_init__(self) -> None:
+        """Refuse a card that no table fits."""
+        for key in ("options", "letters"):
+            if isinstance(getattr(self, key), list):
+                object.__setattr__(self, key, tuple(getattr(self, key)))
+        for key in ("name", "label", "split"):
+            if not getattr(self, key).strip():
+                raise ConfigError(f"`{key}` is empty; fill it in.")
+        if not placeholders(self.input):
+            raise ConfigError(f"`input` {self.input!r} names no column; expected one in braces, as in '{{text}}'.")
+        if self.query_split == self.split:
+            raise ConfigError(f"`query_split` is {self.split!r}, as is `split`; name other rows, or leave it out.")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ConfigError(f"`max_examples` must be 1 or more, got {self.max_examples}.")
+        self._check_source()
+        self._check_answers()
+
+    def _check_source(self) -> None:
+        if (self.path is None) == (self.files is None):
+            raise ConfigError("expected either `path`, a data set of the hub, or `files`, local ones.")
+        if self.path is not None and (not HUB_ID.fullmatch(self.path) or Path(self.path).suffix.lower() in READERS):
+            raise ConfigError(f"`path` {self.path!r} is no name on the hub, as 'owner/data'; give files as `files`.")
+        if self.files is not None and (self.config is not None or self.revision is not None):
+            raise ConfigError("`config` and `revision` are of a data set of the hub, but there are `files`.")
+        kinds = {Path(file).suffix.lower() for file in self.split_files.values()}
+        if self.files is not None and (len(kinds) != 1 or not kinds <= READERS.keys()):
+            raise ConfigError(f"`files` must be of one kind among {', '.join(READERS)}; got {self.files!r}.")
+        for file in self.split_files.values():
+            if not Path(file).is_absolute() and os.path.normpath(file).split(os.sep)[0] == os.pardir:
+                raise ConfigError(f"`files` {file!r} leaves the card's folder; move the file there, or the card.")
+        if self.delimiter is not None and not kinds & {".csv", ".tsv"}:
+            raise ConfigError("`delimiter` is of CSV and TSV files; leave it out.")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise ConfigError(f"`delimiter` must be one character that separates cells, got {self.delimiter!r}.")
+
+    def _check_answers(self) -> None:
+        for name in ("letters", "labels", "merge_duplicates"):
+            if self.options is None and getattr(self, name) not in (None, False):
+                cure = f"give `options`, or leave `{name}` out: `label` then holds a free answer"
+                raise ConfigError(f"`{name}` speaks of options, but there are none; {cure}.")
+        if self.letters is not None and self.labels is not None:
+            raise ConfigError("`letters` and `labels` both say what a label means; leave one out.")
+        if isinstance(self.letters, tuple) and len(set(self.letters)) < max(2, len(self.letters)):
+            raise ConfigError(f"`letters` must be at least 2 different names, got {list(self.letters)}.")
+        if len(self.texts) < len(self.labels or {}):
+            raise ConfigError(f"`labels` holds a value in two spellings: {list(self.labels or {})}; leave one out.")
+        if self.options is None or isinstance(self.options, RowOptions):
+            return
+        try:
+            Example("any", self.options, 0)
+        except TaskError as error:
+            raise ConfigError(str(error)) from None
+        for key, text in (self.labels or {}).items():
+            if text is not None and text not in self.options:
+                near = did_you_mean(text, self.options, list_all=True)
+                raise ConfigError(f"`labels` maps {key!r} to {text!r}, which is none of `options`{near}.")
+
+    @property
+    def split_files(self) -> Mapping[str, str]:
+        """The file of each split; none for a data set of the hub."""
+        return {"train": self.files} if isinstance(self.files, str) else self.files or {}
+
+    @cached_property
+    def texts(self) -> dict[str, str | None]:
+        """``labels``, by the values as :func:`key_of` spells them."""
+        return {key_of(value): text for value, text in (self.labels or {}).items()}
+
+
+def key_of(value: object) -> str:
+    """Spell a value of the label column: as a table holds it, a YAML file writes it, or CSV keeps it as text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value)
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def placeholders(template: str) -> list[str]:
+    """List the columns that a template names, in order.
+
+    Raises:
+        ConfigError: a brace stands alone.
+    """
+    names = []
+    for match in PIECE.finditer(template):
+        if match[0] in ("{", "}"):
+            place = f"{match[0]!r} at position {match.start() + 1} stands alone"
+            cure = f"name a column in braces, or write {match[0] * 2!r} for the brace itself"
+            raise ConfigError(f"`input` {template!r}: {place}; {cure}.")
+        if match[1]:
+            names.append(match[1])
+    return names
+
+
+def fill(template: str, value: Callable[[str], str]) -> str:
+    """Replace each column that a template names by its value, and doubled braces by single ones."""
+    return PIECE.sub(lambda match: value(match[1]) if match[1] else match[0][0], template)
+
+
+def gallery() -> dict[str, Path]:
+    """Return the cards that ship with the package, by the name of their task."""
+    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "gallery").glob("*.yaml"))}
+
+
+def read_card(path: str | Path) -> Card:
+    """Read a card.
+
+    Raises:
+        ConfigError: the file cannot be read as YAML, a key is unknown (near ones are named) or missing, or a value is
+            of the wrong type or does not fit another.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    known = [field.name for field in fields(Card) if field.name != "folder"]
+    _check_keys(path, values, known)
+    for key in ("options", "letters"):
+        if isinstance(values.get(key), Mapping):
+            _check_keys(path, values[key], ["column", "columns"], f"{key}.")
+    try:
+        return TypeAdapter(Card).validate_python({"options": None, **values, "folder": Path(path).parent})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_problem(error)}") from error
+
+
+def _check_keys(path: str | Path, values: Any, known: list[str], prefix: str = "") -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a mapping with {', '.join(known)}; got {values!r}.")
+    for key in values:
+        if key not in known:
+            near = did_you_mean(str(key), known, list_all=True)
+            raise ConfigError(f"{path}: unknown key {prefix + str(key)!r}{near}.")
+
+
+def _problem(error: ValidationError) -> str:
+    # Of a key that may be of several types, the deepest problem is the one of the type that was meant.
+    worst = max(error.errors(), key=lambda problem: (len(problem["loc"]), "error" in problem.get("ctx", {})))
+    raised = worst.get("ctx", {}).get("error")
+    if raised:
+        return str(raised)
+    key, value = worst["loc"][0], worst["input"]
+    if worst["type"] == "missing":
+        return f"key {key!r} is missing; every card has name, input and label."
+    # YAML reads a bare yes, no, on and off as true and false.
+    cure = "; put it in quotes" if worst["type"] == "string_type" and isinstance(value, (bool, int, float)) else ""
+    return f"`{key}`: {worst['msg']}, got {value!r}{cure}."

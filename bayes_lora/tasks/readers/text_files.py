@@ -1,0 +1,261 @@
+r"""Text files of tasks: bounded lines, tables with a header, and paths that stay in their folder.
+
+A text file is UTF-8, with or without a byte-order mark; only ``\n`` ends a line, with or without ``\r`` before it. A
+line is read up to a limit, so that a broken file of gigabytes is refused before it fills the memory. Each problem is a
+`TaskError` that begins with ``<file>:<line>:``, counted from 1; in a table, the line on which the row begins.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bayes_lora.errors import TaskError, did_you_mean
+
+__all__ = [
+    "MAX_LINE_BYTES",
+    "CannotScore",
+    "Table",
+    "children",
+    "inside",
+    "json_object",
+    "lines",
+    "listed",
+    "option_texts",
+    "read_table",
+    "read_text",
+    "short",
+    "warn_left_out",
+]
+
+MAX_LINE_BYTES = 10_000_000
+MAX_LISTED = 50
+UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+
+
+class CannotScore(TaskError):
+    """A task whose files are whole, but leave nothing to learn; `load_tasks` leaves it out, with a warning.
+
+    Args:
+        message: as of any `TaskError`.
+        reason: why, in few words, by which the warning counts.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Table(NamedTuple):
+    """The column names of a table, and each row with its place ``<file>:<line>``."""
+
+    header: list[str]
+    rows: list[tuple[str, dict[str, str]]]
+
+    def require(self, path: Path, column: str, cure: str) -> None:
+        """Refuse a table that lacks a column."""
+        if column not in self.header:
+            near = did_you_mean(column, self.header[:MAX_LISTED])
+            raise TaskError(f"{path}:1: column {column!r} is missing; got {listed(self.header)}{near}; {cure}")
+
+
+def lines(path: str | Path, kind: str, expected: str) -> Iterator[tuple[str, str]]:
+    """Yield ``<file>:<line>`` and the text of each line that is not blank, without its end; at least one.
+
+    Args:
+        path: the file.
+        kind: what the file is called if it cannot be read, as in ``jsonl``.
+        expected: what the message says was expected of an empty file.
+
+    Raises:
+        TaskError: the file cannot be read or is empty, or a line is too long or no UTF-8.
+    """
+    empty = True
+    for number, text in _decoded(path, kind):
+        if text.strip():
+            empty = False
+            yield f"{path}:{number}", text.removesuffix("\n").removesuffix("\r")
+    if empty:
+        raise TaskError(f"{path}: the file is empty; expected {expected}")
+
+
+def json_object(line: str, expected: str) -> dict[str, Any]:
+    """Return the object that a line holds.
+
+    Raises:
+        TaskError: it holds no JSON, or something else than an object; the message says what was ``expected``.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"broken JSON ({error}); expected one whole object on this line") from None
+    if not isinstance(record, dict):
+        raise TaskError(f"expected {expected}; got {type(record).__name__}")
+    return record
+
+
+def read_text(path: str | Path, kind: str) -> str:
+    """Return the text of a whole file; raises as `lines` does, but an empty file is an empty text."""
+    return "".join(text for _, text in _decoded(path, kind))
+
+
+def _decoded(path: str | Path, kind: str) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of every line, its end included."""
+    number = 0
+    try:
+        with Path(path).open("rb") as file:
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                yield number, _decode(f"{path}:{number}", raw, first=number == 1)
+    except TaskError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError is of a name with a null byte or half of a surrogate pair
+        problem = getattr(error, "strerror", None) or error
+        raise TaskError(f"{path}: expected a {kind} file that can be read, got: {problem}") from None
+
+
+def _decode(place: str, raw: bytes, first: bool) -> str:
+    if len(raw) > MAX_LINE_BYTES:
+        limit = f"the limit is {MAX_LINE_BYTES:,} (bayes_lora.tasks.readers.text_files.MAX_LINE_BYTES)"
+        raise TaskError(f"{place}: expected a line, got more than {len(raw) - 1:,} bytes without an end; {limit}")
+    if first and raw.startswith(UTF16_MARKS):
+        raise TaskError(f"{place}: expected UTF-8, got the byte-order mark of UTF-16; save the file as UTF-8")
+    if first:
+        raw = raw.removeprefix(UTF8_MARK)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {raw[error.start]:#04x} at position {error.start + 1}"
+        raise TaskError(f"{place}: expected UTF-8, got {byte}; save the file as UTF-8") from None
+    if "\0" in text:
+        at = f"a null byte at position {text.index(chr(0)) + 1}"
+        raise TaskError(f"{place}: expected text, got {at}; if the file is UTF-16, save it as UTF-8")
+    return text
+
+
+def read_table(path: str | Path, delimiter: str) -> Table:
+    """Read a table whose first row names the columns; cells in double quotes may hold delimiters and line ends.
+
+    Blank lines are passed over. Cells are texts, as they stand.
+
+    Raises:
+        TaskError: the file cannot be read or has no header, a column has no name of its own, a quote is left open, or
+            a row has other cells than the header.
+    """
+    reader = csv.reader((text for _, text in _decoded(path, "table")), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    rows = []
+    while True:
+        place = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            cure = f"is a quote left open, or a cell longer than {csv.field_size_limit():,} characters?"
+            raise TaskError(f"{place}: broken table ({error}); {cure}") from None
+        if cells is None:
+            break
+        if not any(cell.strip() for cell in cells) and len(cells) < 2:
+            continue
+        if not header:
+            header = _header(place, cells)
+        elif len(cells) != len(header):
+            cure = f"quote a cell that holds {delimiter!r} or a line end"
+            raise TaskError(f"{place}: expected {len(header)} cells, as many as the header; got {len(cells)}; {cure}")
+        else:
+            rows.append((place, dict(zip(header, cells, strict=True))))
+    if not header:
+        raise TaskError(f"{path}: the file is empty; expected a first row that names the columns")
+    return Table(header, rows)
+
+
+def _header(place: str, cells: Sequence[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    name, count = Counter(header).most_common(1)[0]
+    if count > 1:
+        raise TaskError(
+            f"{place}: column {short(name)} occurs twice in {listed(header)}; rename or remove one of the two"
+        )
+    return header
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return a list as a message shows it, of which a broken header may hold millions."""
+    return str([_cut(name) for name in names[:MAX_LISTED]]) + f" and {len(names) - MAX_LISTED} more" * (
+        len(names) > MAX_LISTED
+    )
+
+
+def short(text: str) -> str:
+    """Return a text as a message quotes it."""
+    return repr(_cut(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def children(folder: str | Path) -> list[Path]:
+    """List what is in a folder, in alphabetical order.
+
+    Raises:
+        TaskError: there is no such folder, or it cannot be read.
+    """
+    try:
+        return sorted(Path(folder).iterdir())
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise TaskError(f"{folder}: expected a folder that can be read, got: {problem}") from None
+
+
+def inside(root: str | Path, path: str | Path) -> Path:
+    """Return a path, unless links or ``..`` lead it out of a folder: data may come from others.
+
+    Raises:
+        TaskError: it leads out.
+    """
+    try:
+        home, end = Path(root).resolve(), Path(path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TaskError(f"{path}: expected a path that can be followed, got: {error}") from None
+    if os.path.exists(end) and not (os.path.isfile(end) or os.path.isdir(end)):
+        raise TaskError(f"{path}: expected a file or a folder, got a pipe or a device; remove it")
+    if not end.is_relative_to(home):
+        raise TaskError(f"{path}: leads out of the folder {root}, to {end}; copy the file into the folder")
+    return Path(path)
+
+
+def option_texts(options: Sequence[str]) -> tuple[str, ...]:
+    """Return the options that a reader was given; one text instead of several is refused, not read letter by letter."""
+    if isinstance(options, str):
+        raise TaskError(f"`options` must be a list of texts, got the string {options!r}; pass its parts in a list")
+    return tuple(options)
+
+
+def warn_left_out(root: str | Path, left_out: Mapping[str, CannotScore], total: int, stacklevel: int = 3) -> None:
+    """Warn once of tasks that cannot be scored, if there are any: how many, why, and which.
+
+    Args:
+        root: where the tasks are.
+        left_out: by name, why a task is left out.
+        total: how many there are, those that can be scored included.
+        stacklevel: as of `warnings.warn`; by default the warning is of the caller's caller.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, error in left_out.items():
+        reasons.setdefault(error.reason, []).append(name)
+    if left_out:
+        counts = "; ".join(
+            f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for reason, names in reasons.items()
+        )
+        count = f"{len(left_out)} of {total} tasks are left out"
+        warnings.warn(f"{root}: {count}: {counts}", stacklevel=stacklevel)

@@ -1,0 +1,178 @@
+r"""Reader of UnifiedQA's text-to-text files.
+
+A task is a folder ``<task>/`` of ``train.tsv``, ``dev.tsv`` and ``test.tsv``, or one such file. Each line is a question
+and its answer, a tab between them; in the question the two characters ``\n`` stand between its parts::
+
+    which is best conductor? \n (a) iron (b) feather \n metals conduct heat.<TAB>iron
+
+The second part lists the options, if there are any; the last one, if there is one, is the context. Letters may be upper
+case. A task is *multiple choice* where more than half of its lines list options; then all must. It is *yes/no* where
+every answer is ``yes`` or ``no``. All others (extractive, abstractive) are *free-form*, with one reference a line. No
+quotes are read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from bayes_lora.errors import TaskError
+from bayes_lora.tasks.readers.text_files import inside, lines, listed, short
+from bayes_lora.tasks.task import Example, Task
+
+__all__ = ["normal", "options_in", "read_unifiedqa", "same"]
+
+PARTS = ("train", "dev", "test")
+YES_NO = ("yes", "no")
+# A letter or a number in brackets that stands alone: neither f(a) nor (a)symmetric.
+MARKER = re.compile(r"(?<!\S)\(([A-Za-z]|[1-9])\)(?=\s|$)")
+ALPHABETS = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "123456789")
+# Options that hold (b) themselves can be read in many ways; of them, and of the letters, this many are looked at.
+MAX_READINGS, MAX_MARKERS = 64, 200
+
+
+def read_unifiedqa(path: str | Path, *, query: str | None = None, merge_duplicates: bool = False) -> Task:
+    r"""Read one task, named after its folder or file.
+
+    Support is ``train.tsv``; query is ``dev.tsv``, or ``test.tsv`` where there is no other, without the inputs of
+    support. A single file is all support. An input is the question and, on lines of their own, the parts behind it;
+    the options leave it, for a `PromptTemplate` lists them.
+
+    Args:
+        path: the folder or the file.
+        query: ``dev`` or ``test``, instead of the first there is.
+        merge_duplicates: take an option that a line lists twice as one option, instead of refusing the line.
+
+    Raises:
+        TaskError: a file is missing, or a line is malformed or of another kind than the others.
+    """
+    path = Path(path).absolute()
+    if not os.path.isdir(path):
+        return Task(path.stem, tuple(_examples([path], merge_duplicates)[path]))
+    files = {part: inside(path, path / f"{part}.tsv") for part in PARTS if (path / f"{part}.tsv").exists()}
+    if query not in (None, "dev", "test"):
+        raise TaskError(f"{path}: `query` must be 'dev' or 'test', got {query!r}")
+    for part in ("train", query or "train"):
+        if part not in files:
+            raise TaskError(f"{path}: expected {part}.tsv here, got {[file.name for file in files.values()]}")
+    part = query or next((part for part in PARTS[1:] if part in files), "")
+    chosen = [files[part] for part in ("train", part) if part in files]
+    examples = _examples(chosen, merge_duplicates)
+    support, seen = examples[chosen[0]], {example.input for example in examples[chosen[0]]}
+    behind = [example for file in chosen[1:] for example in examples[file] if example.input not in seen]
+    return Task(path.name, tuple(support), tuple(behind))
+
+
+def _examples(files: list[Path], merge_duplicates: bool) -> dict[Path, list[Example]]:
+    found = [(file, place, *_pair(place, text)) for file in files for place, text in _lines(file)]
+    choice = 2 * sum(bool(_divide(question)[1]) for _, _, question, _ in found) > len(found)
+    make: Callable[[str, str], Example] = partial(_choice, merge_duplicates=merge_duplicates) if choice else _free_form
+    if not choice and all(normal(answer) in YES_NO for *_, answer in found):
+        make = _yes_no
+    examples: dict[Path, list[Example]] = {file: [] for file in files}
+    for file, place, question, answer in found:
+        try:
+            example = make(question, answer)
+        except TaskError as error:
+            raise TaskError(f"{place}: {error}") from None
+        examples[file].append(example)
+    return examples
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    return lines(path, "tsv", "one question and its answer a line, a tab between them")
+
+
+def _pair(place: str, line: str) -> tuple[str, str]:
+    fields = line.split("\t")
+    if len(fields) != 2:
+        cure = "write one tab, between the question and its answer"
+        raise TaskError(f"{place}: expected 2 fields, a question and its answer; got {len(fields)}; {cure}")
+    if not fields[1].strip():
+        raise TaskError(f"{place}: the answer is empty; fill it in or remove the line")
+    return fields[0].strip(), fields[1].strip()
+
+
+def _divide(question: str) -> tuple[str, str]:
+    """Return the text without the part that lists the options, and that part."""
+    parts = _parts(question)
+    at = next((i for i, part in enumerate(parts) if part[:3] in ("(a)", "(A)") and MARKER.match(part)), None)
+    listing = "" if at is None else parts.pop(at)
+    return "\n".join(parts), listing
+
+
+def _parts(question: str) -> list[str]:
+    return [part.strip() for part in question.split(r"\n") if part.strip()]
+
+
+def _yes_no(question: str, answer: str) -> Example:
+    # A context may begin with (a), but the options are not there.
+    return Example("\n".join(_parts(question)), YES_NO, YES_NO.index(normal(answer)))
+
+
+def _free_form(question: str, answer: str) -> Example:
+    return Example("\n".join(_parts(question)), references=(answer,))
+
+
+def _choice(question: str, answer: str, merge_duplicates: bool) -> Example:
+    text, listing = _divide(question)
+    if not listing:
+        raise TaskError(r"no options here, but other lines list them; expected `\n (a) ... (b) ...` in the question")
+    options = options_in(listing, answer)
+    if not any(same(option, answer) for option in options):
+        raise TaskError(f"the answer must be one of the options: got {short(answer)}, options are {listed(options)}")
+    return _example(text, options, answer, merge_duplicates)
+
+
+def _example(text: str, options: list[str], answer: str, merge_duplicates: bool) -> Example:
+    """Make an example; options that differ only in case or spaces are one text, which cannot be chosen twice."""
+    texts = [normal(option) for option in options]
+    first = [i for i, option in enumerate(texts) if option not in texts[:i]]
+    if len(first) < len(texts) and not merge_duplicates:
+        twice = next(option for i, option in enumerate(options) if i not in first)
+        raise TaskError(
+            f"option {short(twice)} occurs twice in {listed(options)}; remove it, or pass merge_duplicates=True"
+        )
+    kept = [options[i] for i in first]
+    return Example(text, tuple(kept), [texts[i] for i in first].index(normal(answer)))
+
+
+def options_in(listing: str, answer: str, readings: int = MAX_READINGS) -> list[str]:
+    """Read ``(a) iron (b) feather`` as ``["iron", "feather"]``.
+
+    An option may itself hold ``(a)`` or ``(b)``: of the ways to read them, this is the first that holds the answer; or
+    simply the first, each letter where it first stands, where none does.
+    """
+    markers = list(itertools.islice(MARKER.finditer(listing), MAX_MARKERS))
+    alphabet = next((letters for letters in ALPHABETS if markers and markers[0][1] == letters[0]), "")
+    plain: list[str] = []
+    for chain in itertools.islice(_chains(markers[:1], markers, alphabet), readings) if alphabet else ():
+        ends = [marker.start() for marker in chain[1:]] + [len(listing)]
+        options = [listing[marker.end() : end].strip() for marker, end in zip(chain, ends, strict=True)]
+        plain = plain or options
+        if len(options) > 1 and any(same(option, answer) for option in options):
+            return options
+    return plain
+
+
+def _chains(chain: list[re.Match[str]], markers: list[re.Match[str]], alphabet: str) -> Iterator[list[re.Match[str]]]:
+    """Yield the ways in which markers follow the alphabet: those that go on before those that end, early ones first."""
+    if len(chain) < len(alphabet):
+        for marker in markers:
+            if marker[1] == alphabet[len(chain)] and marker.start() > chain[-1].start():
+                yield from _chains([*chain, marker], markers, alphabet)
+    yield chain
+
+
+def normal(text: str) -> str:
+    """Return a text as it is compared: without case, and with single spaces."""
+    return " ".join(text.casefold().split())
+
+
+def same(option: str, answer: str) -> bool:
+    """Whether two texts are the same but for case and spaces; a text of millions is not looked through for that."""
+    return len(option) <= 2 * len(answer) + 100 and normal(option) == normal(answer)

@@ -1,0 +1,1 @@
+"""Files, seeds and progress bars."""

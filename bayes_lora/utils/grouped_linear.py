@@ -1,0 +1,72 @@
+"""Linear maps whose rows fall into groups, each with a matrix of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Blocks", "linear"]
+
+
+class Blocks(NamedTuple):
+    """Groups of unequal size into which the rows of a batch fall, in order.
+
+    Attributes:
+        sizes: rows of each group.
+        group: ``(rows,)`` the group of each row.
+    """
+
+    sizes: tuple[int, ...]
+    group: Tensor
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], device: torch.device) -> Blocks | None:
+        """None where all are equally large."""
+        if len(set(sizes)) <= 1:
+            return None
+        group = torch.tensor([index for index, size in enumerate(sizes) for _ in range(size)])
+        return cls(tuple(sizes), group.to(device, non_blocking=True))
+
+
+def linear(x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
+    """``x W^T``: ``(rows, ..., in)`` to ``(rows, ..., out)``.
+
+    A 3-D weight ``(groups, out, in)`` takes the rows in order as groups, each with its own matrix: of equal size, or
+    as ``blocks`` says.
+    """
+    if weight.ndim == 2:
+        return F.linear(x, weight)
+    if blocks is not None and 4 * min(weight.shape[1:]) > x.shape[1:-1].numel():
+        # A copy of the matrix for each row would not be small beside the row's activations.
+        parts = zip(x.split(blocks.sizes), weight, strict=True)
+        return torch.cat([F.linear(part, matrix) for part, matrix in parts])
+    if blocks is not None:
+        rows: Tensor = _LinearByRow.apply(x.flatten(1, -2), weight, blocks.group)  # type: ignore[no-untyped-call]
+        return rows.reshape(*x.shape[:-1], weight.shape[-2])
+    grouped = x.reshape(weight.shape[0], -1, weight.shape[-1])  # (groups, rows / groups * length, in)
+    return torch.bmm(grouped, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
+
+
+class _LinearByRow(torch.autograd.Function):
+    """``x_i W_g(i)^T`` of each row i; keeps the groups' matrices for backward, not a copy for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, group)
+        return torch.bmm(x, weight.index_select(0, group).mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # Of differentiable operations, for second-order steps differentiate through this.
+        (gradient,) = gradients
+        x, weight, group = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        return (
+            torch.bmm(gradient, weight.index_select(0, group)) if to_x else None,
+            torch.zeros_like(weight).index_add(0, group, torch.bmm(gradient.mT, x)) if to_weight else None,
+            None,
+        )
