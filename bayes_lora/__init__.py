@@ -6,8 +6,6 @@ The names below are loaded when they are first used, for torch and transformers 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import pyro
-
 if TYPE_CHECKING:
     from bayes_lora.infer.objective import BetaELBO as BetaELBO
     from bayes_lora.lm.language_model import LanguageModel as LanguageModel
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from bayes_lora.tasks import load_task as load_task
     from bayes_lora.tasks import load_taskset as load_taskset
     from bayes_lora.tasks.shipped import demo_tasks as demo_tasks
-
-# Parameters live in modules: torch optimizers, state_dict and DDP then see them, and the global store stays empty.
-pyro.settings.set(module_local_params=True)
 
 __version__ = "0.1.0"
 

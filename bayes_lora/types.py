@@ -8,21 +8,27 @@ dimensions, if any, are draws.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bayes_lora.episodes.episode import Episode
+from bayes_lora.episodes.episode import Episode
 
 __all__ = [
+    "Distributions",
     "Features",
     "Guide",
     "Likelihood",
+    "LikelihoodSites",
     "Model",
     "SiteShapes",
     "Sites",
+    "ThetaFactory",
+    "ThetaGuide",
     "absent_score",
     "delta_site",
     "factor_sites",
@@ -34,19 +40,57 @@ Sites = dict[str, Tensor]
 SiteShapes = dict[str, tuple[int, int, int]]
 """Site name to event shape ``(layers, out, in)``."""
 
+Distributions = dict[str, TorchDistribution]
+"""Site name to a distribution with event shape ``(layers, out, in)``, and batch ``(T, 1)`` or what broadcasts to it."""
 
-def absent_score(dtype: torch.dtype) -> float:
-    """Score of an option that is not there: finite, and so low that it has no probability beside any real option.
 
-    It is *half* the dtype's lowest value, which leaves room to subtract from it: the lowest value itself would overflow
-    to -inf in a ``log_softmax``, or when a score is subtracted, and inf - inf is NaN.
+class Features(NamedTuple):
+    """What the frozen LM knows of examples: the input of a guide's encoder; hidden and options are 0 where absent.
+
+    Attributes:
+        hidden: ``(T, N, 2, d)`` hidden states at the end of the prompt: at the first adapted layer, and at the head.
+        options: ``(T, N, K, d)`` output embedding of each option, averaged over its tokens.
+        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats; of absent ones
+            :func:`absent_score`.
     """
-    return torch.finfo(dtype).min / 2
+
+    hidden: Tensor
+    options: Tensor
+    log_probs: Tensor
+
+
+class LikelihoodSites(Protocol):
+    """The LoRA sites of a likelihood."""
+
+    shapes: SiteShapes
+
+    def initial(self) -> Sites:
+        """Values at which the likelihood starts, ``(layers, out, in)`` per site; PEFT's for a new adapter."""
+        ...
+
+    def check(self, values: Sites) -> None:
+        """Raise :class:`bayes_lora.errors.SiteError` unless these are values of all sites, of their event shapes."""
+        ...
 
 
 @runtime_checkable
 class Likelihood(Protocol):
     """The language model: log p(option | prompt, phi)."""
+
+    @property
+    def sites(self) -> LikelihoodSites:
+        """Its LoRA sites."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the residual stream."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
         """Return option log-likelihoods in nats, ``(*draws, T, N, options)``; :func:`absent_score` of absent options.
@@ -58,23 +102,113 @@ class Likelihood(Protocol):
         """
         ...
 
+    def features(self, episode: Episode) -> Features:
+        """What the frozen LM knows of each example, whatever its label."""
+        ...
+
 
 @runtime_checkable
 class Model(Protocol):
-    """A Pyro model: p(theta) p(phi | theta) p(answer | phi)."""
+    """A hierarchical Pyro model: p(theta) p(phi | theta) p(answer | phi).
+
+    A subclass of :class:`bayes_lora.models.HierarchicalModel` is one.
+
+    Attributes:
+        likelihood: the language model.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start.
+        random_sites: the sites of phi.
+        context: makes the context, such as an effect handler, inside which model and guide run.
+    """
+
+    likelihood: Likelihood
+    initial: Sites
+    random_sites: Sequence[str]
+    context: Callable[[], AbstractContextManager[Any]]
 
     def __call__(self, episode: Episode) -> Any:
         """Sample ``theta.*``, ``phi.<site>`` and the observed ``answer``."""
         ...
 
+    def theta(self) -> Sites:
+        """Sample p(theta)."""
+        ...
+
+    def initial_theta(self) -> Sites:
+        """Where guides start each theta site."""
+        ...
+
+    def phi_prior(self, theta: Sites) -> Distributions:
+        """p(phi | theta) of one task, per random site."""
+        ...
+
+    def shared(self, theta: Sites) -> Sites:
+        """Values of the LoRA sites that all tasks share."""
+        ...
+
+    def sample_phi(self, episode: Episode) -> Sites:
+        """Sample theta and phi; returns values of every LoRA site."""
+        ...
+
+    def answer(self, log_lik: Tensor) -> TorchDistribution:
+        """p(y | x, phi), a batch of ``(T, N)``."""
+        ...
+
+
+@runtime_checkable
+class ThetaGuide(Protocol):
+    """A Pyro guide for theta alone: q(theta), independent over sites.
+
+    Attributes:
+        positive: theta site to whether its values are positive.
+    """
+
+    positive: Mapping[str, bool]
+
+    def __call__(self) -> Sites:
+        """Sample every theta site."""
+        ...
+
+    def distribution(self, site: str) -> TorchDistribution:
+        """q(theta) of one site."""
+        ...
+
 
 @runtime_checkable
 class Guide(Protocol):
-    """A Pyro guide: q(theta) q(phi | support). Reads only the support half of the episode."""
+    """A Pyro guide with a posterior for any task: q(theta) q(phi | support). Reads only the support half of an episode.
 
-    def __call__(self, episode: Episode) -> Any:
+    A subclass of :class:`bayes_lora.guides.TaskGuide` is one.
+
+    Attributes:
+        num_members: how many q(theta) there are: K for an ensemble, else 1.
+    """
+
+    num_members: int
+
+    def __call__(self, episode: Episode) -> Sites:
         """Sample the model's latent sites and return phi."""
         ...
+
+    def posterior(self, support: Episode, theta: Sites) -> Distributions:
+        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
+        ...
+
+    def amortized(self, support: Episode) -> tuple[Sites, Distributions]:
+        """The mean of q(theta), and q(phi | support) there."""
+        ...
+
+
+ThetaFactory = Callable[[Model], ThetaGuide]
+"""Makes q(theta) from a model, as a class of :mod:`bayes_lora.guides.theta` does."""
+
+
+def absent_score(dtype: torch.dtype) -> float:
+    """Score of an option that is not there: finite, and so low that it has no probability beside any real option.
+
+    It is *half* the dtype's lowest value, which leaves room to subtract from it: the lowest value itself would overflow
+    to -inf in a ``log_softmax``, or when a score is subtracted, and inf - inf is NaN.
+    """
+    return torch.finfo(dtype).min / 2
 
 
 def delta_site(site: str) -> str:
@@ -85,18 +219,3 @@ def delta_site(site: str) -> str:
 def factor_sites(site: str) -> tuple[str, str]:
     """The names of an update's factors A and B."""
     return site.replace(".delta_weight", ".lora_A"), site.replace(".delta_weight", ".lora_B")
-
-
-class Features(NamedTuple):
-    """What the frozen LM knows of examples: the input of a guide's encoder; hidden and options are 0 where absent.
-
-    Attributes:
-        hidden: ``(T, N, 2, d)`` hidden states at the end of the prompt: at the first adapted layer, and at the head.
-        options: ``(T, N, K, d)`` output embedding of each option, averaged over its tokens.
-        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats; of absent ones
-            :func:`bayes_lora.types.absent_score`.
-    """
-
-    hidden: Tensor
-    options: Tensor
-    log_probs: Tensor

@@ -53,7 +53,7 @@ class Clocked:
 @contextmanager
 def clocked(objective: BetaELBO, clock: Clock) -> Iterator[None]:
     """Inside the block the objective's likelihood and guide write down when they run."""
-    model, guide = objective.model.program, objective.guide.program
+    model, guide = objective.model, objective.guide
     likelihood = model.likelihood
     hooks = [
         guide.register_forward_pre_hook(lambda *_: clock.mark("guide begins")),

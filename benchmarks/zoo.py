@@ -38,7 +38,7 @@ def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
     found = {}
     for name, make in priors.items():
         model = make(lm, initial)
-        handler = {"handler": LocalReparameterization} if name == "WeightSpace" else {}
+        handler = {"context": LocalReparameterization} if name == "WeightSpace" else {}
         found[name] = BetaELBO(model, guides.SharedMeanField(model), beta=1e-3, **handler)
     for name, make in makers(tasks).items():
         model = models.HierarchicalNormal(lm, initial)
@@ -99,7 +99,7 @@ def passes(device: torch.device) -> dict[str, dict[str, float]]:
     tasks, episode = training_episode(setup, lm)
     found = {}
     for name, objective in objectives(lm, len(tasks)).items():
-        step, guide = OurStep(objective), objective.guide.program
+        step, guide = OurStep(objective), objective.guide
         with counted() as rows:
             step(episode)
         with counted() as of_new, torch.no_grad():

@@ -55,7 +55,7 @@ def main(model: str | None, prior: str, guide: str, steps: int) -> None:
     training, unseen = bayes_lora.demo_tasks()
     p = PRIORS[prior](lm, lm.sites.initial())
     q = GUIDES[guide](p)
-    handler = {"handler": LocalReparameterization} if prior == "WeightSpace" else {}
+    handler = {"context": LocalReparameterization} if prior == "WeightSpace" else {}
     particles = len(getattr(q, "members", [q]))  # an ensemble takes one for each member
     objective = BetaELBO(p, q, beta=BETA, num_particles=particles, **handler).to(lm.device)
     optimizer = torch.optim.Adam(objective.parameters(), lr=2e-3)

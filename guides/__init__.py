@@ -12,6 +12,7 @@ from bayes_lora.guides.network import GuideNetwork
 from bayes_lora.guides.nuts import NUTS
 from bayes_lora.guides.point import SharedPoint
 from bayes_lora.guides.swag import SWAG
+from bayes_lora.guides.task_guide import TaskGuide
 from bayes_lora.guides.theta import NormalTheta, PointTheta
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "PointTheta",
     "SharedMeanField",
     "SharedPoint",
+    "TaskGuide",
 ]

@@ -11,6 +11,7 @@ lower bound on the mixture's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -22,26 +23,27 @@ from bayes_lora.distributions.unconstrained import rebuilt, tensors_of
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.point import SharedPoint
-from bayes_lora.guides.task_guide import show_to_svi
+from bayes_lora.guides.task_guide import TaskGuide
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components, choose_components, draws_around
 from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
 
 __all__ = ["Ensemble"]
 
 Members: Any = PyroModule[nn.ModuleList]
 
 
-class Ensemble(PyroModule):
+class Ensemble(TaskGuide):
     """K members, each with a q(theta) and a q(phi | support) of its own.
 
     Args:
         model: a hierarchical model.
-        theta: makes q(theta) of each member from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        make: makes a member of the model and ``theta``; by default a LoRA for all tasks, drawn at the start from
-            around the prior's mean. Members differ by what is random in it.
+        theta_guide: makes q(theta) of each member from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        make: makes a member, ``make(model, theta_guide=...)``; by default one LoRA for all tasks. Members differ by
+            what is random in it.
         num_members: K, at least 2.
+        spread: how far from the prior's mean the default members start, in standard deviations of the prior.
 
     Raises:
         ConfigError: there are fewer than two members; when called, a member has several components itself.
@@ -49,21 +51,39 @@ class Ensemble(PyroModule):
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
-        make: Callable[..., PyroModule] | None = None,
+        theta_guide: ThetaFactory = PointTheta,
+        make: Callable[..., TaskGuide] | None = None,
         num_members: int = 4,
+        spread: float = 0.5,
     ) -> None:
-        super().__init__()
+        super().__init__(model, theta_guide=None)
         if num_members < 2:
             raise ConfigError(f"num_members: expected at least 2, got {num_members}.")
-        make = make or (lambda model, theta: SharedPoint(model, theta=theta, spread=0.5))
-        members = [make(model, theta=theta) for _ in range(num_members)]
-        if any(hasattr(member, "members") for member in members):
+        make = make or partial(SharedPoint, spread=spread)
+        members = [make(model, theta_guide=theta_guide) for _ in range(num_members)]
+        if any(member.num_members > 1 for member in members):
             raise ConfigError("make: an ensemble cannot be a member of an ensemble. Raise num_members.")
-        self.members = Members(members)
-        show_to_svi(self)
+        self.members, self.num_members = Members(members), num_members
+
+    def amortized(self, support: Episode) -> tuple[Sites, Components]:
+        """Each member's mean of q(theta), ``(K, 1, 1, ...)``, and q(phi | support) there, batch ``(K, T, 1)``."""
+        thetas = [member.theta_mean() for member in self.members]
+        theta = {site: torch.stack([one[site] for one in thetas])[:, None, None] for site in thetas[0]}
+        return theta, self.posterior(support, theta)
+
+    def posterior(self, support: Episode, theta: Sites) -> Components:
+        """q(phi | support) of each member at its own theta ``(K, 1, 1, ...)``: batch ``(K, T, 1)``."""
+        found = []
+        for k, member in enumerate(self.members):
+            found.append(self._one_component(k, member.posterior(support, {s: v[k, 0, 0] for s, v in theta.items()})))
+        return Components.stack(found)
+
+    def _one_component(self, k: int, posterior: Distributions) -> Distributions:
+        if isinstance(posterior, Components):
+            raise ConfigError(f"make: {type(self.members[k]).__name__} has several components, a member has one.")
+        return posterior
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi, each draw of a member of its own."""
@@ -83,9 +103,8 @@ class Ensemble(PyroModule):
         theta = {site: pyro.sample(site, joined(parts, site, places)) for site in parts[0]}
         found = []
         for k, draws in zip(chosen.unique().tolist(), places, strict=True):
-            posterior = self.members[k].posterior(episode.support, {site: v[draws] for site, v in theta.items()})
-            if isinstance(posterior, Components):
-                raise ConfigError(f"make: {type(self.members[k]).__name__} has several components, a member has one.")
+            own = {site: value[draws] for site, value in theta.items()}
+            posterior = self._one_component(k, self.members[k].posterior(episode.support, own))
             tasks = len(episode.support.task_index)
             found.append({site: wide(fn, len(draws), tasks, 1) for site, fn in posterior.items()})
         return sample_phi(episode, {site: joined(found, site, places) for site in found[0]})

@@ -16,10 +16,12 @@ import pyro.distributions as dist
 import torch
 
 from bayes_lora.distributions.dropped_point import DroppedPoint
+from bayes_lora.distributions.flat import Flat
 from bayes_lora.distributions.kronecker_normal import KroneckerNormal
 from bayes_lora.distributions.low_rank_normal import LowRankNormal
+from bayes_lora.distributions.moments import moment_matched
+from bayes_lora.distributions.unconstrained import has_parameters
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.task_guide import normal_of
 
 __all__ = ["Dropout", "Family", "LowRank", "MatrixNormal", "Point", "same_as_prior"]
 
@@ -28,8 +30,8 @@ Family = Callable[[str, Any], Any]
 
 
 def same_as_prior(site: str, prior: Any) -> Any:
-    """The prior's own family, at the prior: independent normals for most models."""
-    return prior
+    """The prior itself, if it is of a family that steps can move; of any other, normals with its mean and scale."""
+    return prior if has_parameters(prior) else moment_matched(prior).to_event(3)
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,9 @@ class Dropout:
 
 
 def _normal(family: Any, site: str, prior: Any) -> Any:
-    base = getattr(prior, "base_dist", prior)
-    if not isinstance(base, (torch.distributions.Normal, torch.distributions.MixtureSameFamily)):
+    if ".delta_weight" in site or isinstance(prior, Flat):
         raise ConfigError(
-            f"{type(family).__name__}: expected p(phi | theta) of independent normals for site {site!r}, got {prior}. "
+            f"{type(family).__name__}: expected p(phi | theta) of LoRA factors for site {site!r}, got {prior}. "
             "Leave family at its default, or use a model of LoRA factors (HierarchicalNormal)."
         )
-    return normal_of(prior)
+    return moment_matched(prior)

@@ -16,7 +16,6 @@ where r is normal around the coefficients that least squares finds in phi.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -26,13 +25,14 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from bayes_lora.distributions.moments import moment_matched
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.network import Code, GuideNetwork
-from bayes_lora.guides.task_guide import normal_of, show_to_svi
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
-from bayes_lora.types import Sites
+from bayes_lora.infer.plates import task_plate
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["FlowNetwork"]
 
@@ -44,21 +44,21 @@ class FlowNetwork(GuideNetwork):
 
     Args:
         model: as in :class:`bayes_lora.guides.GuideNetwork`.
-        theta: as there.
+        theta_guide: as there.
         num_flows: how many autoregressive maps f is made of.
         num_components: draws of c that stand for its distribution once a task is adapted to.
         start: s, the size of c's effect at the start; learnt for each coefficient.
         settings: the others of :class:`bayes_lora.guides.GuideNetwork`.
 
     Raises:
-        ConfigError: p(phi | theta) is neither normal nor a mixture of normals, or a setting is out of range.
+        ConfigError: p(phi | theta) has no mean or no standard deviation, or a setting is out of range.
     """
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        theta_guide: ThetaFactory = PointTheta,
         num_flows: int = 2,
         num_components: int = 16,
         start: float = 0.1,
@@ -69,7 +69,7 @@ class FlowNetwork(GuideNetwork):
                 "expected num_flows and num_components of at least 1 and positive start; got "
                 f"num_flows={num_flows}, num_components={num_components}, start={start}."
             )
-        super().__init__(model, theta=theta, **settings)
+        super().__init__(model, theta_guide=theta_guide, **settings)
         self.num_components = num_components
         self.splits = {site: tuple(self._get("directions", site).shape[:2]) for site in model.random_sites}
         count = sum(layers * m for layers, m in self.splits.values())
@@ -79,14 +79,11 @@ class FlowNetwork(GuideNetwork):
         )
         self.log_size = nn.Parameter(torch.full((count,), start).log())
         self.log_reverse = nn.Parameter(torch.zeros(count))
-        show_to_svi(self)
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta, the coefficients (an auxiliary site) and phi; reads only ``episode.support``."""
-        theta, (model,) = self.theta(), self._model
-        code = self.code(episode.support)
-        priors = model.phi_prior(theta)
-        with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
+        priors, code = self.prior(self.theta()), self.code(episode.support)
+        with task_plate(episode):
             drawn = pyro.sample("phi.coefficients", self.flow(code), infer={"is_auxiliary": True})
             added = self.split(drawn[..., 0, :])
             phi = {
@@ -99,10 +96,9 @@ class FlowNetwork(GuideNetwork):
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
         """Normals given draws of the coefficients: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
-        (model,) = self._model
         code = self.code(support)
         added = self.split(self.flow(code).rsample((self.num_components,))[..., 0, :])
-        priors = model.phi_prior(theta)
+        priors = self.prior(theta)
         return Components({site: self.normal(site, prior, code, added[site]) for site, prior in priors.items()})
 
     def flow(self, code: Code) -> dist.TorchDistribution:
@@ -126,7 +122,7 @@ class FlowNetwork(GuideNetwork):
         """Log r(c | phi), ``(..., T, 1)`` nats."""
         found = []
         for site, prior in priors.items():
-            normal, basis = normal_of(prior), self._get("directions", site).flatten(-2)
+            normal, basis = moment_matched(prior), self._get("directions", site).flatten(-2)
             # Of phi in the prior's units what directions and coefficients have to explain.
             rest = ((phi[site] - normal.loc) / normal.scale).squeeze(-4) - self.written(site, code)
             gram = basis @ basis.mT + 1e-6 * torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)

@@ -15,36 +15,34 @@ differentiated through (second order). With K = 0 it is the prior, and :math:`\l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.family import Family, Point, same_as_prior
 from bayes_lora.guides.point import SharedPoint
-from bayes_lora.guides.task_guide import attribute, show_to_svi
-from bayes_lora.guides.theta import PointTheta
+from bayes_lora.guides.task_guide import TaskGuide
+from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.descent import Descent, Distributions, from_point, to_point
 from bayes_lora.infer.descent import Point as Parameters
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["GradientGuide"]
 
 
-class GradientGuide(PyroModule):
+class GradientGuide(TaskGuide):
     """q(theta) q(phi | support), amortised by gradient steps on the support's negative beta-ELBO.
 
     Args:
         model: a hierarchical model with ``random_sites``, ``theta()`` and ``phi_prior(theta)``.
         start: a guide with ``theta`` and ``posterior(support, theta)`` at which the steps begin; by default they
             begin at p(phi | theta).
-        theta: makes q(theta) from the model, where ``start`` has none: :class:`PointTheta` or :class:`NormalTheta`.
+        theta_guide: makes q(theta) from the model, if ``start`` has none: :class:`PointTheta` or :class:`NormalTheta`.
         steps: K.
         learning_rate: alpha; one for each part of the family, ``{"loc": 2e-3, "log_scale": 0.1}``, or one for all. Few
             steps change a scale only where its own rate is large.
@@ -67,10 +65,10 @@ class GradientGuide(PyroModule):
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        start: PyroModule | None = None,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        start: TaskGuide | None = None,
+        theta_guide: ThetaFactory = PointTheta,
         steps: int = 5,
         learning_rate: float | Mapping[str, float] = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
@@ -82,7 +80,7 @@ class GradientGuide(PyroModule):
         family: Family = same_as_prior,
         follow_theta: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(model, theta_guide=theta_guide if start is None else None)
         counts = (num_particles, 1 if batch_size is None else batch_size)
         rates = learning_rate.values() if isinstance(learning_rate, Mapping) else (learning_rate,)
         if steps < 0 or min(counts) < 1 or not all(rate > 0 for rate in rates) or not beta > 0:
@@ -93,19 +91,18 @@ class GradientGuide(PyroModule):
             )
         if optimizer not in ("sgd", "adam"):
             raise ConfigError(f"optimizer: expected 'sgd' or 'adam', got {optimizer!r}.")
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
-        self._model = (model,)
         if isinstance(start, SharedPoint) and not isinstance(family, Point):
             raise ConfigError(
                 "start: SharedPoint has no scale for the steps to begin at. Use SharedMeanField, or family=Point()."
             )
-        if start is not None and not hasattr(start, "theta"):
+        if start is not None and start.num_members > 1:
             raise ConfigError(f"start: {type(start).__name__} has no theta of its own. Start from one of its members.")
         if (second_order or learn_rates) and not follow_theta:
             raise ConfigError("second_order, learn_rates: no gradient flows through steps where follow_theta is False.")
         self.start, self.family, self.follow_theta = start, family, follow_theta
-        if start is None:
-            self.own_theta = theta(model)
+        if start is not None:
+            # Not registered a second time: its parameters are those of start.
+            object.__setattr__(self, "theta", start.theta)
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
         self.beta, self.num_particles, self.second_order = beta, num_particles, second_order
         self.batch_size = batch_size
@@ -116,27 +113,16 @@ class GradientGuide(PyroModule):
             raise ConfigError(f"learning_rate: expected one for each of {sorted(parts)}, got {dict(learning_rate)}.")
         for part, site in point if learn_rates else ():
             self._set(part, site, nn.Parameter(torch.tensor(self._first_rate(part)).log()))
-        show_to_svi(self)
-
-    @property
-    def theta(self) -> Any:
-        """q(theta): its own, or that of the guide it starts from."""
-        return self.own_theta if self.start is None else self.start.theta
 
     def _set(self, part: str, site: str, value: nn.Parameter) -> None:
-        setattr(self, attribute(f"log_rate_{part}", site), value)
+        setattr(self, parameter_name(f"log_rate_{part}", site), value)
 
     def _rate(self, part: str, site: str) -> Tensor | float:
-        log_rate = getattr(self, attribute(f"log_rate_{part}", site), None)
+        log_rate = getattr(self, parameter_name(f"log_rate_{part}", site), None)
         return self._first_rate(part) if log_rate is None else log_rate.exp()
 
     def _first_rate(self, part: str) -> float:
         return self.learning_rate[part] if isinstance(self.learning_rate, Mapping) else self.learning_rate
-
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi; reads only ``episode.support``."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
@@ -144,9 +130,8 @@ class GradientGuide(PyroModule):
         The steps are taken at the mean of q(theta), once for all draws of theta: a draw moves where they end by as much
         as it moves p(phi | theta).
         """
-        (model,) = self._model
         tasks = len(support.task_index)
-        mean = {site: self.theta.distribution(site).mean for site in self.theta.positive}
+        mean = self.theta_mean()
         start = self._begin(support, mean)
         if not self.steps and self.start is None:
             start = self._begin(support, theta)  # at the draw of theta, not at its mean
@@ -155,18 +140,17 @@ class GradientGuide(PyroModule):
         end = {key: value + moved.get(key, 0.0) for key, value in to_point(start, tasks).items()}
         if not self.follow_theta:
             return from_point(start, {key: value.detach() for key, value in end.items()})
-        here, there = (to_point(self._family(model.phi_prior(one))) for one in (theta, mean))
+        here, there = (to_point(self._family(self.prior(one))) for one in (theta, mean))
         return from_point(start, {key: value + (here[key] - there[key]) for key, value in end.items()})
 
     def _begin(self, support: Episode, theta: Sites) -> Distributions:
-        (model,) = self._model
-        begin = model.phi_prior(theta) if self.start is None else self.start.posterior(support, theta)
+        begin = self.prior(theta) if self.start is None else self.start.posterior(support, theta)
         if isinstance(begin, Components):
             raise ConfigError(
                 f"start: {type(self.start).__name__} has several components, and the steps one beginning."
             )
         begin = self._family(begin)
-        expected, got = (to_point(one).keys() for one in (self._family(model.phi_prior(theta)), begin))
+        expected, got = (to_point(one).keys() for one in (self._family(self.prior(theta)), begin))
         if expected != got:
             parts = [sorted({part for part, _ in one}) for one in (expected, got)]
             raise ConfigError(
@@ -180,7 +164,8 @@ class GradientGuide(PyroModule):
 
     def displacement(self, support: Episode, theta: Sites, start: Distributions) -> Parameters:
         """How far K steps move each ``(part, site)`` from ``start``, at one value of theta."""
-        (model,) = self._model
         second = self.second_order and torch.is_grad_enabled()
-        descent = Descent(model, self._rate, self.optimizer, self.beta, self.num_particles, second, self.batch_size)
+        descent = Descent(
+            self.model, self._rate, self.optimizer, self.beta, self.num_particles, second, self.batch_size
+        )
         return descent(support, theta, start, self.steps)

@@ -11,32 +11,27 @@ Theta learns from the divergence of the samples: its gradient is that of Monte C
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.task_guide import check_factors, show_to_svi
+from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.descent import Descent, Distributions, Point
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["SGLD"]
 
 
-class SGLD(PyroModule):
+class SGLD(TaskGuide):
     """q(theta), and samples of phi given the support.
 
     Args:
         model: a hierarchical model over LoRA factors.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         num_samples: K.
         burn_in: steps before the first sample.
         thinning: steps from one sample to the next.
@@ -50,9 +45,9 @@ class SGLD(PyroModule):
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        theta_guide: ThetaFactory = PointTheta,
         num_samples: int = 10,
         burn_in: int = 20,
         thinning: int = 2,
@@ -60,7 +55,7 @@ class SGLD(PyroModule):
         batch_size: int | None = None,
         beta: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(model, theta_guide=theta_guide)
         if (
             min(num_samples, thinning, 1 if batch_size is None else batch_size) < 1
             or burn_in < 0
@@ -72,23 +67,14 @@ class SGLD(PyroModule):
                 f"step_size and beta; got num_samples={num_samples}, thinning={thinning}, batch_size={batch_size}, "
                 f"burn_in={burn_in}, step_size={step_size}, beta={beta}."
             )
-        check_factors(model, "SGLD")
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
-        self._model = (model,)
-        self.theta = theta(model)
+        check_moments(model, "SGLD")
         self.num_samples, self.burn_in, self.thinning = num_samples, burn_in, thinning
         self.step_size, self.batch_size, self.beta = step_size, batch_size, beta
-        show_to_svi(self)
-
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi; reads only ``episode.support``."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
         """Samples as points, per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
-        (model,) = self._model
-        mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
+        model = self.model
+        mean = {site: value.detach() for site, value in self.theta_mean().items()}
         tasks, prior = len(support.task_index), model.phi_prior(mean)
         start = {site: fn.mean.expand(tasks, 1, *fn.event_shape) for site, fn in prior.items()}
         points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in start.items()}

@@ -14,28 +14,25 @@ beta in these units). Scales follow from one more backward pass, where gradient 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayes_lora.distributions.kronecker_normal import KroneckerNormal
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.task_guide import check_normal, show_to_svi
+from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.curvature import diagonal, gradients_of_examples, kronecker
 from bayes_lora.infer.descent import Descent, Distributions, to_point
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["Laplace"]
 
 
-class Laplace(PyroModule):
+class Laplace(TaskGuide):
     """q(theta) q(phi | support), a normal around the most probable phi.
 
     For theta's gradient the displacement of the steps and the Fisher information are constants, and with a Kronecker
@@ -43,7 +40,7 @@ class Laplace(PyroModule):
 
     Args:
         model: a hierarchical model whose p(phi | theta) is normal.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         steps: K.
         learning_rate: of the steps.
         optimizer: ``"sgd"`` or ``"adam"``.
@@ -60,9 +57,9 @@ class Laplace(PyroModule):
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        theta_guide: ThetaFactory = PointTheta,
         steps: int = 10,
         learning_rate: float = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
@@ -73,7 +70,7 @@ class Laplace(PyroModule):
         largest: int = 64,
         batch_size: int = 4,
     ) -> None:
-        super().__init__()
+        super().__init__(model, theta_guide=theta_guide)
         if steps < 0 or min(num_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:
             raise ConfigError(
                 "expected steps of at least 0, num_samples and batch_size of at least 1, positive learning_rate and "
@@ -86,27 +83,18 @@ class Laplace(PyroModule):
             raise ConfigError(f"curvature: expected 'diagonal' or 'kronecker', got {curvature!r}.")
         if prior_precision not in ("prior", "marginal-likelihood"):
             raise ConfigError(f"prior_precision: expected 'prior' or 'marginal-likelihood', got {prior_precision!r}.")
-        check_normal(model, "Laplace")
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
-        self._model = (model,)
-        self.theta = theta(model)
+        check_moments(model, "Laplace")
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
         self.beta, self.num_samples, self.curvature = beta, num_samples, curvature
         self.prior_precision, self.largest, self.batch_size = prior_precision, largest, batch_size
-        show_to_svi(self)
-
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi; reads only ``episode.support``."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
 
         Steps and curvature are those at the mean of q(theta), once for all draws of theta.
         """
-        (model,) = self._model
-        mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
+        model = self.model
+        mean = {site: value.detach() for site, value in self.theta_mean().items()}
         tasks, there = len(support.task_index), model.phi_prior(mean)
         loc = {site: fn.mean.expand(tasks, 1, *fn.event_shape) for site, fn in there.items()}
         unit = {site: fn.stddev.expand(tasks, 1, *fn.event_shape) for site, fn in there.items()}
@@ -117,7 +105,7 @@ class Laplace(PyroModule):
 
     def displacement(self, support: Episode, theta: Sites, loc: Sites) -> Sites:
         """How far K steps move phi from the prior's mean."""
-        (model,) = self._model
+        model = self.model
         points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in loc.items()}
         descent = Descent(model, lambda part, site: self.learning_rate, self.optimizer, self.beta)
         moved = descent(support, theta, points, self.steps) if self.steps else to_point(points)
@@ -128,7 +116,7 @@ class Laplace(PyroModule):
         return diagonal(self._passes(support, theta, phi), phi, self.num_samples)
 
     def _passes(self, support: Episode, theta: Sites, phi: Sites) -> Any:
-        (model,) = self._model
+        model = self.model
         return gradients_of_examples(model, support, theta, phi, self.num_samples, self.batch_size)
 
     def _diagonal(self, support: Any, mean: Any, mode: Any, moved: Any, unit: Any, here: Any) -> Distributions:

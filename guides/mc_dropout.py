@@ -7,15 +7,11 @@ for each layer. Steps of adaptation from there fine-tune V, with dropout on, for
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from pyro.nn import PyroModule
-
 from bayes_lora.guides.family import Dropout
 from bayes_lora.guides.mean_field import SharedMeanField
-from bayes_lora.guides.task_guide import check_factors
+from bayes_lora.guides.task_guide import check_moments
 from bayes_lora.guides.theta import PointTheta
+from bayes_lora.types import Model, ThetaFactory
 
 __all__ = ["MCDropout"]
 
@@ -28,16 +24,14 @@ class MCDropout(SharedMeanField):
 
     Args:
         model: a hierarchical model over LoRA factors.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         rate: share of the columns that is dropped.
 
     Raises:
         ConfigError: the rate is not between 0 and 1, or phi holds no LoRA factors.
     """
 
-    def __init__(
-        self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta, rate: float = 0.1
-    ) -> None:
-        check_factors(model, "MCDropout")
+    def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, rate: float = 0.1) -> None:
+        check_moments(model, "MCDropout")
         sites = [site for site in model.random_sites if ".lora_A" in site] or model.random_sites
-        super().__init__(model, theta=theta, family=Dropout(rate, tuple(sites)))
+        super().__init__(model, theta_guide=theta_guide, family=Dropout(rate, tuple(sites)))

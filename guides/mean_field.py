@@ -8,7 +8,6 @@ or another, see :mod:`bayes_lora.guides.family`. It starts at the prior.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,61 +17,49 @@ from torch import Tensor, nn
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.family import Family, same_as_prior
-from bayes_lora.guides.task_guide import attribute, show_to_svi
-from bayes_lora.guides.theta import PointTheta
+from bayes_lora.guides.task_guide import TaskGuide
+from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.infer.descent import Distributions, Point, from_point, to_point
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["MeanField", "SharedMeanField"]
 
 
-class SharedMeanField(PyroModule):
+class SharedMeanField(TaskGuide):
     """q(theta) q(phi), the same for every task whatever its support.
 
     A new task gets a posterior of its own by gradient steps from there (``Posterior.adapt(steps=...)``).
 
     Args:
         model: a hierarchical model with ``theta()``, ``initial_theta()`` and ``phi_prior(theta)``.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         family: of q(phi); by default the prior's own.
     """
 
-    def __init__(
-        self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta, family: Family = same_as_prior
-    ) -> None:
-        super().__init__()
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
-        self._model = (model,)
-        self.theta, self.family = theta(model), family
+    def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, family: Family = same_as_prior) -> None:
+        super().__init__(model, theta_guide=theta_guide)
+        self.family = family
         with torch.no_grad():
             start = to_point(self._family(model.phi_prior(model.initial_theta())))
         self.names = list(start)
         self._create(start)
-        show_to_svi(self)
 
     def _create(self, start: Point) -> None:
         for key, value in start.items():
-            setattr(self, attribute(*key), nn.Parameter(value.clone()))
+            setattr(self, parameter_name(*key), nn.Parameter(value.clone()))
 
     def _family(self, prior: Distributions) -> Distributions:
         return {site: self.family(site, fn) for site, fn in prior.items()}
 
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
-
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
-        (model,) = self._model
-        begin = self._family(model.phi_prior(theta))
+        begin = self._family(self.prior(theta))
         found = from_point(begin, self._values(support, begin))
         batch = (len(support.task_index), 1)
         return {site: fn.expand(torch.broadcast_shapes(fn.batch_shape, batch)) for site, fn in found.items()}
 
     def _values(self, support: Episode, begin: Distributions) -> Point:
-        return {key: getattr(self, attribute(*key)) for key in self.names}
+        return {key: getattr(self, parameter_name(*key)) for key in self.names}
 
 
 class MeanField(SharedMeanField):
@@ -85,7 +72,7 @@ class MeanField(SharedMeanField):
     Args:
         model: as in :class:`SharedMeanField`.
         num_tasks: size of the collection.
-        theta: as in :class:`SharedMeanField`.
+        theta_guide: as in :class:`SharedMeanField`.
         family: as in :class:`SharedMeanField`.
 
     Raises:
@@ -94,22 +81,22 @@ class MeanField(SharedMeanField):
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         num_tasks: int,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        theta_guide: ThetaFactory = PointTheta,
         family: Family = same_as_prior,
     ) -> None:
         if num_tasks < 1:
             raise ConfigError(f"num_tasks: expected at least 1, got {num_tasks}.")
         self._num_tasks = num_tasks
-        super().__init__(model, theta=theta, family=family)
+        super().__init__(model, theta_guide=theta_guide, family=family)
 
     def _create(self, start: Point) -> None:
         self.tables = _OnCPU()
         for key, value in start.items():
             rows = value.expand(self._num_tasks, 1, *value.shape).clone()
-            setattr(self.tables, attribute(*key), nn.Parameter(rows))
+            setattr(self.tables, parameter_name(*key), nn.Parameter(rows))
 
     def _values(self, support: Episode, begin: Distributions) -> Point:
         index = support.task_index
@@ -122,7 +109,7 @@ class MeanField(SharedMeanField):
         places = index.clamp_min(0).cpu()
         values: Point = {}
         for key, unseen in to_point(begin, len(index)).items():
-            rows: Tensor = getattr(self.tables, attribute(*key))[places].to(index.device)
+            rows: Tensor = getattr(self.tables, parameter_name(*key))[places].to(index.device)
             values[key] = torch.where(known.view(-1, *[1] * (rows.ndim - 1)), rows, unseen)
         return values
 

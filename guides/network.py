@@ -17,7 +17,6 @@ q(phi | S) = p(phi | theta), and the Kullback-Leibler divergence is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -26,48 +25,44 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayes_lora.distributions.moments import moment_matched
 from bayes_lora.episodes.episode import Episode
-from bayes_lora.guides.task_guide import attribute, check_factors, normal_of, show_to_svi
-from bayes_lora.guides.theta import PointTheta
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Features, Sites
+from bayes_lora.guides.task_guide import TaskGuide, check_moments
+from bayes_lora.guides.theta import PointTheta, parameter_name
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["GuideNetwork"]
 
 Linear: Any = PyroModule[nn.Linear]
 
 
-class GuideNetwork(PyroModule):
+class GuideNetwork(TaskGuide):
     """q(theta) q(phi | support) with an amortized posterior.
 
     Args:
-        model: a hierarchical model with ``random_sites``, ``initial``, ``theta()``, ``phi_prior(theta)`` and a
-            likelihood that offers ``features(episode)`` and ``hidden_size``.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        model: a hierarchical model over LoRA factors.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         directions: m, learned directions per site and layer.
         hidden: width of the encoder.
         bilinear: rank of U and V.
         dropout: on the code z, against over-fitting the training tasks.
 
     Raises:
-        ConfigError: p(phi | theta) is neither normal nor a mixture of normals.
+        ConfigError: p(phi | theta) has no mean or no standard deviation.
     """
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        theta_guide: ThetaFactory = PointTheta,
         directions: int = 8,
         hidden: int = 128,
         bilinear: int = 12,
         dropout: float = 0.2,
     ) -> None:
-        super().__init__()
-        check_factors(model, "GuideNetwork")
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
-        self._model = (model,)
-        self.theta = theta(model)
+        super().__init__(model, theta_guide=theta_guide)
+        check_moments(model, "GuideNetwork")
         self.width = model.likelihood.hidden_size
         self.encode = Linear(4 * self.width, hidden)
         self.encode_deep = Linear(hidden, hidden)
@@ -86,40 +81,31 @@ class GuideNetwork(PyroModule):
             if self._writes(site):
                 self._set("write", site, zero_linear(hidden, layers * columns))
                 self._set("write_each", site, zero_linear(hidden, layers * columns))
-        show_to_svi(self)
 
     def _set(self, prefix: str, site: str, value: nn.Module | nn.Parameter) -> None:
-        setattr(self, attribute(prefix, site), value)
+        setattr(self, parameter_name(prefix, site), value)
 
     def _get(self, prefix: str, site: str) -> Any:
-        return getattr(self, attribute(prefix, site))
+        return getattr(self, parameter_name(prefix, site))
 
     def _writes(self, site: str) -> bool:
         """Whether a site's rows are coordinates of the residual stream."""
-        (model,) = self._model
         residual = site.startswith(("o_proj.lora_B", "down_proj.lora_B"))
-        return residual and model.initial[site].shape[1] == self.width
-
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi; reads only ``episode.support``."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
+        return residual and self.model.initial[site].shape[1] == self.width
 
     def posterior(self, support: Episode, theta: Sites) -> dict[str, dist.TorchDistribution]:
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
-        (model,) = self._model
         code = self.code(support)
-        return {site: self.normal(site, prior, code) for site, prior in model.phi_prior(theta).items()}
+        return {site: self.normal(site, prior, code) for site, prior in self.prior(theta).items()}
 
     def coefficients(self, site: str, code: Code) -> Tensor:
         """C of one site, ``(T, layers, m)``, and in the last place the log-scale's correction s."""
-        (model,) = self._model
-        found: Tensor = self._get("head", site)(code.pooled).unflatten(-1, (model.initial[site].shape[0], -1))
+        found: Tensor = self._get("head", site)(code.pooled).unflatten(-1, (self.model.initial[site].shape[0], -1))
         return found
 
     def normal(self, site: str, prior: Any, code: Code, added: Tensor | None = None) -> dist.TorchDistribution:
         """Q of one site; ``added`` to its coefficients, ``(*draws, T, layers, m)``."""
-        normal = normal_of(prior)
+        normal = moment_matched(prior)
         loc, scale = normal.loc, normal.scale
         head = self.coefficients(site, code)
         mixed = head[..., :-1] if added is None else head[..., :-1] + added
@@ -132,8 +118,7 @@ class GuideNetwork(PyroModule):
 
     def written(self, site: str, code: Code) -> Tensor | float:
         """What is written into the residual stream, in the prior's units ``(T, layers, out, in)``."""
-        (model,) = self._model
-        layers = model.initial[site].shape[0]
+        layers = self.model.initial[site].shape[0]
         if not self._writes(site):
             return 0.0
         weight = self._get("write", site)(code.pooled).unflatten(-1, (layers, -1))
@@ -142,8 +127,7 @@ class GuideNetwork(PyroModule):
 
     def code(self, support: Episode) -> Code:
         """Encode a support set, permutation-invariantly."""
-        (model,) = self._model
-        features = Features(*(part.to(self.mix.weight.dtype) for part in model.likelihood.features(support)))
+        features = self.features(support)
         # Embeddings of unit length on average over a task's options, so that the bias is in nats.
         squares = features.options.square().sum((-3, -2, -1)) / support.option_mask.sum((-2, -1))
         options = features.options / squares.sqrt()[:, None, None, None]

@@ -9,7 +9,6 @@ gradient is that of Monte Carlo EM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -17,26 +16,24 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC
 from pyro.infer import NUTS as Kernel
-from pyro.nn import PyroModule
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.task_guide import check_factors, show_to_svi
+from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.handlers import ScaleLatents, apart
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["NUTS"]
 
 
-class NUTS(PyroModule):
+class NUTS(TaskGuide):
     """q(theta), and samples of phi given the support.
 
     Args:
         model: a hierarchical model over LoRA factors.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         num_samples: K.
         warmup_steps: samples before them, which adapt step size and mass matrix.
         max_tree_depth: of a trajectory.
@@ -48,37 +45,28 @@ class NUTS(PyroModule):
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        theta_guide: ThetaFactory = PointTheta,
         num_samples: int = 20,
         warmup_steps: int = 20,
         max_tree_depth: int = 6,
         beta: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(model, theta_guide=theta_guide)
         if min(num_samples, warmup_steps, max_tree_depth) < 1 or not beta > 0:
             raise ConfigError(
                 "expected num_samples, warmup_steps and max_tree_depth of at least 1 and positive beta; got "
                 f"num_samples={num_samples}, warmup_steps={warmup_steps}, max_tree_depth={max_tree_depth}, beta={beta}."
             )
-        check_factors(model, "NUTS")
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
-        self._model = (model,)
-        self.theta = theta(model)
+        check_moments(model, "NUTS")
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
         self.max_tree_depth, self.beta = max_tree_depth, beta
-        show_to_svi(self)
-
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi; reads only ``episode.support``."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
         """Samples as points, per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
-        (model,) = self._model
-        mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
+        model = self.model
+        mean = {site: value.detach() for site, value in self.theta_mean().items()}
         tasks = len(support.task_index)
         start = {f"phi.{s}": fn.mean.expand(tasks, 1, *fn.event_shape) for s, fn in model.phi_prior(mean).items()}
 

@@ -7,71 +7,52 @@ Steps of adaptation from there fine-tune a LoRA for each task, held near theta b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import nn
 
-from bayes_lora.distributions.factored_normal import FactoredNormal
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.task_guide import Mixture, Normal, attribute, show_to_svi
-from bayes_lora.guides.theta import PointTheta
+from bayes_lora.guides.task_guide import TaskGuide, check_moments
+from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.infer.descent import Distributions
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["SharedPoint"]
 
 
-class SharedPoint(PyroModule):
+class SharedPoint(TaskGuide):
     """q(theta) and one value of phi for every task, whatever its support.
 
     Args:
         model: a hierarchical model with ``theta()``, ``initial_theta()`` and ``phi_prior(theta)``.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        spread: it starts at the prior's mean, or at a draw from around it, with so many of the prior's standard
-            deviations.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        spread: 0 starts at the prior's mean; otherwise at a draw around it, ``spread`` prior standard deviations wide.
 
     Raises:
         ConfigError: phi holds whole weight updates, of which a point is no LoRA.
     """
 
-    def __init__(
-        self, model: PyroModule, *, theta: Callable[[Any], PyroModule] = PointTheta, spread: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.theta = theta(model)
+    def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, spread: float = 0.0) -> None:
+        super().__init__(model, theta_guide=theta_guide)
         with torch.no_grad():
             prior = model.phi_prior(model.initial_theta())
         self.sites = list(prior)
+        if spread:
+            check_moments(model, f"SharedPoint(spread={spread})")
         for site, fn in prior.items():
-            if isinstance(getattr(fn, "base_dist", fn), FactoredNormal):
+            if ".delta_weight" in site:
                 raise ConfigError(
                     f"SharedPoint: site {site!r} of {type(model).__name__} is a whole update, of which a point is no "
                     "LoRA. Use SharedMeanField or GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
                 )
             value = fn.mean.clone()
-            if spread and not isinstance(getattr(fn, "base_dist", fn), (Normal, Mixture)):
-                raise ConfigError(
-                    f"spread: expected 0 for site {site!r} of {type(model).__name__}, which has no standard deviation. "
-                    "Use GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
-                )
             if spread:
                 value += spread * fn.stddev * torch.randn_like(value)
-            setattr(self, attribute("value", site), nn.Parameter(value))
-        show_to_svi(self)
-
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
+            setattr(self, parameter_name("value", site), nn.Parameter(value))
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """A point per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
-        values = {site: getattr(self, attribute("value", site)) for site in self.sites}
+        values = {site: getattr(self, parameter_name("value", site)) for site in self.sites}
         batch = (len(support.task_index), 1)
         return {site: dist.Delta(value.expand(*batch, *value.shape), event_dim=3) for site, value in values.items()}

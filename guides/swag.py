@@ -12,34 +12,31 @@ minibatches scatter; the full support leaves only what has not converged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayes_lora.distributions.low_rank_normal import LowRankNormal
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides.task_guide import check_factors, show_to_svi
+from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.descent import Descent, Distributions, Point
-from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites, ThetaFactory
 
 __all__ = ["SWAG"]
 
 
-class SWAG(PyroModule):
+class SWAG(TaskGuide):
     """q(theta) q(phi | support), low rank plus diagonal, from the path of gradient steps.
 
     For theta's gradient the path is a constant displacement.
 
     Args:
         model: a hierarchical model over LoRA factors.
-        theta: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
+        theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         steps: in all.
         burn_in: steps before the average begins.
         rank: r, at least 2.
@@ -55,9 +52,9 @@ class SWAG(PyroModule):
 
     def __init__(
         self,
-        model: PyroModule,
+        model: Model,
         *,
-        theta: Callable[[Any], PyroModule] = PointTheta,
+        theta_guide: ThetaFactory = PointTheta,
         steps: int = 20,
         burn_in: int = 10,
         rank: int = 5,
@@ -67,7 +64,7 @@ class SWAG(PyroModule):
         beta: float = 1.0,
         floor: float = 1e-3,
     ) -> None:
-        super().__init__()
+        super().__init__(model, theta_guide=theta_guide)
         if not 2 <= rank <= steps - burn_in or burn_in < 0:
             raise ConfigError(
                 "expected rank of at least 2, and as many steps after burn_in; got "
@@ -80,23 +77,14 @@ class SWAG(PyroModule):
                 "expected positive learning_rate, beta, floor and batch_size; got "
                 f"learning_rate={learning_rate}, beta={beta}, floor={floor}, batch_size={batch_size}."
             )
-        check_factors(model, "SWAG")
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
-        self._model = (model,)
-        self.theta = theta(model)
+        check_moments(model, "SWAG")
         self.steps, self.burn_in, self.rank, self.floor = steps, burn_in, rank, floor
         self.learning_rate, self.optimizer, self.batch_size, self.beta = learning_rate, optimizer, batch_size, beta
-        show_to_svi(self)
-
-    def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi; reads only ``episode.support``."""
-        theta = self.theta()
-        return sample_phi(episode, self.posterior(episode.support, theta))
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
-        (model,) = self._model
-        mean = {site: self.theta.distribution(site).mean.detach() for site in self.theta.positive}
+        model = self.model
+        mean = {site: value.detach() for site, value in self.theta_mean().items()}
         moments = self.path(support, mean)
         posterior: Distributions = {}
         for site, prior in model.phi_prior(theta).items():
@@ -109,7 +97,7 @@ class SWAG(PyroModule):
 
     def path(self, support: Episode, theta: Sites) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Per site the mean of the displacements, of their squares, and the last deviations ``(..., r)``."""
-        (model,) = self._model
+        model = self.model
         tasks = len(support.task_index)
         points: Distributions = {
             site: dist.Delta(fn.mean.expand(tasks, 1, *fn.event_shape), event_dim=3)

@@ -1,59 +1,149 @@
-"""What guides share."""
+"""What every guide shares. A guide of your own is a subclass with one method.
+
+Usage::
+
+    class PriorScaled(TaskGuide):
+        def __init__(self, model, **settings):
+            super().__init__(model, **settings)
+            self.head = PyroModule[torch.nn.Linear](model.likelihood.hidden_size, self.num_random)
+
+        def posterior(self, support, theta):
+            shift = self.unflatten(self.head(self.features(support).hidden[..., -1, :].mean(1)))
+            return {s: Normal(p.mean + shift[s], p.stddev).to_event(3) for s, p in self.prior(theta).items()}
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from abc import abstractmethod
 
-import pyro.distributions as dist
+import pyro
 import torch
-from torch import nn
+from pyro.nn import PyroModule
+from torch import Tensor, nn
 
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
+from bayes_lora.guides.theta import PointTheta
+from bayes_lora.infer.plates import sample_phi
+from bayes_lora.types import Distributions, Features, Model, Sites, ThetaFactory
+from bayes_lora.utils.settings import RecordedSettings
 
-Normal, Mixture = torch.distributions.Normal, torch.distributions.MixtureSameFamily
-
-__all__ = ["attribute", "check_factors", "check_normal", "normal_of", "show_to_svi"]
-
-
-def attribute(prefix: str, site: str) -> str:
-    """The attribute under which a module keeps a site's parameter (module attributes may hold no dots)."""
-    return f"{prefix}_{site}".replace(".", "_")
+__all__ = ["TaskGuide", "check_moments"]
 
 
-def show_to_svi(module: nn.Module) -> None:
-    """Let ``pyro.infer.SVI`` find a module's plain parameters.
+class TaskGuide(RecordedSettings, PyroModule):
+    """q(theta) q(phi | support). A subclass defines :meth:`posterior`, and may define nothing else.
 
-    With ``module_local_params`` SVI asks every parameter for its unconstrained twin, which Pyro 1.9.2 attaches to a
-    PyroParam but not to an ``nn.Parameter``; a real parameter is its own twin.
+    Args:
+        model: a hierarchical model.
+        theta_guide: makes q(theta) from the model: :class:`bayes_lora.guides.PointTheta` or
+            :class:`bayes_lora.guides.NormalTheta`. None makes none; the subclass then gives :attr:`theta`.
+
+    Attributes:
+        theta: q(theta), a guide for the model's theta sites.
+        num_members: how many q(theta) there are: K for an ensemble, else 1.
+    """
+
+    num_members = 1
+
+    def __init__(self, model: Model, *, theta_guide: ThetaFactory | None = PointTheta) -> None:
+        super().__init__()
+        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
+        self._model = (model,)
+        if theta_guide is not None:
+            self.theta = theta_guide(model)
+
+    @property
+    def model(self) -> Model:
+        """The model that this is a guide of."""
+        return self._model[0]
+
+    @abstractmethod
+    def posterior(self, support: Episode, theta: Sites) -> Distributions:
+        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
+
+        Args:
+            support: T tasks with their support examples. Nothing else may be read: not the query, not other tasks.
+            theta: values of the theta sites, a draw from q(theta) or its mean.
+        """
+
+    def forward(self, episode: Episode) -> Sites:
+        """Sample theta and phi; reads only ``episode.support``."""
+        if pyro.settings.get("module_local_params"):
+            register_with_svi(self)
+        theta = self.theta()
+        return sample_phi(episode, self.posterior(episode.support, theta))
+
+    def amortized(self, support: Episode) -> tuple[Sites, Distributions]:
+        """The mean of q(theta), and q(phi | support) there."""
+        theta = self.theta_mean()
+        return theta, self.posterior(support, theta)
+
+    def theta_mean(self) -> Sites:
+        """The mean of q(theta) per site."""
+        return {site: self.theta.distribution(site).mean for site in self.theta.positive}
+
+    def prior(self, theta: Sites) -> Distributions:
+        """p(phi | theta) of one task, per random site."""
+        return self.model.phi_prior(theta)
+
+    def features(self, support: Episode) -> Features:
+        """What the frozen language model knows of each support example, in the parameters' dtype."""
+        dtype = next((parameter.dtype for parameter in self.parameters()), torch.get_default_dtype())
+        return Features(*(part.to(dtype) for part in self.model.likelihood.features(support)))
+
+    @property
+    def num_random(self) -> int:
+        """How many random weights a task has."""
+        return sum(self.model.initial[site].numel() for site in self.model.random_sites)
+
+    def unflatten(self, vector: Tensor) -> Sites:
+        """Values ``(T, 1, layers, out, in)`` of the random sites from vectors ``(T, num_random)``."""
+        shapes = {site: self.model.initial[site].shape for site in self.model.random_sites}
+        parts = vector.split([shape.numel() for shape in shapes.values()], -1)
+        return {
+            site: part.unflatten(-1, shape)[:, None] for part, (site, shape) in zip(parts, shapes.items(), strict=True)
+        }
+
+
+def register_with_svi(module: nn.Module) -> None:
+    """Let ``pyro.infer.SVI`` find a module's plain parameters under ``module_local_params``.
+
+    SVI then asks every parameter for its unconstrained twin, which Pyro 1.9.2 attaches to a PyroParam but not to an
+    ``nn.Parameter``; a real parameter is its own twin.
     """
     for parameter in module.parameters():
         parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
 
 
-def check_normal(model: Any, guide: str) -> None:
-    """Refuse a model whose p(phi | theta) is not normal."""
-    _check(model, guide, "to be normal", lambda fn: isinstance(getattr(fn, "base_dist", fn), Normal))
+def check_moments(model: Model, guide: str) -> None:
+    """Check that p(phi | theta) is over LoRA factors, with a finite mean and standard deviation.
 
+    Args:
+        model: a hierarchical model.
+        guide: name of the guide that uses them, for the message.
 
-def check_factors(model: Any, guide: str) -> None:
-    """Refuse a model whose phi is anything but LoRA factors with means and standard deviations."""
-    _check(model, guide, "of LoRA factors", lambda fn: isinstance(getattr(fn, "base_dist", fn), (Normal, Mixture)))
-
-
-def _check(model: Any, guide: str, what: str, fits: Callable[[Any], bool]) -> None:
+    Raises:
+        ConfigError: a site is a whole weight update, or its prior has no mean or no standard deviation.
+    """
     with torch.no_grad():
         prior = model.phi_prior(model.initial_theta())
     for site, fn in prior.items():
-        if not fits(fn):
+        problem = None
+        if site not in model.initial:
+            problem = "is no LoRA factor"
+        else:
+            try:
+                moments = torch.stack([fn.mean, fn.stddev])
+            except NotImplementedError:
+                problem = "has no standard deviation"
+            else:
+                if not moments.is_meta and not moments.isfinite().all():
+                    problem = "has an infinite mean or standard deviation"
+        if problem:
             raise ConfigError(
-                f"{guide}: expected p(phi | theta) {what}, got {fn} for site {site!r} of "
-                f"{type(model).__name__}. Use GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
+                f"{guide}: expected p(phi | theta) of LoRA factors with finite mean and standard deviation; site "
+                f"{site!r} of {type(model).__name__}, {fn}, {problem}. Use GradientGuide, or a model of LoRA factors "
+                "(HierarchicalNormal)."
             )
-
-
-def normal_of(prior: Any) -> Any:
-    """The independent normals that a prior is made of; of a mixture, those with its means and variances."""
-    base = getattr(prior, "base_dist", prior)
-    return base if isinstance(base, Normal) else dist.Normal(base.mean, base.stddev)

@@ -1,4 +1,4 @@
-"""q(theta): a point, or independent normals; and what guides share. They sample the model's theta sites alone."""
+"""q(theta): a point, or independent normals. They sample the model's theta sites alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayes_lora.guides.task_guide import attribute, show_to_svi
-from bayes_lora.types import Sites
+from bayes_lora.types import Model, Sites
 
-__all__ = ["NormalTheta", "PointTheta"]
+__all__ = ["NormalTheta", "PointTheta", "parameter_name"]
+
+
+def parameter_name(prefix: str, site: str) -> str:
+    """The attribute under which a module keeps a site's parameter (module attributes may hold no dots)."""
+    return f"{prefix}_{site}".replace(".", "_")
 
 
 class PointTheta(PyroModule):
@@ -22,7 +26,7 @@ class PointTheta(PyroModule):
         model: offers ``initial_theta()`` and ``theta()``, the program of p(theta).
     """
 
-    def __init__(self, model: PyroModule) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         with torch.no_grad():
             sites = pyro.poutine.trace(model.theta).get_trace().nodes
@@ -33,18 +37,17 @@ class PointTheta(PyroModule):
                 support = support.base_constraint
             self.positive[site] = support is not constraints.real
             self._create(site, value.log() if self.positive[site] else value)
-        show_to_svi(self)
 
     def _create(self, site: str, value: Tensor) -> None:
-        setattr(self, attribute("loc", site), nn.Parameter(value.clone()))
+        setattr(self, parameter_name("loc", site), nn.Parameter(value.clone()))
 
     def forward(self) -> Sites:
         """Sample every theta site, ``(layers, out, in)`` each."""
         return {site: pyro.sample(site, self.distribution(site)) for site in self.positive}
 
     def distribution(self, site: str) -> dist.TorchDistribution:
-        """Q of one site."""
-        value = getattr(self, attribute("loc", site))
+        """Return q(theta) of one site."""
+        value = getattr(self, parameter_name("loc", site))
         return dist.Delta(value.exp() if self.positive[site] else value, event_dim=value.ndim)
 
 
@@ -56,18 +59,18 @@ class NormalTheta(PointTheta):
         initial_scale: standard deviation at the start (of the logarithm, for positive sites).
     """
 
-    def __init__(self, model: PyroModule, initial_scale: float = 1e-3) -> None:
+    def __init__(self, model: Model, initial_scale: float = 1e-3) -> None:
         self._initial_scale = initial_scale
         super().__init__(model)
 
     def _create(self, site: str, value: Tensor) -> None:
         super()._create(site, value)
         log_scale = torch.full_like(value, self._initial_scale).log()
-        setattr(self, attribute("log_scale", site), nn.Parameter(log_scale))
+        setattr(self, parameter_name("log_scale", site), nn.Parameter(log_scale))
 
     def distribution(self, site: str) -> dist.TorchDistribution:
-        """Q of one site."""
-        loc, log_scale = getattr(self, attribute("loc", site)), getattr(self, attribute("log_scale", site))
+        """Return q(theta) of one site."""
+        loc, log_scale = getattr(self, parameter_name("loc", site)), getattr(self, parameter_name("log_scale", site))
         family = dist.LogNormal if self.positive[site] else dist.Normal
         normal: dist.TorchDistribution = family(loc, log_scale.exp()).to_event(loc.ndim)  # type: ignore[no-untyped-call]
         return normal

@@ -2,6 +2,7 @@
 
 from bayes_lora.models.activation_space import ActivationSpace
 from bayes_lora.models.cluster_mixture import ClusterMixture
+from bayes_lora.models.factor_model import FactorModel
 from bayes_lora.models.hierarchical_model import HierarchicalModel
 from bayes_lora.models.hierarchical_normal import HierarchicalNormal
 from bayes_lora.models.horseshoe import RegularizedHorseshoe
@@ -13,6 +14,7 @@ from bayes_lora.models.weight_space import WeightSpace
 __all__ = [
     "ActivationSpace",
     "ClusterMixture",
+    "FactorModel",
     "HierarchicalModel",
     "HierarchicalNormal",
     "IndependentNormal",

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -23,10 +22,10 @@ from bayes_lora.distributions.deferred_activation import DeferredActivation, Log
 from bayes_lora.distributions.flat import Flat
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.infer.plates import examples_scale, task_plate
+from bayes_lora.infer.plates import examples_scale, same_task_plate, task_plate
 from bayes_lora.lm.sites import delta_site, factor_sites
-from bayes_lora.models.hierarchical_model import HierarchicalModel
-from bayes_lora.types import Likelihood, Sites
+from bayes_lora.models.hierarchical_model import HierarchicalModel, sample_normal
+from bayes_lora.types import Distributions, Likelihood, Sites
 
 __all__ = ["ActivationSpace"]
 
@@ -46,11 +45,11 @@ class ActivationSpace(HierarchicalModel):
     """
 
     def __init__(
-        self, likelihood: Likelihood, initial: Sites, *, offset: float = -20.0, loc_scale: float = 1.0
+        self, likelihood: Likelihood, initial: Sites | None = None, *, offset: float = -20.0, loc_scale: float = 1.0
     ) -> None:
         super().__init__(likelihood, initial)
-        self.random_sites = [*initial, *(f"log_variance.{site}" for site in initial)]
-        like = next(iter(initial.values()))
+        self.random_sites = [*self.initial, *(f"log_variance.{site}" for site in self.initial)]
+        like = next(iter(self.initial.values()))
         self.register_buffer("offset", torch.full((1, 1, 1), offset, dtype=like.dtype))
         self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=like.dtype))
 
@@ -63,37 +62,36 @@ class ActivationSpace(HierarchicalModel):
 
     def theta(self) -> Sites:
         """Sample p(theta): two pairs of factors for every adapted module."""
-        return self.normal_theta()
+        return sample_normal(self.initial_theta(), self.loc_scale)
 
-    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+    def phi_prior(self, theta: Sites) -> Distributions:
         """A flat density at theta's own values."""
-        prior: dict[str, dist.TorchDistribution] = {}
+        prior: Distributions = {}
         for site in self.random_sites:
             prior[site] = Flat(theta[f"theta.{site}" if site.startswith("log_variance.") else f"theta.loc.{site}"])
         return prior
 
     def render(self, episode: Episode, filename: str | None = None) -> Any:
-        """Not to be had.
+        """Not supported: noise enters at every token, which no plate diagram shows.
 
         Raises:
-            ConfigError: always, for what is random here are no sites.
+            ConfigError: always.
         """
         raise ConfigError("render: in ActivationSpace noise enters at every token, which no plate diagram shows.")
 
     def sample_phi(self, episode: Episode) -> Sites:
         """Sample theta and phi; returns the LoRA of each task's mean."""
-        _, phi = self._sample(task_plate(episode))
+        _, phi = self._sample(episode)
         return {site: phi[site] for site in self.initial}
 
-    def _sample(self, tasks: pyro.plate) -> tuple[dict[str, dist.TorchDistribution], Sites]:
+    def _sample(self, episode: Episode) -> tuple[Distributions, Sites]:
         prior = self.phi_prior(self.theta())
-        with tasks:
+        with task_plate(episode):
             return prior, {site: pyro.sample(f"phi.{site}", fn) for site, fn in prior.items()}
 
     def forward(self, episode: Episode) -> Tensor:
         """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
-        tasks = task_plate(episode)
-        prior, phi = self._sample(tasks)
+        prior, phi = self._sample(episode)
         updates = {delta_site(site): factor_sites(delta_site(site)) for site in self.initial if ".lora_A" in site}
         deferred: dict[str, Any] = {}
         for update, factors in updates.items():
@@ -104,8 +102,7 @@ class ActivationSpace(HierarchicalModel):
         layers = sum(len(self.initial[a]) for a, _ in updates.values())
         with LogRatios(episode.padded.segments >= 0, layers, episode.rows_per_task) as ratios:
             log_lik = self.likelihood(deferred, episode)
-        with tasks, pyro.poutine.scale(scale=examples_scale(episode, log_lik)):
+        with same_task_plate(episode), pyro.poutine.scale(scale=examples_scale(episode, log_lik)):
             pyro.factor("phi.activations", -ratios.total(log_lik.shape[:-2])[..., None])
-        with tasks:
-            self.observe(log_lik, episode)
+        self.observe(log_lik, episode)
         return log_lik

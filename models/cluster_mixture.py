@@ -24,14 +24,16 @@ import torch
 from torch import Tensor
 
 from bayes_lora.distributions.mixture import Mixture
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.models.hierarchical_model import HierarchicalModel
-from bayes_lora.types import Likelihood, Sites
+from bayes_lora.infer.plates import task_plate
+from bayes_lora.models.factor_model import FactorModel
+from bayes_lora.types import Distributions, Likelihood, Sites
 
 __all__ = ["ClusterMixture"]
 
 
-class ClusterMixture(HierarchicalModel):
+class ClusterMixture(FactorModel):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
     Sites: ``theta.logits`` ``(K, 1, 1)``; ``theta.loc.<site>`` and ``theta.precision.<site>``, with K before the layers
@@ -56,7 +58,7 @@ class ClusterMixture(HierarchicalModel):
     def __init__(
         self,
         likelihood: Likelihood,
-        initial: Sites,
+        initial: Sites | None = None,
         *,
         num_clusters: int = 4,
         random: Literal["A", "B", "AB"] = "AB",
@@ -66,19 +68,14 @@ class ClusterMixture(HierarchicalModel):
         concentration: float = 1.0,
         rate: float = 0.01,
     ) -> None:
-        super().__init__(likelihood, initial)
-        if random not in ("A", "B", "AB"):
-            raise ConfigError(f"random: expected 'A', 'B' or 'AB', got {random!r}.")
-        if num_clusters < 1 or min(*initial_scale, spread, loc_scale, concentration, rate) <= 0:
+        super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
+        if num_clusters < 1 or min(*initial_scale, spread) <= 0:
             raise ConfigError(
-                "expected num_clusters of at least 1 and positive initial_scale, spread, loc_scale, concentration and "
-                f"rate; got num_clusters={num_clusters}, initial_scale={initial_scale}, spread={spread}, "
-                f"loc_scale={loc_scale}, concentration={concentration}, rate={rate}."
+                "expected num_clusters of at least 1 and positive initial_scale and spread; got "
+                f"num_clusters={num_clusters}, initial_scale={initial_scale}, spread={spread}."
             )
         self.num_clusters, self.initial_scale, self.spread = num_clusters, initial_scale, spread
-        self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
-        for name, value in (("loc_scale", loc_scale), ("concentration", concentration), ("rate", rate)):
-            self.register_buffer(name, torch.tensor(value, dtype=next(iter(initial.values())).dtype))
+        self.set_hyperparameters(concentration=concentration, rate=rate)
 
     def initial_theta(self) -> Sites:
         """Where guides start each theta site: clusters apart, always in the same way, or they would stay alike."""
@@ -124,7 +121,7 @@ class ClusterMixture(HierarchicalModel):
             for site in self.random_sites
         }
 
-    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+    def phi_prior(self, theta: Sites) -> Distributions:
         """p(phi | theta) of one task, per random site by itself: its weights are pi."""
         logits = self.log_weights(theta)
         return {site: Mixture(logits, fn) for site, fn in self.components(theta).items()}
@@ -133,14 +130,11 @@ class ClusterMixture(HierarchicalModel):
         """Log pi, ``(*draws, K)``."""
         return theta["theta.logits"][..., 0, 0].log_softmax(-1)
 
-    def shared(self, theta: Sites) -> Sites:
-        """The factor that is not random."""
-        return {site: theta[f"theta.loc.{site}"] for site in self.initial if site not in self.random_sites}
-
-    def _sample_phi(self, tasks: pyro.plate) -> Sites:
+    def sample_phi(self, episode: Episode) -> Sites:
+        """Sample theta and phi, site after site, each from a mixture whose weights are given those before."""
         theta = self.theta()
         phi, log_weights = self.shared(theta), self.log_weights(theta)
-        with tasks:
+        with task_plate(episode):
             for site, fn in self.components(theta).items():
                 phi[site] = value = pyro.sample(f"phi.{site}", Mixture(log_weights, fn))
                 # What a cluster's normals say of the site, for every draw and task.

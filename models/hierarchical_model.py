@@ -8,6 +8,8 @@ A model says what theta is and how phi depends on it.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,32 +21,42 @@ from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
-from bayes_lora.infer.plates import examples_scale, task_plate
-from bayes_lora.types import Likelihood, Sites
+from bayes_lora.infer.plates import observe_answers, task_plate
+from bayes_lora.types import Distributions, Likelihood, Sites
+from bayes_lora.utils.settings import RecordedSettings
 
-__all__ = ["HierarchicalModel"]
+__all__ = ["HierarchicalModel", "sample_normal"]
 
 
-class HierarchicalModel(PyroModule):
+class HierarchicalModel(RecordedSettings, PyroModule):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
-    A subclass gives ``initial_theta``, ``theta`` and ``phi_prior``, and fills ``random_sites``.
+    A subclass defines ``initial_theta``, ``theta`` and ``phi_prior``, and sets ``random_sites``. For priors over LoRA
+    factors, :class:`bayes_lora.models.FactorModel` leaves only ``phi_prior``.
+
+    Args:
+        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start; by default the likelihood's own.
 
     Attributes:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
-        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start.
         random_sites: the sites of phi.
+        context: makes the context, such as an effect handler, inside which model and guide run.
 
     Raises:
         SiteError: ``initial`` has a site that the language model lacks, or lacks one, or has another event shape.
     """
 
     random_sites: list[str]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def __init__(self, likelihood: Likelihood, initial: Sites) -> None:
+    def __init__(self, likelihood: Likelihood, initial: Sites | None = None) -> None:
         super().__init__()
-        sites = getattr(likelihood, "sites", None)
-        if sites is not None:  # before a first forward, which may be far off
+        sites = getattr(likelihood, "sites", None)  # a likelihood without any needs initial values
+        if initial is None:
+            if sites is None:
+                raise ConfigError(f"initial: expected values for {type(likelihood).__name__}, which has no sites.")
+            initial = sites.initial()
+        elif sites is not None:  # before a first forward, which may be far off
             sites.check(initial)
         self.likelihood, self.initial = likelihood, initial
 
@@ -57,16 +69,8 @@ class HierarchicalModel(PyroModule):
         """Sample p(theta)."""
 
     @abstractmethod
-    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+    def phi_prior(self, theta: Sites) -> Distributions:
         """p(phi | theta) of one task, per random site; event ``(layers, out, in)``."""
-
-    def normal_theta(self) -> Sites:
-        """Sample every theta site of ``initial_theta`` from N(0, s_0^2), where a model has a buffer ``loc_scale``."""
-        theta: Sites = {}
-        for name, value in self.initial_theta().items():
-            prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
-            theta[name] = pyro.sample(name, prior)
-        return theta
 
     def shared(self, theta: Sites) -> Sites:
         """Values of the LoRA sites that all tasks share."""
@@ -74,23 +78,22 @@ class HierarchicalModel(PyroModule):
 
     def sample_phi(self, episode: Episode) -> Sites:
         """Sample theta and phi; returns phi for every LoRA site, ``(T, 1, layers, out, in)`` where it is random."""
-        return self._sample_phi(task_plate(episode))
-
-    def _sample_phi(self, tasks: pyro.plate) -> Sites:
         theta = self.theta()
         phi = self.shared(theta)
-        with tasks:
+        with task_plate(episode):
             for site, prior in self.phi_prior(theta).items():
                 phi[site] = pyro.sample(f"phi.{site}", prior)
         return phi
 
     def forward(self, episode: Episode) -> Tensor:
         """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
-        tasks = task_plate(episode)
-        log_lik = self.likelihood(self._sample_phi(tasks), episode)
-        with tasks:
-            self.observe(log_lik, episode)
+        log_lik = self.likelihood(self.sample_phi(episode), episode)
+        self.observe(log_lik, episode)
         return log_lik
+
+    def observe(self, log_lik: Tensor, episode: Episode) -> None:
+        """Observe the gold options, see :func:`bayes_lora.infer.plates.observe_answers`."""
+        observe_answers(log_lik, episode, answer=self.answer(log_lik), observed=self.answered(episode))
 
     def render(self, episode: Episode, filename: str | None = None) -> Any:
         """The plate diagram, a ``graphviz.Digraph``; written to ``filename`` as an image where one is given.
@@ -111,16 +114,6 @@ class HierarchicalModel(PyroModule):
         finally:
             self.likelihood = likelihood
 
-    def observe(self, log_lik: Tensor, episode: Episode) -> None:
-        """Observe the gold options. Here N enters: a task's sum is scaled from n examples to its N."""
-        mask: Any = episode.mask  # Pyro types it as BoolTensor, which torch makes nothing of
-        with (
-            pyro.plate("example", episode.mask.shape[-1], dim=-1),
-            pyro.poutine.scale(scale=examples_scale(episode, log_lik)),
-            pyro.poutine.mask(mask=mask),
-        ):
-            pyro.sample("answer", self.answer(log_lik), obs=self.answered(episode))
-
     def answer(self, log_lik: Tensor) -> dist.TorchDistribution:
         """p(y | x, phi), a batch of ``(T, N)``."""
         answer: dist.TorchDistribution = dist.Categorical(logits=log_lik)
@@ -136,3 +129,12 @@ def _depends_on_phi(phi: Sites, episode: Episode) -> Tensor:
     total: Any = sum(value.sum((-3, -2, -1)) for value in phi.values())
     zeros: Tensor = torch.zeros(episode.shape, device=episode.mask.device)
     return zeros + total[..., None]  # type: ignore[no-any-return]
+
+
+def sample_normal(start: Sites, scale: Tensor) -> Sites:
+    """Sample a theta site from N(0, scale^2), elementwise, for each name and shape of ``start``."""
+    theta: Sites = {}
+    for name, value in start.items():
+        prior = dist.Normal(torch.zeros_like(scale), scale).expand(value.shape).to_event(value.ndim)
+        theta[name] = pyro.sample(name, prior)
+    return theta

@@ -17,13 +17,13 @@ import pyro.distributions as dist
 import torch
 
 from bayes_lora.errors import ConfigError
-from bayes_lora.models.hierarchical_model import HierarchicalModel
-from bayes_lora.types import Likelihood, Sites
+from bayes_lora.models.factor_model import FactorModel
+from bayes_lora.types import Distributions, Likelihood, Sites
 
 __all__ = ["HierarchicalNormal"]
 
 
-class HierarchicalNormal(HierarchicalModel):
+class HierarchicalNormal(FactorModel):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
     Sites: ``theta.loc.<site>`` for every LoRA site; ``theta.precision.<site>`` and ``phi.<site>`` for the random ones;
@@ -42,7 +42,7 @@ class HierarchicalNormal(HierarchicalModel):
     def __init__(
         self,
         likelihood: Likelihood,
-        initial: Sites,
+        initial: Sites | None = None,
         *,
         random: Literal["A", "B", "AB"] = "AB",
         initial_scale: tuple[float, float] = (0.1, 0.05),
@@ -50,19 +50,15 @@ class HierarchicalNormal(HierarchicalModel):
         concentration: float = 1.0,
         rate: float = 0.01,
     ) -> None:
-        super().__init__(likelihood, initial)
-        if random not in ("A", "B", "AB"):
-            raise ConfigError(f"random: expected 'A', 'B' or 'AB', got {random!r}.")
+        super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
         if min(initial_scale) <= 0:
             raise ConfigError(f"initial_scale: expected two positive numbers (for A and B), got {initial_scale}.")
         self.initial_scale = initial_scale
-        self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
-        for name, value in (("loc_scale", loc_scale), ("concentration", concentration), ("rate", rate)):
-            self.register_buffer(name, torch.tensor(value, dtype=next(iter(initial.values())).dtype))
+        self.set_hyperparameters(concentration=concentration, rate=rate)
 
     def initial_theta(self) -> Sites:
         """Where guides start each theta site."""
-        theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
+        theta = super().initial_theta()
         for site in self.random_sites:
             scale = self.initial_scale[".lora_B" in site]
             theta[f"theta.precision.{site}"] = self.initial[site].new_full(self.precision_shape(site), scale**-2)
@@ -83,14 +79,10 @@ class HierarchicalNormal(HierarchicalModel):
             theta[f"theta.precision.{site}"] = pyro.sample(f"theta.precision.{site}", gamma)
         return theta
 
-    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+    def phi_prior(self, theta: Sites) -> Distributions:
         """p(phi | theta) of one task, per random site."""
-        prior: dict[str, dist.TorchDistribution] = {}
+        prior: Distributions = {}
         for site in self.random_sites:
             loc, precision = theta[f"theta.loc.{site}"], theta[f"theta.precision.{site}"]
             prior[site] = dist.Normal(loc, precision.rsqrt()).to_event(3)
         return prior
-
-    def shared(self, theta: Sites) -> Sites:
-        """The factor that is not random."""
-        return {site: theta[f"theta.loc.{site}"] for site in self.initial if site not in self.random_sites}

@@ -19,13 +19,13 @@ import pyro.distributions as dist
 import torch
 
 from bayes_lora.errors import ConfigError
-from bayes_lora.models.hierarchical_model import HierarchicalModel
-from bayes_lora.types import Likelihood, Sites
+from bayes_lora.models.factor_model import FactorModel
+from bayes_lora.types import Distributions, Likelihood, Sites
 
 __all__ = ["RegularizedHorseshoe"]
 
 
-class RegularizedHorseshoe(HierarchicalModel):
+class RegularizedHorseshoe(FactorModel):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
     Sites: ``theta.loc.<site>`` for every LoRA site; ``theta.local.<site>`` (lambda), ``theta.global.<site>`` (tau,
@@ -43,26 +43,21 @@ class RegularizedHorseshoe(HierarchicalModel):
     def __init__(
         self,
         likelihood: Likelihood,
-        initial: Sites,
+        initial: Sites | None = None,
         *,
         random: Literal["A", "B", "AB"] = "AB",
         global_scale: tuple[float, float] = (0.1, 0.05),
         slab: float = 1.0,
         loc_scale: float = 1.0,
     ) -> None:
-        super().__init__(likelihood, initial)
-        if random not in ("A", "B", "AB"):
-            raise ConfigError(f"random: expected 'A', 'B' or 'AB', got {random!r}.")
-        if min(*global_scale, slab, loc_scale) <= 0:
-            got = f"{global_scale}, {slab} and {loc_scale}"
-            raise ConfigError(f"expected positive global_scale, slab and loc_scale, got {got}.")
-        self.random_sites = [site for site in initial if site.partition(".lora_")[2][0] in random]
+        super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
+        if min(*global_scale, slab) <= 0:
+            raise ConfigError(f"expected positive global_scale and slab, got {global_scale} and {slab}.")
         self.global_scale, self.slab = global_scale, slab
-        self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=next(iter(initial.values())).dtype))
 
     def initial_theta(self) -> Sites:
         """Where guides start each theta site."""
-        theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
+        theta = super().initial_theta()
         for site in self.random_sites:
             value = self.initial[site]
             theta[f"theta.local.{site}"] = torch.ones_like(value)
@@ -81,15 +76,11 @@ class RegularizedHorseshoe(HierarchicalModel):
             theta[name] = pyro.sample(name, prior.expand(value.shape).to_event(3))
         return theta
 
-    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+    def phi_prior(self, theta: Sites) -> Distributions:
         """p(phi | theta) of one task, per random site."""
-        prior: dict[str, dist.TorchDistribution] = {}
+        prior: Distributions = {}
         for site in self.random_sites:
             free = theta[f"theta.global.{site}"] * theta[f"theta.local.{site}"]
             scale = self.slab * free / (self.slab**2 + free.square()).sqrt()
             prior[site] = dist.Normal(theta[f"theta.loc.{site}"], scale).to_event(3)
         return prior
-
-    def shared(self, theta: Sites) -> Sites:
-        """The factor that is not random."""
-        return {site: theta[f"theta.loc.{site}"] for site in self.initial if site not in self.random_sites}

@@ -16,15 +16,15 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from bayes_lora.distributions.factored_normal import FactoredNormal, over_rows
 from bayes_lora.errors import ConfigError
+from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.lm.sites import delta_site, factor_sites
-from bayes_lora.models.hierarchical_model import HierarchicalModel
-from bayes_lora.types import Likelihood, Sites
+from bayes_lora.models.hierarchical_model import HierarchicalModel, sample_normal
+from bayes_lora.types import Distributions, Likelihood, Sites
 
 __all__ = ["WeightSpace"]
 
@@ -34,8 +34,8 @@ class WeightSpace(HierarchicalModel):
 
     Sites: ``theta.loc.<site>`` and ``theta.scale.<site>`` for every LoRA site, ``theta.precision.<update>`` (a factor);
     ``phi.<update>`` for every update, ``q_proj.delta_weight``; ``answer``. PEFT's scaling multiplies what the update
-    adds, its noise included. Run it under :class:`bayes_lora.infer.handlers.LocalReparameterization`, or every task has
-    matrices of its own in memory.
+    adds, its noise included. It runs under :class:`bayes_lora.infer.handlers.LocalReparameterization`; otherwise every
+    task would have matrices of its own in memory.
 
     Args:
         likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
@@ -47,10 +47,12 @@ class WeightSpace(HierarchicalModel):
             default a scale of 1e-3 is typical; the paper's 0.01, that of 0.1, goes with its gamma of 1e-8.
     """
 
+    context = LocalReparameterization
+
     def __init__(
         self,
         likelihood: Likelihood,
-        initial: Sites,
+        initial: Sites | None = None,
         *,
         offset: float = 1e-3,
         loc_scale: float = 1.0,
@@ -61,9 +63,9 @@ class WeightSpace(HierarchicalModel):
         for name, value in dict(offset=offset, loc_scale=loc_scale, concentration=concentration, rate=rate).items():
             if not value > 0:
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
-        self.random_sites = [delta_site(site) for site in initial if ".lora_A" in site]
+        self.random_sites = [delta_site(site) for site in self.initial if ".lora_A" in site]
         self.offset, self.concentration, self.rate = offset, concentration, rate
-        self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=next(iter(initial.values())).dtype))
+        self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=next(iter(self.initial.values())).dtype))
 
     def initial_theta(self) -> Sites:
         """Where guides start each theta site."""
@@ -74,7 +76,7 @@ class WeightSpace(HierarchicalModel):
 
     def theta(self) -> Sites:
         """Sample p(theta): two pairs of factors for every update."""
-        theta = self.normal_theta()
+        theta = sample_normal(self.initial_theta(), self.loc_scale)
         for site, prior in self.phi_prior(theta).items():
             pyro.factor(f"theta.precision.{site}", self._log_gamma(prior.base_dist))
         return theta
@@ -88,9 +90,9 @@ class WeightSpace(HierarchicalModel):
 
         return over_rows(lambda q: log_density(q.scale_B @ q.scale_A + self.offset), prior).sum(-1)
 
-    def phi_prior(self, theta: Sites) -> dict[str, dist.TorchDistribution]:
+    def phi_prior(self, theta: Sites) -> Distributions:
         """p(dW | theta) of one task, per update."""
-        prior: dict[str, dist.TorchDistribution] = {}
+        prior: Distributions = {}
         for site in self.random_sites:
             a, b = factor_sites(site)
             factors = [theta[f"theta.{part}.{factor}"] for part in ("loc", "scale") for factor in (a, b)]

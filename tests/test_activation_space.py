@@ -78,7 +78,7 @@ def test_the_divergence_of_a_language_model(tokenizer, monkeypatch):
     """One adapted module, so that noise does not reach what it reads: against the closed form of its activations."""
     lm = build_lm("llama", tokenizer, top_layers=1, targets=("v_proj",))
     objective = build(lm)
-    guide, model = objective.guide.program, objective.model.program
+    guide, model = objective.guide, objective.model
     episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
     theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
     start = guide.posterior(episode.support, theta)
@@ -111,8 +111,8 @@ def test_the_divergence_of_a_language_model(tokenizer, monkeypatch):
 def test_the_loss_adds_up(lm):
     """The divergence of activations is weighed by beta, theta's density by gamma."""
     built, episode = build(lm), make_episode(lm)
-    guide = built.guide.program
-    objective = BetaELBO(built.model.program, guide, beta=0.1, gamma=0.7)
+    guide = built.guide
+    objective = BetaELBO(built.model, guide, beta=0.1, gamma=0.7)
     theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
     losses, terms = [], []
     for seed in range(3):
@@ -159,7 +159,7 @@ def test_draws_in_pieces_and_several_particles(tokenizer):
     """Without gradients the draws run in pieces; each has its own divergence."""
     lm = build_lm("llama", tokenizer, token_budget=1)
     objective = build(lm)
-    wide = BetaELBO(objective.model.program, objective.guide.program, beta=0.1, num_particles=3)
+    wide = BetaELBO(objective.model, objective.guide, beta=0.1, num_particles=3)
     episode = make_episode(lm)
     pieces = []
     total = LogRatios.total
@@ -231,8 +231,8 @@ def test_minibatches_take_turns(lm):
 
 def test_steps_on_minibatches(lm):
     """One step of two examples is the step on these alone, their likelihood scaled to the whole set's."""
-    guide = build(lm, steps=1, optimizer="sgd", batch_size=2, beta=1e-20, offset=-40.0).guide.program
-    alone = build(lm, steps=1, optimizer="sgd", beta=1e-20, offset=-40.0).guide.program
+    guide = build(lm, steps=1, optimizer="sgd", batch_size=2, beta=1e-20, offset=-40.0).guide
+    alone = build(lm, steps=1, optimizer="sgd", beta=1e-20, offset=-40.0).guide
     theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
     task = next(iter(make_tasks(1).values()))
     found = guide.posterior(collate([lm.encoder(task.examples[:6])]), theta)
@@ -254,5 +254,5 @@ def test_without_steps_a_task_has_theta_s_lora(lm):
     task = next(iter(make_tasks(1).values())).split(4, seed=1)
     adapted = adapt(objective, lm, [task])
     for site in lm.sites.shapes:
-        expected = objective.guide.program.theta.distribution(f"theta.loc.{site}").mean
+        expected = objective.guide.theta.distribution(f"theta.loc.{site}").mean
         assert torch.equal(adapted.loc[site][0, 0], expected) and not adapted.scale

@@ -204,7 +204,7 @@ def test_estimators_and_theta_s_draws():
         for name, make in (("bound", AnalyticELBO), ("exact", TraceMeanField_ELBO)):
             torch.manual_seed(2)
             model = Clusters()
-            guide = SharedMeanField(model, theta=theta)
+            guide = SharedMeanField(model, theta_guide=theta)
             elbo = make(num_particles=2000, max_plate_nesting=2, vectorize_particles=True)
             values = [BetaELBO(model, guide, elbo=elbo)(episode).detach() for _ in range(8)]
             losses[name] = torch.stack(values)
@@ -393,7 +393,7 @@ def test_cluster_probabilities_of_adapted_tasks(lm):
 def test_pyro_s_estimator_is_the_explicit_density_s(theta_guide):
     """Of the same draws, two sites and a plate of theta's draws: log q - log p of the mixture by loops, to rounding."""
     model, _ = mixture(spread=0.6)
-    guide, count = SharedMeanField(model, theta=theta_guide), 6
+    guide, count = SharedMeanField(model, theta_guide=theta_guide), 6
     episode = linear_episode(torch.zeros(2, 3, 3), torch.zeros(2, 3))
 
     def both():

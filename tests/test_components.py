@@ -104,10 +104,8 @@ def test_members_adapt_as_they_would_alone(lm, split):
     """Steps for all components side by side are those of each member by itself."""
     objective = build(lm, "HierarchicalNormal", "Ensemble").eval()
     together = adapt(objective, lm, split, steps=3, learning_rate=0.01)
-    for k, member in enumerate(objective.guide.program.members):
-        alone = adapt(
-            BetaELBO(objective.model.program, member, beta=1e-2).eval(), lm, split, steps=3, learning_rate=0.01
-        )
+    for k, member in enumerate(objective.guide.members):
+        alone = adapt(BetaELBO(objective.model, member, beta=1e-2).eval(), lm, split, steps=3, learning_rate=0.01)
         for site, value in alone.loc.items():
             torch.testing.assert_close(together.loc[site][k], value)
 
@@ -234,11 +232,13 @@ def test_a_step_touches_the_episode_s_tasks_alone(lm):
 def test_an_ensemble_over_whole_updates(lm, split, tmp_path):
     """Its factors are gathered member by member, drawn and deferred; what is saved comes back."""
     model = PRIORS["WeightSpace"](lm)
-    ensemble = Ensemble(model, num_members=2, make=lambda model, theta: SharedMeanField(model, theta=theta))
+    ensemble = Ensemble(
+        model, num_members=2, make=lambda model, theta_guide: SharedMeanField(model, theta_guide=theta_guide)
+    )
     with torch.no_grad():
         for parameter in ensemble.members[1].parameters():
             parameter += 0.1
-    for handler in ({}, {"handler": LocalReparameterization}):
+    for handler in ({}, {"context": LocalReparameterization}):
         objective = BetaELBO(model, ensemble, beta=0.1, num_particles=2, **handler)
         objective.zero_grad()
         objective(episodes(lm)[0]).backward()
@@ -260,9 +260,9 @@ def test_the_terms_of_a_flow_are_its_loss(lm):
     torch.manual_seed(5)
     terms = objective.terms(episode)
     assert {"kl.coefficients", "kl.reverse"} <= terms.keys()
-    theta = objective.model.program.theta
+    theta = objective.model.theta
     with torch.no_grad():
-        trace = pyro.poutine.trace(objective.guide.program.theta).get_trace()
+        trace = pyro.poutine.trace(objective.guide.theta).get_trace()
         prior = pyro.poutine.trace(pyro.poutine.replay(theta, trace)).get_trace()
     hyper = -float(prior.log_prob_sum().detach())
     assert terms["nll"] + 1e-2 * (terms["kl"] + hyper) == pytest.approx(float(loss.detach()))
@@ -286,7 +286,7 @@ def test_no_steps_are_the_prior_at_theta_s_draw(lm):
     """Then the divergence is zero, whatever was drawn."""
     model = PRIORS["HierarchicalNormal"](lm)
     theta = lambda model: NormalTheta(model, initial_scale=0.3)  # noqa: E731
-    terms = BetaELBO(model, GradientGuide(model, steps=0, theta=theta)).terms(episodes(lm)[0])
+    terms = BetaELBO(model, GradientGuide(model, steps=0, theta_guide=theta)).terms(episodes(lm)[0])
     assert terms["kl"] == pytest.approx(0.0, abs=1e-9)
 
 
@@ -325,7 +325,7 @@ def test_what_is_refused(lm):
     of_several = GradientGuide(model, start=GUIDES["SGLD"](model))
     with pytest.raises(ConfigError, match="start: SGLD has several components"):
         of_several.posterior(support, of_several.theta())
-    ensemble = Ensemble(model, num_members=2, make=lambda model, theta: SGLD(model, theta=theta))
+    ensemble = Ensemble(model, num_members=2, make=lambda model, theta_guide: SGLD(model, theta_guide=theta_guide))
     with pytest.raises(ConfigError, match="make: SGLD has several components, a member has one"):
         draw_phi(model, ensemble, episodes(lm)[0], 2)
 
@@ -340,10 +340,12 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
             guide.posterior(support, guide.theta())
     with pytest.raises(ConfigError, match="start: Ensemble has no theta of its own"):
         GradientGuide(model, start=Ensemble(model, num_members=2))
-    inner = lambda model, theta: Ensemble(model, theta=theta, num_members=2)  # noqa: E731
+    inner = lambda model, theta: Ensemble(model, theta_guide=theta, num_members=2)  # noqa: E731
     with pytest.raises(ConfigError, match="make: an ensemble cannot be a member"):
         Ensemble(model, make=inner)
-    samplers = Ensemble(model, num_members=2, make=lambda model, theta: SGLD(model, theta=theta, burn_in=0))
+    samplers = Ensemble(
+        model, num_members=2, make=lambda model, theta_guide: SGLD(model, theta_guide=theta_guide, burn_in=0)
+    )
     with pytest.raises(ConfigError, match="adapt: SGLD has several components"):
         adapt(BetaELBO(model, samplers), lm, split)
 
@@ -365,7 +367,7 @@ def test_episodes_go_where_the_language_model_is(lm):
     objective = BetaELBO(model := PRIORS["IndependentNormal"](lm), MeanField(model, num_tasks=4))
     moved = objective.to("meta")
     assert _device(moved) == lm.device
-    moved.model.program.likelihood = SimpleNamespace(device=torch.device("meta"))
+    moved.model.likelihood = SimpleNamespace(device=torch.device("meta"))
     assert _device(moved).type == "meta"
 
 

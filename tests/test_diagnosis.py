@@ -24,7 +24,7 @@ def tasks():
 def objective(lm, prior="HierarchicalNormal", guide="GradientGuide"):
     torch.manual_seed(3)
     model = PRIORS[prior](lm)
-    handler = {"handler": LocalReparameterization} if prior == "WeightSpace" else {}
+    handler = {"context": LocalReparameterization} if prior == "WeightSpace" else {}
     return BetaELBO(model, GUIDES[guide](model), beta=1e-2, **handler)
 
 
@@ -40,7 +40,7 @@ def test_the_numbers_are_those_of_the_predictions(lm, tasks):
     distances = [(a.exp() - b.exp()).clamp_min(0).sum(-1).mean() for a, b in zip(*predictions, strict=True)]
     assert found.moved == pytest.approx(float(sum(distances) / 2))
     episode = collate([lm.encoder(task.support) for task in tasks])
-    prior = one.model.program.phi_prior(one_pass(one, episode)[0])
+    prior = one.model.phi_prior(one_pass(one, episode)[0])
     assert found.sites.keys() == adapted.scale.keys()
     for site, width in found.sites.items():
         q = Normal(adapted.loc[site], adapted.scale[site])

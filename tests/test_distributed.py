@@ -51,7 +51,7 @@ def test_two_processes_take_the_step_of_the_mean_gradient(tokenizer, tmp_path):
     num_data = sum(len(task) for task in sampler.tasks)
     for step, rate in enumerate([0.02, 0.55 * 0.02 + 0.45 * 0.01, 0.55 * 0.02 - 0.45 * 0.01]):  # a cosine's thirds
         optimizer.param_groups[0]["lr"] = rate
-        objective.warm(linear_warmup(step, CONFIG.warmup))
+        objective.anneal(linear_warmup(step, CONFIG.warmup))
         optimizer.zero_grad()
         for index in (2 * step, 2 * step + 1):
             torch.manual_seed(index)

@@ -33,7 +33,7 @@ def loss_and_gradients(objective, episode):
 @pytest.mark.parametrize("theta", [PointTheta, NormalTheta])  # LogNormal against Gamma has no closed form
 def test_values_and_gradients_are_pyro_s(lm, theta):
     episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
-    objective = build(lm, theta=theta)
+    objective = build(lm, theta_guide=theta)
     assert isinstance(objective.elbo, AnalyticELBO)
     loss, gradients = loss_and_gradients(objective, episode)
     objective.elbo = TraceMeanField_ELBO()
@@ -109,7 +109,7 @@ class Far(nn.Module):
 
 def test_it_keeps_less(lm):
     episode, objective = make_episode(lm), build(lm)
-    objective.model.program.likelihood = Far(lm)
+    objective.model.likelihood = Far(lm)
     ours = saved_bytes(objective, episode)
     objective.elbo = TraceMeanField_ELBO()
     phi = sum(2 * value.numel() * 8 for value in lm.sites.initial().values())  # of two tasks
@@ -122,7 +122,7 @@ def test_latent_log_densities_are_not_computed(lm, monkeypatch):
     monkeypatch.setattr(dist.Normal, "log_prob", lambda self, value: calls.append(self) or log_prob(self, value))
     objective, episode = build(lm), make_episode(lm)
     objective(episode)
-    theta = len(objective.model.program.initial)  # a point's divergence is the prior's density there
+    theta = len(objective.model.initial)  # a point's divergence is the prior's density there
     assert len(calls) == theta
 
 
@@ -130,15 +130,15 @@ def test_particles_are_averaged_in_one_forward(lm):
     """The mean over draws of phi of the loss, with the language model called once for all of them."""
     episode = make_episode(lm)
     single = build(lm)
-    many = BetaELBO(single.model.program, single.guide.program, beta=0.3, gamma=0.7, num_particles=3).eval()
-    calls, likelihood = [], single.model.program.likelihood
+    many = BetaELBO(single.model, single.guide, beta=0.3, gamma=0.7, num_particles=3).eval()
+    calls, likelihood = [], single.model.likelihood
 
     def watched(phi, episode):
         calls.append({site: value.detach() for site, value in phi.items()})
         return likelihood(phi, episode)
 
     watched.features, watched.hidden_size = likelihood.features, likelihood.hidden_size
-    single.model.program.likelihood = watched
+    single.model.likelihood = watched
     torch.manual_seed(1)
     loss = many(episode)
     assert len(calls) == 1
@@ -150,7 +150,7 @@ def test_particles_are_averaged_in_one_forward(lm):
     prior = (loss_and_gradients(single, episode)[0] - torch.tensor(_nll(single, episode)) - 0.3 * terms["kl"]) / 0.7
     torch.testing.assert_close(loss.detach(), nll.detach() + 0.3 * terms["kl"] + 0.7 * prior)
     with pytest.raises(ConfigError, match="num_particles: expected at least 1, got 0"):
-        BetaELBO(single.model.program, single.guide.program, num_particles=0)
+        BetaELBO(single.model, single.guide, num_particles=0)
 
 
 def _nll(objective, episode):
@@ -274,9 +274,7 @@ def test_a_scale_that_is_not_positive_is_placed(lm, bad, where):
                 scale = torch.full_like(fn.mean, -0.1 if i == bad else 0.1)
                 pyro.sample(f"phi.{site}", dist.Normal(fn.mean, scale).to_event(3))
 
-    with pytest.raises(
-        SiteError, match=f"{where} of narrow: Expected parameter scale .* A scale must be positive: take"
-    ):
+    with pytest.raises(SiteError, match=f"{where}: Expected parameter scale .* A scale must be positive: take"):
         BetaELBO(model, narrow)(make_episode(lm))
 
 

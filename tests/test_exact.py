@@ -207,7 +207,7 @@ def test_no_steps_is_the_prior():
     x, _, y = make_data()
     for theta in (PointTheta, NormalTheta):
         model = LinearModel()
-        loc, scale = normals(model, GradientGuide(model, steps=0, theta=theta), linear_episode(x, y))
+        loc, scale = normals(model, GradientGuide(model, steps=0, theta_guide=theta), linear_episode(x, y))
         assert torch.equal(loc, MU.expand(3, RANK))
         assert torch.equal(scale, torch.full((3, RANK), TAU, dtype=torch.float64))
     network_guide = network(model)

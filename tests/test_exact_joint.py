@@ -254,7 +254,7 @@ def test_an_ensemble_of_mean_fields():
     x, _, y = make_data()
     episode, model = linear_episode(x, y), LinearModel()
     torch.manual_seed(1)
-    make = lambda model, theta: MeanField(model, 3, theta=theta)  # noqa: E731
+    make = lambda model, theta_guide: MeanField(model, 3, theta_guide=theta_guide)  # noqa: E731
     ensemble = Ensemble(model, make=make, num_members=2)
     with torch.no_grad():
         for parameter in ensemble.members[1].tables.parameters():
@@ -271,7 +271,9 @@ def test_an_ensemble_of_mean_fields():
 def test_draws_of_an_ensemble_are_shared_out():
     x, _, y = make_data()
     episode, model = linear_episode(x, y), LinearModel()
-    ensemble = Ensemble(model, num_members=3, make=lambda model, theta: SharedPoint(model, theta=theta))
+    ensemble = Ensemble(
+        model, num_members=3, make=lambda model, theta_guide: SharedPoint(model, theta_guide=theta_guide)
+    )
     values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     for member, value in zip(ensemble.members, values, strict=True):
         [parameter] = [p for name, p in member.named_parameters() if "value" in name]

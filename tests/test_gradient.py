@@ -67,7 +67,7 @@ def test_second_order_gradients_are_finite_differences(optimizer):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_first_order_holds_the_displacement_constant(optimizer, monkeypatch):
     objective, episode = linear_objective(optimizer=optimizer)
-    guide = objective.guide.program
+    guide = objective.guide
     [theta] = objective.parameters()
     torch.manual_seed(2)
     loss = objective(episode)
@@ -108,7 +108,7 @@ def build(lm, **kwargs):
 def test_tasks_together_equal_tasks_alone(any_lm, optimizer, monkeypatch):
     """Also where the episode stands for a larger collection, and support sets are of different sizes."""
     fixed_noise(monkeypatch)
-    guide = build(any_lm, optimizer=optimizer, num_particles=2).guide.program
+    guide = build(any_lm, optimizer=optimizer, num_particles=2).guide
     tasks = list(make_tasks(2).values())
     rows = [any_lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(tasks)]
     theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
@@ -125,7 +125,7 @@ def test_tasks_together_equal_tasks_alone(any_lm, optimizer, monkeypatch):
 def test_one_plain_step_is_the_gradient_of_the_support_s_elbo(lm, monkeypatch):
     fixed_noise(monkeypatch)
     objective, episode = build(lm, steps=1, optimizer="sgd", learning_rate=0.05, beta=0.3), make_episode(lm)
-    guide, model = objective.guide.program, objective.model.program
+    guide, model = objective.guide, objective.model
     theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
     found = guide.posterior(episode.support, theta)
     prior = {site: fn.base_dist for site, fn in model.phi_prior(theta).items()}
@@ -146,13 +146,13 @@ def test_one_plain_step_is_the_gradient_of_the_support_s_elbo(lm, monkeypatch):
 @pytest.mark.parametrize("theta", [PointTheta, NormalTheta])
 def test_training_and_drawing(any_lm, theta, second_order):
     """Every parameter gets a gradient, particles and draws work, the base stays frozen."""
-    objective = build(any_lm, theta=theta, second_order=second_order, learn_rates=True)
-    objective = BetaELBO(objective.model.program, objective.guide.program, beta=0.1, num_particles=2)
+    objective = build(any_lm, theta_guide=theta, second_order=second_order, learn_rates=True)
+    objective = BetaELBO(objective.model, objective.guide, beta=0.1, num_particles=2)
     episode = make_episode(any_lm)
     objective(episode).backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
-    phi = draw_phi(objective.model.program, objective.guide.program, episode, 4)
+    phi = draw_phi(objective.model, objective.guide, episode, 4)
     for site, shape in any_lm.sites.shapes.items():
         assert phi[site].shape == (4, 2, 1, *shape)
     assert not any(p.requires_grad or p.grad is not None for p in any_lm.model.parameters())
@@ -161,7 +161,7 @@ def test_training_and_drawing(any_lm, theta, second_order):
 
 def test_steps_lower_the_support_s_loss(lm):
     objective, episode = build(lm, steps=30, learning_rate=0.02, num_particles=4), make_episode(lm)
-    guide, model = objective.guide.program, objective.model.program
+    guide, model = objective.guide, objective.model
     theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
 
     def nll(normals):
@@ -211,7 +211,7 @@ def test_the_steps_begin_where_the_network_points(lm, monkeypatch):
 
 
 def test_draws_of_theta_move_the_end_as_they_move_the_prior(lm):
-    guide = build(lm, theta=NormalTheta).guide.program
+    guide = build(lm, theta_guide=NormalTheta).guide
     model, support = guide._model[0], make_episode(lm).support
     mean = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
     moved = {site: value + 0.1 if ".loc." in site else 4.0 * value for site, value in mean.items()}
@@ -229,7 +229,7 @@ def test_each_part_may_have_its_own_rate(lm, monkeypatch):
     fixed_noise(monkeypatch)
     episode = make_episode(lm)
     one, two = (
-        build(lm, steps=1, optimizer="sgd", learning_rate=rate).guide.program
+        build(lm, steps=1, optimizer="sgd", learning_rate=rate).guide
         for rate in (0.01, {"loc": 0.02, "log_scale": 0.05})
     )
     theta = {site: one.theta.distribution(site).mean for site in one.theta.positive}

@@ -49,14 +49,16 @@ PRIORS = {
     "WeightSpace": lambda lm: models.WeightSpace(lm, start(lm), offset=0.05),
 }
 GUIDES = {
-    "Ensemble": lambda model: Ensemble(model, theta=NormalTheta, num_members=2),
+    "Ensemble": lambda model: Ensemble(model, theta_guide=NormalTheta, num_members=2),
     "FlowNetwork": lambda model: FlowNetwork(model, num_components=3, directions=2, hidden=6, bilinear=2).double(),
     "GradientGuide": lambda model: GradientGuide(model, steps=2, learning_rate=0.01),
     "GradientGuide, Point": lambda model: GradientGuide(model, steps=2, learning_rate=0.01, family=Point()),
     "GradientGuide, Reptile": lambda model: GradientGuide(
         model, steps=2, learning_rate=0.01, family=Point(), follow_theta=False
     ),
-    "GuideNetwork": lambda model: GuideNetwork(model, theta=NormalTheta, directions=2, hidden=6, bilinear=2).double(),
+    "GuideNetwork": lambda model: GuideNetwork(
+        model, theta_guide=NormalTheta, directions=2, hidden=6, bilinear=2
+    ).double(),
     "Laplace": lambda model: Laplace(model, steps=2, learning_rate=0.01, num_samples=2),
     "Laplace, Kronecker": lambda model: Laplace(
         model, steps=2, learning_rate=0.01, curvature="kronecker", prior_precision="marginal-likelihood", largest=8
@@ -67,7 +69,7 @@ GUIDES = {
     "NUTS": lambda model: NUTS(model, num_samples=2, warmup_steps=1, max_tree_depth=2),
     "SGLD": lambda model: SGLD(model, num_samples=3, burn_in=1, thinning=1),
     "SWAG": lambda model: SWAG(model, steps=5, burn_in=1, rank=3),
-    "SharedMeanField": lambda model: SharedMeanField(model, theta=NormalTheta),
+    "SharedMeanField": lambda model: SharedMeanField(model, theta_guide=NormalTheta),
     "SharedMeanField, MatrixNormal": lambda model: SharedMeanField(model, family=MatrixNormal(8)),
     "SharedPoint": SharedPoint,
 }
@@ -88,14 +90,12 @@ REFUSED = {
         if guide.endswith((" Point", " Reptile", " LowRank", " MatrixNormal"))
     },
     ("ActivationSpace", "Ensemble"): ANOTHER,
-    ("ClusterMixture", "Laplace"): ANOTHER,
-    ("ClusterMixture", "Laplace, Kronecker"): ANOTHER,
     ("WeightSpace", "Ensemble"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
     ("WeightSpace", "SharedPoint"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
 }
 # Parts of q(theta) and families of q(phi), not methods of their own; and the base class of models.
-NOT_GUIDES = {"NormalTheta", "PointTheta", "Dropout", "LowRank", "MatrixNormal", "Point"}
-NOT_PRIORS = {"HierarchicalModel"}
+NOT_GUIDES = {"TaskGuide", "NormalTheta", "PointTheta", "Dropout", "LowRank", "MatrixNormal", "Point"}
+NOT_PRIORS = {"FactorModel", "HierarchicalModel"}
 # An ensemble trains a member with each particle.
 SETTINGS = {"Ensemble": {"num_particles": 2}}
 
@@ -116,7 +116,7 @@ def pairs(works=True):
 def build(lm, prior, guide):
     torch.manual_seed(3)
     model = PRIORS[prior](lm)
-    handler = {"handler": LocalReparameterization} if prior == "WeightSpace" else {}
+    handler = {"context": LocalReparameterization} if prior == "WeightSpace" else {}
     return BetaELBO(model, GUIDES[guide](model), beta=1e-2, **handler | SETTINGS.get(guide, {}))
 
 
@@ -142,7 +142,7 @@ def test_three_steps(lm, prior, guide):
     assert all(total.max() > 0 for total in moved.values()), [n for n, total in moved.items() if not total.max() > 0]
     assert not any(p.requires_grad or p.grad is not None for p in lm.model.parameters())
     assert not pyro.get_param_store().keys()
-    model, guide_trace = objective.model.program, pyro.poutine.trace(objective.guide.program).get_trace(sampler[0])
+    model, guide_trace = objective.model, pyro.poutine.trace(objective.guide).get_trace(sampler[0])
     latent = {
         n
         for n, s in guide_trace.nodes.items()
@@ -165,8 +165,8 @@ def test_draws_adaptation_and_saving(lm, prior, guide, tmp_path):
             parameter += 0.01 * torch.randn_like(parameter)
     episode = episodes(lm)[0]
     objective.eval(), other.eval()
-    with objective.handled():
-        phi = draw_phi(objective.model.program, objective.guide.program, episode, 3)
+    with objective.running():
+        phi = draw_phi(objective.model, objective.guide, episode, 3)
     lm.sites.check(phi)
     assert lm(phi, episode).shape == (3, *episode.shape)
     other.load_state_dict(objective.state_dict())

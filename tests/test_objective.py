@@ -13,11 +13,11 @@ from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import HierarchicalNormal
 
 
-def build(lm, *, random="AB", theta=PointTheta, beta=0.3, gamma=0.7, move=True, **kwargs):
+def build(lm, *, random="AB", theta_guide=PointTheta, beta=0.3, gamma=0.7, move=True, **kwargs):
     """Model and guide away from their symmetric start."""
     torch.manual_seed(3)
     model = HierarchicalNormal(lm, lm.sites.initial(), random=random, initial_scale=(0.3, 0.2))
-    guide = GuideNetwork(model, theta=theta, directions=2, hidden=6, bilinear=2, dropout=0.5).double()
+    guide = GuideNetwork(model, theta_guide=theta_guide, directions=2, hidden=6, bilinear=2, dropout=0.5).double()
     if move:
         with torch.no_grad():
             for name, parameter in guide.named_parameters():
@@ -33,7 +33,7 @@ def make_episode(lm, count=2, num_support=3, num_query=2, **kwargs):
 
 
 def posterior_and_prior(objective, episode):
-    model, guide = objective.model.program, objective.guide.program
+    model, guide = objective.model, objective.guide
     theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
     prior = model.phi_prior(theta)
     return theta, prior, guide.posterior(episode.support, theta)
@@ -127,7 +127,7 @@ def test_the_guide_reads_the_support_alone_and_in_any_order(lm):
 
 @pytest.mark.parametrize("theta", [PointTheta, NormalTheta])
 def test_every_parameter_gets_a_gradient_and_the_base_none(lm, theta):
-    objective, episode = build(lm, theta=theta), make_episode(lm)
+    objective, episode = build(lm, theta_guide=theta), make_episode(lm)
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
     objective(episode).backward()
@@ -150,7 +150,7 @@ def test_svi_gives_the_same_loss_and_gradients(lm, elbo):
     expected = {name: p.grad.clone() for name, p in objective.named_parameters()}
     objective.zero_grad(set_to_none=True)
     seen = {}
-    svi = SVI(objective.model.program, objective.guide.program, pyro.optim.Adam({"lr": 0.0}), loss=elbo())
+    svi = SVI(objective.model, objective.guide, pyro.optim.Adam({"lr": 0.0}), loss=elbo())
     svi.optim = lambda params: seen.update({id(p): p.grad.clone() for p in params})
     torch.manual_seed(9)
     assert svi.step(episode) == pytest.approx(float(loss.detach()))
@@ -162,7 +162,7 @@ def test_svi_gives_the_same_loss_and_gradients(lm, elbo):
 
 def test_svi_trains_as_a_pyro_user_tries_it_first(lm):
     objective, episode = build(lm), make_episode(lm)
-    model, guide = objective.model.program, objective.guide.program
+    model, guide = objective.model, objective.guide
     before = [p.detach().clone() for p in guide.parameters()]
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=TraceMeanField_ELBO())
     losses = [svi.step(episode) for _ in range(15)]
@@ -175,10 +175,10 @@ def test_normal_theta_scales_its_divergence_by_gamma(lm):
     episode = make_episode(lm)
     losses = []
     for gamma in (1.0, 3.0):
-        objective = build(lm, theta=NormalTheta, beta=1.0, gamma=gamma, move=False)
+        objective = build(lm, theta_guide=NormalTheta, beta=1.0, gamma=gamma, move=False)
         torch.manual_seed(2)
         losses.append(objective(episode))
-    guide, model = objective.guide.program, objective.model.program
+    guide, model = objective.guide, objective.model
     torch.manual_seed(2)
     value = 0.0
     with torch.no_grad():

@@ -42,7 +42,7 @@ def unseen():
 
 def test_one_pass_is_the_guide_s_posterior(posterior, unseen):
     adapted = posterior.adapt(unseen)
-    guide = posterior.objective.guide.program
+    guide = posterior.objective.guide
     theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
     episode = collate([posterior.lm.encoder(task.support) for task in unseen])
     for site, fn in guide.posterior(episode, theta).items():
@@ -57,12 +57,12 @@ def test_adapting_reads_nothing_of_the_query(posterior, unseen):
 
 
 def test_gradient_steps_raise_the_elbo_of_the_support(posterior, unseen):
-    model = posterior.objective.model.program
+    model = posterior.objective.model
     episode = collate([posterior.lm.encoder(task.support) for task in unseen])
 
     def loss(adapted):
         """Negative beta-ELBO of the support sets, by hand."""
-        guide = posterior.objective.guide.program
+        guide = posterior.objective.guide
         theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
         log_probs = posterior.lm(adapted.draw(200), episode).log_softmax(-1)
         gold = log_probs.gather(-1, episode.answer.expand(200, -1, -1)[..., None])[..., 0]
@@ -113,7 +113,7 @@ def test_draws_have_the_moments_of_the_posterior(posterior, unseen):
 def test_draws_through_pyro_have_the_same_moments(posterior, unseen):
     adapted = posterior.adapt(unseen[:1])
     episode = collate([posterior.lm.encoder(unseen[0].support)])
-    phi = draw_phi(posterior.objective.model.program, posterior.objective.guide.program, episode, 4000)
+    phi = draw_phi(posterior.objective.model, posterior.objective.guide, episode, 4000)
     for site, scale in adapted.scale.items():
         assert phi[site].shape == (4000, 1, 1, *posterior.lm.sites.shapes[site])
         assert (((phi[site].mean(0) - adapted.loc[site]) / (scale / 4000**0.5)).abs() < 5.5).all()

@@ -79,14 +79,14 @@ def test_only_locations_are_learnt_where_the_method_has_no_more(lm, name):
 def test_reptile_s_step_is_towards_where_the_tasks_ended(lm):
     """theta's gradient is that of -beta log p(phi | theta) alone, N / n-free, for phi after the inner steps."""
     objective = build_objective(lm, small("reptile"))
-    guide = objective.guide.program
+    guide = objective.guide
     episode = episodes(lm)[0]
     torch.manual_seed(0)
     objective(episode).backward()
     torch.manual_seed(0)
     theta = guide.theta()
     phi = guide.posterior(episode.support, theta)
-    beta, scale = objective.full_beta, episode.num_tasks / len(episode.task_index)
+    beta, scale = objective.target_beta, episode.num_tasks / len(episode.task_index)
     for site, fn in phi.items():
         loc, precision = theta[f"theta.loc.{site}"], theta[f"theta.precision.{site}"]
         expected = beta * (scale * precision * (loc - fn.mean).sum((0, 1)) + loc)
@@ -98,19 +98,19 @@ def test_reptile_s_step_is_towards_where_the_tasks_ended(lm):
 
 def test_an_ensemble_has_a_particle_for_each_member(lm):
     objective = build_objective(lm, small("ensemble", ensemble=EnsembleConfig(num_members=3)))
-    assert objective.elbo.num_particles == 3 and len(objective.guide.program.members) == 3
+    assert objective.elbo.num_particles == 3 and len(objective.guide.members) == 3
     objective(episodes(lm)[0]).backward()
-    gradients = [p.grad for p in objective.guide.program.members.parameters()]
+    gradients = [p.grad for p in objective.guide.members.parameters()]
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_settings_reach_the_guide(lm):
     config = RunConfig(recipe="abmll-network-gradient", gradient=GradientConfig(steps=4, second_order=True))
     objective = build_objective(lm, config)
-    guide = objective.guide.program
+    guide = objective.guide
     assert isinstance(guide, GradientGuide) and isinstance(guide.start, GuideNetwork)
-    assert (guide.steps, guide.second_order, guide.beta) == (4, True, objective.full_beta)
+    assert (guide.steps, guide.second_order, guide.beta) == (4, True, objective.target_beta)
     own = RunConfig(recipe="abmll", gradient=GradientConfig(beta=0.5, learn_rates=True))
-    guide = build_objective(lm, own).guide.program
+    guide = build_objective(lm, own).guide
     assert guide.start is None and guide.beta == 0.5
     assert any("log_rate" in name for name, _ in guide.named_parameters())

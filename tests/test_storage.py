@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_refused(saved, tokenizer, change):
 @pytest.mark.parametrize("content", ['{"config": [], "sites": {}}', "[]", '{"config": {"fitt": 3}, "sites": {}}', "{"])
 def test_a_posterior_with_damaged_settings_is_refused(tokenizer, tmp_path, content):
     objective, *_ = fresh(tokenizer)
-    lm = objective.model.program.likelihood
+    lm = objective.model.likelihood
     Posterior(lm, objective, CONFIG).save(tmp_path / "posterior")
     assert_equal(Posterior.load(tmp_path / "posterior", lm).objective.state_dict(), objective.state_dict())
     (tmp_path / "posterior" / "posterior.json").write_text(content)

@@ -47,7 +47,7 @@ def test_the_watch_sees_what_waits(wrong):
 def build_step(lm, particles=1):
     """Forward and backward; Adam keeps its step counts on the CPU, and reads them there."""
     objective, episode = build(lm), make_episode(lm, num_data=[11, 5], num_tasks=7)
-    objective = BetaELBO(objective.model.program, objective.guide.program, beta=0.1, num_particles=particles)
+    objective = BetaELBO(objective.model, objective.guide, beta=0.1, num_particles=particles)
     objective, episode = objective.to(lm.device), episode.to(lm.device)
 
     def step():

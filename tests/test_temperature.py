@@ -31,7 +31,7 @@ def test_the_chosen_temperature_has_the_least_nll(lm):
         for episode in held_back:
             torch.manual_seed(2)
             scores = lm(
-                {s: v[0] for s, v in draw_phi(objective.model.program, objective.guide.program, episode, 1).items()},
+                {s: v[0] for s, v in draw_phi(objective.model, objective.guide, episode, 1).items()},
                 episode,
             )
             for t in range(len(episode.mask)):

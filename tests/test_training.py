@@ -65,7 +65,7 @@ def test_held_back_nll_equals_its_definition(lm):
     torch.manual_seed(4)
     expected = []
     for episode in held_back:
-        phi = draw_phi(objective.model.program, objective.guide.program, episode, 3)
+        phi = draw_phi(objective.model, objective.guide, episode, 3)
         probs = [lm({s: v[d] for s, v in phi.items()}, episode).softmax(-1)[0] for d in range(3)]
         gold = [sum(p[i, a] for p in probs) / 3 for i, a in enumerate(episode.answer[0].tolist())]
         expected.append(-sum(math.log(g) for g in gold) / len(gold))
@@ -191,7 +191,7 @@ class Poisoned(PyroModule):
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_nan_stops_the_fit_and_names_step_and_site(lm, validation):
     objective, sampler, _ = build(lm)
-    poisoned = BetaELBO(objective.model.program, Poisoned(objective.guide.program), beta=1e-2)
+    poisoned = BetaELBO(objective.model, Poisoned(objective.guide), beta=1e-2)
     pyro.enable_validation(validation)
     with pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"):
         fit(poisoned, sampler, config=CONFIG)
@@ -199,11 +199,11 @@ def test_a_nan_stops_the_fit_and_names_step_and_site(lm, validation):
 
 def test_an_infinite_gradient_stops_the_fit_before_the_update(lm):
     objective, sampler, _ = build(lm)
-    parameter = objective.guide.program.theta.loc_theta_loc_q_proj_lora_A
+    parameter = objective.guide.theta.loc_theta_loc_q_proj_lora_A
     parameter.register_hook(lambda gradient: gradient * math.inf)
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     with pytest.raises(
-        NonFiniteLoss, match=r"step 0: the gradient of \['guide.program.theta.loc_theta_loc_q_proj_lora_A'\] is not"
+        NonFiniteLoss, match=r"step 0: the gradient of \['guide.theta.loc_theta_loc_q_proj_lora_A'\] is not"
     ):
         fit(objective, sampler, config=CONFIG)
     assert all(torch.equal(p, before[name]) for name, p in objective.named_parameters())
@@ -250,6 +250,6 @@ def test_a_plain_pyro_guide_can_be_fitted(lm):
                     pyro.sample(f"phi.{site}", dist.Normal(loc, fn.base_dist.scale).to_event(3))
 
     objective, sampler, _ = build(lm)
-    plain = BetaELBO(objective.model.program, Shared(objective.model.program).double(), beta=1e-3)
+    plain = BetaELBO(objective.model, Shared(objective.model).double(), beta=1e-3)
     state = fit(plain, sampler, config=FitConfig(steps=40, learning_rate=0.02, eval_every=20))
     assert state.history[1]["loss"] < state.history[0]["loss"]

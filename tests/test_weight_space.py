@@ -26,7 +26,7 @@ from bayes_lora.recipes.config import EpisodeConfig, GradientConfig, ObjectiveCo
 from bayes_lora.recipes.recipes import build_objective
 
 
-def build(lm, *, handler=LocalReparameterization, beta=0.1, **kwargs):
+def build(lm, *, context=LocalReparameterization, beta=0.1, **kwargs):
     """With scales that are not constant."""
     torch.manual_seed(3)
     initial = {site: value if ".lora_A" in site else 0.1 * torch.randn_like(value) for site, value in
@@ -37,7 +37,7 @@ def build(lm, *, handler=LocalReparameterization, beta=0.1, **kwargs):
         for name, parameter in guide.named_parameters():
             if "theta_scale" in name and name.endswith("lora_B"):
                 parameter += 0.2 * torch.randn_like(parameter)
-    return BetaELBO(model, guide, beta=beta, handler=handler)
+    return BetaELBO(model, guide, beta=beta, context=context)
 
 
 def mean_theta(guide):
@@ -92,8 +92,8 @@ def test_a_base_in_16_bits_computes_whole_updates_in_32(tokenizer):
 @pytest.mark.parametrize("handler", [LocalReparameterization, nullcontext])
 def test_the_loss_is_its_definition(lm, handler):
     """Within 5 standard errors of the likelihood; the divergence, and what theta weighs, from the entries."""
-    objective, episode = build(lm, handler=handler, steps=0), make_episode(lm, num_data=[11, 5])
-    model, theta = objective.model.program, mean_theta(objective.guide.program)
+    objective, episode = build(lm, context=handler, steps=0), make_episode(lm, num_data=[11, 5])
+    model, theta = objective.model, mean_theta(objective.guide)
     terms, count = objective.terms(episode), 200
     torch.manual_seed(0)
     losses = torch.stack([objective(episode).detach() for _ in range(count)])
@@ -117,8 +117,8 @@ def test_the_loss_is_its_definition(lm, handler):
 def test_the_loss_adds_up(lm, handler):
     """Draw by draw; the divergence of updates is weighed by beta, all that theta has by gamma."""
     built, episode = build(lm), make_episode(lm, num_data=[11, 5])
-    model, guide = built.model.program, built.guide.program
-    objective = BetaELBO(model, guide, beta=0.1, gamma=0.7, handler=handler)
+    model, guide = built.model, built.guide
+    objective = BetaELBO(model, guide, beta=0.1, gamma=0.7, context=handler)
     theta = mean_theta(guide)
     prior = sum(Normal(0.0, 1.0).log_prob(value).sum() for value in theta.values())
     prior = prior - sum((1e-6 / fn.variance).sum() for fn in model.phi_prior(theta).values())
@@ -150,7 +150,7 @@ def test_theta_is_weighed_by_the_gamma_density_of_precisions(lm):
 
 def test_divergences_are_those_of_the_entries(lm):
     objective, episode = build(lm), make_episode(lm)
-    model, guide = objective.model.program, objective.guide.program
+    model, guide = objective.model, objective.guide
     theta = mean_theta(guide)
     torch.manual_seed(7)
     terms = objective.terms(episode)
@@ -166,7 +166,7 @@ def test_divergences_are_those_of_the_entries(lm):
 @pytest.mark.parametrize("theta", [PointTheta, NormalTheta])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_every_parameter_gets_a_gradient(any_lm, theta, second_order):
-    objective = build(any_lm, theta=theta, second_order=second_order, learn_rates=True)
+    objective = build(any_lm, theta_guide=theta, second_order=second_order, learn_rates=True)
     objective(make_episode(any_lm)).backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
@@ -182,7 +182,7 @@ def test_tasks_together_equal_tasks_alone(lm, monkeypatch):
         return event.view(shape[-3:]).expand(shape)
 
     monkeypatch.setattr("bayes_lora.distributions.factored_normal._standard_normal", noise)
-    guide = build(lm).guide.program
+    guide = build(lm).guide
     rows = [lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())]
     together = guide.posterior(collate(rows, num_data=[9, 9], task_index=[3, 5], num_tasks=8), mean_theta(guide))
     for t, row in enumerate(rows):
@@ -210,7 +210,7 @@ def test_no_task_has_a_matrix_of_its_own(tokenizer, handler, monkeypatch):
     """Neither in steps, whose divergence takes a few rows at a time, nor in prediction; where all is drawn, they do."""
     monkeypatch.setattr("bayes_lora.distributions.factored_normal.CHUNK", 3 * 2 * 2 * 16)
     lm = build_lm("llama", tokenizer, targets=("v_proj",))  # 8 by 16
-    objective = build(lm, handler=handler)
+    objective = build(lm, context=handler)
     tasks = [task.split(3, seed=1) for task in make_tasks(2).values()]
     posterior = Posterior(lm, objective, RunConfig())
     lm.features(make_episode(lm))
@@ -265,14 +265,14 @@ def test_width_multiplies_the_noise(posterior):
 
 
 def test_the_handler_reaches_the_steps_and_leaves_other_sites_alone(lm):
-    objective = build(lm, handler=nullcontext)
+    objective = build(lm, context=nullcontext)
     seen = []
 
     def spy(phi, episode):
         seen.append({type(value) for value in phi.values()})
         return lm(phi, episode)
 
-    objective.model.program.likelihood = spy
+    objective.model.likelihood = spy
     episode = make_episode(lm)
     objective(episode)
     plain = seen.copy()

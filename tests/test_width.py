@@ -27,7 +27,7 @@ def normals(guide, episode):
 def test_only_the_standard_deviations_of_phi_change(lm):
     objective, sampler, _ = build(lm)
     objective.eval()
-    guide, episode = objective.guide.program, sampler[0]
+    guide, episode = objective.guide, sampler[0]
     plain = normals(guide, episode)
     with Widened(2.5):
         wide = normals(guide, episode)
@@ -41,7 +41,7 @@ def test_draws_have_the_width(lm):
     """Monte Carlo: the mean square of n standardised deviations is w^2 to within 5 w^2 sqrt(2 / n)."""
     objective, sampler, _ = build(lm)
     objective.eval()
-    guide, episode = objective.guide.program, sampler[0]
+    guide, episode = objective.guide, sampler[0]
     plain = normals(guide, episode)["phi.v_proj.lora_A"]
     with Widened(1.7):
         values = torch.stack([guide(episode)["v_proj.lora_A"] for _ in range(40)])

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayes_lora.distributions.divergence import divergence
-from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts
 
 __all__ = ["Mixture"]
 
@@ -61,14 +60,3 @@ class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
         before it, so the sum over sites bounds the joint divergence.
         """
         return -torch.logsumexp(self.logits - self.divergences(q), -1)
-
-
-@to_parts.register
-def _(fn: Mixture) -> Parts:
-    """Of the normals with its means and variances, at which guides begin."""
-    return {"loc": fn.mean, "log_scale": 0.5 * fn.variance.log()}
-
-
-@from_parts.register
-def _(fn: Mixture, parts: Parts) -> Any:
-    return dist.Normal(parts["loc"], parts["log_scale"].exp()).to_event(3)

@@ -48,6 +48,12 @@ def widened(fn: Any, width: float) -> Any:
     return fn
 
 
+def has_parameters(fn: Any) -> bool:
+    """Whether :func:`to_parts` is registered for a distribution's family."""
+    base = fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn
+    return to_parts.dispatch(type(base)) is not to_parts.dispatch(object)
+
+
 def tensors_of(fn: Any) -> Tensors:
     """What a distribution over ``(layers, out, in)`` is made of, as its constructor takes it."""
     base = fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn

@@ -1,21 +1,23 @@
-"""Effect handlers that stand around a model and a guide."""
+"""Effect handlers, to be used as ``with`` blocks around a model and a guide."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
+import pyro
 import torch
 from pyro.distributions import Unit
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor, nn
 
 from bayes_lora.distributions.unconstrained import widened
 from bayes_lora.errors import ConfigError
 
-__all__ = ["AtMean", "LocalReparameterization", "ScaleLatents", "Widened", "apart"]
+__all__ = ["AtMean", "LastSite", "LocalReparameterization", "ModuleParameters", "ScaleLatents", "Widened", "apart"]
 
 
 class LocalReparameterization(Messenger):
@@ -40,15 +42,23 @@ class ScaleLatents(Messenger):
     """Effect handler: scales log-densities of ``phi.*`` sites by beta, of ``theta.*`` sites by gamma; factors too.
 
     Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO. What a guide
-    samples for all latent variables together, as Pyro's autoguides do, is scaled by beta.
+    samples for all latent variables together, as Pyro's autoguides do, is scaled by beta. Usage::
+
+        svi = SVI(model, guide, optimizer, Trace_ELBO())
+        with ScaleLatents(beta=1e-3):
+            svi.step(episode)
+
+    Args:
+        beta: weight of KL(q(phi) || p(phi | theta)).
+        gamma: weight of KL(q(theta) || p(theta)); by default beta.
 
     Raises:
         ConfigError: there is such a site, and gamma is not beta.
     """
 
-    def __init__(self, beta: float | Tensor, gamma: float | Tensor) -> None:
+    def __init__(self, beta: float | Tensor, gamma: float | Tensor | None = None) -> None:
         super().__init__()
-        self.scales = {"phi": beta, "theta": gamma}
+        self.scales = {"phi": beta, "theta": beta if gamma is None else gamma}
 
     def _pyro_sample(self, msg: Any) -> None:
         prefix = msg["name"].partition(".")[0]
@@ -89,6 +99,46 @@ class Widened(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"].startswith("phi.") and not msg["done"]:
             msg["fn"] = widened(msg["fn"], self.width)
+
+
+class ModuleParameters(Messenger):
+    """Effect handler: parameters stay in the modules that hold them, and Pyro's global parameter store is left alone.
+
+    This is what ``pyro.settings.set(module_local_params=True)`` does, but inside a block: other programs of the process
+    keep their parameters and settings, two guides of one class do not share theirs, and a frozen parameter stays so.
+
+    Raises:
+        ConfigError: a program creates a parameter that no module holds (``pyro.param("name", tensor)``).
+    """
+
+    def __enter__(self) -> Self:
+        self._scope = pyro.get_param_store().scope()
+        self._scope.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        super().__exit__(kind, value, traceback)
+        self._scope.__exit__(kind, value, traceback)
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, value, *_ = *msg["args"], None
+        if isinstance(value, nn.Parameter):
+            msg["value"], msg["done"] = value, True
+        elif value is not None:
+            raise ConfigError(
+                f"pyro.param({name!r}): expected a parameter of a module, which torch optimizers find. Make the guide "
+                "a PyroModule, or train it with pyro.infer.SVI."
+            )
+
+
+class LastSite(Messenger):
+    """Effect handler: notes the name of the last site that was sampled, for error messages."""
+
+    name: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not isinstance(msg["fn"], _Subsample):  # a plate's own
+            self.name = msg["name"]
 
 
 @contextmanager

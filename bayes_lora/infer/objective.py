@@ -19,50 +19,14 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.infer.elbo import AnalyticELBO, site_divergence
-from bayes_lora.infer.handlers import ScaleLatents
+from bayes_lora.infer.handlers import LastSite, ModuleParameters, ScaleLatents
 
-__all__ = ["BetaELBO", "ScaleLatents", "evaluating"]
-
-
-class _LastSite(Messenger):
-    """Effect handler: notes which site was sampled last."""
-
-    name: str | None = None
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not isinstance(msg["fn"], _Subsample):  # a plate's own
-            self.name = msg["name"]
-
-
-class _Scaled(nn.Module):
-    """A model or guide under :class:`ScaleLatents`; a module, so that its parameters are found."""
-
-    def __init__(self, program: Callable[..., Any], objective: BetaELBO) -> None:
-        super().__init__()
-        self.program: Any = program
-        self._objective = (objective,)
-
-    def forward(self, episode: Episode) -> Any:
-        (objective,) = self._objective
-        with objective.handled(), ScaleLatents(objective.beta, objective.gamma), _LastSite() as last:
-            try:
-                return self.program(episode)
-            except ValueError as error:  # raised where a distribution is made, which does not know its site
-                if "to satisfy the constraint" not in str(error):
-                    raise
-                name = getattr(self.program, "__name__", type(self.program).__name__)
-                where = f"the site after {last.name!r}" if last.name else "the first site"
-                raise SiteError(
-                    f"{where} of {name}: {str(error).splitlines()[0]} A scale must be positive: take exp or softplus "
-                    "of a free parameter. If it is NaN, training diverged: lower the learning rate."
-                ) from error
+__all__ = ["BetaELBO", "evaluating"]
 
 
 class BetaELBO(nn.Module):
@@ -81,8 +45,8 @@ class BetaELBO(nn.Module):
         beta: weight of KL(q(phi) || p(phi | theta)).
         gamma: weight of KL(q(theta) || p(theta)); by default beta, as in arXiv 2508.14285 v2.
         num_particles: draws of phi over which the loss averages, all in one forward.
-        handler: makes an effect handler under which model and guide run wherever they are used, such as
-            :class:`bayes_lora.infer.handlers.LocalReparameterization`.
+        context: makes a context, such as an effect handler, inside which model and guide run wherever they are used; by
+            default the model's own (``model.context``), if it has one.
         elbo: any Pyro ELBO; by default :class:`bayes_lora.infer.elbo.AnalyticELBO`, with analytic divergences where the
             families have them.
     """
@@ -95,7 +59,7 @@ class BetaELBO(nn.Module):
         beta: float = 1.0,
         gamma: float | None = None,
         num_particles: int = 1,
-        handler: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        context: Callable[[], AbstractContextManager[Any]] | None = None,
         elbo: ELBO | None = None,
     ) -> None:
         super().__init__()
@@ -104,29 +68,49 @@ class BetaELBO(nn.Module):
         for name, value in (("beta", beta), ("gamma", beta if gamma is None else gamma)):
             if not value > 0:
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
-        self.full_beta, self.full_gamma = beta, beta if gamma is None else gamma
-        self.beta, self.gamma = self.full_beta, self.full_gamma
-        self.handled = handler
-        self.model, self.guide = _Scaled(model, self), _Scaled(guide, self)
+        self.target_beta, self.target_gamma = beta, beta if gamma is None else gamma
+        self.beta, self.gamma = self.target_beta, self.target_gamma
+        self.context = context or getattr(model, "context", nullcontext)
+        self.model, self.guide = model, guide
         # Two plates: task and example.
         make: Any = AnalyticELBO
         self.elbo: Any = elbo or make(num_particles, max_plate_nesting=2, vectorize_particles=True)
 
     def forward(self, episode: Episode) -> Tensor:
-        """Return the loss in nats, summed over the collection's examples; divide by their number to read it."""
-        loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, episode)
+        """Return the loss in nats, summed over the collection's examples; divide by their number to read it.
+
+        Raises:
+            SiteError: a distribution's parameter is out of range, such as a scale that is not positive.
+        """
+        with self.running(), ScaleLatents(self.beta, self.gamma), LastSite() as last:
+            try:
+                loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, episode)
+            except ValueError as error:  # raised where a distribution is made, which does not know its site
+                if "to satisfy the constraint" not in str(error):
+                    raise
+                where = f"the site after {last.name!r}" if last.name else "the first site"
+                raise SiteError(
+                    f"{where}: {str(error).splitlines()[0]} A scale must be positive: take exp or softplus of a free "
+                    "parameter. If it is NaN, training diverged: lower the learning rate."
+                ) from error
         return loss
 
-    def warm(self, fraction: float) -> None:
-        """Set beta and gamma to this fraction of their full values."""
-        self.beta, self.gamma = self.full_beta * fraction, self.full_gamma * fraction
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside the block model and guide may be run: under ``context``, with their parameters in their modules."""
+        with ModuleParameters(), self.context():
+            yield
+
+    def anneal(self, fraction: float) -> None:
+        """Set beta and gamma to this fraction of their target values."""
+        self.beta, self.gamma = self.target_beta * fraction, self.target_gamma * fraction
 
     def terms(self, episode: Episode) -> dict[str, float]:
         """The loss's parts for one draw, unscaled by beta and gamma, in nats of the collection.
 
         ``nll`` (scaled to N), ``kl.<site>`` per random site, and ``kl`` their sum; sites of the guide alone among them.
         """
-        with torch.no_grad(), unscaled(self):
+        with torch.no_grad(), self.running():
             guide = pyro.poutine.trace(self.guide).get_trace(episode)
             model = pyro.poutine.trace(pyro.poutine.replay(self.model, guide)).get_trace(episode)
             model.compute_log_prob(lambda _, site: site["is_observed"])
@@ -143,17 +127,6 @@ class BetaELBO(nn.Module):
                     terms[f"kl.{name.removeprefix('phi.')}"] = float(site["log_prob_sum"])
         terms["kl"] = sum(value for name, value in terms.items() if name.startswith("kl."))
         return terms
-
-
-@contextmanager
-def unscaled(objective: BetaELBO) -> Iterator[None]:
-    """Inside the block beta = gamma = 1."""
-    before = objective.beta, objective.gamma
-    objective.beta = objective.gamma = 1.0
-    try:
-        yield
-    finally:
-        objective.beta, objective.gamma = before
 
 
 @contextmanager

@@ -1,34 +1,79 @@
-"""The plates of tasks and examples: the only place where N, the mask and the plates are written."""
+"""The plates of tasks and examples. Here, and nowhere else, the number of examples N enters a model.
+
+A model of your own is three lines::
+
+    def model(episode):
+        with task_plate(episode):
+            phi = {site: pyro.sample(f"phi.{site}", prior) for site, prior in priors.items()}
+        observe_answers(lm(phi, episode), episode)
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
+from pyro.poutine import runtime
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.infer.components import Components
-from bayes_lora.types import Sites
+from bayes_lora.types import Distributions, Sites
 
-__all__ = ["examples_scale", "sample_phi", "task_plate"]
-
-
-def sample_phi(episode: Episode, posterior: dict[str, dist.TorchDistribution]) -> Sites:
-    """Sample ``phi.<site>`` for an episode's tasks from q(phi | support), of batch ``(T, 1)`` per site.
-
-    Of :class:`bayes_lora.infer.components.Components` each draw takes one.
-    """
-    if isinstance(posterior, Components):
-        posterior = posterior.of_draws()
-    with pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2):
-        return {site: pyro.sample(f"phi.{site}", fn) for site, fn in posterior.items()}
+__all__ = ["examples_scale", "observe_answers", "same_task_plate", "sample_phi", "task_plate"]
 
 
 def task_plate(episode: Episode) -> pyro.plate:
-    """The plate of the collection's tasks, of which the episode holds some: scales T tasks up to all."""
+    """The plate of the collection's tasks at dimension -2; log-probabilities of the episode's T tasks stand for all."""
     return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
+
+
+def sample_phi(episode: Episode, posterior: Distributions) -> Sites:
+    """Sample ``phi.<site>`` for an episode's tasks from q(phi | support), of batch ``(T, 1)`` per site.
+
+    A draw from :class:`bayes_lora.infer.components.Components` is of one component.
+    """
+    if isinstance(posterior, Components):
+        posterior = posterior.of_draws()
+    with task_plate(episode):
+        return {site: pyro.sample(f"phi.{site}", fn) for site, fn in posterior.items()}
+
+
+def observe_answers(
+    log_lik: Tensor, episode: Episode, *, answer: dist.TorchDistribution | None = None, observed: Tensor | None = None
+) -> None:
+    r"""Observe an episode's answers: the site ``answer``, in the plates ``task`` and ``example``.
+
+    .. math:: \tfrac{N_i}{n_i} \textstyle\sum_j m_{ij} \log p(y_{ij} \mid x_{ij}, \phi_i)
+
+    in nats, over the n examples of task i, which stand for its N; m is the mask of examples that are there.
+
+    Args:
+        log_lik: option log-likelihoods ``(*draws, T, N, K)``, nats.
+        episode: T tasks with up to N examples each.
+        answer: p(y | x, phi), a batch ``(*draws, T, N)``; by default categorical over the options.
+        observed: what was observed, ``(T, N)``; by default the index of each gold option.
+    """
+    mask: Any = episode.mask  # Pyro annotates it as a BoolTensor
+    with (
+        same_task_plate(episode),
+        pyro.plate("example", episode.mask.shape[-1], dim=-1),
+        pyro.poutine.scale(scale=examples_scale(episode, log_lik)),
+        pyro.poutine.mask(mask=mask),
+    ):
+        fn = dist.Categorical(logits=log_lik) if answer is None else answer
+        pyro.sample("answer", fn, obs=episode.answer if observed is None else observed)
 
 
 def examples_scale(episode: Episode, like: Tensor) -> Tensor:
     """N / n of each task, ``(T, 1)``."""
     return (episode.num_data[:, None] / episode.mask.sum(-1, keepdim=True)).to(like.dtype)
+
+
+def same_task_plate(episode: Episode) -> Any:
+    """The plate of tasks a second time: the block hides that it is sampled again."""
+    if any(isinstance(handler, pyro.plate) and handler.name == "task" for handler in runtime._PYRO_STACK):
+        return pyro.poutine.scale(scale=1.0)  # the caller is inside it
+    with pyro.poutine.block(hide=["task"]):
+        return task_plate(episode)

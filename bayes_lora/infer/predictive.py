@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
-from bayes_lora.infer.handlers import Widened
+from bayes_lora.infer.handlers import ModuleParameters, Widened
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.types import Sites
 
@@ -40,7 +40,7 @@ def tempered(scores: Tensor, episode: Episode, temperature: float | Tensor) -> T
 
 def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws: int) -> Sites:
     """Draw phi from q(theta) q(phi | support): ``(num_draws, T, 1, layers, out, in)``, for any guide."""
-    with torch.no_grad(), pyro.plate("draws", num_draws, dim=-3):
+    with ModuleParameters(), torch.no_grad(), pyro.plate("draws", num_draws, dim=-3):
         trace = pyro.poutine.trace(guide).get_trace(episode)
         phi: Sites = pyro.poutine.replay(model.sample_phi, trace=trace)(episode)
     return phi
@@ -49,10 +49,10 @@ def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws:
 def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:
     """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
     total, count = 0.0, 0
-    model = objective.model.program
+    model = objective.model
     for episode in episodes:
-        with objective.handled(), evaluating(objective), torch.no_grad(), Widened(width):
-            phi = draw_phi(model, objective.guide.program, episode, num_draws)
+        with objective.running(), evaluating(objective), torch.no_grad(), Widened(width):
+            phi = draw_phi(model, objective.guide, episode, num_draws)
         with torch.no_grad():
             log_probs: Tensor = predictive(model.likelihood(phi, episode))
         nll = -log_probs.gather(-1, episode.answer[..., None])[..., 0]

@@ -142,7 +142,7 @@ def fit(
 
     episode = draw(state.step) if goes_on() else None
     while goes_on():
-        objective.warm(beta_fraction(config.schedule, state.step, config.warmup))
+        objective.anneal(beta_fraction(config.schedule, state.step, config.warmup))
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # a fit that goes on must not begin at one that has decayed
             group["lr"] = group["initial_lr"] * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
@@ -171,7 +171,7 @@ def fit(
     kept = state.best_parameters if held_back else {**objective.state_dict(), **state.average}
     if kept is not None:
         objective.load_state_dict(kept)
-    objective.warm(1.0)
+    objective.anneal(1.0)
     objective.eval()
     return state
 
@@ -207,7 +207,7 @@ def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor |
 
 def _device(objective: BetaELBO) -> torch.device:
     """Where the language model is; of another likelihood, where the first parameter is, though tables stay behind."""
-    likelihood = getattr(objective.model.program, "likelihood", None)
+    likelihood = getattr(objective.model, "likelihood", None)
     found: torch.device = getattr(likelihood, "device", next(objective.parameters()).device)
     return found
 
@@ -232,7 +232,7 @@ def _averaged(objective: BetaELBO, average: dict[str, Tensor]) -> Iterator[None]
 
 
 def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with torch.no_grad(), pyro.validation_enabled(False), objective.running():
         guide = pyro.poutine.trace(objective.guide).get_trace(episode)
         model = pyro.poutine.trace(pyro.poutine.replay(objective.model, guide)).get_trace(episode)
         for where, trace in (("guide", guide), ("model", model)):

@@ -20,7 +20,7 @@ from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.sites import factor_sites
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
-from bayes_lora.types import Sites
+from bayes_lora.types import Guide, Model, Sites
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["adapt", "adapt_at", "one_pass"]
@@ -70,18 +70,18 @@ def adapt_at(
         count = start.count if isinstance(start, Components) else 1
         episode = collate(rows * count).unseen().to(lm.device)
         begin, here = _flat(start) if count > 1 else start, theta
-        if hasattr(objective.guide.program, "members"):
+        if count > 1 and objective.guide.num_members > 1:
             here = _flat_theta(theta, len(tasks))
-        descent = Descent(objective.model.program, lambda part, site: learning_rate, beta=objective.full_beta)
+        descent = Descent(objective.model, lambda part, site: learning_rate, beta=objective.target_beta)
         # What diverges is named below, once all steps are taken.
-        with objective.handled(), evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
+        with objective.running(), evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
             moved = descent(episode, here, begin, steps)
         _check_finite(moved, steps)
         point = to_point(begin, len(episode.mask))
         end = from_point(begin, {key: point[key] + moved[key] for key in point})
         start = _unflat(end, count) if count > 1 else end
     with torch.no_grad():
-        shared = objective.model.program.shared(theta)
+        shared = objective.model.shared(theta)
     return _posterior(lm, shared, {site: widened(fn, width) for site, fn in start.items()}, tasks), theta
 
 
@@ -113,23 +113,13 @@ def one_pass(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Site
     Raises:
         ConfigError: the model or the guide is of another kind than those of this package.
     """
-    guide = objective.guide.program
-    if not hasattr(objective.model.program, "shared"):
-        raise _unfit(f"the model {objective.model.program}")
-    with evaluating(objective), torch.no_grad(), AtMean(), objective.handled(), seeded(seed, episode.mask.device):
-        if hasattr(guide, "members"):
-            thetas = [member.theta() for member in guide.members]
-            found = [member.posterior(episode.support, one) for member, one in zip(guide.members, thetas, strict=True)]
-            several = [
-                type(one).__name__ for one, q in zip(guide.members, found, strict=True) if isinstance(q, Components)
-            ]
-            if several:
-                raise ConfigError(f"adapt: {several[0]} has several components, a member of an ensemble has one.")
-            theta = {name: torch.stack([one[name] for one in thetas])[:, None, None] for name in thetas[0]}
-            return theta, Components.stack(found)
-        if hasattr(guide, "posterior"):
-            theta = guide.theta()
-            return theta, guide.posterior(episode.support, theta)
+    guide = objective.guide
+    if not isinstance(objective.model, Model):
+        raise _unfit(f"the model {objective.model}")
+    with objective.running(), evaluating(objective), torch.no_grad(), seeded(seed, episode.mask.device):
+        if isinstance(guide, Guide):
+            return guide.amortized(episode.support)
+    with objective.running(), evaluating(objective), torch.no_grad(), AtMean(), seeded(seed, episode.mask.device):
         trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
     joint = [name for name, node in sites.items() if node["infer"].get("is_auxiliary")]

@@ -112,7 +112,7 @@ def diagnose(
     pairs = list(zip(mean, drawn, strict=True))
     moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
     changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
-    sites = _sites(objective.model.program.phi_prior(theta), adapted)
+    sites = _sites(objective.model.phi_prior(theta), adapted)
     point = not sites and adapted.num_components == 1
     warnings = _warnings(nll, moved, changed, sites, point)
     return Diagnosis(nll, ece, moved, changed, sites, warnings)

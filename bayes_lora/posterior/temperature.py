@@ -35,10 +35,10 @@ def choose_temperature(
         num_draws: S.
         seed: of the draws.
     """
-    model, totals, count = objective.model.program, torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0
+    model, totals, count = objective.model, torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0
     for episode in episodes:
-        with objective.handled(), evaluating(objective), seeded(seed, episode.input_ids.device):
-            scores = model.likelihood(draw_phi(model, objective.guide.program, episode, num_draws), episode)
+        with objective.running(), evaluating(objective), seeded(seed, episode.input_ids.device):
+            scores = model.likelihood(draw_phi(model, objective.guide, episode, num_draws), episode)
         ways = torch.tensor(TEMPERATURES, dtype=scores.dtype, device=scores.device).view(1, -1, 1, 1, 1)
         log_probs = predictive(tempered(scores[:, None], episode, ways))  # (temperatures, T, N, K)
         answer = episode.answer.expand(log_probs.shape[:-1])[..., None]

@@ -57,7 +57,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
 def abmll(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     """Hierarchical normal prior, K gradient steps from theta, beta-scaled ELBO: the paper's inference."""
     model = _model(lm, config)
-    return _objective(model, GradientGuide(model, theta=THETAS[config.guide.theta], **_gradient(config)), config)
+    return _objective(model, GradientGuide(model, theta_guide=THETAS[config.guide.theta], **_gradient(config)), config)
 
 
 def abmll_network(lm: LanguageModel, config: RunConfig) -> BetaELBO:
@@ -75,21 +75,21 @@ def abmll_network_gradient(lm: LanguageModel, config: RunConfig) -> BetaELBO:
 def abmll_weight(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     """Random weight updates, K gradient steps from theta, local reparameterisation: the paper's text."""
     model = WeightSpace(lm, lm.sites.initial(), **asdict(config.weight_space))
-    guide = GradientGuide(model, theta=THETAS[config.guide.theta], **_gradient(config))
-    return _objective(model, guide, config, handler=LocalReparameterization)
+    guide = GradientGuide(model, theta_guide=THETAS[config.guide.theta], **_gradient(config))
+    return _objective(model, guide, config, context=LocalReparameterization)
 
 
 def abmll_released(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     """Noise at activations, K gradient steps on minibatches: what the authors' code does (see docs/method.md)."""
     model = ActivationSpace(lm, lm.sites.initial(), **asdict(config.activation_space))
-    return _objective(model, GradientGuide(model, theta=THETAS[config.guide.theta], **_gradient(config)), config)
+    return _objective(model, GradientGuide(model, theta_guide=THETAS[config.guide.theta], **_gradient(config)), config)
 
 
 def blob(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     """Independent normal over A, B shared, one mean-field posterior for all tasks (BLoB, arXiv 2406.11675)."""
     prior = config.prior
     model = IndependentNormal(lm, lm.sites.initial(), random="A", scale=prior.initial_scale, loc_scale=prior.loc_scale)
-    return _objective(model, SharedMeanField(model, theta=THETAS[config.guide.theta]), config)
+    return _objective(model, SharedMeanField(model, theta_guide=THETAS[config.guide.theta]), config)
 
 
 def multitask_lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
@@ -144,7 +144,7 @@ def ensemble(lm: LanguageModel, config: RunConfig) -> BetaELBO:
     model, settings = _independent(lm, config), config.ensemble
     guide = Ensemble(
         model,
-        make=lambda model, theta: SharedPoint(model, theta=theta, spread=settings.spread),
+        spread=settings.spread,
         num_members=settings.num_members,
     )
     particles = max(config.objective.num_particles, settings.num_members)
@@ -173,7 +173,7 @@ def _of_locations(guide: GradientGuide) -> GradientGuide:
 
 def _network(model: HierarchicalNormal, config: RunConfig) -> GuideNetwork:
     settings = asdict(config.guide)
-    return GuideNetwork(model, theta=THETAS[settings.pop("theta")], **settings)
+    return GuideNetwork(model, theta_guide=THETAS[settings.pop("theta")], **settings)
 
 
 def _gradient(config: RunConfig) -> dict[str, Any]:

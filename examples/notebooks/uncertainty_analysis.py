@@ -181,8 +181,8 @@ show_largest(epistemic)
 everyone = [*(task.split(16, seed=0) for task in training.values()), *tasks]
 moved = posterior.adapt(everyone)
 with torch.no_grad():
-    theta = posterior.objective.guide.program.theta()
-    prior = posterior.objective.model.program.phi_prior(theta)
+    theta = posterior.objective.guide.theta()
+    prior = posterior.objective.model.phi_prior(theta)
     moves = {site: (moved.loc[site] - p.mean) / p.stddev for site, p in prior.items()}
     distance = torch.cat([move.flatten(1) for move in moves.values()], 1).square().mean(1).sqrt()
 print({site: round(float(move.square().mean().sqrt()), 3) for site, move in moves.items()})
