@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bayes_lora.recipes.config import RunConfig as RunConfig
     from bayes_lora.runs.fit import compare as compare
     from bayes_lora.runs.fit import fit_posterior as fit_posterior
+    from bayes_lora.runs.folder import load_posterior as load_posterior
     from bayes_lora.tasks import load_split as load_split
     from bayes_lora.tasks import load_task as load_task
     from bayes_lora.tasks import load_taskset as load_taskset
@@ -32,6 +33,7 @@ _HOMES = {
     "demo_tasks": "runs.demo",
     "fit_posterior": "runs.fit",
     "load_language_model": "lm.loading",
+    "load_posterior": "runs.folder",
     "load_split": "tasks",
     "load_task": "tasks",
     "load_taskset": "tasks",

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import pyro
 import torch
+from pydantic import Field
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components, choose_components, draws_around
 from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import NonNegative
 
 __all__ = ["Ensemble"]
 
@@ -55,8 +57,8 @@ class Ensemble(TaskGuide):
         *,
         theta_guide: ThetaFactory = PointTheta,
         make: Callable[..., TaskGuide] | None = None,
-        num_members: int = 4,
-        spread: float = 0.5,
+        num_members: Annotated[int, Field(ge=2)] = 4,
+        spread: NonNegative = 0.5,
     ) -> None:
         super().__init__(model, theta_guide=None)
         if num_members < 2:

@@ -33,6 +33,7 @@ from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.plates import task_plate
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import Count, Positive
 
 __all__ = ["FlowNetwork"]
 
@@ -59,9 +60,9 @@ class FlowNetwork(GuideNetwork):
         model: Model,
         *,
         theta_guide: ThetaFactory = PointTheta,
-        num_flows: int = 2,
-        num_components: int = 16,
-        start: float = 0.1,
+        num_flows: Count = 2,
+        num_components: Count = 16,
+        start: Positive = 0.1,
         **settings: Any,
     ) -> None:
         if min(num_flows, num_components) < 1 or not start > 0:

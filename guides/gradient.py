@@ -31,6 +31,7 @@ from bayes_lora.infer.components import Components
 from bayes_lora.infer.descent import Descent, Distributions, from_point, to_point
 from bayes_lora.infer.descent import Point as Parameters
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["GradientGuide"]
 
@@ -69,12 +70,12 @@ class GradientGuide(TaskGuide):
         *,
         start: TaskGuide | None = None,
         theta_guide: ThetaFactory = PointTheta,
-        steps: int = 5,
-        learning_rate: float | Mapping[str, float] = 2e-3,
+        steps: Natural = 5,
+        learning_rate: Positive | Mapping[str, Positive] = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
-        beta: float = 1.0,
-        num_particles: int = 1,
-        batch_size: int | None = None,
+        beta: Positive = 1.0,
+        num_particles: Count = 1,
+        batch_size: Count | None = None,
         second_order: bool = False,
         learn_rates: bool = False,
         family: Family = same_as_prior,

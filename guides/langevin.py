@@ -22,6 +22,7 @@ from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.descent import Descent, Distributions, Point
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["SGLD"]
 
@@ -48,12 +49,12 @@ class SGLD(TaskGuide):
         model: Model,
         *,
         theta_guide: ThetaFactory = PointTheta,
-        num_samples: int = 10,
-        burn_in: int = 20,
-        thinning: int = 2,
-        step_size: float = 1e-3,
-        batch_size: int | None = None,
-        beta: float = 1.0,
+        num_samples: Count = 10,
+        burn_in: Natural = 20,
+        thinning: Count = 2,
+        step_size: Positive = 1e-3,
+        batch_size: Count | None = None,
+        beta: Positive = 1.0,
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
         if (
@@ -69,6 +70,7 @@ class SGLD(TaskGuide):
             )
         check_moments(model, "SGLD")
         self.num_samples, self.burn_in, self.thinning = num_samples, burn_in, thinning
+        self.steps = burn_in + 1 + (num_samples - 1) * thinning
         self.step_size, self.batch_size, self.beta = step_size, batch_size, beta
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
@@ -93,5 +95,5 @@ class SGLD(TaskGuide):
             return found
 
         descent = Descent(model, rate, "sgd", self.beta, batch_size=self.batch_size)
-        descent(support, mean, points, self.burn_in + 1 + (self.num_samples - 1) * self.thinning, shake)
+        descent(support, mean, points, self.steps, shake)
         return Components({site: dist.Delta(torch.stack(values), event_dim=3) for site, values in kept.items()})

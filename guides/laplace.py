@@ -28,6 +28,7 @@ from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.curvature import diagonal, gradients_of_examples, kronecker
 from bayes_lora.infer.descent import Descent, Distributions, to_point
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["Laplace"]
 
@@ -60,15 +61,15 @@ class Laplace(TaskGuide):
         model: Model,
         *,
         theta_guide: ThetaFactory = PointTheta,
-        steps: int = 10,
-        learning_rate: float = 2e-3,
+        steps: Natural = 10,
+        learning_rate: Positive = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
-        beta: float = 1.0,
-        num_samples: int = 1,
+        beta: Positive = 1.0,
+        num_samples: Count = 1,
         curvature: Literal["diagonal", "kronecker"] = "diagonal",
         prior_precision: Literal["prior", "marginal-likelihood"] = "prior",
-        largest: int = 64,
-        batch_size: int = 4,
+        largest: Count = 64,
+        batch_size: Count = 4,
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
         if steps < 0 or min(num_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:

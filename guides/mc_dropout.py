@@ -12,6 +12,7 @@ from bayes_lora.guides.mean_field import SharedMeanField
 from bayes_lora.guides.task_guide import check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.types import Model, ThetaFactory
+from bayes_lora.utils.ranges import Rate
 
 __all__ = ["MCDropout"]
 
@@ -31,7 +32,7 @@ class MCDropout(SharedMeanField):
         ConfigError: the rate is not between 0 and 1, or phi holds no LoRA factors.
     """
 
-    def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, rate: float = 0.1) -> None:
+    def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, rate: Rate = 0.1) -> None:
         check_moments(model, "MCDropout")
         sites = [site for site in model.random_sites if ".lora_A" in site] or model.random_sites
         super().__init__(model, theta_guide=theta_guide, family=Dropout(rate, tuple(sites)))

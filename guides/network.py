@@ -30,6 +30,7 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import Count, Fraction
 
 __all__ = ["GuideNetwork"]
 
@@ -56,10 +57,10 @@ class GuideNetwork(TaskGuide):
         model: Model,
         *,
         theta_guide: ThetaFactory = PointTheta,
-        directions: int = 8,
-        hidden: int = 128,
-        bilinear: int = 12,
-        dropout: float = 0.2,
+        directions: Count = 8,
+        hidden: Count = 128,
+        bilinear: Count = 12,
+        dropout: Fraction = 0.2,
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
         check_moments(model, "GuideNetwork")

@@ -24,6 +24,7 @@ from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.handlers import ScaleLatents, apart
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import Count, Positive
 
 __all__ = ["NUTS"]
 
@@ -48,10 +49,10 @@ class NUTS(TaskGuide):
         model: Model,
         *,
         theta_guide: ThetaFactory = PointTheta,
-        num_samples: int = 20,
-        warmup_steps: int = 20,
-        max_tree_depth: int = 6,
-        beta: float = 1.0,
+        num_samples: Count = 20,
+        warmup_steps: Count = 20,
+        max_tree_depth: Count = 6,
+        beta: Positive = 1.0,
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
         if min(num_samples, warmup_steps, max_tree_depth) < 1 or not beta > 0:
@@ -61,6 +62,7 @@ class NUTS(TaskGuide):
             )
         check_moments(model, "NUTS")
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
+        self.steps = num_samples + warmup_steps
         self.max_tree_depth, self.beta = max_tree_depth, beta
 
     def posterior(self, support: Episode, theta: Sites) -> Components:

@@ -17,6 +17,7 @@ from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.infer.descent import Distributions
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import NonNegative
 
 __all__ = ["SharedPoint"]
 
@@ -33,7 +34,7 @@ class SharedPoint(TaskGuide):
         ConfigError: phi holds whole weight updates, of which a point is no LoRA.
     """
 
-    def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, spread: float = 0.0) -> None:
+    def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, spread: NonNegative = 0.0) -> None:
         super().__init__(model, theta_guide=theta_guide)
         with torch.no_grad():
             prior = model.phi_prior(model.initial_theta())

@@ -25,6 +25,7 @@ from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.descent import Descent, Distributions, Point
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["SWAG"]
 
@@ -55,14 +56,14 @@ class SWAG(TaskGuide):
         model: Model,
         *,
         theta_guide: ThetaFactory = PointTheta,
-        steps: int = 20,
-        burn_in: int = 10,
-        rank: int = 5,
-        learning_rate: float = 2e-3,
+        steps: Count = 20,
+        burn_in: Natural = 10,
+        rank: Count = 5,
+        learning_rate: Positive = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
-        batch_size: int | None = 4,
-        beta: float = 1.0,
-        floor: float = 1e-3,
+        batch_size: Count | None = 4,
+        beta: Positive = 1.0,
+        floor: Positive = 1e-3,
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
         if not 2 <= rank <= steps - burn_in or burn_in < 0:

@@ -43,9 +43,11 @@ class TaskGuide(RecordedSettings, PyroModule):
     Attributes:
         theta: q(theta), a guide for the model's theta sites.
         num_members: how many q(theta) there are: K for an ensemble, else 1.
+        steps: gradient steps on the support that a posterior takes; 0 for one that needs none.
     """
 
-    num_members = 1
+    num_members: int = 1
+    steps: int = 0
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory | None = PointTheta) -> None:
         super().__init__()

@@ -24,10 +24,12 @@ class PointTheta(PyroModule):
 
     Args:
         model: offers ``initial_theta()`` and ``theta()``, the program of p(theta).
+        locations_only: learn the locations (``theta.loc.*``) and leave the other sites where they start.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, locations_only: bool = False) -> None:
         super().__init__()
+        self._locations_only = locations_only
         with torch.no_grad():
             sites = pyro.poutine.trace(model.theta).get_trace().nodes
         self.positive: dict[str, bool] = {}
@@ -39,7 +41,8 @@ class PointTheta(PyroModule):
             self._create(site, value.log() if self.positive[site] else value)
 
     def _create(self, site: str, value: Tensor) -> None:
-        setattr(self, parameter_name("loc", site), nn.Parameter(value.clone()))
+        learned = site.startswith("theta.loc.") or not self._locations_only
+        setattr(self, parameter_name("loc", site), nn.Parameter(value.clone(), requires_grad=learned))
 
     def forward(self) -> Sites:
         """Sample every theta site, ``(layers, out, in)`` each."""
@@ -59,7 +62,7 @@ class NormalTheta(PointTheta):
         initial_scale: standard deviation at the start (of the logarithm, for positive sites).
     """
 
-    def __init__(self, model: Model, initial_scale: float = 1e-3) -> None:
+    def __init__(self, model: Model, *, initial_scale: float = 1e-3) -> None:
         self._initial_scale = initial_scale
         super().__init__(model)
 

@@ -26,6 +26,7 @@ from bayes_lora.infer.plates import examples_scale, same_task_plate, task_plate
 from bayes_lora.lm.sites import delta_site, factor_sites
 from bayes_lora.models.hierarchical_model import HierarchicalModel, sample_normal
 from bayes_lora.types import Distributions, Likelihood, Sites
+from bayes_lora.utils.ranges import Positive
 
 __all__ = ["ActivationSpace"]
 
@@ -45,7 +46,7 @@ class ActivationSpace(HierarchicalModel):
     """
 
     def __init__(
-        self, likelihood: Likelihood, initial: Sites | None = None, *, offset: float = -20.0, loc_scale: float = 1.0
+        self, likelihood: Likelihood, initial: Sites | None = None, *, offset: float = -20.0, loc_scale: Positive = 1.0
     ) -> None:
         super().__init__(likelihood, initial)
         self.random_sites = [*self.initial, *(f"log_variance.{site}" for site in self.initial)]

@@ -29,6 +29,7 @@ from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.infer.plates import task_plate
 from bayes_lora.models.factor_model import FactorModel
 from bayes_lora.types import Distributions, Likelihood, Sites
+from bayes_lora.utils.ranges import Count, Positive
 
 __all__ = ["ClusterMixture"]
 
@@ -60,13 +61,13 @@ class ClusterMixture(FactorModel):
         likelihood: Likelihood,
         initial: Sites | None = None,
         *,
-        num_clusters: int = 4,
+        num_clusters: Count = 4,
         random: Literal["A", "B", "AB"] = "AB",
-        initial_scale: tuple[float, float] = (0.1, 0.05),
-        spread: float = 0.3,
-        loc_scale: float = 1.0,
-        concentration: float = 1.0,
-        rate: float = 0.01,
+        initial_scale: tuple[Positive, Positive] = (0.1, 0.05),
+        spread: Positive = 0.3,
+        loc_scale: Positive = 1.0,
+        concentration: Positive = 1.0,
+        rate: Positive = 0.01,
     ) -> None:
         super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
         if num_clusters < 1 or min(*initial_scale, spread) <= 0:

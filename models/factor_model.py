@@ -19,6 +19,7 @@ import torch
 from bayes_lora.errors import ConfigError
 from bayes_lora.models.hierarchical_model import HierarchicalModel, sample_normal
 from bayes_lora.types import Likelihood, Sites
+from bayes_lora.utils.ranges import Positive
 
 __all__ = ["FactorModel"]
 
@@ -49,7 +50,7 @@ class FactorModel(HierarchicalModel):
         initial: Sites | None = None,
         *,
         random: Literal["A", "B", "AB"] = "AB",
-        loc_scale: float = 1.0,
+        loc_scale: Positive = 1.0,
     ) -> None:
         super().__init__(likelihood, initial)
         if random not in ("A", "B", "AB"):

@@ -19,6 +19,7 @@ import torch
 from bayes_lora.errors import ConfigError
 from bayes_lora.models.factor_model import FactorModel
 from bayes_lora.types import Distributions, Likelihood, Sites
+from bayes_lora.utils.ranges import Positive
 
 __all__ = ["HierarchicalNormal"]
 
@@ -45,10 +46,10 @@ class HierarchicalNormal(FactorModel):
         initial: Sites | None = None,
         *,
         random: Literal["A", "B", "AB"] = "AB",
-        initial_scale: tuple[float, float] = (0.1, 0.05),
-        loc_scale: float = 1.0,
-        concentration: float = 1.0,
-        rate: float = 0.01,
+        initial_scale: tuple[Positive, Positive] = (0.1, 0.05),
+        loc_scale: Positive = 1.0,
+        concentration: Positive = 1.0,
+        rate: Positive = 0.01,
     ) -> None:
         super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
         if min(initial_scale) <= 0:

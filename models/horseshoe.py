@@ -21,6 +21,7 @@ import torch
 from bayes_lora.errors import ConfigError
 from bayes_lora.models.factor_model import FactorModel
 from bayes_lora.types import Distributions, Likelihood, Sites
+from bayes_lora.utils.ranges import Positive
 
 __all__ = ["RegularizedHorseshoe"]
 
@@ -46,9 +47,9 @@ class RegularizedHorseshoe(FactorModel):
         initial: Sites | None = None,
         *,
         random: Literal["A", "B", "AB"] = "AB",
-        global_scale: tuple[float, float] = (0.1, 0.05),
-        slab: float = 1.0,
-        loc_scale: float = 1.0,
+        global_scale: tuple[Positive, Positive] = (0.1, 0.05),
+        slab: Positive = 1.0,
+        loc_scale: Positive = 1.0,
     ) -> None:
         super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
         if min(*global_scale, slab) <= 0:

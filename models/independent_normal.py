@@ -16,6 +16,7 @@ import torch
 from bayes_lora.errors import ConfigError
 from bayes_lora.models.factor_model import FactorModel
 from bayes_lora.types import Distributions, Likelihood, Sites
+from bayes_lora.utils.ranges import Positive
 
 __all__ = ["IndependentNormal"]
 
@@ -39,8 +40,8 @@ class IndependentNormal(FactorModel):
         initial: Sites | None = None,
         *,
         random: Literal["A", "B", "AB"] = "AB",
-        scale: tuple[float, float] = (0.1, 0.05),
-        loc_scale: float = 1.0,
+        scale: tuple[Positive, Positive] = (0.1, 0.05),
+        loc_scale: Positive = 1.0,
     ) -> None:
         super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
         if min(scale) <= 0:

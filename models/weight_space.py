@@ -25,6 +25,7 @@ from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.lm.sites import delta_site, factor_sites
 from bayes_lora.models.hierarchical_model import HierarchicalModel, sample_normal
 from bayes_lora.types import Distributions, Likelihood, Sites
+from bayes_lora.utils.ranges import Positive
 
 __all__ = ["WeightSpace"]
 
@@ -54,10 +55,10 @@ class WeightSpace(HierarchicalModel):
         likelihood: Likelihood,
         initial: Sites | None = None,
         *,
-        offset: float = 1e-3,
-        loc_scale: float = 1.0,
-        concentration: float = 1.0,
-        rate: float = 1e-6,
+        offset: Positive = 1e-3,
+        loc_scale: Positive = 1.0,
+        concentration: Positive = 1.0,
+        rate: Positive = 1e-6,
     ) -> None:
         super().__init__(likelihood, initial)
         for name, value in dict(offset=offset, loc_scale=loc_scale, concentration=concentration, rate=rate).items():

@@ -340,7 +340,7 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
             guide.posterior(support, guide.theta())
     with pytest.raises(ConfigError, match="start: Ensemble has no theta of its own"):
         GradientGuide(model, start=Ensemble(model, num_members=2))
-    inner = lambda model, theta: Ensemble(model, theta_guide=theta, num_members=2)  # noqa: E731
+    inner = lambda model, theta_guide: Ensemble(model, theta_guide=theta_guide, num_members=2)  # noqa: E731
     with pytest.raises(ConfigError, match="make: an ensemble cannot be a member"):
         Ensemble(model, make=inner)
     samplers = Ensemble(

@@ -14,7 +14,6 @@ from bayes_lora.cli.console import say
 from bayes_lora.cli.options import DATA, Draws, Format, Input, Label, Overwrite, Run, Steps, Task
 
 if TYPE_CHECKING:
-    from bayes_lora.posterior.posterior import Posterior
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.tasks import Example
 
@@ -43,13 +42,15 @@ def adapt(
     Example: `bayes-lora adapt --run runs/demo --examples tickets.csv --shots 16 --output runs/tickets`
     """
     from bayes_lora.cli.task_source import TaskSource, one_task, support_of
-    from bayes_lora.runs.folder import HOME, write_home
+    from bayes_lora.runs.folder import HOME, load_posterior, write_home
+    from bayes_lora.utils.progress import hide_loading_bar
     from bayes_lora.utils.storage import check_new_folder, new_folder
 
     source = TaskSource(examples, format, input, label)
     chosen = one_task(source, task, seed)
     support = support_of(chosen, seed, shots)
     check_new_folder(output, overwrite=overwrite, marker=HOME)
+    hide_loading_bar()
     posterior = load_posterior(run)
     with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
         adapted = posterior.adapt(support, steps=steps)
@@ -102,12 +103,3 @@ def _answers(
     for choice, row in zip(choices, log_probs.exp().tolist(), strict=True):
         probs = dict(zip(choice.options, (round(p, 6) for p in row), strict=False))
         yield {"input": choice.input, "prediction": max(probs, key=probs.__getitem__), "probs": probs}
-
-
-def load_posterior(run: Path) -> Posterior:
-    """Load a run's posterior, without a bar."""
-    from bayes_lora.posterior.posterior import Posterior
-    from bayes_lora.utils.progress import hide_loading_bar
-
-    hide_loading_bar()
-    return Posterior.load(run / "posterior")

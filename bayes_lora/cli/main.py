@@ -12,17 +12,19 @@ import typer
 
 from bayes_lora.cli import adapt as cli_adapt
 from bayes_lora.cli import tasks as cli_tasks
-from bayes_lora.cli.adapt import load_posterior
 from bayes_lora.cli.console import err, fail, out, say, warn
 from bayes_lora.cli.options import (
     Config,
     Draws,
     Format,
+    Guide,
     Input,
     Label,
     Model,
     Names,
     Overwrite,
+    Prior,
+    Recipe,
     Resume,
     Run,
     Set,
@@ -76,6 +78,9 @@ def fit(
     label: Label = None,
     shuffle_options: ShuffleOptions = False,
     model: Model = None,
+    recipe: Recipe = None,
+    prior: Prior = None,
+    guide: Guide = None,
     config: Config = None,
     settings: Set = None,
     resume: Resume = False,
@@ -83,7 +88,7 @@ def fit(
 ) -> None:
     """Meta-learn a prior over LoRA weights, and a guide, from a folder of tasks.
 
-    Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run runs/cls --set fit.steps=200`
+    Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run runs/cls --prior rank-ard --guide swag`
     """
     from bayes_lora.cli.task_source import TaskSource, training_tasks
     from bayes_lora.recipes.recipes import build_language_model
@@ -91,8 +96,10 @@ def fit(
     from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
+    flags = {"recipe": recipe, "prior.name": prior, "guide.name": guide}
+    named = [f"{key}={name}" for key, name in flags.items() if name is not None]
     more = ["episodes.shuffle_options=true"] if shuffle_options else []
-    chosen = _config(config, [*(settings or []), *more], model)
+    chosen = _config(config, [*named, *(settings or []), *more], model)
     training = training_tasks(TaskSource(tasks, format, input, label), split, names)
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
@@ -139,10 +146,10 @@ def evaluate(
     """
     from bayes_lora.cli.task_source import TaskSource, unseen_tasks
     from bayes_lora.runs.fit import compare
-    from bayes_lora.runs.folder import read_fitted_tasks
+    from bayes_lora.runs.folder import load_posterior, read_fitted_tasks
     from bayes_lora.runs.report import check_report_folder
     from bayes_lora.tasks import TaskSet
-    from bayes_lora.utils.progress import bars
+    from bayes_lora.utils.progress import bars, hide_loading_bar
 
     if output is not None:
         check_report_folder(output, overwrite=overwrite)
@@ -151,6 +158,7 @@ def evaluate(
     unseen, left_out = unseen_tasks(source, split, names, seed, shots, queries, read_fitted_tasks(run))
     if shuffle_options:
         unseen = TaskSet(task.shuffle_options(seed=seed) for task in unseen.values())
+    hide_loading_bar()
     posterior = load_posterior(run)
     if left_out:
         say(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks, on which the posterior was fitted")

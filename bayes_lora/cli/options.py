@@ -12,12 +12,15 @@ __all__ = [
     "Config",
     "Draws",
     "Format",
+    "Guide",
     "Input",
     "Label",
     "MaxLength",
     "Model",
     "Names",
     "Overwrite",
+    "Prior",
+    "Recipe",
     "Resume",
     "Run",
     "Set",
@@ -54,6 +57,14 @@ ShuffleOptions = Annotated[
 
 Config = Annotated[Path | None, typer.Option(help="A YAML file with settings.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, as in objective.beta=1e-4. Repeatable.")]
+Recipe = Annotated[str | None, typer.Option(help="A named prior and guide, see docs/recipes.md.")]
+Prior = Annotated[
+    str | None,
+    typer.Option(help="Another prior: rank-ard, ...; its settings are --set prior.KEY=VALUE. See docs/zoo.md."),
+]
+Guide = Annotated[
+    str | None, typer.Option(help="Another guide: swag, ...; its settings are --set guide.KEY=VALUE. See docs/zoo.md.")
+]
 Run = Annotated[Path, typer.Option(help="The run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote there.")]

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+from pyro.distributions import Delta
+
 from bayes_lora.episodes.episode import Episode
-from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.types import Guide
 from bayes_lora.utils.seeding import seeded
 
-__all__ = ["WIDTHS", "choose_width"]
+__all__ = ["WIDTHS", "choose_width", "has_width"]
 
 WIDTHS = (1.0, 1.4, 2.0, 2.8)
 
@@ -47,3 +51,13 @@ def choose_width(
         if on_width:
             on_width()
     return min(curve, key=curve.__getitem__), curve
+
+
+def has_width(objective: BetaELBO, episode: Episode) -> bool:
+    """Whether q(phi | support) has a standard deviation to scale: samples and points have none."""
+    guide = objective.guide
+    if not isinstance(guide, Guide):
+        return True  # one that samples by itself: its sites are scaled as they are sampled
+    with objective.running(), evaluating(objective), torch.no_grad(), seeded(0, episode.mask.device):
+        _, posterior = guide.amortized(episode.support)
+    return any(not isinstance(fn, Delta) for fn in posterior.values())

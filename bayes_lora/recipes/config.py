@@ -14,27 +14,18 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.lm.model_files import DEFAULT_MODEL
 from bayes_lora.recipes.config_values import check_keys, merge, named_template, nested, read_yaml
+from bayes_lora.recipes.recipes import recipe_of
+from bayes_lora.recipes.registry import check_settings
+from bayes_lora.utils.ranges import Count, Natural, NonNegative, Positive
 
 __all__ = [
-    "ActivationSpaceConfig",
-    "DropoutConfig",
-    "EnsembleConfig",
     "EpisodeConfig",
-    "GradientConfig",
-    "GuideConfig",
     "LanguageModelConfig",
-    "LaplaceConfig",
     "ObjectiveConfig",
-    "PriorConfig",
     "RunConfig",
-    "WeightSpaceConfig",
 ]
 
-# Ranges that :meth:`RunConfig.from_dict` checks.
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Natural
 
 
 @dataclass(frozen=True)
@@ -65,88 +56,6 @@ class LanguageModelConfig:
     cache_gib: NonNegative = 4.0
     cache_folder: str | None = None
     token_cache: bool = True
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """Keyword arguments of :class:`bayes_lora.models.HierarchicalNormal`."""
-
-    random: Literal["A", "B", "AB"] = "AB"
-    initial_scale: tuple[Positive, Positive] = (0.1, 0.05)
-    loc_scale: Positive = 1.0
-    concentration: Positive = 1.0
-    rate: Positive = 0.01
-
-
-@dataclass(frozen=True)
-class WeightSpaceConfig:
-    """Keyword arguments of :class:`bayes_lora.models.WeightSpace`."""
-
-    offset: Positive = 1e-3
-    loc_scale: Positive = 1.0
-    concentration: Positive = 1.0
-    rate: Positive = 1e-6
-
-
-@dataclass(frozen=True)
-class ActivationSpaceConfig:
-    """Keyword arguments of :class:`bayes_lora.models.ActivationSpace`."""
-
-    offset: float = -20.0
-    loc_scale: Positive = 1.0
-
-
-@dataclass(frozen=True)
-class GuideConfig:
-    """Keyword arguments of :class:`bayes_lora.guides.GuideNetwork`; ``theta`` is ``point`` or ``normal``."""
-
-    theta: Literal["point", "normal"] = "point"
-    directions: Count = 8
-    hidden: Count = 128
-    bilinear: Count = 12
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-
-
-@dataclass(frozen=True)
-class GradientConfig:
-    """Keyword arguments of :class:`bayes_lora.guides.GradientGuide`; beta is the objective's where it is None."""
-
-    steps: Annotated[int, Field(ge=0)] = 5
-    learning_rate: Positive | dict[str, Positive] = 2e-3
-    optimizer: Literal["sgd", "adam"] = "adam"
-    beta: Positive | None = None
-    num_particles: Count = 1
-    batch_size: Count | None = None
-    second_order: bool = False
-    learn_rates: bool = False
-
-
-@dataclass(frozen=True)
-class LaplaceConfig:
-    """Keyword arguments of :class:`bayes_lora.guides.Laplace`; steps and their rate are those of ``gradient``."""
-
-    curvature: Literal["diagonal", "kronecker"] = "kronecker"
-    prior_precision: Literal["prior", "marginal-likelihood"] = "marginal-likelihood"
-    num_samples: Count = 1
-    largest: Count = 64
-
-
-@dataclass(frozen=True)
-class EnsembleConfig:
-    """Members of :class:`bayes_lora.guides.Ensemble`, and how far from the prior's mean they start.
-
-    Each is a particle in training, so that ``objective.num_particles`` is at least their number.
-    """
-
-    num_members: Annotated[int, Field(ge=2)] = 4
-    spread: Positive = 0.5
-
-
-@dataclass(frozen=True)
-class DropoutConfig:
-    """Keyword arguments of :class:`bayes_lora.guides.MCDropout`."""
-
-    rate: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
 @dataclass(frozen=True)
@@ -190,20 +99,22 @@ class EpisodeConfig:
 class RunConfig:
     """All settings of a run, one section per piece.
 
-    A recipe reads some of them (docs/recipes.md); what it does not read must be at its default.
+    Attributes:
+        recipe: name of a prior, a guide and how they are calibrated (docs/recipes.md).
+        prior: ``name`` of another prior, and keyword arguments of the prior's class, over the recipe's own.
+        guide: likewise of the guide; ``theta_guide``, ``family`` and ``start`` are names, or mappings with a name.
+        objective: weights of the divergences.
+        language_model: the base model and its prompts.
+        episodes: episodes of the training tasks.
+        fit: the optimization.
+        seed: of initial parameters, of the choice of tasks, and of episodes.
     """
 
     recipe: str = "abmll-network"
-    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
-    prior: PriorConfig = field(default_factory=PriorConfig)
-    weight_space: WeightSpaceConfig = field(default_factory=WeightSpaceConfig)
-    activation_space: ActivationSpaceConfig = field(default_factory=ActivationSpaceConfig)
-    guide: GuideConfig = field(default_factory=GuideConfig)
-    gradient: GradientConfig = field(default_factory=GradientConfig)
-    laplace: LaplaceConfig = field(default_factory=LaplaceConfig)
-    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
-    mc_dropout: DropoutConfig = field(default_factory=DropoutConfig)
+    prior: dict[str, Any] = field(default_factory=dict)
+    guide: dict[str, Any] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     seed: Seed = 0
@@ -218,13 +129,19 @@ class RunConfig:
         values = named_template(values, source)
         check_keys(values, asdict(cls()), source)
         try:
-            return TypeAdapter(cls).validate_python(dict(values))
+            config = TypeAdapter(cls).validate_python(dict(values))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raised = first.get("ctx", {}).get("error")  # by a section's own check, which names the value
             problem = f".{raised}" if raised else f": {first['msg']}, got {first['input']!r}."
             raise ConfigError(f"{source}: {where}{problem}") from error
+        try:
+            recipe = recipe_of(config)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        check_settings(recipe.prior, recipe.guide, source)
+        return config
 
     @classmethod
     def load(cls, path: Path | None, settings: Sequence[str] = (), base: RunConfig | None = None) -> RunConfig:

@@ -54,6 +54,8 @@ def merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
     """Put values over others, section by section."""
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            if "name" in value and value["name"] != values[key].get("name", value["name"]):
+                values[key] = {}  # settings of a prior or guide of another name do not apply
             merge(values[key], value)
         else:
             values[key] = value
@@ -68,5 +70,6 @@ def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str =
         if key not in known:
             near = did_you_mean(str(key), known, list_all=True)
             raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{near}.")
-        if isinstance(known[key], Mapping) and not is_dataclass(value):
+        # Keys of prior and guide are those of the class that they name.
+        if isinstance(known[key], Mapping) and known[key] and not is_dataclass(value):
             check_keys(value, known[key], source, f"{prefix}{key}.")

@@ -1,37 +1,128 @@
-"""Named (model, guide, objective) triples, of ABMLL (arXiv 2508.14285) and what it is compared with, from settings."""
+"""Recipes: a named prior, guide and objective, of ABMLL (arXiv 2508.14285) and of what it is compared with.
+
+A recipe is data: the names and settings of its two parts, over which a run's own settings go, and how the posterior is
+calibrated on held-out tasks in the end.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from typing import Any, Literal
-
-from pyro.nn import PyroModule
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from bayes_lora.errors import ConfigError, did_you_mean
-from bayes_lora.guides import (
-    Ensemble,
-    GradientGuide,
-    GuideNetwork,
-    Laplace,
-    MCDropout,
-    NormalTheta,
-    Point,
-    PointTheta,
-    SharedMeanField,
-    SharedPoint,
-)
-from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.loading import load_language_model
-from bayes_lora.models import ActivationSpace, HierarchicalNormal, IndependentNormal, WeightSpace
-from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
-from bayes_lora.recipes.settings_read import unread_settings, watched
+from bayes_lora.recipes.registry import build_guide, build_prior
 from bayes_lora.utils.seeding import seeded
 
-__all__ = ["CALIBRATION", "RECIPES", "build_language_model", "build_objective"]
+if TYPE_CHECKING:
+    from bayes_lora.lm.language_model import LanguageModel
+    from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
+    from bayes_lora.types import Guide, Likelihood, Model
+
+__all__ = ["RECIPES", "Calibration", "Recipe", "build_language_model", "build_objective", "recipe_of"]
+
+Calibration = Literal["width", "temperature", "none"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named prior, guide and objective.
+
+    Attributes:
+        about: what it is, in one sentence.
+        prior: name and settings of the prior.
+        guide: name and settings of the guide.
+        calibrate: what is chosen on held-out tasks in the end: the width of the posterior, a temperature (a point has
+            no width), or nothing.
+    """
+
+    about: str
+    prior: Mapping[str, Any] = field(default_factory=lambda: {"name": "hierarchical-normal"})
+    guide: Mapping[str, Any] = field(default_factory=dict)
+    calibrate: Calibration = "width"
+
+
+INDEPENDENT = {"name": "independent-normal"}
+GRADIENT, NETWORK = {"name": "gradient-guide"}, {"name": "guide-network"}
+FINE_TUNING = GRADIENT | {"family": "point"}
+# What a learnt start learns are its locations; the prior's spread stays.
+LOCATIONS = {"theta_guide": {"name": "point", "locations_only": True}}
+
+RECIPES: dict[str, Recipe] = {
+    "abmll": Recipe("K gradient steps from theta, beta-scaled ELBO: the paper's inference.", guide=GRADIENT),
+    "abmll-network": Recipe("The same with a guide network: one forward pass.", guide=NETWORK),
+    "abmll-network-gradient": Recipe(
+        "K gradient steps from where the guide network points (semi-amortized).", guide=GRADIENT | {"start": NETWORK}
+    ),
+    "abmll-weight": Recipe(
+        "Random weight updates, gradient steps, local reparameterization: the paper's text.",
+        prior={"name": "weight-space"},
+        guide=GRADIENT,
+    ),
+    "abmll-released": Recipe(
+        "Noise at activations, gradient steps on minibatches: what the authors' code does (docs/method.md).",
+        prior={"name": "activation-space"},
+        guide=GRADIENT,
+        calibrate="none",
+    ),
+    "blob": Recipe(
+        "Independent normal over A, B shared, one mean-field posterior for all tasks (BLoB, arXiv 2406.11675).",
+        prior=INDEPENDENT | {"random": "A"},
+        guide={"name": "shared-mean-field"},
+    ),
+    "ensemble": Recipe(
+        "Several LoRAs for all tasks, from several starts (deep ensemble, arXiv 1612.01474); a particle for each.",
+        prior=INDEPENDENT,
+        guide={"name": "ensemble"},
+        calibrate="none",
+    ),
+    "fomaml": Recipe(
+        "A LoRA for each task, fine-tuned from a learnt start: first-order MAML (arXiv 1703.03400).",
+        guide=FINE_TUNING | LOCATIONS,
+        calibrate="none",
+    ),
+    "laplace-lora": Recipe(
+        "A fine-tuned LoRA for each task, with Laplace's approximation around it (Laplace-LoRA, arXiv 2308.13111).",
+        prior=INDEPENDENT,
+        guide={
+            "name": "laplace",
+            "steps": 5,
+            "curvature": "kronecker",
+            "prior_precision": "marginal-likelihood",
+        },
+    ),
+    "lora": Recipe(
+        "A LoRA for each task, fine-tuned on its support from PEFT's initial value. Nothing is learnt between tasks.",
+        prior=INDEPENDENT,
+        guide=FINE_TUNING,
+        calibrate="none",
+    ),
+    "map-temperature": Recipe(
+        "The same with one temperature for all tasks (arXiv 1706.04599).",
+        prior=INDEPENDENT,
+        guide=FINE_TUNING,
+        calibrate="temperature",
+    ),
+    "mc-dropout": Recipe(
+        "One LoRA for all tasks with dropout, in prediction too (arXiv 1506.02142).",
+        prior=INDEPENDENT,
+        guide={"name": "mc-dropout"},
+        calibrate="none",
+    ),
+    "multitask-lora": Recipe(
+        "One LoRA for all tasks, most probable under a fixed normal prior: ordinary fine-tuning, with weight decay.",
+        prior=INDEPENDENT,
+        guide={"name": "shared-point"},
+        calibrate="none",
+    ),
+    "reptile": Recipe(
+        "A LoRA for each task, from a start that moves towards where the steps end: Reptile (arXiv 1803.02999).",
+        guide=FINE_TUNING | LOCATIONS | {"follow_theta": False},
+        calibrate="none",
+    ),
+}
 
 
 def build_language_model(config: LanguageModelConfig) -> LanguageModel:
@@ -54,192 +145,69 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
     )
 
 
-def abmll(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """Hierarchical normal prior, K gradient steps from theta, beta-scaled ELBO: the paper's inference."""
-    model = _model(lm, config)
-    return _objective(model, GradientGuide(model, theta_guide=THETAS[config.guide.theta], **_gradient(config)), config)
+def recipe_of(config: RunConfig) -> Recipe:
+    """The recipe of a run, with the run's own prior, guide and their settings over it.
 
-
-def abmll_network(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """The same with a guide network: one forward pass."""
-    model = _model(lm, config)
-    return _objective(model, _network(model, config), config)
-
-
-def abmll_network_gradient(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """The same with K gradient steps from where the guide network points (semi-amortised)."""
-    model = _model(lm, config)
-    return _objective(model, GradientGuide(model, start=_network(model, config), **_gradient(config)), config)
-
-
-def abmll_weight(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """Random weight updates, K gradient steps from theta, local reparameterisation: the paper's text."""
-    model = WeightSpace(lm, lm.sites.initial(), **asdict(config.weight_space))
-    guide = GradientGuide(model, theta_guide=THETAS[config.guide.theta], **_gradient(config))
-    return _objective(model, guide, config, context=LocalReparameterization)
-
-
-def abmll_released(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """Noise at activations, K gradient steps on minibatches: what the authors' code does (see docs/method.md)."""
-    model = ActivationSpace(lm, lm.sites.initial(), **asdict(config.activation_space))
-    return _objective(model, GradientGuide(model, theta_guide=THETAS[config.guide.theta], **_gradient(config)), config)
-
-
-def blob(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """Independent normal over A, B shared, one mean-field posterior for all tasks (BLoB, arXiv 2406.11675)."""
-    prior = config.prior
-    model = IndependentNormal(lm, lm.sites.initial(), random="A", scale=prior.initial_scale, loc_scale=prior.loc_scale)
-    return _objective(model, SharedMeanField(model, theta_guide=THETAS[config.guide.theta]), config)
-
-
-def multitask_lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """One LoRA for all tasks, most probable under a fixed normal prior: the ordinary fine-tuning, with weight decay."""
-    model = _independent(lm, config)
-    return _objective(model, SharedPoint(model), config)
-
-
-def lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """A LoRA for each task, fine-tuned on its support from PEFT's initial value. Nothing is learnt between tasks."""
-    model = _independent(lm, config)
-    return _objective(model, GradientGuide(model, family=Point(), **_gradient(config)), config)
-
-
-def laplace_lora(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """The same with Laplace's approximation around it (Laplace-LoRA, arXiv 2308.13111)."""
-    model, steps = _independent(lm, config), config.gradient
-    if isinstance(steps.learning_rate, Mapping):
-        raise ConfigError(f"gradient.learning_rate: laplace-lora expected one, got {steps.learning_rate}.")
-    guide = Laplace(
-        model,
-        steps=steps.steps,
-        learning_rate=steps.learning_rate,
-        optimizer=steps.optimizer,
-        beta=_inner_beta(config),
-        **asdict(config.laplace),
-    )
-    return _objective(model, guide, config)
-
-
-def fomaml(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """A LoRA for each task, fine-tuned from a learnt start: first-order MAML (arXiv 1703.03400)."""
-    model = _model(lm, config)
-    return _objective(model, _of_locations(GradientGuide(model, family=Point(), **_gradient(config))), config)
-
-
-def reptile(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """The same with a start that moves towards where the steps end: Reptile (arXiv 1803.02999)."""
-    model = _model(lm, config)
-    guide = GradientGuide(model, family=Point(), follow_theta=False, **_gradient(config))
-    return _objective(model, _of_locations(guide), config)
-
-
-def mc_dropout(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """One LoRA for all tasks with dropout, in prediction too (arXiv 1506.02142)."""
-    model = _independent(lm, config)
-    return _objective(model, MCDropout(model, **asdict(config.mc_dropout)), config)
-
-
-def ensemble(lm: LanguageModel, config: RunConfig) -> BetaELBO:
-    """Several LoRAs for all tasks, from several starts (deep ensemble, arXiv 1612.01474); a particle for each."""
-    model, settings = _independent(lm, config), config.ensemble
-    guide = Ensemble(
-        model,
-        spread=settings.spread,
-        num_members=settings.num_members,
-    )
-    particles = max(config.objective.num_particles, settings.num_members)
-    return _objective(model, guide, replace(config, objective=replace(config.objective, num_particles=particles)))
-
-
-THETAS = {"point": PointTheta, "normal": NormalTheta}
-
-
-def _model(lm: LanguageModel, config: RunConfig) -> HierarchicalNormal:
-    return HierarchicalNormal(lm, lm.sites.initial(), **asdict(config.prior))
-
-
-def _independent(lm: LanguageModel, config: RunConfig) -> IndependentNormal:
-    prior = config.prior
-    return IndependentNormal(lm, lm.sites.initial(), scale=prior.initial_scale, loc_scale=prior.loc_scale)
-
-
-def _of_locations(guide: GradientGuide) -> GradientGuide:
-    """The guide with nothing of theta left to learn but its locations: the prior's spread stays."""
-    for name, parameter in guide.theta.named_parameters():
-        if "theta_loc" not in name:
-            parameter.requires_grad_(False)
-    return guide
-
-
-def _network(model: HierarchicalNormal, config: RunConfig) -> GuideNetwork:
-    settings = asdict(config.guide)
-    return GuideNetwork(model, theta_guide=THETAS[settings.pop("theta")], **settings)
-
-
-def _gradient(config: RunConfig) -> dict[str, Any]:
-    return asdict(config.gradient) | {"beta": _inner_beta(config)}
-
-
-def _inner_beta(config: RunConfig) -> float:
-    own = config.gradient.beta
-    return config.objective.beta if own is None else own
-
-
-def _objective(model: PyroModule, guide: PyroModule, config: RunConfig, **kwargs: Any) -> BetaELBO:
-    return BetaELBO(model, guide, **asdict(config.objective), **kwargs)
-
-
-# A recipe takes from the settings only what it hands on: what it reads counts as used.
-RECIPES: dict[str, Callable[[LanguageModel, RunConfig], BetaELBO]] = {
-    "abmll": abmll,
-    "abmll-network": abmll_network,
-    "abmll-network-gradient": abmll_network_gradient,
-    "abmll-weight": abmll_weight,
-    "abmll-released": abmll_released,
-    "blob": blob,
-    "ensemble": ensemble,
-    "fomaml": fomaml,
-    "laplace-lora": laplace_lora,
-    "lora": lora,
-    "map-temperature": lora,
-    "mc-dropout": mc_dropout,
-    "multitask-lora": multitask_lora,
-    "reptile": reptile,
-}
-
-# What is chosen on held-back tasks in the end. Points and samples have no width.
-CALIBRATION: dict[str, Literal["width", "temperature", "none"]] = {
-    "abmll-released": "none",
-    "ensemble": "none",
-    "fomaml": "none",
-    "lora": "none",
-    "map-temperature": "temperature",
-    "mc-dropout": "none",
-    "multitask-lora": "none",
-    "reptile": "none",
-}
-
-
-def build_objective(lm: LanguageModel, config: RunConfig, *, strict: bool = True) -> BetaELBO:
-    """Build a recipe's objective, its parameters drawn under ``config.seed``.
-
-    Args:
-        lm: the language model.
-        config: settings; those that the recipe does not read must be at their defaults.
-        strict: if not, one that is not gives a warning.
+    A prior or guide of another name replaces the recipe's, settings and all; the posterior's width is then calibrated.
 
     Raises:
-        ConfigError: there is no such recipe, or it does not read a setting that is changed.
+        ConfigError: there is no such recipe.
     """
     if config.recipe not in RECIPES:
         near = did_you_mean(config.recipe, RECIPES, list_all=True)
         raise ConfigError(f"recipe {config.recipe!r} is unknown{near}.")
-    read: set[str] = set()
+    found = RECIPES[config.recipe]
+    other = config.guide.get("name", found.guide["name"]) != found.guide["name"]
+    return replace(
+        found,
+        prior=_over(found.prior, config.prior),
+        guide=_over(found.guide, config.guide),
+        calibrate="width" if other else found.calibrate,
+    )
+
+
+def _over(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over others; those of a part of another name do not apply to it."""
+    if own.get("name", spec.get("name")) != spec.get("name"):
+        return dict(own)
+    merged = dict(spec)
+    for key, value in own.items():
+        inner = merged.get(key)
+        nested = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        merged[key] = _over(inner, value) if nested and isinstance(inner, Mapping) else value
+    return merged
+
+
+def build_objective(
+    lm: Likelihood,
+    config: RunConfig,
+    *,
+    model: Model | None = None,
+    guide: Guide | None = None,
+    num_tasks: int = 1,
+) -> BetaELBO:
+    """Build a run's objective, its parameters drawn under ``config.seed``.
+
+    Args:
+        lm: the language model.
+        config: settings.
+        model: in place of the settings' prior.
+        guide: in place of the settings' guide.
+        num_tasks: size of the collection that is trained on, for guides with parameters for each task.
+
+    Raises:
+        ConfigError: there is no such recipe, prior, guide or setting, the guide does not take the prior, or there are
+            settings for a part that was passed.
+    """
+    for name, part, own in (("prior", model, config.prior), ("guide", guide, config.guide)):
+        if part is not None and own:
+            raise ConfigError(f"{name}: expected no settings for the {type(part).__name__} that was passed, got {own}.")
+    recipe, settings = recipe_of(config), asdict(config.objective)
     with seeded(config.seed, lm.device):
-        objective = RECIPES[config.recipe](lm, watched(config, read))
-    problem = unread_settings(config, read)
-    if problem and strict:
-        raise ConfigError(problem)
-    if problem:
-        warnings.warn(problem, stacklevel=2)
-    return objective.to(lm.device)
+        if model is None:
+            model = build_prior(recipe.prior, lm)
+        if guide is None:
+            guide = build_guide(recipe.guide, model, num_tasks=num_tasks, beta=settings["beta"])
+    # A particle for each member of an ensemble, which trains all of them in every step.
+    settings["num_particles"] = max(settings["num_particles"], guide.num_members)
+    return BetaELBO(model, guide, **settings).to(lm.device)

@@ -24,16 +24,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ModelFileError, SiteError
+from bayes_lora.guides import TaskGuide
+from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.loading import default_dtype, default_lora, inject
 from bayes_lora.lm.sites import LoraSites, find_sites
+from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.types import Features
 
 __all__ = ["DryRun", "dry_run", "read_architecture"]
-
-WITHOUT_STEPS = ("abmll-network", "blob", "ensemble", "mc-dropout", "multitask-lora")
-"""Recipes that take no steps on the support in training."""
 
 META = torch.device("meta")
 BITS = {"8bit": 8, "4bit": 4}
@@ -132,7 +132,7 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
     trained = sum(p.numel() for p in objective.parameters())
     quantised = sum(m.weight.numel() for name, m in linears.items() if m is not model.get_output_embeddings())
     parameters = {"base": sum(counted.values()), "lora": sites.num_parameters, "trained": trained}
-    memory, tokens = _memory(config, architecture, sites, parameters, quantised, model.dtype.itemsize)
+    memory, tokens = _memory(config, objective, architecture, sites, parameters, quantised, model.dtype.itemsize)
     return DryRun(dict(sites.shapes), parameters, memory, tokens)
 
 
@@ -147,6 +147,7 @@ def _check(sites: LoraSites, linears: dict[str, torch.nn.Linear], rank: int) -> 
 
 def _memory(
     config: RunConfig,
+    objective: BetaELBO,
     architecture: PreTrainedConfig,
     sites: LoraSites,
     parameters: dict[str, int],
@@ -154,16 +155,18 @@ def _memory(
     itemsize: int,
 ) -> tuple[dict[str, int], int]:
     settings, episodes = config.language_model, config.episodes
+    guide: TaskGuide = objective.guide  # type: ignore[assignment]
+    particles = objective.elbo.num_particles
     scored = episodes.num_query + (episodes.num_support if episodes.score_support else 0)
-    inside = episodes.num_support if config.recipe not in WITHOUT_STEPS else 0
-    tokens = episodes.tasks_per_episode * max(scored, inside) * settings.max_length * config.objective.num_particles
+    inside = episodes.num_support if guide.steps else 0
+    tokens = episodes.tasks_per_episode * max(scored, inside) * settings.max_length * particles
     layers = max(len(modules) for modules in sites.modules.values())
     hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
     whole = 7 * hidden + (4 if any("down_proj" in site for site in sites.shapes) else 3) * intermediate
     per_token = layers * hidden + whole if settings.gradient_checkpointing else layers * whole
     bits = 8 * itemsize if settings.quantization is None else BITS[settings.quantization]
-    draws = episodes.tasks_per_episode * config.objective.num_particles
-    pairs = 2 if config.recipe in ("abmll-weight", "abmll-released") else 1  # of factors, for mean and scale
+    draws = episodes.tasks_per_episode * particles
+    pairs = 2 if isinstance(objective.model, WeightSpace | ActivationSpace) else 1  # of factors, for mean and scale
     memory = {
         "base": (parameters["base"] - quantised) * itemsize + quantised * bits // 8,
         "trained": 5 * 4 * parameters["trained"],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -12,24 +13,26 @@ from rich.progress import Progress
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.episodes.sampler import EpisodeSampler
 from bayes_lora.errors import TaskError
+from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.infer.training import FitState, fit
+from bayes_lora.infer.training import FitConfig, FitState, fit
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.metrics.options import Metrics, top_confidence
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.baselines import finetune_lora, pretrained
-from bayes_lora.posterior.calibrate import WIDTHS, choose_width
+from bayes_lora.posterior.calibrate import WIDTHS, choose_width, has_width
+from bayes_lora.posterior.classes import describe
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.predict import score, score_text
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.posterior.temperature import choose_temperature
 from bayes_lora.recipes.config import RunConfig
-from bayes_lora.recipes.recipes import CALIBRATION, build_objective
-from bayes_lora.recipes.settings_read import warn_of_no_fit
+from bayes_lora.recipes.recipes import build_objective, recipe_of
 from bayes_lora.runs.folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
 from bayes_lora.runs.report import Comparison, MethodResult
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.tasks.task_set import TaskSet
+from bayes_lora.types import Guide, Model
 from bayes_lora.utils.storage import write_json
 
 __all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
@@ -40,6 +43,8 @@ def fit_posterior(
     tasks: TaskSet,
     config: RunConfig | None = None,
     *,
+    model: Model | None = None,
+    guide: Guide | None = None,
     run: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -50,7 +55,10 @@ def fit_posterior(
     Args:
         lm: the language model.
         tasks: training tasks; support and query are drawn anew for each episode.
-        config: settings.
+        config: settings, a recipe among them.
+        model: a prior of your own, in place of the recipe's: a :class:`bayes_lora.models.FactorModel`, say.
+        guide: a guide of your own, in place of the recipe's: a :class:`bayes_lora.guides.TaskGuide`. If only a guide is
+            passed, the model is the guide's.
         run: a folder for checkpoints, the curve (``curve.json``), the names of the tasks (``tasks.json``) and the
             posterior (``posterior/``), the held-back NLL at each width (``widths.json``) or temperature; None writes
             none.
@@ -69,13 +77,17 @@ def fit_posterior(
     run = None if run is None else Path(run)
     kept, held = divide(tasks, config)
     sampler, held_back = build_episodes(lm, tasks, config)
-    objective = build_objective(lm, config)
+    if model is None and isinstance(guide, TaskGuide):
+        model = guide.model
+    objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
+    # What cannot be saved is refused now, not after the fit.
+    parts = None if run is None else [describe(objective.model, "model"), describe(objective.guide, "guide")]
     # A guide may have nothing to learn between tasks; then there is nothing to fit.
     steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
     if not steps:
         warn_of_no_fit(config)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
-    journal = Journal(run, objective, optimizer, identity(config, tasks), progress)
+    journal = Journal(run, objective, optimizer, [*identity(config, tasks), parts], progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
     state = journal.resumed()
@@ -95,8 +107,12 @@ def fit_posterior(
             on_look=journal.on_look,
         )
     journal.close_bar(state)
-    posterior = Posterior(lm, objective.eval(), config)
-    calibration = CALIBRATION.get(config.recipe, "width") if held_back else "none"
+    posterior = Posterior(
+        lm, objective.model, objective.guide, beta=objective.target_beta, gamma=objective.target_gamma
+    )
+    calibration = recipe_of(config).calibrate if guide is None else "width"
+    if not held_back or (calibration == "width" and not has_width(objective, held_back[0])):
+        calibration = "none"
     if calibration == "width":
         posterior.width, curve = _choose_width(objective, held_back, config, progress)
     elif calibration == "temperature":
@@ -107,6 +123,19 @@ def fit_posterior(
         if calibration != "none":
             write_json(run / f"{calibration}s.json", {str(factor): nll for factor, nll in curve.items()})
     return posterior, state
+
+
+def warn_of_no_fit(config: RunConfig) -> None:
+    """Warn if settings of the fit are changed though nothing is learned between tasks.
+
+    A warning, because files of settings for several recipes have such settings.
+    """
+    changed = [
+        f"fit.{f.name}" for f in fields(FitConfig) if getattr(config.fit, f.name) != getattr(FitConfig(), f.name)
+    ]
+    if changed:
+        message = f"recipe {config.recipe!r} has nothing to fit: {', '.join(changed)} change nothing"
+        warnings.warn(message, stacklevel=3)
 
 
 def _choose_width(

@@ -19,7 +19,8 @@ from bayes_lora.errors import PosteriorError, RunFolderError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitState
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.posterior.posterior import CONFIG as POSTERIOR_CONFIG
+from bayes_lora.posterior.classes import Made
+from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_language_model
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -33,6 +34,7 @@ __all__ = [
     "check_run_folder",
     "identity",
     "load_language_model_of",
+    "load_posterior",
     "prepare_run_folder",
     "read_fitted_tasks",
     "read_home",
@@ -147,13 +149,31 @@ def load_language_model_of(run: Path) -> LanguageModel:
     """The language model that a run's posterior was fitted with, without the posterior itself.
 
     Raises:
-        PosteriorError: there is no posterior, or its settings are damaged.
+        PosteriorError: there are no settings of a run, or they are damaged.
     """
-    path = run / POSTERIOR / POSTERIOR_CONFIG
+    path = run / CONFIG
     facts = read_json(path)
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
-        raise PosteriorError(f"{path} is damaged: it has no 'config'. Restore it, or run again.")
-    return build_language_model(RunConfig.from_dict(facts["config"], str(path)).language_model)
+    if not isinstance(facts, dict):
+        raise PosteriorError(f"{path} is damaged: expected settings, got {facts!r}. Restore it, or run again.")
+    return build_language_model(RunConfig.from_dict(facts, str(path)).language_model)
+
+
+def load_posterior(
+    run: str | Path, lm: LanguageModel | None = None, *, model: Made = None, guide: Made = None
+) -> Posterior:
+    """Read the posterior of a run's folder; by default with the language model that its settings name.
+
+    Args:
+        run: the folder that ``fit_posterior(..., run=run)``, ``bayes-lora fit`` or ``bayes-lora demo`` wrote.
+        lm: the language model, if it is loaded already.
+        model: see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
+        guide: likewise.
+
+    Raises:
+        PosteriorError: as ``Posterior.load``.
+    """
+    lm = lm or load_language_model_of(Path(run))
+    return Posterior.load(Path(run) / POSTERIOR, lm, model=model, guide=guide)
 
 
 def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:

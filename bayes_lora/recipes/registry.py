@@ -1,0 +1,198 @@
+"""Priors and guides by the names that settings and flags use, and their settings, read from their constructors.
+
+``RankARD`` is ``rank-ard``; its settings are the keyword arguments of its constructor, with their types and defaults. A
+new class of :mod:`bayes_lora.models` or :mod:`bayes_lora.guides` needs no line here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from functools import cache, partial
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from bayes_lora import guides, models
+from bayes_lora.errors import ConfigError, did_you_mean
+from bayes_lora.guides.family import Family, same_as_prior
+from bayes_lora.guides.task_guide import TaskGuide
+from bayes_lora.types import Likelihood, Model, ThetaFactory
+
+__all__ = ["FAMILIES", "GUIDES", "PRIORS", "THETA_GUIDES", "build_guide", "build_prior", "check_settings", "name_of"]
+
+Settings = Mapping[str, Any]
+
+
+def name_of(cls: type) -> str:
+    """The name of a class in settings: ``RankARD`` is ``rank-ard``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+
+
+def _named(room: Any, keep: Callable[[type], bool]) -> dict[str, Any]:
+    classes = [getattr(room, name) for name in room.__all__]
+    return {name_of(cls): cls for cls in classes if isinstance(cls, type) and keep(cls)}
+
+
+BASES = (models.FactorModel, models.HierarchicalModel, TaskGuide)
+
+PRIORS: dict[str, type[models.HierarchicalModel]] = _named(models, lambda cls: cls not in BASES)
+GUIDES: dict[str, type[TaskGuide]] = _named(guides, lambda cls: issubclass(cls, TaskGuide) and cls not in BASES)
+FAMILIES: dict[str, Any] = _named(guides, is_dataclass)
+THETA_GUIDES: dict[str, ThetaFactory] = {"point": guides.PointTheta, "normal": guides.NormalTheta}
+
+
+def build_prior(spec: Settings, likelihood: Likelihood) -> models.HierarchicalModel:
+    """Make the prior that ``spec`` describes: ``{"name": "rank-ard", "random": "B"}``.
+
+    Raises:
+        ConfigError: there is no such prior or setting, or a value is of the wrong type or out of range.
+    """
+    cls, settings = _part("prior", spec, PRIORS)
+    return cls(likelihood, **settings)
+
+
+def build_guide(spec: Settings, model: Model, *, num_tasks: int, beta: float) -> TaskGuide:
+    """Make the guide that ``spec`` describes: ``{"name": "gradient-guide", "steps": 5}``.
+
+    Args:
+        spec: its name and settings.
+        model: the model.
+        num_tasks: size of the collection that is trained on, for guides with parameters for each task.
+        beta: of the objective; what a guide's own ``beta`` is unless its settings say otherwise.
+
+    Raises:
+        ConfigError: as :func:`build_prior`.
+    """
+    return _guide("guide", spec, model, num_tasks, beta)
+
+
+def check_settings(prior: Settings, guide: Settings, source: str) -> None:
+    """Check names, types and ranges of a prior's and a guide's settings, without making either.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for section, spec, table in (("prior", prior, PRIORS), ("guide", guide, GUIDES)):
+        try:
+            _part(section, spec, table)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+
+
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """The keyword arguments of a class that settings can hold; of ``**settings``, those of its base class."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        signature = inspect.signature(vars(base)["__init__"]) if "__init__" in vars(base) else None
+        if signature is None:
+            continue
+        found = {
+            name: p.replace(annotation=_hints(base).get(name, Any))
+            for name, p in signature.parameters.items()
+            if p.kind is p.KEYWORD_ONLY or (is_dataclass(cls) and name != "self")
+        } | found
+        if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            break
+    return {name: p for name, p in found.items() if not _is_function(p.annotation)}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(vars(cls)["__init__"], include_extras=True)
+
+
+def _is_function(hint: Any) -> bool:
+    """Whether values are functions, which a file of settings cannot hold; q(theta) and families have names."""
+    return "Callable" in str(hint) and hint not in (ThetaFactory, Family)
+
+
+@cache
+def _schema(cls: type) -> type[BaseModel]:
+    """Types of a class's settings."""
+    fields: dict[str, Any] = {}
+    for name, parameter in parameters_of(cls).items():
+        special = parameter.annotation in (ThetaFactory, Family) or _is_guide(parameter.annotation)
+        fields[name] = (Any if special else parameter.annotation, parameter.default)
+    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+
+
+def _is_guide(hint: Any) -> bool:
+    return hint == (TaskGuide | None)
+
+
+def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that ``spec`` names, and its settings, checked; q(theta) and families are objects then."""
+    settings = dict(spec)
+    name = settings.pop("name", None)
+    if name not in table:
+        raise ConfigError(f"{section}.name: unknown {section} {name!r}{did_you_mean(str(name), table, list_all=True)}.")
+    cls, known = table[name], parameters_of(table[name])
+    for key in settings:
+        if key not in known:
+            near = did_you_mean(str(key), known, list_all=True)
+            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: no setting of {name}{near}.")
+    try:
+        values = {key: getattr(_schema(cls)(**settings), key) for key in settings}
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (section, *first["loc"]))
+        raise ConfigError(f"{where}: {first['msg']}, got {first['input']!r}.") from error
+    for key, value in values.items():
+        hint = known[key].annotation
+        if hint == ThetaFactory:
+            values[key] = _theta_guide(f"{section}.{key}", value)
+        elif hint == Family:
+            values[key] = _family(f"{section}.{key}", value)
+        elif _is_guide(hint) and value is not None:
+            _part(f"{section}.{key}", _spec(f"{section}.{key}", value), GUIDES)
+    return cls, values
+
+
+def _guide(section: str, spec: Settings, model: Model, num_tasks: int, beta: float) -> TaskGuide:
+    cls, settings = _part(section, spec, GUIDES)
+    known = inspect.signature(cls).parameters
+    for key, parameter in parameters_of(cls).items():
+        if _is_guide(parameter.annotation) and settings.get(key) is not None:
+            inner = f"{section}.{key}"
+            settings[key] = _guide(inner, _spec(inner, settings[key]), model, num_tasks, beta)
+    if "beta" in known and settings.get("beta") is None:
+        settings["beta"] = beta
+    counts = (num_tasks,) if "num_tasks" in known else ()
+    return cls(model, *counts, **settings)
+
+
+def _spec(section: str, value: Any) -> Settings:
+    """A name alone stands for a part with default settings."""
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{section}: expected a name, or a mapping with a name and settings, got {value!r}.")
+    return value
+
+
+def _theta_guide(section: str, value: Any) -> ThetaFactory:
+    cls, settings = _functions(section, value, THETA_GUIDES)
+    return partial(cls, **settings) if settings else cls  # type: ignore[no-any-return]
+
+
+def _family(section: str, value: Any) -> Family:
+    if value in (None, "same-as-prior"):
+        return same_as_prior
+    cls, settings = _functions(section, value, FAMILIES)
+    return cls(**settings)  # type: ignore[no-any-return]
+
+
+def _functions(section: str, value: Any, table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    spec = dict(_spec(section, value))
+    name = spec.pop("name", None)
+    if name not in table:
+        expected = " or ".join(map(repr, table))
+        raise ConfigError(f"{section}: expected {expected}, got {name!r}.")
+    known = inspect.signature(table[name]).parameters
+    for key in spec:
+        if key not in known or key == "model":
+            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: no setting of {name}.")
+    return table[name], spec
