@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tasks
-from test_matrix import GUIDES, PRIORS
 from torch.utils.flop_counter import FlopCounterMode
+from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
 

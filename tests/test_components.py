@@ -8,7 +8,8 @@ import pyro
 import pytest
 import torch
 from conftest import make_tasks
-from test_matrix import GUIDES, PRIORS, build, episodes, start
+from objectives import mean_theta
+from zoo import GUIDES, PRIORS, build, episodes, start
 
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.guides import (
@@ -148,7 +149,7 @@ def test_swag_is_the_scatter_of_its_path(lm):
     """Mean, squares and last deviations against a plain loop over recorded steps."""
     model = HierarchicalNormal(lm, start(lm), random="B")
     guide = SWAG(model, steps=7, burn_in=2, rank=3, learning_rate=0.01)
-    theta = {name: guide.theta.distribution(name).mean.detach() for name in guide.theta.positive}
+    theta = mean_theta(guide)
     support = episodes(lm)[0].support
     recorded = []
     from bayes_lora.guides import swag as module

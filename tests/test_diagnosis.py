@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import make_tasks
 from rich.console import Console
-from test_matrix import GUIDES, PRIORS
 from torch.distributions import Normal, kl_divergence
+from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
 from bayes_lora.infer.handlers import LocalReparameterization

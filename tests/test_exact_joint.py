@@ -20,7 +20,7 @@ from conjugate import (
     log_evidence,
     make_data,
 )
-from test_exact import chi_squared_p, descent
+from laws import chi_squared_p, descent
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from bayes_lora.distributions.kronecker_normal import KroneckerNormal

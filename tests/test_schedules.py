@@ -3,7 +3,7 @@ from io import StringIO
 import pytest
 from conftest import make_tasks
 from rich.console import Console
-from test_storage import CONFIG
+from runs import CONFIG
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.schedules import SCHEDULES, beta_fraction, cyclical, linear_warmup
