@@ -102,5 +102,6 @@ def test_every_model_and_guide_has_a_row_and_a_page():
 
 
 def test_the_contracts(lm):
+    """Nearly empty: these protocols hold `__call__` alone, so any callable passes; complete contracts replace this."""
     model = PRIORS["HierarchicalNormal"](lm)
     assert isinstance(model, Model) and isinstance(GUIDES["MeanField"](model), Guide) and isinstance(lm, Likelihood)
