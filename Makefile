@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALLED := build/types
 RUN ?= runs/demo
 # Two processes with one thread each: the models in the tests are too small to gain from more threads.
 PYTEST_ARGS ?= -n 2
@@ -11,7 +12,7 @@ BENCH_ARGS ?=
 CHECKED := bayes_lora models guides tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quantized bench lint format types wheel clean
+.PHONY: help setup demo test test-all test-isa test-quantized bench lint format types installed wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -33,7 +34,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train and evaluate on the shipped tasks; the report lands in runs/demo
 	$(BIN)/bayes-lora demo --run $(RUN) --overwrite
 
-test: setup  ## run the tests; PYTEST_ARGS chooses some
+test: setup  ## run the tests but the slow ones, about six minutes; PYTEST_ARGS chooses some
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup  ## run all the tests
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest $(PYTEST_ARGS)
 
 test-quantized: setup  ## install bitsandbytes, and run the tests that need it
@@ -43,20 +47,23 @@ test-quantized: setup  ## install bitsandbytes, and run the tests that need it
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
-lint: setup  ## check style and formatting
+lint: installed  ## check style, formatting, and which module may import which
 	$(BIN)/ruff check $(wildcard $(CHECKED))
 	$(BIN)/ruff format --check $(wildcard $(CHECKED))
+	cd $(INSTALLED) && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache $(abspath pyproject.toml)
 
 format: setup  ## format, and mend what ruff can mend
 	$(BIN)/ruff check --fix $(wildcard $(CHECKED))
 	$(BIN)/ruff format $(wildcard $(CHECKED))
 
-# At the root, mypy would not see that models/ and guides/ belong to the package, and skip them silently.
-types: wheel  ## check the types of the installed wheel, models and guides with it
-	rm -rf build/types && mkdir -p build/types
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types dist/*.whl
-	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) \
+types: installed  ## check the types of the package, models and guides with it
+	cd $(INSTALLED) && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) \
 	  --cache-dir $(abspath .mypy_cache) -p bayes_lora
+
+# At the root, models/ and guides/ are not yet parts of the package: mypy and lint-imports would skip them silently.
+installed: wheel
+	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(INSTALLED) dist/*.whl
 
 # setuptools would pack files that were deleted since the last build, if it found them in build/lib.
 wheel: setup  ## build dist/*.whl

@@ -25,6 +25,9 @@ from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.loading import inject
 from bayes_lora.tasks import Example, Task, TaskSet
 
+# pytest explains the failed assertions of these, as it does those of test files.
+pytest.register_assert_rewrite("conjugate", "runs")
+
 SIZES = dict(
     vocab_size=320,
     hidden_size=16,

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from conftest import build_lm, make_tasks
-from test_fast_path import bloom
-from test_objective import make_episode
-from test_weight_space import build as build_weight_space
+from lm_helpers import bloom, make_episode
+from objectives import mean_theta, weight_space_objective
 from torch.distributions import Normal, kl_divergence
 
 from bayes_lora.distributions.deferred_activation import DeferredActivation, LogRatios
@@ -80,7 +79,7 @@ def test_the_divergence_of_a_language_model(tokenizer, monkeypatch):
     objective = build(lm)
     guide, model = objective.guide, objective.model
     episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
-    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    theta = mean_theta(guide)
     start = guide.posterior(episode.support, theta)
     monkeypatch.setattr(guide, "posterior", lambda *_: start)
     inputs = []
@@ -113,7 +112,7 @@ def test_the_loss_adds_up(lm):
     built, episode = build(lm), make_episode(lm)
     guide = built.guide
     objective = BetaELBO(built.model, guide, beta=0.1, gamma=0.7)
-    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    theta = mean_theta(guide)
     losses, terms = [], []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -195,7 +194,7 @@ def test_predictions_take_the_mean(lm):
     assert not torch.equal(adapted.loc["q_proj.lora_A"][0], adapted.loc["q_proj.lora_A"][1])
 
 
-@pytest.mark.parametrize("make", [build, build_weight_space])
+@pytest.mark.parametrize("make", [build, weight_space_objective])
 def test_checkpointing_draws_the_same_noise_again(tokenizer, make):
     gradients = []
     for checkpointing in (False, True):
@@ -233,7 +232,7 @@ def test_steps_on_minibatches(lm):
     """One step of two examples is the step on these alone, their likelihood scaled to the whole set's."""
     guide = build(lm, steps=1, optimizer="sgd", batch_size=2, beta=1e-20, offset=-40.0).guide
     alone = build(lm, steps=1, optimizer="sgd", beta=1e-20, offset=-40.0).guide
-    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    theta = mean_theta(guide)
     task = next(iter(make_tasks(1).values()))
     found = guide.posterior(collate([lm.encoder(task.examples[:6])]), theta)
     two = alone.posterior(collate([lm.encoder(task.examples[:2])]), theta)

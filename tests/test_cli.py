@@ -8,7 +8,8 @@ import peft
 import pytest
 import torch
 from conftest import make_tasks
-from test_storage import names
+from files import write_examples
+from runs import names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_lora.cli import main as cli
@@ -56,15 +57,6 @@ def refuse(call):
         return err
 
     return refuse
-
-
-def write_examples(path, examples, labelled=True):
-    rows = [
-        {"input": x.input, "options": list(x.options)} | ({"output": x.output} if labelled else {}) for x in examples
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")

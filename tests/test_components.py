@@ -8,7 +8,10 @@ import pyro
 import pytest
 import torch
 from conftest import make_tasks
-from test_matrix import GUIDES, PRIORS, build, episodes, start
+from objectives import mean_theta
+from runs import assert_equal
+from safetensors.torch import load_file
+from zoo import GUIDES, PRIORS, build, episodes, start
 
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.guides import (
@@ -27,6 +30,7 @@ from bayes_lora.infer.components import Components, choose_components, draws_aro
 from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import draw_phi
+from bayes_lora.lm.loading import load_language_model
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.diagnose import diagnose
@@ -146,7 +150,7 @@ def test_swag_is_the_scatter_of_its_path(lm):
     """Mean, squares and last deviations against a plain loop over recorded steps."""
     model = HierarchicalNormal(lm, start(lm), random="B")
     guide = SWAG(model, steps=7, burn_in=2, rank=3, learning_rate=0.01)
-    theta = {name: guide.theta.distribution(name).mean.detach() for name in guide.theta.positive}
+    theta = mean_theta(guide)
     support = episodes(lm)[0].support
     recorded = []
     from bayes_lora.guides import swag as module
@@ -350,14 +354,31 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
         adapt(BetaELBO(model, samplers), lm, split)
 
 
-def test_a_joint_posterior_loads_where_no_guide_was_imported(lm, split, tmp_path):
-    """In another process, by its names alone."""
-    adapt(build(lm, "HierarchicalNormal", "MCDropout").eval(), lm, split).save(tmp_path / "task")
-    code = "import sys; from bayes_lora.posterior.files import FAMILIES; assert 'DroppedPoint' in FAMILIES"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert read_json(tmp_path / "task" / "task_posterior.json")["families"].keys() == {
-        site for site in lm.sites.shapes if "lora_B" in site
-    }
+def test_a_joint_posterior_loads_where_no_guide_was_imported(model_folder, split, tmp_path):
+    """In another process, from their files alone; draws are the same bit for bit."""
+    lm = load_language_model(model_folder, rank=3, top_layers=2, device="cpu")
+    expected = {}
+    for name in ("MCDropout", "Laplace, Kronecker", "SWAG"):
+        adapted = adapt(build(lm, "HierarchicalNormal", name).eval(), lm, split)
+        assert set(adapted.joint) == {site for site in lm.sites.shapes if "lora_B" in site}
+        adapted.save(tmp_path / name)
+        expected |= {f"{name}.{site}": value for site, value in adapted.draw(3, seed=5).items()}
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from safetensors.torch import save_file
+        from bayes_lora import TaskPosterior, load_language_model
+        lm, root, found = load_language_model(sys.argv[1], rank=3, top_layers=2, device="cpu"), Path(sys.argv[2]), {}
+        for folder in list(root.iterdir()):
+            drawn = TaskPosterior.load(folder, lm).draw(3, seed=5)
+            found |= {f"{folder.name}.{site}": value.contiguous() for site, value in drawn.items()}
+        assert not [name for name in sys.modules if name.startswith("bayes_lora.guides")]
+        save_file(found, root / "draws.safetensors")
+    """
+    command = [sys.executable, "-c", code, str(model_folder), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_equal(load_file(tmp_path / "draws.safetensors"), expected)
 
 
 def test_episodes_go_where_the_language_model_is(lm):

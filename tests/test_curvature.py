@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_tasks
-from test_laplace import build, mean_theta
+from objectives import laplace, mean_theta
 
 from bayes_lora.distributions.kronecker_normal import KroneckerNormal
 from bayes_lora.episodes import collate
@@ -17,7 +17,7 @@ SITES = ["q_proj.lora_B", "v_proj.lora_B", "o_proj.lora_B"]
 def problem(lm):
     """Two tasks with 2 and 3 examples, and values of phi."""
     support = collate([lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())])
-    model, guide = build(lm)
+    model, guide = laplace(lm)
     theta = mean_theta(guide)
     torch.manual_seed(0)
     phi = {site: fn.expand((2, 1)).sample() for site, fn in model.phi_prior(theta).items()}
@@ -100,7 +100,7 @@ def test_a_kronecker_product_is_found_exactly():
 
 def test_the_kronecker_posterior_is_that_of_the_sides(lm):
     """Its precision, in the prior's units and by a dense inverse, is I + F / beta for the Kronecker product F."""
-    model, guide = build(lm, steps=2, curvature="kronecker")
+    model, guide = laplace(lm, steps=2, curvature="kronecker")
     theta, support = mean_theta(guide), collate([lm.encoder(t.examples[:3]) for t in make_tasks(2).values()])
     torch.manual_seed(0)
     found = guide.posterior(support, theta)
@@ -124,16 +124,16 @@ def test_the_kronecker_posterior_is_that_of_the_sides(lm):
 
 def test_settings_of_laplace(lm):
     with pytest.raises(ConfigError, match="curvature: expected 'diagonal' or 'kronecker', got 'full'"):
-        build(lm, curvature="full")
+        laplace(lm, curvature="full")
     with pytest.raises(ConfigError, match="prior_precision: expected .* got 'evidence'"):
-        build(lm, prior_precision="evidence")
+        laplace(lm, prior_precision="evidence")
     with pytest.raises(ConfigError, match="got .*batch_size=0"):
-        build(lm, batch_size=0)
+        laplace(lm, batch_size=0)
 
 
 def test_a_mode_that_stays_has_the_largest_precision_that_is_allowed(lm):
     """Where nothing moved, the marginal likelihood grows with the precision, which ends at its bound of 1000."""
-    model, guide = build(lm, steps=0, curvature="kronecker", prior_precision="marginal-likelihood")
+    model, guide = laplace(lm, steps=0, curvature="kronecker", prior_precision="marginal-likelihood")
     theta, support = mean_theta(guide), collate([lm.encoder(t.examples[:3]) for t in make_tasks(2).values()])
     torch.manual_seed(0)
     found = guide.posterior(support, theta)
@@ -150,7 +150,7 @@ def test_a_mode_that_stays_has_the_largest_precision_that_is_allowed(lm):
 
 
 def test_a_layer_of_which_the_data_say_nothing_keeps_the_prior_s_precision(lm):
-    _, guide = build(lm, prior_precision="marginal-likelihood")
+    _, guide = laplace(lm, prior_precision="marginal-likelihood")
     nothing = torch.zeros(2, 1, 2, 4, 3, dtype=torch.float64)
     assert (guide._precision(nothing, nothing) == 1.0).all()
     # Where the mode moved though no curvature is left there, only a precision of zero would do.

@@ -1,11 +1,13 @@
 """What a diagnosis says of posteriors that are right, too narrow, too wide, or points."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_tasks
 from rich.console import Console
-from test_matrix import GUIDES, PRIORS
 from torch.distributions import Normal, kl_divergence
+from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
 from bayes_lora.infer.handlers import LocalReparameterization
@@ -62,9 +64,19 @@ def test_a_wrong_width_is_named(lm, tasks, width, word):
         assert words in text
 
 
-def test_draws_that_ruin_predictions_are_named(lm, tasks, monkeypatch):
-    monkeypatch.setattr("bayes_lora.posterior.diagnose.WIDE", -1e9)  # whatever they cost
-    assert any("Run-away: draws cost" in warning for warning in diagnose(objective(lm), lm, tasks).warnings)
+@pytest.mark.parametrize("width", [1.0, 60.0])
+def test_draws_that_ruin_predictions_are_named(lm, tasks, width):
+    """Of a mean that has learnt the answers, draws cost nothing near it, and more than 0.2 nats far from it."""
+    seen = [replace(task, query=task.support) for task in tasks]
+    one, settings = objective(lm), dict(steps=60, learning_rate=0.05, width=width, seed=3)
+    adapted = adapt(one, lm, seen, **settings)
+    mean, drawn = (adapted.evaluate(seen, num_draws=draws, seed=3) for draws in (0, 10))
+    cost = sum(drawn[name].nll - mean[name].nll for name in mean) / len(mean)
+    named = [w for w in diagnose(one, lm, seen, num_draws=10, **settings).warnings if w.startswith("Run-away")]
+    if width == 1.0:
+        assert cost < 0.1 and not named
+    else:
+        assert cost > 0.3 and f"draws cost {cost:.2f} nats" in named[0]
 
 
 def test_a_point_is_named(lm, tasks):

@@ -7,9 +7,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_tasks
+from lm_helpers import make_episode
+from objectives import network_objective
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal
-from test_objective import build, make_episode
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -33,7 +34,7 @@ def loss_and_gradients(objective, episode):
 @pytest.mark.parametrize("theta", [PointTheta, NormalTheta])  # LogNormal against Gamma has no closed form
 def test_values_and_gradients_are_pyro_s(lm, theta):
     episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
-    objective = build(lm, theta_guide=theta)
+    objective = network_objective(lm, theta_guide=theta)
     assert isinstance(objective.elbo, AnalyticELBO)
     loss, gradients = loss_and_gradients(objective, episode)
     objective.elbo = TraceMeanField_ELBO()
@@ -108,7 +109,7 @@ class Far(nn.Module):
 
 
 def test_it_keeps_less(lm):
-    episode, objective = make_episode(lm), build(lm)
+    episode, objective = make_episode(lm), network_objective(lm)
     objective.model.likelihood = Far(lm)
     ours = saved_bytes(objective, episode)
     objective.elbo = TraceMeanField_ELBO()
@@ -120,7 +121,7 @@ def test_latent_log_densities_are_not_computed(lm, monkeypatch):
     calls = []
     log_prob = dist.Normal.log_prob
     monkeypatch.setattr(dist.Normal, "log_prob", lambda self, value: calls.append(self) or log_prob(self, value))
-    objective, episode = build(lm), make_episode(lm)
+    objective, episode = network_objective(lm), make_episode(lm)
     objective(episode)
     theta = len(objective.model.initial)  # a point's divergence is the prior's density there
     assert len(calls) == theta
@@ -129,7 +130,7 @@ def test_latent_log_densities_are_not_computed(lm, monkeypatch):
 def test_particles_are_averaged_in_one_forward(lm):
     """The mean over draws of phi of the loss, with the language model called once for all of them."""
     episode = make_episode(lm)
-    single = build(lm)
+    single = network_objective(lm)
     many = BetaELBO(single.model, single.guide, beta=0.3, gamma=0.7, num_particles=3).eval()
     calls, likelihood = [], single.model.likelihood
 
@@ -274,7 +275,7 @@ def test_a_scale_that_is_not_positive_is_placed(lm, bad, where):
                 scale = torch.full_like(fn.mean, -0.1 if i == bad else 0.1)
                 pyro.sample(f"phi.{site}", dist.Normal(fn.mean, scale).to_event(3))
 
-    with pytest.raises(SiteError, match=f"{where}: Expected parameter scale .* A scale must be positive: take"):
+    with pytest.raises(SiteError, match=f"{where} : Expected parameter scale .* A scale must be positive: take"):
         BetaELBO(model, narrow)(make_episode(lm))
 
 

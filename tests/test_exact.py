@@ -20,6 +20,7 @@ from conjugate import (
     log_evidence,
     make_data,
 )
+from laws import chi_squared_p, descent
 from pyro.infer import TraceMeanField_ELBO
 
 from bayes_lora.guides import (
@@ -35,12 +36,6 @@ from bayes_lora.guides import (
 from bayes_lora.infer.handlers import LocalReparameterization, Widened
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import draw_phi
-
-
-def descent(model, **kwargs):
-    """Enough steps to arrive; many particles, so that little noise is left there."""
-    settings = dict(steps=250, learning_rate=0.03, optimizer="sgd", num_particles=512)
-    return GradientGuide(model, **settings | kwargs)
 
 
 def network(model):
@@ -232,13 +227,6 @@ def ranks(guide_of, seed=0, tasks=600, draws=19):
     with torch.no_grad():
         phi = draw_phi(model, guide, episode, draws)[SITE][:, :, 0, 0, 0]
     return (phi < b).sum(0).flatten()
-
-
-def chi_squared_p(found, draws=19):
-    counts = torch.bincount(found, minlength=draws + 1).double()
-    expected = found.numel() / (draws + 1)
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor(draws / 2.0), statistic / 2))
 
 
 def test_ranks_are_uniform_after_enough_steps():

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_matrix import GUIDES, PRIORS
+from zoo import GUIDES, PRIORS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FLAGS = {

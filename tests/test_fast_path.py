@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import BUILDERS, TARGETS, build_lm, make_tasks
-from test_language_model import closeness, make_episode, random_phi
+from lm_helpers import bloom, closeness, query_episode, random_phi
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
     GPTJConfig,
     GPTJForCausalLM,
     GPTNeoConfig,
@@ -103,7 +101,7 @@ def test_shared_demonstrations_equal_each_query_behind_its_own(
 def test_gradient_checkpointing_changes_nothing(any_lm: Any, tokenizer: Any) -> None:
     """Backward runs the layers again, when other values, or none, are bound; once a layer."""
     plain, lm = any_lm, build_lm(any_lm.name, tokenizer, gradient_checkpointing=True)
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     calls = []
     lm.trunk.layers[-1].register_forward_pre_hook(lambda *_: calls.append(1))
     inside = next(m for name, m in lm.trunk.layers[-1].named_modules() if name.endswith(("mlp.act_fn", "mlp.act")))
@@ -126,7 +124,7 @@ def test_gradient_checkpointing_changes_nothing(any_lm: Any, tokenizer: Any) -> 
 def test_backward_twice_through_checkpoints(lm: Any, tokenizer: Any) -> None:
     """As for second-order gradient steps."""
     plain, lm = lm, build_lm("llama", tokenizer, gradient_checkpointing=True)
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     seconds = []
     for one in (plain, lm):
         phi = {site: value.requires_grad_() for site, value in random_phi(one, 2, 2, 1).items()}
@@ -145,7 +143,7 @@ def test_checkpointed_layers_apply_no_dropout(tokenizer: Any, monkeypatch: pytes
     monkeypatch.setitem(BUILDERS, "opt", lambda: OPTForCausalLM(OPTConfig(**settings)))
     monkeypatch.setitem(TARGETS, "opt", ["q_proj", "v_proj"])
     lm = build_lm("opt", tokenizer, gradient_checkpointing=True)
-    check_against_plain(lm, make_episode(lm)[0])
+    check_against_plain(lm, query_episode(lm)[0])
 
 
 def test_checkpointing_and_a_key_value_cache_exclude_each_other(
@@ -153,7 +151,7 @@ def test_checkpointing_and_a_key_value_cache_exclude_each_other(
 ) -> None:
     lm = bloom(tokenizer, monkeypatch, gradient_checkpointing=True)
     with pytest.raises(ConfigError, match="gradient_checkpointing: BloomForCausalLM needs a key-value cache"):
-        lm.features(make_episode(lm)[0])
+        lm.features(query_episode(lm)[0])
 
 
 def test_a_model_without_checkpointing_refuses_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +166,7 @@ def test_a_model_without_checkpointing_refuses_it(tokenizer: Any, monkeypatch: p
 def test_a_base_in_16_bits_keeps_phi_and_scores_in_32(kind: str, tokenizer: Any) -> None:
     """Gradients too, or small steps would be rounded away; values are those of float32 up to bfloat16's rounding."""
     full, half = (build_lm(kind, tokenizer, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    episode, _ = make_episode(full)
+    episode, _ = query_episode(full)
     seen = []
     adapted = next(m for m in half.model.modules() if hasattr(m, "lora_A"))
     adapted.lora_A["default"].register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out.dtype)))
@@ -202,20 +200,12 @@ original_skipped = Trunk.skipped
 def test_a_wrong_trunk_is_noticed_and_left_out(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning; scores are then those of the full forward."""
     monkeypatch.setattr(Trunk, "skipped", shifted)
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     with pytest.warns(UserWarning, match="starting at layer 2 from kept hidden states, its scores are off by"):
         lm.features(episode)
     assert lm.trunk.depth == 0
     check_against_plain(lm, episode)
     assert len(lm.trunk.cache) == 3  # a made-up row, and two made-up examples of the check
-
-
-def bloom(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Any:
-    config = dict(vocab_size=320, hidden_size=16, n_layer=4, n_head=4, initializer_range=0.3)
-    monkeypatch.setitem(BUILDERS, "bloom", lambda: BloomForCausalLM(BloomConfig(**config)))
-    monkeypatch.setitem(TARGETS, "bloom", ["query_key_value", "dense"])
-    # Not float64: where a prompt is padded on the left, its lowest value is infinite in the softmax, which is float32.
-    return build_lm("bloom", tokenizer, dtype=torch.float32, **kwargs)
 
 
 @pytest.mark.parametrize("demonstrations", [True, False])
@@ -224,7 +214,7 @@ def test_a_model_without_4_d_masks_uses_its_key_value_cache(
 ) -> None:
     """Bloom makes its position bias of a 2-D mask."""
     lm = bloom(tokenizer, monkeypatch)
-    episode = episode_with_demonstrations(lm) if demonstrations else make_episode(lm)[0]
+    episode = episode_with_demonstrations(lm) if demonstrations else query_episode(lm)[0]
     with pytest.warns(UserWarning, match="BloomForCausalLM: with packed rows .* it raises .* key-value cache"):
         features = lm.features(episode)
     assert isinstance(lm._forward, PromptCacheForward) and lm.trunk.depth == 0
@@ -241,7 +231,7 @@ def test_a_model_without_4_d_masks_uses_its_key_value_cache(
 def test_the_key_value_cache_scores_as_packed_rows_do(kind: str, tokenizer: Any) -> None:
     """On models that can take either; options of one token need no second forward."""
     lm = build_lm(kind, tokenizer, dtype=torch.float32)
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     phi = random_phi(lm, 2, 2, 1)
     packed = present(lm(phi, episode), episode)
     lm._forward = PromptCacheForward(lm.model)
@@ -261,7 +251,7 @@ def test_a_mask_of_its_own_is_noticed_before_it_matters(tokenizer: Any, monkeypa
     lm = build_lm("neo", tokenizer, dtype=torch.float32)
     with pytest.warns(UserWarning, match="GPTNeoForCausalLM: with packed rows .* its scores are off"):
         lm.features(collate([[packing.pack([5, 6], [[1], [2]], 0)]]))
-    check_against_plain(lm, make_episode(lm)[0], rtol=1e-4, atol=1e-4)
+    check_against_plain(lm, query_episode(lm)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_examples_that_see_one_another_are_noticed(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,8 +263,8 @@ def test_examples_that_see_one_another_are_noticed(lm: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(forward, "attention_mask", leaky)
     with pytest.warns(UserWarning, match="LlamaForCausalLM: with packed rows .* its scores are off"):
-        lm.features(make_episode(lm)[0])
-    check_against_plain(lm, make_episode(lm)[0])
+        lm.features(query_episode(lm)[0])
+    check_against_plain(lm, query_episode(lm)[0])
 
 
 # --- examples that share a row ---
@@ -345,18 +335,18 @@ def test_a_model_that_cannot_be_used_is_refused(lm: Any, monkeypatch: pytest.Mon
     plain = fast_path.plain_scores
     monkeypatch.setattr(fast_path, "plain_scores", lambda *args: plain(*args) + 1.0)
     with pytest.raises(ModelError, match="4-D mask, its scores are off by 1 nats; with a key-value cache, its"):
-        lm.features(make_episode(lm)[0])
+        lm.features(query_episode(lm)[0])
 
 
 def test_the_check_needs_no_warning_where_all_is_well(any_lm: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        any_lm.features(make_episode(any_lm)[0])
+        any_lm.features(query_episode(any_lm)[0])
     assert any_lm.trunk.depth == 2
 
 
 def test_states_on_disk_score_as_those_in_ram(lm: Any, tmp_path: Any) -> None:
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     phi = random_phi(lm, 2, 2, 1)
     first = lm(phi, episode)
     lm.trunk.cache = TensorCache(0, tmp_path)

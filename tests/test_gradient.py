@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import make_tasks
 from conjugate import LinearModel, linear_episode, make_data
-from test_objective import make_episode
+from lm_helpers import make_episode
+from objectives import mean_theta
 
 from bayes_lora.distributions.unconstrained import to_parts
 from bayes_lora.episodes import collate
@@ -74,7 +75,7 @@ def test_first_order_holds_the_displacement_constant(optimizer, monkeypatch):
     [gradient] = torch.autograd.grad(loss, [theta])
     torch.manual_seed(2)
     start = guide._begin(episode.support, {f"theta.loc.{s}": v for s, v in guide._model[0].initial.items()})
-    mean = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    mean = mean_theta(guide)
     moved = guide.displacement(episode.support, mean, start)
     state = torch.get_rng_state()
     monkeypatch.setattr(guide, "displacement", lambda *_: moved)
@@ -111,7 +112,7 @@ def test_tasks_together_equal_tasks_alone(any_lm, optimizer, monkeypatch):
     guide = build(any_lm, optimizer=optimizer, num_particles=2).guide
     tasks = list(make_tasks(2).values())
     rows = [any_lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(tasks)]
-    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    theta = mean_theta(guide)
     together = guide.posterior(collate(rows, num_data=[9, 9], task_index=[3, 5], num_tasks=8), theta)
     for t, row in enumerate(rows):
         alone = guide.posterior(collate([row]), theta)
@@ -126,7 +127,7 @@ def test_one_plain_step_is_the_gradient_of_the_support_s_elbo(lm, monkeypatch):
     fixed_noise(monkeypatch)
     objective, episode = build(lm, steps=1, optimizer="sgd", learning_rate=0.05, beta=0.3), make_episode(lm)
     guide, model = objective.guide, objective.model
-    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    theta = mean_theta(guide)
     found = guide.posterior(episode.support, theta)
     prior = {site: fn.base_dist for site, fn in model.phi_prior(theta).items()}
     loc = {s: p.loc.expand(2, 1, *p.loc.shape).detach().clone().requires_grad_() for s, p in prior.items()}
@@ -162,7 +163,7 @@ def test_training_and_drawing(any_lm, theta, second_order):
 def test_steps_lower_the_support_s_loss(lm):
     objective, episode = build(lm, steps=30, learning_rate=0.02, num_particles=4), make_episode(lm)
     guide, model = objective.guide, objective.model
-    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    theta = mean_theta(guide)
 
     def nll(normals):
         scores = lm({site: fn.mean for site, fn in normals.items()}, episode.support).log_softmax(-1)
@@ -203,7 +204,7 @@ def test_the_steps_begin_where_the_network_points(lm, monkeypatch):
     guide = GradientGuide(model, start=network, steps=1, learning_rate=1e-12)
     starts, posterior = [], network.posterior
     monkeypatch.setattr(network, "posterior", lambda *args: starts.append(posterior(*args)) or starts[-1])
-    theta = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    theta = mean_theta(guide)
     found = guide.posterior(make_episode(lm).support, theta)
     assert len(starts) == 1
     for site, fn in found.items():
@@ -213,7 +214,7 @@ def test_the_steps_begin_where_the_network_points(lm, monkeypatch):
 def test_draws_of_theta_move_the_end_as_they_move_the_prior(lm):
     guide = build(lm, theta_guide=NormalTheta).guide
     model, support = guide._model[0], make_episode(lm).support
-    mean = {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
+    mean = mean_theta(guide)
     moved = {site: value + 0.1 if ".loc." in site else 4.0 * value for site, value in mean.items()}
     torch.manual_seed(1)
     one = guide.posterior(support, mean)
@@ -232,7 +233,7 @@ def test_each_part_may_have_its_own_rate(lm, monkeypatch):
         build(lm, steps=1, optimizer="sgd", learning_rate=rate).guide
         for rate in (0.01, {"loc": 0.02, "log_scale": 0.05})
     )
-    theta = {site: one.theta.distribution(site).mean for site in one.theta.positive}
+    theta = mean_theta(one)
     start = one._begin(episode.support, theta)
     moved = [guide.displacement(episode.support, theta, start) for guide in (one, two)]
     for (part, site), value in moved[0].items():

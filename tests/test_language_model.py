@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import BUILDERS, SIZES, build_lm, make_tasks
+from lm_helpers import closeness, query_episode, random_phi
 from transformers import MistralConfig, MistralForCausalLM
 
 from bayes_lora.episodes import collate
@@ -8,18 +9,6 @@ from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.lm import packed_forward as forward
 from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.types import absent_score
-
-
-def random_phi(lm, *batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        s: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64) for s, shape in lm.sites.shapes.items()
-    }
-
-
-def make_episode(lm, counts=(2, 3)):
-    tasks = list(make_tasks(len(counts)).values())
-    return collate([lm.encoder(task.examples[:n]) for task, n in zip(tasks, counts, strict=True)]), tasks
 
 
 def score_alone(lm, example):
@@ -35,7 +24,7 @@ def score_alone(lm, example):
 
 def test_packed_grouped_cached_scores_equal_options_alone(any_lm):
     lm = any_lm
-    episode, tasks = make_episode(lm)
+    episode, tasks = query_episode(lm)
     phi = random_phi(lm, 5, 2, 1)
     scores = lm(phi, episode)
     assert scores.shape == (5, 2, 3, 3)
@@ -48,15 +37,10 @@ def test_packed_grouped_cached_scores_equal_options_alone(any_lm):
                     torch.testing.assert_close(scores[draw, t, i, : len(alone)], alone, **closeness(lm))
 
 
-def closeness(lm):
-    """Gemma 2's attention takes its softmax in float32, whatever the model's dtype."""
-    return {"rtol": 2e-6, "atol": 1e-5} if lm.name == "gemma2" else {}
-
-
 def test_no_trunk_when_the_first_layer_is_adapted(tokenizer):
     lm = build_lm("llama", tokenizer, top_layers=4)
     assert lm.trunk.depth == 0
-    episode, tasks = make_episode(lm)
+    episode, tasks = query_episode(lm)
     phi = random_phi(lm)
     with lm.sites.bind(phi):
         alone = score_alone(lm, tasks[1].examples[2])
@@ -64,7 +48,7 @@ def test_no_trunk_when_the_first_layer_is_adapted(tokenizer):
 
 
 def test_trunk_runs_once_per_example(lm, monkeypatch):
-    episode, tasks = make_episode(lm)
+    episode, tasks = query_episode(lm)
     lm.features(collate([lm.encoder(tasks[0].examples[5:6])]))  # on first use the fast path is compared with the plain
     calls = []
     lower = lm.model.model.layers[0]
@@ -80,7 +64,7 @@ def test_trunk_runs_once_per_example(lm, monkeypatch):
 
 
 def test_draws_in_chunks_equal_draws_at_once(lm):
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     phi = random_phi(lm, 7, 1, 1)
     with torch.no_grad():
         whole = lm(phi, episode)
@@ -100,7 +84,7 @@ def test_the_head_in_pieces_equals_the_head_at_once(any_lm, layers_known, monkey
     lm = any_lm
     if not layers_known:
         lm.trunk.layers, lm.trunk.depth = None, 0
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     phi = random_phi(lm, 3, 2, 1)
     whole, expected = lm(phi, episode), gradients(lm, episode)
     sizes = []
@@ -122,7 +106,7 @@ def test_the_head_in_pieces_equals_the_head_at_once(any_lm, layers_known, monkey
 
 
 def test_features_from_the_head_in_pieces(lm, monkeypatch):
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     whole = lm.features(episode)
     lm.feature_reader.cache = TensorCache(1 << 20)
     monkeypatch.setattr(forward, "LOGIT_BYTES", 5 * 320 * 8)
@@ -135,13 +119,13 @@ def test_rows_fit_into_the_sliding_window(tokenizer, monkeypatch):
     monkeypatch.setitem(BUILDERS, "mistral", lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=24)))
     lm = build_lm("mistral", tokenizer)
     with pytest.warns(UserWarning, match="longer than max_length=24 tokens"):
-        episode, _ = make_episode(lm)
+        episode, _ = query_episode(lm)
     assert episode.input_ids.shape[1] <= 24
 
 
 def test_mean_divides_by_the_number_of_tokens(tokenizer):
     lm, mean = build_lm("llama", tokenizer), build_lm("llama", tokenizer, normalize="mean")
-    episode, tasks = make_episode(lm)
+    episode, tasks = query_episode(lm)
     lengths = [len(lm.encoder._option_ids(f" {option}")) for option in tasks[1].examples[0].options]
     assert len(set(lengths)) > 1
     phi = random_phi(lm)
@@ -149,7 +133,7 @@ def test_mean_divides_by_the_number_of_tokens(tokenizer):
 
 
 def test_absent_options_have_no_probability(lm):
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     probs = lm(random_phi(lm), episode).softmax(-1)
     assert torch.isfinite(probs).all()
     assert (probs[~episode.option_mask & episode.mask[..., None]] == 0).all()
@@ -161,7 +145,7 @@ def test_absent_options_have_no_probability(lm):
 
 
 def test_head_never_sees_prompt_positions(lm):
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     seen = []
     lm.model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
     with torch.no_grad():
@@ -171,7 +155,7 @@ def test_head_never_sees_prompt_positions(lm):
 
 
 def test_gradient_reaches_every_draw_and_no_base_parameter(lm):
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     phi = {site: value.requires_grad_() for site, value in random_phi(lm, 2, 1).items()}
     scores = lm(phi, episode)
     scores.gather(-1, episode.answer[..., None])[episode.mask].sum().backward()
@@ -186,7 +170,7 @@ def test_gradient_reaches_every_draw_and_no_base_parameter(lm):
 
 def test_features_do_not_depend_on_company(any_lm):
     lm = any_lm
-    episode, tasks = make_episode(lm)
+    episode, tasks = query_episode(lm)
     features = lm.features(episode)
     assert features.hidden.shape == (2, 3, 2, 16) and features.options.shape == (2, 3, 3, 16)
     assert (features.hidden[0, 2] == 0).all() and (features.options[0, 2] == 0).all()  # absent
@@ -210,7 +194,7 @@ def test_features_are_what_they_are_called(lm):
 
 
 def test_wrong_batch_shapes_are_refused(lm):
-    episode, _ = make_episode(lm)
+    episode, _ = query_episode(lm)
     with pytest.raises(SiteError, match=r"batch shape \(3, 1\): expected \(\*draws, 2 or 1, 1\)"):
         lm(random_phi(lm, 3, 1), episode)
     with pytest.raises(SiteError, match="expected event shape"):

@@ -3,38 +3,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_tasks
+from lm_helpers import make_episode
+from objectives import mean_theta, network_objective
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import Gamma, Normal, kl_divergence
 
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides import GuideNetwork, NormalTheta, PointTheta
-from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.guides import NormalTheta, PointTheta
 from bayes_lora.models import HierarchicalNormal
-
-
-def build(lm, *, random="AB", theta_guide=PointTheta, beta=0.3, gamma=0.7, move=True, **kwargs):
-    """Model and guide away from their symmetric start."""
-    torch.manual_seed(3)
-    model = HierarchicalNormal(lm, lm.sites.initial(), random=random, initial_scale=(0.3, 0.2))
-    guide = GuideNetwork(model, theta_guide=theta_guide, directions=2, hidden=6, bilinear=2, dropout=0.5).double()
-    if move:
-        with torch.no_grad():
-            for name, parameter in guide.named_parameters():
-                parameter += 0.1 * torch.randn_like(parameter) + (0.05 if "log_scale" in name else 0.0)
-    return BetaELBO(model, guide, beta=beta, gamma=gamma, **kwargs).eval()
-
-
-def make_episode(lm, count=2, num_support=3, num_query=2, **kwargs):
-    tasks = list(make_tasks(count).values())
-    support = [lm.encoder(task.examples[:num_support]) for task in tasks]
-    query = [lm.encoder(task.examples[num_support : num_support + num_query + t]) for t, task in enumerate(tasks)]
-    return collate(query, support, **kwargs)
 
 
 def posterior_and_prior(objective, episode):
     model, guide = objective.model, objective.guide
-    theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
+    theta = mean_theta(guide)
     prior = model.phi_prior(theta)
     return theta, prior, guide.posterior(episode.support, theta)
 
@@ -42,7 +24,7 @@ def posterior_and_prior(objective, episode):
 @pytest.mark.parametrize("random", ["A", "B", "AB"])
 def test_loss_equals_its_definition(lm, random):
     """Scaled negative log-likelihood + beta KL + gamma (-log p(theta)), written out for one draw."""
-    objective = build(lm, random=random)
+    objective = network_objective(lm, random=random)
     episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
     theta, prior, posterior = posterior_and_prior(objective, episode)
     torch.manual_seed(5)
@@ -68,10 +50,10 @@ def test_loss_equals_its_definition(lm, random):
 
 def test_divergence_is_analytic(lm):
     """It has no variance over draws, as it would if a family without a closed form were sampled behind our back."""
-    objective, episode = build(lm), make_episode(lm)
+    objective, episode = network_objective(lm), make_episode(lm)
     values = {objective.terms(episode)["kl"] for _ in range(4)}
     assert max(values) - min(values) < 1e-9
-    sampled = build(lm, elbo=Trace_ELBO())
+    sampled = network_objective(lm, elbo=Trace_ELBO())
     draws = torch.stack([sampled(episode).detach() for _ in range(400)])
     analytic = torch.stack([objective(episode).detach() for _ in range(400)])
     bound = 5 * ((draws.var() + analytic.var()) / 400).sqrt()
@@ -81,7 +63,7 @@ def test_divergence_is_analytic(lm):
 
 def test_minibatches_average_to_the_whole(lm):
     """N enters once: the mean over all equal minibatches of a task is the full-batch loss."""
-    objective = build(lm)
+    objective = network_objective(lm)
     [task] = make_tasks(1).values()
     rows = lm.encoder(task.examples[:8])
 
@@ -94,7 +76,7 @@ def test_minibatches_average_to_the_whole(lm):
 
 
 def test_the_guide_starts_at_the_prior(lm):
-    objective, episode = build(lm, move=False), make_episode(lm)
+    objective, episode = network_objective(lm, move=False), make_episode(lm)
     assert objective.terms(episode)["kl"] == pytest.approx(0.0, abs=1e-9)
     theta, prior, posterior = posterior_and_prior(objective, episode)
     for site, fn in posterior.items():
@@ -104,7 +86,7 @@ def test_the_guide_starts_at_the_prior(lm):
 
 
 def test_the_guide_reads_the_support_alone_and_in_any_order(lm):
-    objective = build(lm)
+    objective = network_objective(lm)
     tasks = list(make_tasks(2).values())
     support = [lm.encoder(task.examples[:4]) for task in tasks]
     one, two = ([lm.encoder(task.examples[i : i + 2]) for task in tasks] for i in (4, 8))
@@ -127,7 +109,7 @@ def test_the_guide_reads_the_support_alone_and_in_any_order(lm):
 
 @pytest.mark.parametrize("theta", [PointTheta, NormalTheta])
 def test_every_parameter_gets_a_gradient_and_the_base_none(lm, theta):
-    objective, episode = build(lm, theta_guide=theta), make_episode(lm)
+    objective, episode = network_objective(lm, theta_guide=theta), make_episode(lm)
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
     objective(episode).backward()
@@ -143,7 +125,7 @@ def test_every_parameter_gets_a_gradient_and_the_base_none(lm, theta):
 
 @pytest.mark.parametrize("elbo", [TraceMeanField_ELBO, Trace_ELBO])
 def test_svi_gives_the_same_loss_and_gradients(lm, elbo):
-    objective, episode = build(lm, beta=1.0, gamma=1.0, elbo=elbo()), make_episode(lm)
+    objective, episode = network_objective(lm, beta=1.0, gamma=1.0, elbo=elbo()), make_episode(lm)
     torch.manual_seed(9)
     loss = objective(episode)
     loss.backward()
@@ -161,7 +143,7 @@ def test_svi_gives_the_same_loss_and_gradients(lm, elbo):
 
 
 def test_svi_trains_as_a_pyro_user_tries_it_first(lm):
-    objective, episode = build(lm), make_episode(lm)
+    objective, episode = network_objective(lm), make_episode(lm)
     model, guide = objective.model, objective.guide
     before = [p.detach().clone() for p in guide.parameters()]
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=TraceMeanField_ELBO())
@@ -175,7 +157,7 @@ def test_normal_theta_scales_its_divergence_by_gamma(lm):
     episode = make_episode(lm)
     losses = []
     for gamma in (1.0, 3.0):
-        objective = build(lm, theta_guide=NormalTheta, beta=1.0, gamma=gamma, move=False)
+        objective = network_objective(lm, theta_guide=NormalTheta, beta=1.0, gamma=gamma, move=False)
         torch.manual_seed(2)
         losses.append(objective(episode))
     guide, model = objective.guide, objective.model
@@ -205,7 +187,7 @@ def test_point_theta_is_a_point_in_the_paper_s_parametrisation(lm):
 
 def test_bad_settings_are_refused(lm):
     with pytest.raises(ConfigError, match="beta: expected a positive number, got 0"):
-        build(lm, beta=0)
+        network_objective(lm, beta=0)
     with pytest.raises(ConfigError, match="random: expected 'A', 'B' or 'AB', got 'C'"):
         HierarchicalNormal(lm, lm.sites.initial(), random="C")
     with pytest.raises(ConfigError, match="initial_scale"):

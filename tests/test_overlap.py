@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 import time
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from real_data import data_folder, needs_data
 from rich.console import Console
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Example, Task, TaskSet, load_taskset
 from bayes_lora.tasks.overlap import MISS, Overlap, _rows_per_band, find_overlaps, normalize_text, overlap_table
 
-CROSSFIT = Path(__file__).resolve().parents[2] / "shared" / "data" / "crossfit"
+CROSSFIT = data_folder("crossfit")
 VOCABULARY = [f"w{index}" for index in range(2000)]
 
 
@@ -227,7 +227,7 @@ def test_a_hundred_tasks_take_seconds() -> None:
     assert [(one.unseen_task, one.training_task, one.exact) for one in found] == [("t95", "t3", True)] * 5
 
 
-@pytest.mark.skipif(not CROSSFIT.is_dir(), reason="the CrossFit tasks are not at ../shared/data/crossfit")
+@needs_data("crossfit")
 def test_ethos_tasks_share_their_texts() -> None:
     """The ETHOS tasks ask several questions of the same comments, and stand in both halves of cls-45."""
     tasks = load_taskset(CROSSFIT, ["ethos-gender", "ag_news", "ethos-race"])

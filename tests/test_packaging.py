@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import re
@@ -65,6 +66,18 @@ def test_the_version_is_one(pyproject: dict[str, Any]) -> None:
 
 def test_tests_are_no_package() -> None:
     assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_no_test_file_imports_another() -> None:
+    """What several share stands in a module of its own, so that any test file can be renamed or removed."""
+    guilty = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted((ROOT / "tests").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("test_"))
+        or (isinstance(node, ast.Import) and any(alias.name.startswith("test_") for alias in node.names))
+    ]
+    assert guilty == []
 
 
 def test_dependencies_are_pinned(pyproject: dict[str, Any]) -> None:

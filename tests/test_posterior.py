@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from conftest import BUILDERS, build_lm, make_tasks
+from objectives import mean_theta
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
@@ -43,7 +44,7 @@ def unseen():
 def test_one_pass_is_the_guide_s_posterior(posterior, unseen):
     adapted = posterior.adapt(unseen)
     guide = posterior.objective.guide
-    theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
+    theta = mean_theta(guide)
     episode = collate([posterior.lm.encoder(task.support) for task in unseen])
     for site, fn in guide.posterior(episode, theta).items():
         torch.testing.assert_close(adapted.loc[site], fn.mean)
@@ -63,7 +64,7 @@ def test_gradient_steps_raise_the_elbo_of_the_support(posterior, unseen):
     def loss(adapted):
         """Negative beta-ELBO of the support sets, by hand."""
         guide = posterior.objective.guide
-        theta = {name: guide.theta.distribution(name).mean for name in guide.theta.positive}
+        theta = mean_theta(guide)
         log_probs = posterior.lm(adapted.draw(200), episode).log_softmax(-1)
         gold = log_probs.gather(-1, episode.answer.expand(200, -1, -1)[..., None])[..., 0]
         divergence = sum(

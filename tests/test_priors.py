@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from conftest import make_tasks
-from test_objective import make_episode
+from lm_helpers import make_episode
 from torch.distributions import Gamma, HalfCauchy, Normal, kl_divergence
 
 from bayes_lora.errors import ConfigError

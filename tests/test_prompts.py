@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizer_zoo import LETTERS, TEMPLATES, finish, llama, unigram
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.episodes import EncodedExample, Encoder, PromptTemplate
@@ -18,55 +18,6 @@ from bayes_lora.episodes.episode import attention_mask, pad_rows
 from bayes_lora.episodes.packing import pack, pack_rows
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.tasks import Example
-
-LETTERS = [chr(code) for code in range(32, 127)] + list("\n\té")
-TEXT = ["the film was good and bad. Answer: yes no maybe not so positive negative"] * 3
-SPECIAL = ["<unk>", "<s>", "</s>"]
-TEMPLATES = [
-    PromptTemplate(),
-    PromptTemplate("{input}", "{option}"),
-    PromptTemplate("{input}\nIs it", "{option}"),
-    PromptTemplate("{input} Ans", "wer: {option}"),
-    PromptTemplate("Q: {input}\n", "{option}."),
-    PromptTemplate("{x: {input}}\n{options}", " {option}", separator=", "),
-    PromptTemplate("{input}\n{options}\nAnswer:", separator="\n", letters=True),
-]
-
-
-def finish(raw: Tokenizer, after: str = "") -> PreTrainedTokenizerFast:
-    """Wrap a tokenizer that puts <s> before a text, and `after` behind it."""
-    ids = [(token, raw.token_to_id(token)) for token in SPECIAL]
-    raw.post_processor = processors.TemplateProcessing(single=f"<s> $A {after}".strip(), special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def unigram() -> PreTrainedTokenizerFast:
-    """SentencePiece's unigram model as newer conversions have it: the space is marked by a pre-tokenizer."""
-    raw = Tokenizer(models.Unigram())
-    raw.normalizer = normalizers.Replace("\u200b", "")
-    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    raw.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=180, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=LETTERS, show_progress=False
-    )
-    raw.train_from_iterator(TEXT, trainer)
-    return finish(raw)
-
-
-def llama() -> PreTrainedTokenizerFast:
-    """SentencePiece's BPE as Llama 2 has it: the space is marked by a normalizer, unknown letters fall to bytes."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=120, initial_alphabet=LETTERS, show_progress=False))
-    trained = json.loads(bpe.to_str())["model"]
-    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *trained["vocab"]]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(pair) for pair in trained["merges"]]
-    raw = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    raw.decoder = decoders.Sequence(steps)
-    return finish(raw)
 
 
 @pytest.fixture(scope="module")

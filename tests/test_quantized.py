@@ -6,10 +6,10 @@ import logging
 import pytest
 import torch
 from conftest import SIZES, make_tasks
+from lm_helpers import query_episode, random_phi
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.lm.fingerprint import check_identity, identity
 from bayes_lora.lm.loading import load_language_model
@@ -42,16 +42,6 @@ def load(folder, bits=None):
     return load_language_model(folder, rank=3, top_layers=2, quantization=bits, device="cpu")
 
 
-def make_episode(lm):
-    tasks = list(make_tasks(2).values())
-    return collate([lm.encoder(task.examples[:n]) for task, n in zip(tasks, (2, 3), strict=True)])
-
-
-def random_phi(lm, *batch):
-    generator = torch.Generator().manual_seed(0)
-    return {s: 0.1 * torch.randn(*batch, *shape, generator=generator) for s, shape in lm.sites.shapes.items()}
-
-
 def scores_and_gradients(lm, phi, episode):
     phi = {site: value.clone().requires_grad_() for site, value in phi.items()}
     scores = lm(phi, episode)
@@ -63,8 +53,8 @@ def scores_and_gradients(lm, phi, episode):
 def test_draws_together_equal_draws_alone(folder, bits):
     """Five draws of two tasks, through packed rows and a kept trunk; a gradient passes after scoring without one."""
     lm = load(folder, bits)
-    episode = make_episode(lm)
-    phi = random_phi(lm, 5, 2, 1)
+    episode = query_episode(lm)[0]
+    phi = random_phi(lm, 5, 2, 1, scale=0.1, dtype=torch.float32)
     with torch.no_grad():
         whole = lm(phi, episode)
         alone = torch.stack([lm({s: v[d] for s, v in phi.items()}, episode) for d in range(5)])
@@ -86,7 +76,7 @@ def test_four_bits_are_those_of_the_dequantised_weights(folder):
             layers[name].weight.data = dequantize_bnb_weight(weight).float()
             count += 1
     assert count == 4 * 7
-    episode, phi = make_episode(lm), random_phi(lm, 2, 2, 1)
+    episode, phi = query_episode(lm)[0], random_phi(lm, 2, 2, 1, scale=0.1, dtype=torch.float32)
     found, expected = (scores_and_gradients(one, phi, episode) for one in (lm, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -94,7 +84,7 @@ def test_four_bits_are_those_of_the_dequantised_weights(folder):
 @needs_bitsandbytes
 def test_a_posterior_belongs_to_its_quantised_base(folder, bits, tmp_path):
     lm = load(folder, bits)
-    episode = make_episode(lm)
+    episode = query_episode(lm)[0]
     objective = build_objective(lm, RunConfig())
     objective(episode).backward()
     facts = identity(lm)

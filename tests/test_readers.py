@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from files import write
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Example, Task
@@ -21,12 +22,6 @@ from bayes_lora.tasks.readers.unifiedqa import options_in, read_unifiedqa
 
 ANSWER = r"\(a\) \.\.\. \(b\)"
 GOOD = {"input": "q", "output": "b", "options": ["a", "b"]}
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
 
 
 def triples(examples):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from objectives import mean_theta
 from torch.distributions import kl_divergence
 
 import bayes_lora
@@ -29,7 +30,7 @@ def test_the_posterior_learns_and_widens_where_it_has_seen_less():
     model = HierarchicalNormal(lm, lm.sites.initial(), random="B", initial_scale=(1.0, 4.0))
     rates = {"loc": 0.1, "log_scale": 0.5}
     guide = GradientGuide(model, steps=12, learning_rate=rates, beta=0.1, num_particles=6)
-    theta = {site: guide.theta.distribution(site).mean.detach() for site in guide.theta.positive}
+    theta = mean_theta(guide)
     prior, spread = model.phi_prior(theta), {}
 
     def nll(posterior, episode):

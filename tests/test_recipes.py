@@ -5,37 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_tasks
-from test_matrix import episodes
+from runs import EPISODES, NOTHING_TO_LEARN, small
+from zoo import episodes
 
 from bayes_lora.guides import GradientGuide, GuideNetwork
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import (
     EnsembleConfig,
-    EpisodeConfig,
     GradientConfig,
-    GuideConfig,
     ObjectiveConfig,
     RunConfig,
 )
 from bayes_lora.recipes.recipes import RECIPES, build_objective
-from bayes_lora.runs.dry_run import WITHOUT_STEPS
 from bayes_lora.runs.fit import fit_posterior
-
-NOTHING_TO_LEARN = ("lora", "laplace-lora", "map-temperature")
-EPISODES = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=3, held_back=1, held_back_shots=4)
-
-
-def small(name, **sections):
-    """Settings of a recipe: of each section that it reads, small ones."""
-    settings = dict(episodes=EPISODES)
-    if name not in NOTHING_TO_LEARN:
-        settings["fit"] = FitConfig(steps=3, eval_every=3)
-    if "network" in name:
-        settings["guide"] = GuideConfig(directions=2, hidden=6, bilinear=2)
-    if name not in WITHOUT_STEPS:
-        settings["gradient"] = GradientConfig(steps=2)
-    return RunConfig(recipe=name, **settings | sections)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,8 +1,8 @@
 """Plate diagrams, as graphviz source."""
 
 import pytest
-from test_matrix import PRIORS
-from test_objective import make_episode
+from lm_helpers import make_episode
+from zoo import PRIORS
 
 from bayes_lora.errors import ConfigError
 

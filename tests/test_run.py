@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tasks
 from rich.console import Console
-from test_storage import CONFIG, assert_equal, names
+from runs import CONFIG, assert_equal, names
 
 from bayes_lora.episodes import collate
 from bayes_lora.errors import PosteriorError, TaskError

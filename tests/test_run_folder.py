@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import make_tasks
-from test_storage import CONFIG, assert_equal, names
+from runs import CONFIG, assert_equal, names
 
 import bayes_lora.runs.folder
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError

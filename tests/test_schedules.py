@@ -3,7 +3,7 @@ from io import StringIO
 import pytest
 from conftest import make_tasks
 from rich.console import Console
-from test_storage import CONFIG
+from runs import CONFIG
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.schedules import SCHEDULES, beta_fraction, cyclical, linear_warmup
@@ -26,7 +26,10 @@ def test_cyclical_rises_and_rests_in_turn():
 def test_by_name(lm, monkeypatch):
     assert [beta_fraction("constant", s, 10) for s in (0, 5)] == [1.0, 1.0]
     assert beta_fraction("linear", 25, 10) == 1.0 and beta_fraction("cyclical", 20, 10) == pytest.approx(0.1)
-    assert SCHEDULES == ("constant", "linear", "cyclical")
+    for name in SCHEDULES:
+        assert RunConfig.load(None, [f"fit.schedule={name}"]).fit == FitConfig(schedule=name)
+        assert beta_fraction(name, 10, 10) == 1.0  # at its full value after the rise
+    assert beta_fraction("linear", 0, 10) == beta_fraction("cyclical", 0, 10) == pytest.approx(0.1)
     with pytest.raises(ConfigError, match="schedule: expected one of constant, linear, cyclical, got 'cosine'"):
         FitConfig(schedule="cosine")
     with pytest.raises(ConfigError, match=r"fit.schedule: Input should be 'constant', 'linear' or 'cyclical'"):

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from real_data import data_folder, needs_data
 
 from bayes_lora.tasks import Example
 from bayes_lora.tasks.readers.crossfit import read_crossfit
@@ -17,11 +18,9 @@ from bayes_lora.tasks.readers.load import load_tasks
 from bayes_lora.tasks.readers.metaicl import load_task
 from bayes_lora.tasks.readers.text_files import read_table, read_text
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 def folder(name):
-    return pytest.param(DATA / name, marks=pytest.mark.skipif(not (DATA / name).is_dir(), reason=f"no {DATA / name}"))
+    return pytest.param(data_folder(name), marks=needs_data(name))
 
 
 def load(path, **options):

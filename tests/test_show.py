@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from files import write_examples
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prompts import TEMPLATES, llama, unigram
-from test_statistics import run, write
+from runs import run
+from tokenizer_zoo import TEMPLATES, llama, unigram
 
 from bayes_lora.cli import show
 from bayes_lora.cli.console import out as console
@@ -185,10 +186,10 @@ def test_a_hub_id_needs_no_weights(model_folder: Path, monkeypatch: pytest.Monke
 def folder(tmp_path: Path) -> Path:
     """Return a folder with two tasks."""
     examples = [Example(f"the film number {i} was good", ("yes", "no"), i % 2) for i in range(4)]
-    write(tmp_path / "data" / "one.jsonl", examples)
-    write(tmp_path / "data" / "two.jsonl", examples[:1])
+    write_examples(tmp_path / "data" / "one.jsonl", examples)
+    write_examples(tmp_path / "data" / "two.jsonl", examples[:1])
     for part in ("train", "dev"):
-        write(tmp_path / "meta" / f"meta_16_13_{part}.jsonl", [Example(f"{part} film", ("yes", "no"), 0)])
+        write_examples(tmp_path / "meta" / f"meta_16_13_{part}.jsonl", [Example(f"{part} film", ("yes", "no"), 0)])
     return tmp_path
 
 

@@ -9,12 +9,13 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from real_data import data_folder, needs_data
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import load_split
 from bayes_lora.tasks.splits import shipped_splits
 
-CROSSFIT = Path(__file__).resolve().parents[2] / "shared" / "data" / "crossfit"
+CROSSFIT = data_folder("crossfit")
 SIZES = {
     "abmll/cls-45": (34, 15),
     "abmll/cls-23": (28, 15),
@@ -106,7 +107,7 @@ def test_the_file_is_part_of_the_package() -> None:
     assert (resources.files("bayes_lora.tasks") / "splits.json").is_file()
 
 
-@pytest.mark.skipif(not CROSSFIT.is_dir(), reason="the CrossFit tasks are not at ../shared/data/crossfit")
+@needs_data("crossfit")
 def test_shipped_splits_are_those_of_the_data(tmp_path: Path) -> None:
     """A split is the same whether the folder's file or the package's is read."""
     tree = json.loads((CROSSFIT / "splits.json").read_text())

@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from files import write_examples
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from runs import run
 
-from bayes_lora.cli import main as cli
-from bayes_lora.cli.console import out as console
 from bayes_lora.episodes import Encoder, PromptTemplate
 from bayes_lora.episodes.encoder import token_counter
 from bayes_lora.tasks import Example, Task
 from bayes_lora.tasks.statistics import count_words, statistics_table, task_statistics
 
 AB = ("a", "b")
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Run the command line; exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
-    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # main() sets it
-    monkeypatch.setattr(console, "width", 120)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0), *capsys.readouterr()
-
-
-def write(path: Path, examples: list[Example]) -> Path:
-    """Write a task's file."""
-    rows = [{"input": x.input, "options": list(x.options), "output": x.output} for x in examples]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_statistics_of_a_task() -> None:
@@ -201,15 +182,15 @@ def test_table_with_a_free_form_task() -> None:
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a good task, one with constant labels, one in the MetaICL layout, and a split."""
     root = tmp_path / "data"
-    write(root / "good.jsonl", [Example(f"a long enough text number {i}", AB, i % 2) for i in range(6)])
-    write(root / "flat.jsonl", [Example(f"another text of number {i}", AB, 0) for i in range(4)])
+    write_examples(root / "good.jsonl", [Example(f"a long enough text number {i}", AB, i % 2) for i in range(6)])
+    write_examples(root / "flat.jsonl", [Example(f"another text of number {i}", AB, 0) for i in range(4)])
     for seed in (13, 21):
         for part, start in (("train", 0), ("dev", 10)):
             examples = [
                 Example(f"A long enough text, number {i}!", AB, i % 2)
                 for i in range(start + 10 * seed, start + 10 * seed + 5)
             ]
-            write(root / "meta" / f"meta_16_{seed}_{part}.jsonl", examples)
+            write_examples(root / "meta" / f"meta_16_{seed}_{part}.jsonl", examples)
     (root / "splits.json").write_text(
         '{"s": {"train": ["good"], "test": ["flat"]}, "r": {"train": ["flat"], "test": []}}'
     )
@@ -250,7 +231,7 @@ def test_tasks_command_tells_overlap(monkeypatch, capsys, folder) -> None:
     """With a split, texts that its halves share are counted, or said to be none."""
     code, out, _ = run(monkeypatch, capsys, "tasks", folder, "--split", "s")
     assert code == 0 and "no text of the 1 unseen tasks" in out and "meta" not in out
-    write(folder / "flat.jsonl", [Example(f"A long enough TEXT, number {i}", AB, 0) for i in range(4)])
+    write_examples(folder / "flat.jsonl", [Example(f"A long enough TEXT, number {i}", AB, 0) for i in range(4)])
     code, out, _ = run(monkeypatch, capsys, "tasks", folder, "--split", "s")
     assert code == 0 and "flat        │ good          │     4 │    0 │        4 │ 100.0%" in out
 

@@ -4,25 +4,15 @@ import os
 import pytest
 import torch
 from conftest import build_lm, make_tasks
+from runs import CONFIG, assert_equal, names
 
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
-from bayes_lora.infer.training import FitConfig, fit
+from bayes_lora.infer.training import fit
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.recipes.config import EpisodeConfig, GuideConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from bayes_lora.runs.fit import build_episodes
 from bayes_lora.utils.storage import check_new_folder, new_folder, read_json, read_tensors, write_json, write_tensors
-
-CONFIG = RunConfig(
-    guide=GuideConfig(directions=2, hidden=8, bilinear=2),
-    episodes=EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=2, held_back=1, held_back_shots=4),
-    fit=FitConfig(steps=6, eval_every=2, warmup=3, num_draws=2),
-)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_new_folder_takes_its_name_at_the_end(tmp_path):
@@ -156,12 +146,6 @@ def saved(tokenizer, tmp_path):
     state = fit(objective, sampler, held_back, CONFIG.fit, optimizer=optimizer, on_look=on_look)
     assert looks == [2, 4, 6]
     return path, objective, optimizer, state
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def test_a_resumed_fit_equals_an_uninterrupted_one(saved, tokenizer):

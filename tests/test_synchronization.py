@@ -3,8 +3,8 @@
 import pyro
 import pytest
 import torch
-from test_language_model import random_phi
-from test_objective import build, make_episode
+from lm_helpers import make_episode, random_phi
+from objectives import network_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_lora.infer.objective import BetaELBO
@@ -46,7 +46,7 @@ def test_the_watch_sees_what_waits(wrong):
 
 def build_step(lm, particles=1):
     """Forward and backward; Adam keeps its step counts on the CPU, and reads them there."""
-    objective, episode = build(lm), make_episode(lm, num_data=[11, 5], num_tasks=7)
+    objective, episode = network_objective(lm), make_episode(lm, num_data=[11, 5], num_tasks=7)
     objective = BetaELBO(objective.model, objective.guide, beta=0.1, num_particles=particles)
     objective, episode = objective.to(lm.device), episode.to(lm.device)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow
 import pytest
 import yaml
+from files import write
 from pyarrow import parquet
 
 from bayes_lora.errors import TaskError
@@ -21,12 +22,6 @@ from bayes_lora.tasks.readers.text_files import CannotScore
 
 REVIEWS = "id,review,label\n1,fine,good\n2,awful,bad\n3,nice,good\n4,poor,bad\n"
 TWO = ("bad", "good")
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def told(path: Path, **options: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from real_data import data_folder, needs_data
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import (
@@ -26,7 +27,7 @@ from bayes_lora.tasks import (
     read_questions,
 )
 
-CROSSFIT = Path(__file__).resolve().parents[2] / "shared" / "data" / "crossfit"
+CROSSFIT = data_folder("crossfit")
 LABELS = ("no", "yes", "maybe")
 GOOD = {"task": "t", "input": "q", "output": "b", "options": ["a", "b"]}
 
@@ -509,7 +510,7 @@ def test_load_split_refuses(root: Path, text: str | None, match: str) -> None:
         load_split(root, "s")
 
 
-@pytest.mark.skipif(not CROSSFIT.is_dir(), reason="the CrossFit tasks are not at ../shared/data/crossfit")
+@needs_data("crossfit")
 def test_every_crossfit_task_loads() -> None:
     """Every task loads, pooled and by seed, and the splits name tasks that are there."""
     pooled = load_taskset(CROSSFIT, merge_duplicates=True)

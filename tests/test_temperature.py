@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import make_tasks
-from test_recipes import small
+from runs import small
 
 from bayes_lora.episodes import collate
 from bayes_lora.errors import PosteriorError

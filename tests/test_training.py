@@ -5,32 +5,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_tasks
+from objectives import network_run
 from pyro.nn import PyroModule
 
-from bayes_lora.episodes import EpisodeSampler, collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import draw_phi, held_back_nll
 from bayes_lora.infer.training import FitConfig, NonFiniteLoss, _look, fit
-from bayes_lora.models import HierarchicalNormal
 
 CONFIG = FitConfig(steps=12, learning_rate=0.02, eval_every=3, warmup=4, patience=100)
 
 
-def build(lm, beta=1e-2):
-    torch.manual_seed(3)
-    model = HierarchicalNormal(lm, lm.sites.initial(), initial_scale=(0.05, 0.05))
-    guide = GuideNetwork(model, directions=2, hidden=6, bilinear=2, dropout=0.1).double()
-    sampler = EpisodeSampler(make_tasks(4), lm.encoder, tasks_per_episode=2, num_support=3, num_query=3)
-    tasks = [task.split(4, seed=0, num_query=6) for task in make_tasks(6).values()][4:]
-    held_back = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in tasks]
-    return BetaELBO(model, guide, beta=beta), sampler, held_back
-
-
 def test_fit_learns(lm):
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     before = held_back_nll(objective, [sampler[1000]], 8)
     state = fit(objective, sampler, config=FitConfig(steps=60, learning_rate=0.02, eval_every=20, warmup=0))
     assert held_back_nll(objective, [sampler[1000]], 8) < 0.8 * before
@@ -40,7 +28,7 @@ def test_fit_learns(lm):
 
 
 def test_the_kept_parameters_are_those_of_the_best_look(lm):
-    objective, sampler, held_back = build(lm)
+    objective, sampler, held_back = network_run(lm)
     state = fit(objective, sampler, held_back, CONFIG)
     curve = [row["held_back_nll"] for row in state.history]
     assert state.best == min(range(4), key=curve.__getitem__)
@@ -51,14 +39,14 @@ def test_the_kept_parameters_are_those_of_the_best_look(lm):
 def test_patience_stops_early(lm, monkeypatch):
     curve = iter([1.0, 0.5, 0.7, 0.6, 0.8, 0.9])
     monkeypatch.setattr("bayes_lora.infer.training.held_back_nll", lambda *_: next(curve))
-    objective, sampler, held_back = build(lm)
+    objective, sampler, held_back = network_run(lm)
     state = fit(objective, sampler, held_back, FitConfig(steps=100, eval_every=1, patience=3))
     assert (state.step, state.best) == (5, 1)
 
 
 def test_held_back_nll_equals_its_definition(lm):
     """Log of the mean over draws of the gold probability, averaged over a task's queries, then over tasks."""
-    objective, _, held_back = build(lm)
+    objective, _, held_back = network_run(lm)
     objective.eval()
     torch.manual_seed(4)
     got = held_back_nll(objective, held_back, 3)
@@ -84,7 +72,7 @@ def groups_of(objective, learning_rate):
 
 
 def test_each_group_s_rate_decays_from_its_own(lm):
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     optimizer, rates = groups_of(objective, None), []
 
     def watch(*_):
@@ -96,7 +84,7 @@ def test_each_group_s_rate_decays_from_its_own(lm):
 
 
 def test_a_group_with_no_rate_stays_where_it_is(lm):
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     optimizer = groups_of(objective, None)
     optimizer.param_groups[1]["lr"] = 0.0
@@ -107,9 +95,9 @@ def test_a_group_with_no_rate_stays_where_it_is(lm):
 
 @pytest.mark.parametrize("learning_rate", [CONFIG.learning_rate, None])
 def test_a_resumed_fit_equals_an_uninterrupted_one(lm, learning_rate):
-    whole, sampler, held_back = build(lm)
+    whole, sampler, held_back = network_run(lm)
     fit(whole, sampler, held_back, CONFIG, optimizer=groups_of(whole, learning_rate))
-    parts, sampler, held_back = build(lm)
+    parts, sampler, held_back = network_run(lm)
     optimizer = groups_of(parts, learning_rate)
 
     class CutOff(Exception):
@@ -138,7 +126,7 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(lm, learning_rate):
 @pytest.mark.parametrize("decay", [0.0, 0.6])
 def test_the_kept_parameters_are_the_running_average(lm, decay):
     """a_t = d_t a_{t-1} + (1 - d_t) p_t with d_t = min(d, (1 + t) / (10 + t)); the start counts as a_0."""
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     expected = {name: p.detach().clone() for name, p in objective.named_parameters()}
 
     def follow(state, _):
@@ -152,10 +140,10 @@ def test_the_kept_parameters_are_the_running_average(lm, decay):
 
 
 def test_a_look_leaves_the_parameters_alone(lm):
-    objective, sampler, held_back = build(lm)
+    objective, sampler, held_back = network_run(lm)
     looked, plain = [], []
     fit(objective, sampler, held_back, CONFIG, on_step=lambda *_: looked.append(first_parameter(objective)))
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     fit(objective, sampler, [], CONFIG, on_step=lambda *_: plain.append(first_parameter(objective)))
     assert all(torch.equal(a, b) for a, b in zip(looked, plain, strict=True))
 
@@ -165,7 +153,7 @@ def first_parameter(objective):
 
 
 def test_beta_warms_up_and_ends_at_its_value(lm):
-    objective, sampler, _ = build(lm, beta=0.5)
+    objective, sampler, _ = network_run(lm, beta=0.5)
     seen = []
     fit(objective, sampler, config=CONFIG, on_step=lambda *_: seen.append(objective.beta))
     assert seen[:5] == pytest.approx([0.05, 0.1625, 0.275, 0.3875, 0.5])
@@ -190,7 +178,7 @@ class Poisoned(PyroModule):
 @pytest.mark.parametrize("validation", [True, False])
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_nan_stops_the_fit_and_names_step_and_site(lm, validation):
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     poisoned = BetaELBO(objective.model, Poisoned(objective.guide), beta=1e-2)
     pyro.enable_validation(validation)
     with pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"):
@@ -198,7 +186,7 @@ def test_a_nan_stops_the_fit_and_names_step_and_site(lm, validation):
 
 
 def test_an_infinite_gradient_stops_the_fit_before_the_update(lm):
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     parameter = objective.guide.theta.loc_theta_loc_q_proj_lora_A
     parameter.register_hook(lambda gradient: gradient * math.inf)
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
@@ -210,7 +198,7 @@ def test_an_infinite_gradient_stops_the_fit_before_the_update(lm):
 
 
 def test_gradients_are_clipped(lm, monkeypatch):
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     norms = []
     step = torch.optim.Adam.step
 
@@ -249,7 +237,7 @@ def test_a_plain_pyro_guide_can_be_fitted(lm):
                     loc = getattr(self, "m_" + site.replace(".", "_"))
                     pyro.sample(f"phi.{site}", dist.Normal(loc, fn.base_dist.scale).to_event(3))
 
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     plain = BetaELBO(objective.model, Shared(objective.model).double(), beta=1e-3)
     state = fit(plain, sampler, config=FitConfig(steps=40, learning_rate=0.02, eval_every=20))
     assert state.history[1]["loss"] < state.history[0]["loss"]

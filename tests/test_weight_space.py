@@ -6,8 +6,8 @@ import pyro
 import pytest
 import torch
 from conftest import build_lm, make_tasks
-from test_language_model import random_phi
-from test_objective import make_episode
+from lm_helpers import make_episode, random_phi
+from objectives import mean_theta, weight_space_objective
 from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +16,7 @@ from bayes_lora.distributions.factored_normal import FactoredNormal
 from bayes_lora.distributions.unconstrained import to_parts
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.guides import GradientGuide, NormalTheta, PointTheta
+from bayes_lora.guides import NormalTheta, PointTheta
 from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.sites import delta_site, factor_sites
@@ -24,24 +24,6 @@ from bayes_lora.models import WeightSpace
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import EpisodeConfig, GradientConfig, ObjectiveConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
-
-
-def build(lm, *, context=LocalReparameterization, beta=0.1, **kwargs):
-    """With scales that are not constant."""
-    torch.manual_seed(3)
-    initial = {site: value if ".lora_A" in site else 0.1 * torch.randn_like(value) for site, value in
-               lm.sites.initial().items()}  # fmt: skip
-    model = WeightSpace(lm, initial, offset=0.2)
-    guide = GradientGuide(model, **dict(steps=2, learning_rate=0.01, beta=beta) | kwargs)
-    with torch.no_grad():
-        for name, parameter in guide.named_parameters():
-            if "theta_scale" in name and name.endswith("lora_B"):
-                parameter += 0.2 * torch.randn_like(parameter)
-    return BetaELBO(model, guide, beta=beta, context=context)
-
-
-def mean_theta(guide):
-    return {site: guide.theta.distribution(site).mean for site in guide.theta.positive}
 
 
 def whole(lm, phi):
@@ -92,7 +74,7 @@ def test_a_base_in_16_bits_computes_whole_updates_in_32(tokenizer):
 @pytest.mark.parametrize("handler", [LocalReparameterization, nullcontext])
 def test_the_loss_is_its_definition(lm, handler):
     """Within 5 standard errors of the likelihood; the divergence, and what theta weighs, from the entries."""
-    objective, episode = build(lm, context=handler, steps=0), make_episode(lm, num_data=[11, 5])
+    objective, episode = weight_space_objective(lm, context=handler, steps=0), make_episode(lm, num_data=[11, 5])
     model, theta = objective.model, mean_theta(objective.guide)
     terms, count = objective.terms(episode), 200
     torch.manual_seed(0)
@@ -116,9 +98,9 @@ def test_the_loss_is_its_definition(lm, handler):
 @pytest.mark.parametrize("handler", [LocalReparameterization, nullcontext])
 def test_the_loss_adds_up(lm, handler):
     """Draw by draw; the divergence of updates is weighed by beta, all that theta has by gamma."""
-    built, episode = build(lm), make_episode(lm, num_data=[11, 5])
+    built, episode = weight_space_objective(lm), make_episode(lm, num_data=[11, 5])
     model, guide = built.model, built.guide
-    objective = BetaELBO(model, guide, beta=0.1, gamma=0.7, context=handler)
+    objective = BetaELBO(model, guide, beta=0.1, gamma=0.7, handler=handler)
     theta = mean_theta(guide)
     prior = sum(Normal(0.0, 1.0).log_prob(value).sum() for value in theta.values())
     prior = prior - sum((1e-6 / fn.variance).sum() for fn in model.phi_prior(theta).values())
@@ -149,7 +131,7 @@ def test_theta_is_weighed_by_the_gamma_density_of_precisions(lm):
 
 
 def test_divergences_are_those_of_the_entries(lm):
-    objective, episode = build(lm), make_episode(lm)
+    objective, episode = weight_space_objective(lm), make_episode(lm)
     model, guide = objective.model, objective.guide
     theta = mean_theta(guide)
     torch.manual_seed(7)
@@ -166,7 +148,7 @@ def test_divergences_are_those_of_the_entries(lm):
 @pytest.mark.parametrize("theta", [PointTheta, NormalTheta])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_every_parameter_gets_a_gradient(any_lm, theta, second_order):
-    objective = build(any_lm, theta_guide=theta, second_order=second_order, learn_rates=True)
+    objective = weight_space_objective(any_lm, theta_guide=theta, second_order=second_order, learn_rates=True)
     objective(make_episode(any_lm)).backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
@@ -182,7 +164,7 @@ def test_tasks_together_equal_tasks_alone(lm, monkeypatch):
         return event.view(shape[-3:]).expand(shape)
 
     monkeypatch.setattr("bayes_lora.distributions.factored_normal._standard_normal", noise)
-    guide = build(lm).guide
+    guide = weight_space_objective(lm).guide
     rows = [lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())]
     together = guide.posterior(collate(rows, num_data=[9, 9], task_index=[3, 5], num_tasks=8), mean_theta(guide))
     for t, row in enumerate(rows):
@@ -210,7 +192,7 @@ def test_no_task_has_a_matrix_of_its_own(tokenizer, handler, monkeypatch):
     """Neither in steps, whose divergence takes a few rows at a time, nor in prediction; where all is drawn, they do."""
     monkeypatch.setattr("bayes_lora.distributions.factored_normal.CHUNK", 3 * 2 * 2 * 16)
     lm = build_lm("llama", tokenizer, targets=("v_proj",))  # 8 by 16
-    objective = build(lm, context=handler)
+    objective = weight_space_objective(lm, context=handler)
     tasks = [task.split(3, seed=1) for task in make_tasks(2).values()]
     posterior = Posterior(lm, objective, RunConfig())
     lm.features(make_episode(lm))
@@ -265,7 +247,7 @@ def test_width_multiplies_the_noise(posterior):
 
 
 def test_the_handler_reaches_the_steps_and_leaves_other_sites_alone(lm):
-    objective = build(lm, context=nullcontext)
+    objective = weight_space_objective(lm, context=nullcontext)
     seen = []
 
     def spy(phi, episode):

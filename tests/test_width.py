@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 from conftest import make_tasks
-from test_training import build
+from objectives import network_run
 
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.infer.handlers import Widened
@@ -25,7 +25,7 @@ def normals(guide, episode):
 
 
 def test_only_the_standard_deviations_of_phi_change(lm):
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     objective.eval()
     guide, episode = objective.guide, sampler[0]
     plain = normals(guide, episode)
@@ -39,7 +39,7 @@ def test_only_the_standard_deviations_of_phi_change(lm):
 
 def test_draws_have_the_width(lm):
     """Monte Carlo: the mean square of n standardised deviations is w^2 to within 5 w^2 sqrt(2 / n)."""
-    objective, sampler, _ = build(lm)
+    objective, sampler, _ = network_run(lm)
     objective.eval()
     guide, episode = objective.guide, sampler[0]
     plain = normals(guide, episode)["phi.v_proj.lora_A"]
@@ -50,7 +50,7 @@ def test_draws_have_the_width(lm):
 
 
 def test_the_chosen_width_has_the_least_nll(lm):
-    objective, _, held_back = build(lm)
+    objective, _, held_back = network_run(lm)
     width, curve = choose_width(objective, held_back, widths=(1.0, 4.0, 30.0), num_draws=3, seed=5)
     for factor, nll in curve.items():
         torch.manual_seed(5)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
 
-__all__ = ["adapt", "load_posterior", "predict"]
+__all__ = ["adapt", "predict"]
 
 
 def adapt(
