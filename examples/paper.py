@@ -29,7 +29,7 @@ MODULES = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main(model: str | None, tasks: Path | None, split: str, recipe: str, steps: int, inner: int, beta: float) -> None:
-    settings = dict(rank=8, top_layers=4, target_modules=MODULES)
+    settings = dict(r=8, top_layers=4, target_modules=MODULES)
     lm = bayes_lora.load_language_model(*([model] if model else []), **settings)
     if tasks is None:
         training, unseen = bayes_lora.demo_tasks()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bayes_lora.episodes import TEMPLATES
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitConfig
-from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
+from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, ObjectiveConfig, RunConfig
 
 CHANGED = RunConfig(
     objective=ObjectiveConfig(beta=0.5, gamma=2.0), episodes=EpisodeConfig(held_back=3), fit=FitConfig(steps=7), seed=4
@@ -87,7 +87,7 @@ BAD = {
     "prior.initial_scale=[0.1, 0]": ["prior.initial_scale.1: "],
     "guide.theta=pointy": ["guide.theta: ", "'point' or 'normal'"],
     "guide.dropout=1": ["guide.dropout: ", "less than 1"],
-    "language_model.rank=0": ["language_model.rank: "],
+    "language_model.r=0": ["language_model.r: "],
     "language_model.top_layers=0": ["language_model.top_layers: "],
     "language_model.target_modules=q_proj": ["language_model.target_modules: "],
     "language_model.template.prompt=hello": ["language_model.template.", "{input}"],
@@ -194,3 +194,17 @@ def test_a_template_by_its_name(tmp_path):
     assert RunConfig.from_dict({"language_model": {"template": "plain"}}) == RunConfig()
     with pytest.raises(ConfigError, match="--set: language_model.template 'chatt' is no template's name.*'chat'"):
         RunConfig.load(None, ["language_model.template=chatt"])
+
+
+def test_rank_in_files_of_before_is_r(tmp_path):
+    values = RunConfig().to_dict()
+    del values["language_model"]["r"]
+    values["language_model"]["rank"] = 5
+    assert RunConfig.from_dict(values).language_model == LanguageModelConfig(r=5)
+    assert values["language_model"]["rank"] == 5  # what was given is left as it was
+    (tmp_path / "c.yaml").write_text("language_model: {rank: 3, top_layers: 2, template: letters}\n")
+    found = RunConfig.load(tmp_path / "c.yaml", base=RunConfig(language_model=LanguageModelConfig(r=9)))
+    assert found.language_model == LanguageModelConfig(r=3, top_layers=2, template=TEMPLATES["letters"])
+    assert RunConfig.load(tmp_path / "c.yaml", ["language_model.rank=4"]).language_model.r == 4
+    with pytest.raises(ConfigError, match=r"run.json: language_model.rank and language_model.r are the same"):
+        RunConfig.from_dict({"language_model": {"rank": 3, "r": 4}}, "run.json")

@@ -39,7 +39,7 @@ def bits(request):
 
 
 def load(folder, bits=None):
-    return load_language_model(folder, rank=3, top_layers=2, quantization=bits, device="cpu")
+    return load_language_model(folder, r=3, top_layers=2, quantization=bits, device="cpu")
 
 
 def make_episode(lm):

@@ -38,7 +38,7 @@ def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
     posterior, state = fit_posterior(lm, tasks, CONFIG, run=run)
     assert names(run) == FILES and names(run.parent) == ["a"]
     config = with_language_model(CONFIG, lm)
-    assert (config.language_model.name, config.language_model.max_length, config.language_model.rank) == (
+    assert (config.language_model.name, config.language_model.max_length, config.language_model.r) == (
         "llama",
         96,
         3,

@@ -39,8 +39,13 @@ def nested(setting: str) -> Mapping[str, Any]:
 
 
 def named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The settings with a template in place of the name of one."""
+    """The settings with a template in place of the name of one, and ``r`` in place of its name in files of before."""
     section = values.get("language_model") if isinstance(values, Mapping) else None
+    if isinstance(section, Mapping) and "rank" in section:
+        if "r" in section:
+            raise ConfigError(f"{source}: language_model.rank and language_model.r are the same. Leave out rank.")
+        section = {"r" if key == "rank" else key: value for key, value in section.items()}
+        values = {**values, "language_model": section}
     name = section.get("template") if isinstance(section, Mapping) else None
     if not isinstance(section, Mapping) or not isinstance(name, str):
         return values

@@ -123,16 +123,7 @@ def _choose_width(
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
     """The settings with those of the language model at hand, so that what is saved says what was fitted."""
-    encoder = lm.encoder
-    kept = replace(
-        config.language_model,
-        name=lm.name or config.language_model.name,
-        rank=int(lm.lora_config.r),
-        max_length=encoder.max_length,
-        normalize=lm.normalize,
-        template=encoder.template,
-    )
-    return replace(config, language_model=kept)
+    return replace(config, language_model=config.language_model.matching(lm))
 
 
 def divide(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
