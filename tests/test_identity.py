@@ -67,7 +67,7 @@ def test_a_damaged_sample_is_refused(lm, tmp_path, values):
     facts["base_weights"] = dict.fromkeys(facts["base_weights"], values)
     with pytest.raises(PosteriorError, match=DIFFERENT):
         check_identity(facts, lm, tmp_path)
-    with pytest.raises(PosteriorError, match="'base_weights' must be mappings"):
+    with pytest.raises(PosteriorError, match="'base_weights' and 'adapter_weights' must be mappings"):
         check_identity({"base_weights": [1]}, lm, tmp_path)
 
 
