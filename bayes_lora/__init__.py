@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bayes_lora.infer.objective import BetaELBO as BetaELBO
     from bayes_lora.lm.language_model import LanguageModel as LanguageModel
+    from bayes_lora.lm.loading import from_peft as from_peft
     from bayes_lora.lm.loading import load_language_model as load_language_model
     from bayes_lora.posterior.posterior import Posterior as Posterior
     from bayes_lora.posterior.task_posterior import TaskPosterior as TaskPosterior
@@ -32,6 +33,7 @@ _HOMES = {
     "compare": "runs.fit",
     "demo_tasks": "runs.demo",
     "fit_posterior": "runs.fit",
+    "from_peft": "lm.loading",
     "load_language_model": "lm.loading",
     "load_posterior": "runs.folder",
     "load_split": "tasks",

@@ -14,14 +14,7 @@ from rich import print
 
 import bayes_lora
 from bayes_lora.infer.training import FitConfig
-from bayes_lora.recipes.config import (
-    EpisodeConfig,
-    GradientConfig,
-    GuideConfig,
-    ObjectiveConfig,
-    PriorConfig,
-    RunConfig,
-)
+from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
 from bayes_lora.runs.fit import compare, fit_posterior
 
 # As in the paper: rank 8, alpha 16, attention and MLP; but for k_proj, which it leaves alone.
@@ -29,7 +22,7 @@ MODULES = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main(model: str | None, tasks: Path | None, split: str, recipe: str, steps: int, inner: int, beta: float) -> None:
-    settings = dict(rank=8, top_layers=4, target_modules=MODULES)
+    settings = dict(r=8, top_layers=4, target_modules=MODULES)
     lm = bayes_lora.load_language_model(*([model] if model else []), **settings)
     if tasks is None:
         training, unseen = bayes_lora.demo_tasks()
@@ -39,12 +32,11 @@ def main(model: str | None, tasks: Path | None, split: str, recipe: str, steps: 
         unseen = bayes_lora.load_taskset(tasks, unseen_names, merge_duplicates=True)
     # Narrow: noise on six modules of a layer adds up. The paper begins at a standard deviation of 4.5e-5. The other
     # recipes have priors of their own.
-    prior = PriorConfig(initial_scale=(0.02, 0.01)) if recipe == "abmll" else PriorConfig()
+    prior = {"initial_scale": (0.02, 0.01)} if recipe == "abmll" else {}
     config = RunConfig(
         recipe=recipe,
         prior=prior,
-        guide=GuideConfig(theta="point"),
-        gradient=GradientConfig(steps=inner, learning_rate=2e-3, optimizer="adam"),
+        guide={"steps": inner, "learning_rate": 2e-3, "optimizer": "adam"},
         objective=ObjectiveConfig(beta=beta),
         # The likelihood is taken on support and query: what the steps gain on examples they have not seen counts.
         episodes=EpisodeConfig(tasks_per_episode=4, num_support=8, num_query=4, score_support=True, held_back=2),

@@ -46,7 +46,7 @@ def some_examples(rows, step, count=12):
 
 
 def main(model: str | None, steps: int) -> None:
-    lm = bayes_lora.load_language_model(*([model] if model else []), rank=2, top_layers=2)
+    lm = bayes_lora.load_language_model(*([model] if model else []), r=2, top_layers=2)
     training, _ = bayes_lora.demo_tasks()
     tasks = training.select(list(training)[:4])
     rows = {name: lm.encoder(task.examples) for name, task in tasks.items()}

@@ -72,8 +72,7 @@ class TaskGuide(RecordedSettings, PyroModule):
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi; reads only ``episode.support``."""
-        if pyro.settings.get("module_local_params"):
-            register_with_svi(self)
+        register_with_svi(self)
         theta = self.theta()
         return sample_phi(episode, self.posterior(episode.support, theta))
 
@@ -109,14 +108,19 @@ class TaskGuide(RecordedSettings, PyroModule):
         }
 
 
-def register_with_svi(module: nn.Module) -> None:
-    """Let ``pyro.infer.SVI`` find a module's plain parameters under ``module_local_params``.
+def register_with_svi(guide: nn.Module) -> None:
+    """Let ``pyro.infer.SVI`` train a guide's plain parameters, whichever setting ``module_local_params`` has.
 
-    SVI then asks every parameter for its unconstrained twin, which Pyro 1.9.2 attaches to a PyroParam but not to an
-    ``nn.Parameter``; a real parameter is its own twin.
+    In Pyro's global store they replace those of another guide that have the same names; Pyro 1.9.2 would silently train
+    the other guide's. With ``module_local_params`` SVI asks every parameter for its unconstrained twin, which Pyro
+    attaches to a PyroParam but not to an ``nn.Parameter``; a real parameter is its own twin.
     """
-    for parameter in module.parameters():
-        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
+    for name, parameter in guide.named_parameters():
+        if local:
+            parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+        elif name in store and store[name] is not parameter:
+            del store[name]
 
 
 def check_moments(model: Model, guide: str) -> None:

@@ -10,11 +10,11 @@ import torch
 from bayes_lora.cli import main as cli
 from bayes_lora.cli.console import out as console
 from bayes_lora.infer.training import FitConfig
-from bayes_lora.recipes.config import EpisodeConfig, GradientConfig, GuideConfig, RunConfig
-from bayes_lora.runs.dry_run import WITHOUT_STEPS
+from bayes_lora.recipes.config import EpisodeConfig, RunConfig
+from bayes_lora.recipes.recipes import RECIPES
 
 CONFIG = RunConfig(
-    guide=GuideConfig(directions=2, hidden=8, bilinear=2),
+    guide={"directions": 2, "hidden": 8, "bilinear": 2},
     episodes=EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=2, held_back=1, held_back_shots=4),
     fit=FitConfig(steps=6, eval_every=2, warmup=3, num_draws=2),
 )
@@ -23,14 +23,15 @@ EPISODES = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=3, held_b
 
 
 def small(name, **sections):
-    """Settings of a recipe: of each section that it reads, small ones."""
+    """Settings of a recipe that make it small."""
     settings = dict(episodes=EPISODES)
     if name not in NOTHING_TO_LEARN:
         settings["fit"] = FitConfig(steps=3, eval_every=3)
-    if "network" in name:
-        settings["guide"] = GuideConfig(directions=2, hidden=6, bilinear=2)
-    if name not in WITHOUT_STEPS:
-        settings["gradient"] = GradientConfig(steps=2)
+    network = {"directions": 2, "hidden": 6, "bilinear": 2}
+    if name == "abmll-network":
+        settings["guide"] = network
+    elif RECIPES[name].guide["name"] in ("gradient-guide", "laplace"):
+        settings["guide"] = {"steps": 2} | ({"start": network} if "start" in RECIPES[name].guide else {})
     return RunConfig(recipe=name, **settings | sections)
 
 

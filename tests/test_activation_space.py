@@ -18,7 +18,7 @@ from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import ActivationSpace
 from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.recipes.config import GradientConfig, ObjectiveConfig, RunConfig
+from bayes_lora.recipes.config import ObjectiveConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.utils.grouped_linear import linear
 
@@ -180,10 +180,10 @@ def test_draws_in_pieces_and_several_particles(tokenizer):
 def test_predictions_take_the_mean(lm):
     config = RunConfig(
         recipe="abmll-released",
-        gradient=GradientConfig(steps=3, learning_rate=0.01, batch_size=2),
+        guide={"steps": 3, "learning_rate": 0.01, "batch_size": 2},
         objective=ObjectiveConfig(beta=1e-8),
     )
-    posterior = Posterior(lm, build_objective(lm, config), config)
+    posterior = Posterior.from_objective(lm, build_objective(lm, config))
     tasks = [task.split(5, seed=1) for task in make_tasks(2).values()]
     adapted = posterior.adapt(tasks, steps=2)
     assert not adapted.scale and not adapted.noise and adapted.loc.keys() == lm.sites.shapes.keys()

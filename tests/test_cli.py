@@ -19,7 +19,7 @@ from bayes_lora.tasks import load_task
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
 COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "dry-run", "tasks", "show"]
 SMALL = [
-    "language_model.rank=2",
+    "language_model.r=2",
     "language_model.top_layers=2",
     "language_model.target_modules=[q_proj, o_proj]",
     "language_model.max_length=96",

@@ -11,7 +11,7 @@ from torch.distributions import Gamma, Independent, MultivariateNormal, Normal, 
 
 from bayes_lora.distributions.divergence import divergence
 from bayes_lora.distributions.mixture import Mixture
-from bayes_lora.distributions.unconstrained import from_parts, to_parts
+from bayes_lora.distributions.moments import moment_matched
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.guides import GradientGuide, MeanField, NormalTheta, PointTheta, SharedMeanField
 from bayes_lora.infer.elbo import AnalyticELBO
@@ -124,7 +124,7 @@ def test_gradients_of_the_bound():
 def test_guides_begin_at_its_mean_and_variance():
     """By Monte Carlo, 5.5 standard errors; expanding keeps the type."""
     p = random_mixture()
-    start = from_parts(p, to_parts(p))
+    start = moment_matched(p)
     torch.manual_seed(0)
     draws = p.sample((20_000,))
     assert ((draws.mean(0) - start.mean) / (start.stddev / 20_000**0.5)).abs().max() < 5.5
@@ -221,7 +221,9 @@ def test_no_steps_of_the_gradient_guide_are_its_moments():
 
 
 def test_what_is_refused():
-    for wrong in (dict(clusters=0), dict(spread=0.0), dict(rate=-1.0), dict(initial_scale=(0.0, 1.0))):
+    with pytest.raises(ConfigError, match="rate: expected a positive number, got -1.0"):
+        mixture(rate=-1.0)
+    for wrong in (dict(clusters=0), dict(spread=0.0), dict(initial_scale=(0.0, 1.0))):
         name, value = next(iter(wrong.items()))
         with pytest.raises(ConfigError, match=f"got .*{name.replace('clusters', 'num_clusters')}="):
             mixture(**wrong)

@@ -350,7 +350,7 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
     samplers = Ensemble(
         model, num_members=2, make=lambda model, theta_guide: SGLD(model, theta_guide=theta_guide, burn_in=0)
     )
-    with pytest.raises(ConfigError, match="adapt: SGLD has several components"):
+    with pytest.raises(ConfigError, match="make: SGLD has several components"):
         adapt(BetaELBO(model, samplers), lm, split)
 
 

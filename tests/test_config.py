@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bayes_lora.episodes import TEMPLATES
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitConfig
-from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
+from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, ObjectiveConfig, RunConfig
 
 CHANGED = RunConfig(
     objective=ObjectiveConfig(beta=0.5, gamma=2.0), episodes=EpisodeConfig(held_back=3), fit=FitConfig(steps=7), seed=4
@@ -46,8 +46,6 @@ def test_file_goes_over_base_and_settings_over_file(tmp_path):
         ("objective.beta=1e-4", "objective", "beta", 1e-4),
         ("objective.gamma=2", "objective", "gamma", 2.0),
         ("objective.gamma=null", "objective", "gamma", None),
-        ("prior.initial_scale=[0.1,0.2]", "prior", "initial_scale", (0.1, 0.2)),
-        ("prior.initial_scale=[1e-1, 2E-1]", "prior", "initial_scale", (0.1, 0.2)),
         ("language_model.target_modules=[q_proj, v_proj]", "language_model", "target_modules", ["q_proj", "v_proj"]),
         ("language_model.name=1e5", "language_model", "name", "1e5"),
         ("language_model.name=a=b", "language_model", "name", "a=b"),
@@ -85,9 +83,19 @@ BAD = {
     "prior.random=C": ["prior.random: ", "'A', 'B' or 'AB'", "got 'C'"],
     "prior.initial_scale=[0.1]": ["prior.initial_scale"],
     "prior.initial_scale=[0.1, 0]": ["prior.initial_scale.1: "],
-    "guide.theta=pointy": ["guide.theta: ", "'point' or 'normal'"],
+    "guide.theta_guide=pointy": ["guide.theta_guide: ", "'point' or 'normal'"],
+    "guide.hiden=6": ["unknown key 'guide.hiden'", "guide-network", "'hidden'"],
+    "guide=6": ["guide: expected a section", "got 6"],
+    "guide.name=[swag]": ["guide.name: unknown guide"],
+    "prior.name=rank_ard": ["prior.name: unknown prior 'rank_ard'", "'rank-ard'"],
+    "guide={name: gradient-guide, steps: 2.5}": ["guide.steps: ", "integer", "got 2.5"],
+    "guide={name: gradient-guide, family: {name: low-rnk}}": ["guide.family: expected ", "'low-rank'"],
+    "guide={name: gradient-guide, family: {name: low-rank, rnk: 3}}": ["unknown key 'guide.family.rnk'"],
+    "guide={name: gradient-guide, start: {name: guide-network, hiden: 6}}": ["unknown key 'guide.start.hiden'"],
+    "guide={name: gradient-guide, start: 3}": ["guide.start: expected a name, or a mapping"],
+    "recipe=abml": ["recipe 'abml' is unknown", "'abmll'"],
     "guide.dropout=1": ["guide.dropout: ", "less than 1"],
-    "language_model.rank=0": ["language_model.rank: "],
+    "language_model.r=0": ["language_model.r: "],
     "language_model.top_layers=0": ["language_model.top_layers: "],
     "language_model.target_modules=q_proj": ["language_model.target_modules: "],
     "language_model.template.prompt=hello": ["language_model.template.", "{input}"],
@@ -194,3 +202,17 @@ def test_a_template_by_its_name(tmp_path):
     assert RunConfig.from_dict({"language_model": {"template": "plain"}}) == RunConfig()
     with pytest.raises(ConfigError, match="--set: language_model.template 'chatt' is no template's name.*'chat'"):
         RunConfig.load(None, ["language_model.template=chatt"])
+
+
+def test_rank_in_files_of_before_is_r(tmp_path):
+    values = RunConfig().to_dict()
+    del values["language_model"]["r"]
+    values["language_model"]["rank"] = 5
+    assert RunConfig.from_dict(values).language_model == LanguageModelConfig(r=5)
+    assert values["language_model"]["rank"] == 5  # what was given is left as it was
+    (tmp_path / "c.yaml").write_text("language_model: {rank: 3, top_layers: 2, template: letters}\n")
+    found = RunConfig.load(tmp_path / "c.yaml", base=RunConfig(language_model=LanguageModelConfig(r=9)))
+    assert found.language_model == LanguageModelConfig(r=3, top_layers=2, template=TEMPLATES["letters"])
+    assert RunConfig.load(tmp_path / "c.yaml", ["language_model.rank=4"]).language_model.r == 4
+    with pytest.raises(ConfigError, match=r"run.json: language_model.rank and language_model.r are the same"):
+        RunConfig.from_dict({"language_model": {"rank": 3, "r": 4}}, "run.json")

@@ -15,7 +15,6 @@ from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.posterior.adapt import adapt, one_pass
 from bayes_lora.posterior.diagnose import diagnose
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.recipes.config import RunConfig
 
 
 @pytest.fixture
@@ -85,6 +84,6 @@ def test_a_point_is_named(lm, tasks):
 
 
 def test_whole_updates_and_a_good_width(lm, tasks):
-    found = Posterior(lm, objective(lm, "WeightSpace"), RunConfig()).diagnose(tasks)
+    found = Posterior.from_objective(lm, objective(lm, "WeightSpace")).diagnose(tasks)
     assert found.sites.keys() == lm.sites.delta_shapes.keys()
     assert found.moved > 0.01 and not found.warnings

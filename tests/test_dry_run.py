@@ -74,7 +74,7 @@ SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_l
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "v_proj", "o_proj", "down_proj"]])
 def test_trained_parameters_and_activations_are_those_of_a_real_run(tokenizer, targets):
     """The network guide's parameters to the last one; what a forward keeps for backward within 15 %."""
-    settings = LanguageModelConfig(rank=3, top_layers=5, target_modules=targets, max_length=64, dtype="float32")
+    settings = LanguageModelConfig(r=3, top_layers=5, target_modules=targets, max_length=64, dtype="float32")
     episodes = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=4)
     config = RunConfig(language_model=settings, episodes=episodes)
     found = dry_run(config, LlamaConfig(**SMALL))
@@ -104,6 +104,24 @@ def test_trained_parameters_and_activations_are_those_of_a_real_run(tokenizer, t
     logits = len(episode.sources) * 320 * 4
     share = episode.input_ids.numel() / found.tokens
     assert (sum(kept.values()) - logits) / (found.memory["activations"] * share) == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_saved_adapter_decides_the_sites(tmp_path):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 3])
+    lora.base_model_name_or_path = "base"
+    lora.save_pretrained(tmp_path)
+    config = RunConfig(language_model=LanguageModelConfig(adapter=str(tmp_path)))
+    a, q, v = (2, 2, 64), (2, 64, 2), (2, 32, 2)
+    sites = {"q_proj.lora_A": a, "q_proj.lora_B": q, "v_proj.lora_A": a, "v_proj.lora_B": v}
+    assert dry_run(config, LlamaConfig(**SMALL)).sites == sites
+    lora.rank_pattern = {"v_proj": 3}
+    lora.save_pretrained(tmp_path)
+    assert dry_run(config, LlamaConfig(**SMALL)).sites["v_proj.lora_B"] == (2, 32, 3)
+    config = replace(config, language_model=LanguageModelConfig(layers_to_transform=[1], lora_alpha=3, r=5))
+    assert dry_run(config, LlamaConfig(**SMALL)).sites["q_proj.lora_A"] == (1, 5, 64)
+    config = replace(config, language_model=LanguageModelConfig(adapter=str(tmp_path / "nowhere")))
+    with pytest.raises(ModelFileError, match="nowhere': the adapter cannot be read"):
+        dry_run(config, LlamaConfig(**SMALL))
 
 
 def test_what_is_wrong_is_named(tmp_path):

@@ -67,7 +67,7 @@ def test_a_damaged_sample_is_refused(lm, tmp_path, values):
     facts["base_weights"] = dict.fromkeys(facts["base_weights"], values)
     with pytest.raises(PosteriorError, match=DIFFERENT):
         check_identity(facts, lm, tmp_path)
-    with pytest.raises(PosteriorError, match="'base_weights' must be mappings"):
+    with pytest.raises(PosteriorError, match="'base_weights' and 'adapter_weights' must be mappings"):
         check_identity({"base_weights": [1]}, lm, tmp_path)
 
 
@@ -75,7 +75,7 @@ def test_a_damaged_sample_is_refused(lm, tmp_path, values):
 def saved(lm, tmp_path):
     """A posterior, and one of two tasks, in folders with the loaders that read them."""
     config = RunConfig.from_dict({"guide": {"hidden": 4, "directions": 1, "bilinear": 1}})
-    posterior = Posterior(lm, build_objective(lm, config).double().eval(), config)
+    posterior = Posterior.from_objective(lm, build_objective(lm, config).double().eval())
     posterior.save(tmp_path / "posterior")
     posterior.adapt([task.split(3, seed=0) for task in list(make_tasks(2).values())]).save(tmp_path / "task_posterior")
     return {"posterior": Posterior.load, "task_posterior": TaskPosterior.load}

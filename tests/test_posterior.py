@@ -1,6 +1,5 @@
 import json
 import warnings
-from dataclasses import replace
 
 import peft
 import pytest
@@ -17,7 +16,7 @@ from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.baselines import finetune_lora, pretrained
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
-from bayes_lora.recipes.config import GuideConfig, RunConfig
+from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.tasks import Task
 
@@ -28,7 +27,7 @@ def build(lm, random="AB"):
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    return Posterior(lm, objective, config)
+    return Posterior.from_objective(lm, objective)
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def test_gradient_steps_raise_the_elbo_of_the_support(posterior, unseen):
             kl_divergence(Normal(adapted.loc[s], adapted.scale[s]), model.phi_prior(theta)[s].base_dist).sum()
             for s in adapted.scale
         )
-        return float(-(gold * episode.mask).sum() / 200 + posterior.config.objective.beta * divergence)
+        return float(-(gold * episode.mask).sum() / 200 + posterior.objective.beta * divergence)
 
     adapted = [posterior.adapt(unseen, steps=steps, learning_rate=5e-3) for steps in (0, 20)]
     with torch.no_grad():
@@ -165,13 +164,6 @@ def test_a_budget_that_the_first_forward_finds_is_used_by_the_next(posterior, un
     assert len(sizes) == 2 and sizes[1] > 2 * sizes[0]
 
 
-def test_a_saved_posterior_names_no_cache_folder(posterior, tmp_path):
-    settings = replace(posterior.config.language_model, cache_folder=str(tmp_path / "states"))
-    config = replace(posterior.config, language_model=settings)
-    Posterior(posterior.lm, posterior.objective, config).save(tmp_path / "p")
-    assert str(tmp_path / "states") not in (tmp_path / "p" / "posterior.json").read_text()
-
-
 def test_no_draws_predicts_with_the_mean(posterior, unseen):
     adapted, task = posterior.adapt(unseen), unseen[0]
     [prediction] = adapted.select(task.name).predict([task.query], num_draws=0)
@@ -193,7 +185,7 @@ def test_a_reloaded_posterior_predicts_bit_for_bit_the_same(tmp_path, tokenizer,
     other = build_lm("llama", tokenizer, dtype=torch.float32)
     other.sites._slots["q_proj.lora_A"][0].initial.add_(1.0)  # another start must not matter
     loaded = Posterior.load(tmp_path / "p", other)
-    assert loaded.config == posterior.config
+    assert (loaded.guide.settings, loaded.objective.beta) == (posterior.guide.settings, posterior.objective.beta)
     for steps in (0, 2):
         pair = [p.adapt(unseen, steps=steps) for p in (posterior, loaded)]
         for one, two in zip(*(p.predict([t.query for t in unseen]) for p in pair), strict=True):
@@ -219,9 +211,16 @@ def test_a_reloaded_task_posterior_predicts_bit_for_bit_the_same(tmp_path, poste
         (lambda p: (p / "posterior.safetensors").write_bytes(b"\x00" * 40), "posterior.safetensors is damaged"),
         (lambda p: (p / "posterior.safetensors").unlink(), "posterior.safetensors is missing"),
         (lambda p: (p / "posterior.json").write_text("{"), "posterior.json is damaged"),
-        (lambda p: (p / "posterior.json").write_text("{}"), "it has no 'config'"),
+        (lambda p: (p / "posterior.json").write_text("{}"), "it has no 'sites'"),
         (lambda p: edit(p, lambda f: f["sites"].pop("o_proj.lora_A")), "made for LoRA sites"),
-        (lambda p: edit(p, lambda f: f["config"]["guide"].update(hidden=7)), "damaged or of another version"),
+        (lambda p: edit(p, lambda f: f["guide"]["settings"].update(hidden=7)), "damaged or of another version"),
+        (
+            lambda p: edit(p, lambda f: f["guide"]["settings"].update(hiden=7)),
+            "GuideNetwork cannot be made of its saved",
+        ),
+        (lambda p: edit(p, lambda f: f["model"].update({"class": "system"})), "of class 'system', which is not one of"),
+        (lambda p: edit(p, lambda f: f.update(guide=[])), "expected the guide's class and settings"),
+        (lambda p: edit(p, lambda f: f.update(beta=-1)), "expected a positive 'beta', got -1"),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, posterior, damage, message):
@@ -250,7 +249,7 @@ def test_lora_weights_are_float32_on_a_base_of_lower_precision(tokenizer, unseen
     lm = build_lm("llama", tokenizer, dtype=torch.bfloat16)
     assert {value.dtype for value in lm.sites.initial().values()} == {torch.float32}
     config = RunConfig.from_dict({"prior": {"random": "B"}, "guide": {"hidden": 6, "directions": 2, "bilinear": 2}})
-    posterior = Posterior(lm, build_objective(lm, config).eval(), config)
+    posterior = Posterior.from_objective(lm, build_objective(lm, config).eval())
     adapted = posterior.adapt(unseen, steps=2)
     assert adapted.loc["q_proj.lora_B"].dtype == torch.float32
     assert all(torch.isfinite(log_probs).all() for log_probs in adapted.predict([task.query for task in unseen]))
@@ -351,7 +350,7 @@ def test_finetuned_lora_equals_peft_trained_one_task_at_a_time(lm, unseen, token
 
 
 def test_normal_theta_adapts_at_its_mean(lm, unseen):
-    config = RunConfig(guide=GuideConfig(theta="normal", hidden=4, directions=1, bilinear=1))
-    posterior = Posterior(lm, build_objective(lm, config).double().eval(), config)
+    config = RunConfig(guide={"theta_guide": "normal", "hidden": 4, "directions": 1, "bilinear": 1})
+    posterior = Posterior.from_objective(lm, build_objective(lm, config).double().eval())
     one, two = (adapt(posterior.objective, lm, unseen) for _ in range(2))
     assert all(torch.equal(one.loc[site], two.loc[site]) for site in one.loc)

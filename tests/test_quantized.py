@@ -39,7 +39,7 @@ def bits(request):
 
 
 def load(folder, bits=None):
-    return load_language_model(folder, rank=3, top_layers=2, quantization=bits, device="cpu")
+    return load_language_model(folder, r=3, top_layers=2, quantization=bits, device="cpu")
 
 
 def scores_and_gradients(lm, phi, episode):
@@ -88,12 +88,12 @@ def test_a_posterior_belongs_to_its_quantised_base(folder, bits, tmp_path):
     objective = build_objective(lm, RunConfig())
     objective(episode).backward()
     facts = identity(lm)
-    Posterior(lm, objective, RunConfig()).save(tmp_path / "posterior")
+    Posterior.from_objective(lm, objective).save(tmp_path / "posterior")
     loaded = Posterior.load(tmp_path / "posterior", lm=load(folder, bits))  # used, and fresh
     tasks = [task.split(6, seed=0) for task in make_tasks(2).values()]
     predictions = [
-        Posterior(one.lm, one.objective, RunConfig()).adapt(tasks).predict([task.query for task in tasks], num_draws=2)
-        for one in (Posterior(lm, objective.eval(), RunConfig()), loaded)
+        one.adapt(tasks).predict([task.query for task in tasks], num_draws=2)
+        for one in (Posterior.from_objective(lm, objective.eval()), loaded)
     ]
     for before, after in zip(*predictions, strict=True):
         torch.testing.assert_close(before, after)  # not to the bit: hidden states were kept from other batches

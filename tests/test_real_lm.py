@@ -23,7 +23,7 @@ def test_the_posterior_learns_and_widens_where_it_has_seen_less():
     independent normals can tell 16 examples from two.
     """
     torch.manual_seed(0)
-    lm = bayes_lora.load_language_model(rank=1, top_layers=1)
+    lm = bayes_lora.load_language_model(r=1, top_layers=1)
     training, unseen = bayes_lora.demo_tasks()
     tasks = [{**training, **unseen}[name].split(16, seed=seed) for seed in range(SEEDS) for name in TASKS]
     query = collate([lm.encoder(task.query[:12]) for task in tasks])

@@ -12,8 +12,6 @@ from bayes_lora.guides import GradientGuide, GuideNetwork
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import (
-    EnsembleConfig,
-    GradientConfig,
     ObjectiveConfig,
     RunConfig,
 )
@@ -80,7 +78,7 @@ def test_reptile_s_step_is_towards_where_the_tasks_ended(lm):
 
 
 def test_an_ensemble_has_a_particle_for_each_member(lm):
-    objective = build_objective(lm, small("ensemble", ensemble=EnsembleConfig(num_members=3)))
+    objective = build_objective(lm, small("ensemble", guide={"num_members": 3}))
     assert objective.elbo.num_particles == 3 and len(objective.guide.members) == 3
     objective(episodes(lm)[0]).backward()
     gradients = [p.grad for p in objective.guide.members.parameters()]
@@ -88,12 +86,12 @@ def test_an_ensemble_has_a_particle_for_each_member(lm):
 
 
 def test_settings_reach_the_guide(lm):
-    config = RunConfig(recipe="abmll-network-gradient", gradient=GradientConfig(steps=4, second_order=True))
+    config = RunConfig(recipe="abmll-network-gradient", guide={"steps": 4, "second_order": True})
     objective = build_objective(lm, config)
     guide = objective.guide
     assert isinstance(guide, GradientGuide) and isinstance(guide.start, GuideNetwork)
     assert (guide.steps, guide.second_order, guide.beta) == (4, True, objective.target_beta)
-    own = RunConfig(recipe="abmll", gradient=GradientConfig(beta=0.5, learn_rates=True))
+    own = RunConfig(recipe="abmll", guide={"beta": 0.5, "learn_rates": True})
     guide = build_objective(lm, own).guide
     assert guide.start is None and guide.beta == 0.5
     assert any("log_rate" in name for name, _ in guide.named_parameters())

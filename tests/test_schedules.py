@@ -41,7 +41,7 @@ def test_a_sweep_differs_in_beta_alone(lm):
     assert [point.beta for point in points] == [1e-3, 30.0]
     assert points[0].divergence > 3 * points[1].divergence > 0  # in nats, unscaled by beta
     assert all(point.nll_at_width == point.nll for point in points if point.width == 1.0)
-    assert points[0].posterior.config.objective.beta == 1e-3
+    assert points[0].posterior.objective.target_beta == 1e-3
     [again] = sweep_beta(lm, make_tasks(5), [30.0], CONFIG, num_draws=3)
     assert (again.nll, again.divergence) == (points[1].nll, points[1].divergence)
     console = Console(file=StringIO(), width=80)

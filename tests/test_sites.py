@@ -28,6 +28,14 @@ def test_grouped_slot_equals_a_loop(groups):
     torch.testing.assert_close(slot(x), expected)
 
 
+def test_an_unbound_slot_adds_nothing_whatever_it_held():
+    initial, x = torch.randn(5, 4, dtype=torch.float64), torch.randn(6, 7, 4, dtype=torch.float64)
+    slot = Slot(initial)
+    assert torch.equal(slot(x), torch.zeros(6, 7, 5, dtype=torch.float64)) and torch.equal(slot.weight, initial)
+    slot.bound = initial
+    torch.testing.assert_close(slot(x), x @ initial.T)
+
+
 @pytest.mark.parametrize("length", [3, 40])  # each group multiplied alone, and a matrix for each row
 @pytest.mark.parametrize("deferred", [False, True])
 def test_groups_of_unequal_size_equal_a_loop(length, deferred):
@@ -230,15 +238,17 @@ def test_a_model_without_lora_is_refused():
 
 
 def test_dora_is_refused():
-    model = BUILDERS["llama"]()
-    inject(peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), model)
-    with pytest.raises(SiteError, match="only plain LoRA"):
+    model, lora = BUILDERS["llama"](), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(SiteError, match=r"LoraConfig\(use_dora=True\): only plain LoRA can be.* Set use_dora=False"):
+        inject(lora, model)
+    peft.inject_adapter_in_model(lora, model)
+    with pytest.raises(SiteError, match=r"q_proj': only plain LoRA .*got PEFT's DoraLinearVariant\.$"):
         find_sites(model)
 
 
 def test_lora_bias_is_refused():
     model = BUILDERS["qwen2"]()
-    inject(peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), model)
     with pytest.raises(SiteError, match=r"'model.layers.0.self_attn.q_proj': its LoRA has a bias.*Set lora_bias=False"):
         find_sites(model)
 

@@ -236,7 +236,7 @@ def test_a_damaged_checkpoint_is_refused(saved, tokenizer, change):
 def test_a_posterior_with_damaged_settings_is_refused(tokenizer, tmp_path, content):
     objective, *_ = fresh(tokenizer)
     lm = objective.model.likelihood
-    Posterior(lm, objective, CONFIG).save(tmp_path / "posterior")
+    Posterior.from_objective(lm, objective).save(tmp_path / "posterior")
     assert_equal(Posterior.load(tmp_path / "posterior", lm).objective.state_dict(), objective.state_dict())
     (tmp_path / "posterior" / "posterior.json").write_text(content)
     with pytest.raises((PosteriorError, ConfigError), match="posterior.json"):

@@ -22,7 +22,7 @@ from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.sites import delta_site, factor_sites
 from bayes_lora.models import WeightSpace
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.recipes.config import EpisodeConfig, GradientConfig, ObjectiveConfig, RunConfig
+from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
 
 
@@ -194,7 +194,7 @@ def test_no_task_has_a_matrix_of_its_own(tokenizer, handler, monkeypatch):
     lm = build_lm("llama", tokenizer, targets=("v_proj",))  # 8 by 16
     objective = weight_space_objective(lm, context=handler)
     tasks = [task.split(3, seed=1) for task in make_tasks(2).values()]
-    posterior = Posterior(lm, objective, RunConfig())
+    posterior = Posterior.from_objective(lm, objective)
     lm.features(make_episode(lm))
     with Shapes() as shapes:
         objective(make_episode(lm)).backward()
@@ -208,11 +208,11 @@ def test_no_task_has_a_matrix_of_its_own(tokenizer, handler, monkeypatch):
 def posterior(lm):
     config = RunConfig(
         recipe="abmll-weight",
-        gradient=GradientConfig(steps=3, learning_rate=0.01),
+        guide={"steps": 3, "learning_rate": 0.01},
         objective=ObjectiveConfig(beta=0.01),
         episodes=EpisodeConfig(num_support=4),
     )
-    return Posterior(lm, build_objective(lm, config), config)
+    return Posterior.from_objective(lm, build_objective(lm, config))
 
 
 def test_adapting_predicting_and_saving(posterior, tmp_path):

@@ -1,9 +1,12 @@
-"""What a posterior belongs to: the language model's settings, and a sample of its frozen weights.
+"""What a posterior belongs to: the language model's settings, and samples of its frozen weights and its adapter.
 
 The name of a model says too little: the hub's copy, one quantised to 4 bits and one fine-tuned since may share it. A
 few values of a few weight matrices tell them apart, in milliseconds. They are compared with a tolerance that passes the
 same weights in another floating-point format (bfloat16 rounds by at most 2^-8 of a value, 0.4 %) and nothing coarser:
 rounding to 4 bits moves a matrix by some 8 %.
+
+If the LoRA starts at a trained adapter, its weights are sampled in the same way. PEFT's own initial values are not:
+they add nothing, and a posterior's tensors hold all that depends on them.
 """
 
 from __future__ import annotations
@@ -13,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from bayes_lora.errors import PosteriorError
 from bayes_lora.lm.language_model import LanguageModel
 
-__all__ = ["check_identity", "identity", "weight_sample"]
+__all__ = ["adapter_sample", "check_identity", "identity", "weight_sample"]
 
-SETTINGS, WEIGHTS = "language_model", "base_weights"
+SETTINGS, WEIGHTS, ADAPTER = "language_model", "base_weights", "adapter_weights"
 
 NUM_MATRICES, NUM_VALUES = 8, 8
 TOLERANCE = 0.005
@@ -30,7 +34,7 @@ TOLERANCE = 0.005
 
 def identity(lm: LanguageModel) -> dict[str, Any]:
     """What :func:`check_identity` compares, ready for JSON."""
-    return {SETTINGS: lm.settings, WEIGHTS: weight_sample(lm.model)}
+    return {SETTINGS: lm.settings, WEIGHTS: weight_sample(lm.model), ADAPTER: adapter_sample(lm)}
 
 
 def weight_sample(model: nn.Module) -> dict[str, list[float]]:
@@ -38,7 +42,15 @@ def weight_sample(model: nn.Module) -> dict[str, list[float]]:
     matrices = _matrices(model)
     names = sorted(matrices)
     chosen = [names[i] for i in _spread(len(names), NUM_MATRICES)]
-    return {name: [float(f"{value:.6g}") for value in _values(*matrices[name]).tolist()] for name in chosen}
+    return {name: _rounded(_values(*matrices[name])) for name in chosen}
+
+
+def adapter_sample(lm: LanguageModel) -> dict[str, list[float]]:
+    """Values at fixed places of the trained adapter that the LoRA starts at, by site; empty if it adds nothing."""
+    values = lm.sites.initial()
+    if not any(value.any() for site, value in values.items() if ".lora_B" in site):
+        return {}
+    return {site: _rounded(_at_places(value)) for site, value in values.items()}
 
 
 def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> None:
@@ -53,20 +65,41 @@ def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> N
         PosteriorError: another setting, or other weights; or the facts are damaged.
     """
     fitted, now = facts.get(SETTINGS, lm.settings), lm.settings
-    known = facts.get(WEIGHTS, {})
-    if not isinstance(fitted, dict) or not isinstance(known, dict):
-        raise PosteriorError(f"{path} is damaged: {SETTINGS!r} and {WEIGHTS!r} must be mappings. Run again.")
+    known, adapter = facts.get(WEIGHTS, {}), facts.get(ADAPTER)
+    if not isinstance(fitted, dict) or not isinstance(known, dict) or not isinstance(adapter, dict | None):
+        raise PosteriorError(
+            f"{path} is damaged: {SETTINGS!r}, {WEIGHTS!r} and {ADAPTER!r} must be mappings. Run again."
+        )
     differ = [key for key in now if key != "name" and fitted.get(key) != now[key]]
     if differ:
         was, are = ({key: one.get(key) for key in differ} for one in (fitted, now))
         raise PosteriorError(f"{path}: fitted with {was}, but the language model has {are}. Pass lm= made like that.")
     matrices = _matrices(lm.model)
-    other = [name for name, values in known.items() if not _alike(values, matrices.get(name))]
+    other = [name for name, values in known.items() if name not in matrices or not _alike(values, *matrices[name])]
     if other:
         raise PosteriorError(
             f"{path}: fitted on other base weights than those of {lm.name}: {len(other)} of {len(known)} sampled "
             f"matrices differ, such as {other[0]}. Copies of a model may share its name (the hub's and one quantised "
             "to 4 bits, say): pass lm= loaded from the folder of the copy it was fitted on, or fit again."
+        )
+    if adapter is not None:
+        _check_adapter(adapter, lm, path)
+
+
+def _check_adapter(saved: dict[str, Any], lm: LanguageModel, path: Path) -> None:
+    here = adapter_sample(lm)
+    if bool(saved) != bool(here):
+        was, now = ("a trained adapter" if sample else "PEFT's initial values" for sample in (saved, here))
+        raise PosteriorError(
+            f"{path}: fitted on a LoRA that starts at {was}, but that of {lm.name} starts at {now}. Pass lm= made with "
+            "the adapter that it was fitted on (load_language_model(adapter=) or from_peft), or fit again."
+        )
+    values = {site: _at_places(value) for site, value in lm.sites.initial().items()}
+    other = [site for site, sample in saved.items() if site not in values or not _close(sample, values[site])]
+    if other:
+        raise PosteriorError(
+            f"{path}: fitted on another adapter than that of {lm.name}: {len(other)} of {len(saved)} sampled sites "
+            f"differ, such as {other[0]}. Pass lm= made with the adapter that it was fitted on, or fit again."
         )
 
 
@@ -75,7 +108,7 @@ def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     return {
         name.replace(".base_layer.", "."): (model.get_submodule(name.rpartition(".")[0]), value)
         for name, value in model.named_parameters()
-        if value.ndim > 1
+        if value.ndim > 1 and not any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
     }
 
 
@@ -88,14 +121,24 @@ def _values(module: nn.Module, matrix: nn.Parameter | Tensor) -> Tensor:
     # bitsandbytes' codes mean nothing without their scales.
     if isinstance(matrix, nn.Parameter) and type(matrix).__name__ in ("Params4bit", "Int8Params"):
         matrix = dequantize_bnb_weight(matrix, state=getattr(module, "state", None))
-    places = torch.tensor(_spread(matrix.numel(), NUM_VALUES), device=matrix.device)
-    return matrix.detach().flatten()[places].to("cpu", torch.float64)
+    return _at_places(matrix)
 
 
-def _alike(saved: Any, found: tuple[nn.Module, nn.Parameter] | None) -> bool:
-    if found is None:
-        return False
-    values = _values(*found)
+def _at_places(values: Tensor) -> Tensor:
+    places = torch.tensor(_spread(values.numel(), NUM_VALUES), device=values.device)
+    return values.detach().flatten()[places].to("cpu", torch.float64)
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _alike(saved: Any, module: nn.Module, matrix: nn.Parameter) -> bool:
+    return _close(saved, _values(module, matrix))
+
+
+def _close(saved: Any, values: Tensor) -> bool:
+    """Whether a saved sample is one of these values, up to the tolerance."""
     try:
         expected = torch.tensor(saved, dtype=torch.float64)
     except (TypeError, ValueError):

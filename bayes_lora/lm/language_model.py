@@ -18,6 +18,7 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.episodes.token_store import TokenStore
 from bayes_lora.errors import ConfigError, SiteError
+from bayes_lora.lm.adapters import check_lora_config
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
 from bayes_lora.lm.packed_forward import Forward, Read
@@ -51,6 +52,9 @@ class LanguageModel:
         tokenizer: its tokenizer.
         lora_config: the PEFT configuration, kept for export.
         name: hub id or path, kept for export.
+        adapter: hub id or path of the saved adapter whose weights were loaded; None if they are PEFT's initial values,
+            or from a model in memory.
+        adapter_name: PEFT's name of the adapter in the model.
         template: how an example becomes text.
         max_length: longest row in tokens; at most the model's longest position and its sliding window, if it has them.
         normalize: ``"sum"`` or ``"mean"`` over an option's tokens.
@@ -75,6 +79,8 @@ class LanguageModel:
         lora_config: peft.LoraConfig,
         *,
         name: str = "",
+        adapter: str | None = None,
+        adapter_name: str = "default",
         template: PromptTemplate | None = None,
         max_length: int = 128,
         normalize: Literal["sum", "mean"] = "sum",
@@ -86,10 +92,11 @@ class LanguageModel:
     ) -> None:
         if normalize not in ("sum", "mean"):
             raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
-        self.model, self.tokenizer, self.lora_config, self.name = model, tokenizer, lora_config, name
+        self.model, self.tokenizer, self.name, self.adapter = model, tokenizer, name, adapter
+        self.lora_config = check_lora_config(lora_config)
         self.model.requires_grad_(False).eval()
         keep_differentiable(model)
-        self.sites: LoraSites = find_sites(model)
+        self.sites: LoraSites = find_sites(model, adapter_name)
         self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
         # A given mask is taken as it is, so a row must fit into the window beyond which some models do not look back.
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
@@ -199,7 +206,7 @@ class LanguageModel:
             return self.forward(episode)
 
     def features(self, episode: Episode) -> Features:
-        """What the frozen LM knows of each example, whatever its label; computed once per example and kept."""
+        """What the base model without an adapter knows of each example, whatever its label; computed once and kept."""
         return self.feature_reader(episode)
 
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import peft
 import torch
@@ -21,36 +21,69 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_mean
+from bayes_lora.errors import BayesLoraError, ConfigError, ModelFileError, SiteError, did_you_mean
+from bayes_lora.lm.adapters import active_adapter, check_lora_config, load_adapter_weights, read_lora_config
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder, find_model
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
+from bayes_lora.lm.sites import remove_dropout
 from bayes_lora.utils.seeding import seeded
 
-__all__ = ["default_dtype", "default_lora", "inject", "load_language_model", "reading"]
+__all__ = ["default_dtype", "default_lora", "from_peft", "inject", "load_language_model", "reading"]
 
 
 def default_lora(
-    model: PreTrainedModel, *, rank: int = 8, top_layers: int = 6, target_modules: Sequence[str] | None = None
+    model: PreTrainedModel,
+    *,
+    r: int | None = None,
+    lora_alpha: int | None = None,
+    layers_to_transform: Sequence[int] | int | None = None,
+    top_layers: int | None = None,
+    target_modules: Sequence[str] | None = None,
 ) -> peft.LoraConfig:
-    """LoRA of rank r on the top layers, ``lora_alpha = 2 r``.
+    """Make a LoRA configuration for a model.
 
-    By default on the modules that PEFT adapts by default and the attention's output projection, whose B writes into
-    the residual stream. Adapting the top layers only lets everything below them run once per example (see
-    :mod:`bayes_lora.lm.trunk`).
+    Adapting the top layers only lets everything below them run once per example (see :mod:`bayes_lora.lm.trunk`).
+
+    Args:
+        model: the model.
+        r: rank, by default 8.
+        lora_alpha: PEFT scales the update by ``lora_alpha / r``; by default ``2 r``.
+        layers_to_transform: indices of the adapted layers, counted from the bottom.
+        top_layers: in place of these, the number of adapted layers, counted from the top; by default 6.
+        target_modules: by default the modules that PEFT adapts by default and the attention's output projection, whose
+            B writes into the residual stream.
+
+    Raises:
+        ConfigError: ``layers_to_transform`` and ``top_layers`` are both given, or the model has no such layer.
     """
+    _check_layers(layers_to_transform, top_layers)
     if target_modules is None:
         kinds = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
         target_modules = [*usual, *({"o_proj"} & kinds)] or None
-    layers = model.config.num_hidden_layers
+    count = int(model.config.num_hidden_layers)
+    if layers_to_transform is None:
+        layers = list(range(max(0, count - (6 if top_layers is None else top_layers)), count))
+    else:
+        layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform)
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise ConfigError(f"layers_to_transform: expected some of the model's layers 0 to {count - 1}, got {layers}.")
+    r = 8 if r is None else r
     return peft.LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
+        r=r,
+        lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         target_modules=None if target_modules is None else list(target_modules),
-        layers_to_transform=list(range(max(0, layers - top_layers), layers)),
+        layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_layers(layers_to_transform: object, top_layers: object) -> None:
+    if layers_to_transform is not None and top_layers is not None:
+        raise ConfigError(
+            f"layers_to_transform={layers_to_transform} and top_layers={top_layers}: both choose layers. Give one."
+        )
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -73,11 +106,14 @@ def _quantization(bits: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndB
 
 def load_language_model(
     name_or_path: str | Path = DEFAULT_MODEL,
-    lora: peft.LoraConfig | None = None,
+    lora_config: peft.LoraConfig | None = None,
     *,
-    rank: int = 8,
-    top_layers: int = 6,
+    r: int | None = None,
+    lora_alpha: int | None = None,
+    layers_to_transform: Sequence[int] | int | None = None,
+    top_layers: int | None = None,
     target_modules: Sequence[str] | None = None,
+    adapter: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
     quantization: Literal["8bit", "4bit"] | None = None,
@@ -87,12 +123,20 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a causal LM, inject LoRA with PEFT, and make its LoRA weights bindable.
 
+    The LoRA is defined by one of three: a ``lora_config``; a saved ``adapter``; or ``r``, ``lora_alpha``,
+    ``layers_to_transform`` or ``top_layers``, and ``target_modules``, from which :func:`default_lora` makes a
+    configuration.
+
     Args:
         name_or_path: a hub id, a local folder, or a GGUF file.
-        lora: any PEFT LoRA configuration; where it is None, :func:`default_lora` makes one from the next three.
-        rank: r.
-        top_layers: how many layers, counted from the top, are adapted.
+        lora_config: any PEFT LoRA configuration.
+        r: rank, by default 8.
+        lora_alpha: PEFT scales the update by ``lora_alpha / r``; by default ``2 r``.
+        layers_to_transform: indices of the adapted layers, counted from the bottom.
+        top_layers: in place of these, the number of adapted layers, counted from the top; by default 6.
         target_modules: names of module kinds (``q_proj``); by default see :func:`default_lora`.
+        adapter: a LoRA adapter that ``save_pretrained`` wrote, a folder or a hub id. Its weights are the initial values
+            of the sites, ``lm.sites.initial()``, where guides start; see :func:`from_peft`.
         device: by default a GPU if there is one.
         dtype: of the base; by default :func:`default_dtype`. LoRA weights and scores have at least 32 bits.
         quantization: store the base's linear layers in 8 or 4 bits through bitsandbytes; ``model_kwargs`` may hold a
@@ -104,10 +148,19 @@ def load_language_model(
             ``tokens`` in the folder of :func:`bayes_lora.lm.model_files.cache_folder`.
 
     Raises:
-        ModelFileError: the files cannot be had, or are damaged.
-        SiteError: a target module is not in the model; names near ones.
-        ConfigError: bitsandbytes is wanted and not installed, or a setting is wrong.
+        ModelFileError: files cannot be found, downloaded or read; or the adapter's do not fit the model.
+        SiteError: a target module is not in the model; names near ones. Or it is not plain LoRA on linear modules.
+        ConfigError: bitsandbytes is wanted and not installed, or a setting is wrong or contradicts another.
     """
+    choice: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "layers_to_transform": layers_to_transform,
+        "top_layers": top_layers,
+        "target_modules": target_modules,
+    }
+    _check_choice(lora_config, adapter, [name for name, value in choice.items() if value is not None])
+    _check_layers(layers_to_transform, top_layers)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str):
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -115,12 +168,74 @@ def load_language_model(
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, dtype)
     model, tokenizer = _load_base(name_or_path, dtype, options)
-    if lora is None:
-        lora = default_lora(model, rank=rank, top_layers=top_layers, target_modules=target_modules)
-    inject(lora, model, seed=seed)
+    source = None
+    if adapter is not None:
+        # A path is kept whole, so that a saved posterior finds the adapter from another folder.
+        source = str(Path(adapter).expanduser().resolve()) if Path(adapter).expanduser().exists() else str(adapter)
+        lora_config = _inject_adapter(source, model)
+    else:
+        lora_config = lora_config or default_lora(model, **choice)
+        inject(lora_config, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
-    return LanguageModel(model, tokenizer, lora, name=str(name_or_path), **kwargs)
+    return LanguageModel(model, tokenizer, lora_config, name=str(name_or_path), adapter=source, **kwargs)
+
+
+def from_peft(
+    peft_model: peft.PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adapter: str | None = None,
+    name: str | None = None,
+    **kwargs: Any,
+) -> LanguageModel:
+    """Make the LoRA weights of a ``PeftModel`` bindable; they are where guides start.
+
+    The adapter's weights become the initial values of the sites, ``lm.sites.initial()``: with these bound, scores are
+    those of ``peft_model``. With every B at zero, and in ``lm.features``, they are those of the base model.
+
+    The model is taken over, not copied: its LoRA linears become slots, all its parameters are frozen, it is put into
+    evaluation mode, and outside of ``lm.sites.bind`` it runs without the adapter. Call ``peft_model.save_pretrained``
+    before, or :meth:`bayes_lora.TaskPosterior.export_peft` after. The base model's weights are left as they are. A
+    ``lora_dropout`` is taken out. Other adapters of the model stay, inactive.
+
+    Args:
+        peft_model: a causal LM with a LoRA adapter, by ``peft.get_peft_model`` or ``peft.PeftModel.from_pretrained``.
+        tokenizer: its tokenizer.
+        adapter: PEFT's name of the adapter, where it is not the active one.
+        name: hub id or path of the base model, which saved posteriors and exported adapters name; by default the one
+            that the adapter's configuration has.
+        **kwargs: as in :func:`load_language_model`.
+
+    Raises:
+        ConfigError: the model has no such adapter, or several are active.
+        SiteError: the adapter is not plain LoRA on linear modules (DoRA, ``bias``, ``lora_bias``, ``modules_to_save``),
+            or is merged or disabled.
+    """
+    adapter_name = active_adapter(peft_model, adapter)
+    lora_config = check_lora_config(peft_model.peft_config[adapter_name])
+    model = cast(PreTrainedModel, peft_model.get_base_model())
+    remove_dropout(model, adapter_name)  # without find_sites' warning: it was for training, which is over
+    kwargs.setdefault("token_folder", cache_folder() / "tokens")
+    name = name or lora_config.base_model_name_or_path or str(model.name_or_path)
+    return LanguageModel(model, tokenizer, lora_config, name=name, adapter_name=adapter_name, **kwargs)
+
+
+def _check_choice(lora_config: object, adapter: object, given: Sequence[str]) -> None:
+    whole = [name for name, value in (("lora_config", lora_config), ("adapter", adapter)) if value is not None]
+    if whole and len([*whole, *given]) > 1:
+        raise ConfigError(f"{', '.join([*whole, *given])}: {whole[0]} defines the LoRA already. Leave out the others.")
+
+
+def _inject_adapter(adapter: str, model: PreTrainedModel) -> peft.LoraConfig:
+    """Inject a saved adapter as PEFT's ``"default"``, and return its configuration."""
+    with reading("adapter", adapter, Path(adapter)):
+        lora_config = read_lora_config(adapter)
+    inject(lora_config, model)
+    with reading("adapter", adapter, Path(adapter)):
+        load_adapter_weights(model, adapter)
+    remove_dropout(model, "default")
+    return lora_config
 
 
 def _load_base(
@@ -155,7 +270,7 @@ def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
     """Turn whatever transformers raises over damaged files (of any type) into one line that says what to do."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except (BayesLoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
@@ -165,6 +280,8 @@ def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
 
 
 def _cure(part: str, name_or_path: str | Path, found: Path) -> str:
+    if part == "adapter":
+        return "Expected adapter_config.json and adapter_model.safetensors of a LoRA on this model: save it anew."
     if found.name == CONVERTED_FOLDER:
         return "Delete this folder, then run: bayes-lora fetch"
     if not Path(name_or_path).expanduser().exists():
@@ -178,8 +295,9 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
     """Inject LoRA in place, with PEFT's initial values drawn under ``seed``.
 
     Raises:
-        SiteError: a target module is not in the model.
+        SiteError: a target module is not in the model, or the LoRA is not plain LoRA.
     """
+    check_lora_config(lora)
     wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})

@@ -18,12 +18,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bayes_lora.errors import SiteError, did_you_mean
+from bayes_lora.lm.adapters import lora_layers
 from bayes_lora.lm.slots import Bound, Slot, unchanged
 from bayes_lora.types import Sites, SiteShapes, delta_site, factor_sites
 from bayes_lora.utils.grouped_linear import Blocks
 from bayes_lora.utils.seeding import same_noise
 
-__all__ = ["LoraSites", "Slot", "delta_site", "factor_sites", "find_sites"]
+__all__ = ["LoraSites", "Slot", "delta_site", "factor_sites", "find_sites", "remove_dropout"]
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -64,7 +65,11 @@ class LoraSites:
         return sum(layers * rows * columns for layers, rows, columns in self.shapes.values())
 
     def initial(self) -> Sites:
-        """PEFT's initial values (A random, B zero), shape ``(layers, out, in)`` per site."""
+        """Values of the LoRA linears before they became slots, shape ``(layers, out, in)`` per site.
+
+        These are PEFT's initial values (A random, B zero), or the weights of an adapter that was trained before (see
+        :func:`bayes_lora.lm.loading.from_peft`).
+        """
         return {site: torch.stack([slot.initial for slot in slots]) for site, slots in self._slots.items()}
 
     def check(self, values: Sites) -> None:
@@ -124,7 +129,7 @@ class LoraSites:
         return bound
 
     def unbound(self) -> AbstractContextManager[None]:
-        """Inside the block nothing is bound, whatever was bound outside."""
+        """Inside the block nothing is bound, whatever was bound outside: the model runs without its adapter."""
         return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
     def _bound(
@@ -223,21 +228,29 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
 
     A ``lora_dropout`` is taken out, with one warning: a draw of phi is one model, which gives one answer.
 
+    Args:
+        model: the model; its other, inactive adapters are left alone.
+        adapter: PEFT's name of the adapter.
+
     Raises:
         SiteError: the model has no LoRA layer, or one whose factors are not plain linears (embeddings,
-            convolutions, DoRA, ``lora_bias=True``).
+            convolutions, DoRA, ``lora_bias=True``), or whose other adapters are active, too.
     """
     found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot, Slot]]]] = {}
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    layers = list(lora_layers(model, adapter))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            _check_layer(name, layer, adapter)
     for name, layer in sorted(layers, key=lambda pair: _layer_index(pair[0])):
-        if adapter not in layer.lora_A or layer.lora_variant or not isinstance(layer.lora_A[adapter], nn.Linear):
-            raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got {layer!r}.")
-        if layer.lora_B[adapter].bias is not None:
-            raise SiteError(f"module {name!r}: its LoRA has a bias, which no site holds. Set lora_bias=False.")
         a, b = (_replace(getattr(layer, factor), adapter) for factor in FACTORS)
         shapes = (*a.initial.shape, *b.initial.shape)
         found.setdefault(name.rpartition(".")[2], {}).setdefault(shapes, []).append((name, a, b))
-    _drop_dropout([layer for _, layer in layers], adapter)
+    rate = remove_dropout(model, adapter)
+    if rate:
+        warnings.warn(
+            f"lora_dropout={rate} is not applied: scores are a function of phi alone. Set lora_dropout=0.0.",
+            stacklevel=2,
+        )
     if not found:
         raise SiteError("the model has no LoRA layer. Inject some first: peft.inject_adapter_in_model(config, model).")
     return LoraSites(
@@ -250,6 +263,22 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
     )
 
 
+def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
+    others = sorted((set(layer.active_adapters) & layer.r.keys()) - {adapter})
+    if others:
+        raise SiteError(f"module {name!r}: adapters {others} are active beside {adapter!r}. Deactivate them.")
+    if adapter not in layer.r:
+        return
+    if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], Slot):
+        raise SiteError(f"module {name!r}: its LoRA belongs to a LanguageModel already. Load the model anew.")
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None or adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
+        kind = type(layer).__name__ if variant is None else type(variant).__name__
+        raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got PEFT's {kind}.")
+    if layer.lora_B[adapter].bias is not None:
+        raise SiteError(f"module {name!r}: its LoRA has a bias, which no site holds. Set lora_bias=False.")
+
+
 def _replace(factors: Any, adapter: str) -> Slot:
     # At least float32, whatever the base: bfloat16 would round small steps of its weights to nothing.
     initial = factors[adapter].weight
@@ -258,13 +287,12 @@ def _replace(factors: Any, adapter: str) -> Slot:
     return slot
 
 
-def _drop_dropout(layers: Sequence[LoraLayer], adapter: str) -> None:
-    dropouts = [layer.lora_dropout[adapter] for layer in layers]
-    rates = {dropout.p for dropout in dropouts if isinstance(dropout, nn.Dropout)}
-    for layer in layers:
+def remove_dropout(model: nn.Module, adapter: str) -> float:
+    """Take an adapter's dropout out of a model, and return its highest rate; 0 if there is none."""
+    rates = [0.0]
+    for _, layer in lora_layers(model, adapter):
+        dropout = layer.lora_dropout[adapter]
+        if isinstance(dropout, nn.Dropout):
+            rates.append(dropout.p)
         layer.lora_dropout[adapter] = nn.Identity()
-    if rates:
-        warnings.warn(
-            f"lora_dropout={max(rates)} is not applied: scores are a function of phi alone. Set lora_dropout=0.0.",
-            stacklevel=3,
-        )
+    return max(rates)

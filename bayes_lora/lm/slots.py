@@ -24,8 +24,12 @@ class Slot(nn.Module):
 
     A bound weight is 2-D ``(out, in)``, one for all rows, or 3-D ``(groups, out, in)``: then the rows of the batch
     are taken in order as ``groups`` blocks, each of which has its own weight (one ``bmm``): of equal size, unless
-    ``blocks`` are bound, too. A function of x and blocks may be bound as well. Unbound, the slot holds PEFT's initial
-    value, for which the adapter adds nothing.
+    ``blocks`` are bound, too. A function of x and blocks may be bound as well. Unbound, the slot returns zeros: the
+    layer computes what it would without the adapter, also if the adapter was trained before.
+
+    Attributes:
+        initial: ``(out, in)``, the weight of the linear that the slot replaced. It is where guides start; it does not
+            take part in a forward unless it is bound.
     """
 
     initial: Tensor
@@ -39,11 +43,13 @@ class Slot(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The bound value, or PEFT's initial one. PEFT reads its ``dtype``."""
+        """The bound value, or the initial one. PEFT reads its ``dtype``."""
         return self.bound if isinstance(self.bound, Tensor) else self.initial
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(rows, ..., in)`` to ``(rows, ..., out)``."""
-        if self.bound is None or isinstance(self.bound, Tensor):
-            return linear(x, self.weight, self.blocks)
+        if self.bound is None:
+            return x.new_zeros(*x.shape[:-1], len(self.initial))
+        if isinstance(self.bound, Tensor):
+            return linear(x, self.bound, self.blocks)
         return self.bound(x, self.blocks)

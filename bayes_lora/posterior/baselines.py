@@ -15,15 +15,17 @@ __all__ = ["finetune_lora", "pretrained"]
 
 
 def pretrained(lm: LanguageModel, tasks: Sequence[Task]) -> TaskPosterior:
-    """The model without adaptation: every LoRA at PEFT's initial value, where it adds nothing."""
-    loc = {site: value[None, None] for site, value in lm.sites.initial().items()}
+    """The base model without any adapter: every B is zero, also if the LoRA starts at a trained adapter."""
+    initial = lm.sites.initial()
+    zero = {site: torch.zeros_like(value) for site, value in initial.items() if ".lora_B" in site}
+    loc = {site: value[None, None] for site, value in (initial | zero).items()}
     return TaskPosterior(lm, loc, {}, tuple(task.name for task in tasks))
 
 
 def finetune_lora(
     lm: LanguageModel, tasks: Sequence[Task], *, steps: int = 10, learning_rate: float = 1e-3
 ) -> TaskPosterior:
-    """A LoRA per task, from PEFT's initial value, by Adam on the mean NLL of its support set (full batch).
+    """A LoRA per task, from ``lm.sites.initial()``, by Adam on the mean NLL of its support set (full batch).
 
     The tasks' LoRAs do not touch one another; they share forwards only.
     """

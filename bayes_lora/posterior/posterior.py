@@ -56,8 +56,17 @@ class Posterior:
         width: float = 1.0,
         temperature: float = 1.0,
     ) -> None:
-        self.lm, self.objective = lm, BetaELBO(model, guide, beta=beta, gamma=gamma).eval()
-        self.width, self.temperature = width, temperature
+        self.lm, self.width, self.temperature = lm, width, temperature
+        self.objective = BetaELBO(model, guide, beta=beta, gamma=gamma).eval()
+
+    @classmethod
+    def from_objective(
+        cls, lm: LanguageModel, objective: BetaELBO, *, width: float = 1.0, temperature: float = 1.0
+    ) -> Posterior:
+        """The posterior of a fitted objective: its model and guide, with its beta and context."""
+        found = cls.__new__(cls)
+        found.lm, found.objective, found.width, found.temperature = lm, objective.eval(), width, temperature
+        return found
 
     @property
     def model(self) -> Model:
@@ -88,7 +97,7 @@ class Posterior:
         return replace(found, temperature=self.temperature)
 
     def diagnose(self, tasks: Sequence[Task], *, steps: int = 0, num_draws: int = 10, seed: int = 0) -> Diagnosis:
-        """Whether draws change predictions on these tasks' query examples, and how wide each site is next to its prior."""
+        """Whether draws change predictions on query examples, and how wide each site is next to its prior."""
         calibration = {"width": self.width, "temperature": self.temperature}
         return diagnose(
             self.objective, self.lm, list(tasks), steps=steps, num_draws=num_draws, seed=seed, **calibration

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -18,6 +18,9 @@ from bayes_lora.recipes.recipes import recipe_of
 from bayes_lora.recipes.registry import check_settings
 from bayes_lora.utils.ranges import Count, Natural, NonNegative, Positive
 
+if TYPE_CHECKING:
+    from bayes_lora.lm.language_model import LanguageModel
+
 __all__ = [
     "EpisodeConfig",
     "LanguageModelConfig",
@@ -27,12 +30,20 @@ __all__ = [
 
 Seed = Natural
 
+LORA_SETTINGS = ("r", "lora_alpha", "layers_to_transform", "top_layers", "target_modules")
+
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
     """The base model, its LoRA, its prompts, and how it runs. See :func:`bayes_lora.load_language_model`.
 
     Attributes:
+        r: rank of the LoRA; None is 8.
+        lora_alpha: PEFT scales the update by ``lora_alpha / r``; None is ``2 r``.
+        layers_to_transform: indices of the adapted layers.
+        top_layers: in place of these, the number of adapted layers, counted from the top; None is 6.
+        target_modules: names of the adapted kinds of modules; None is PEFT's choice and ``o_proj``.
+        adapter: folder or hub id of a saved LoRA adapter to start from, in place of the settings above.
         dtype: of the base; None is bfloat16 on a GPU that computes in it, else float32.
         quantization: of the base, through bitsandbytes.
         template: how an example becomes text; the name of one of :data:`bayes_lora.tasks.TEMPLATES` will do.
@@ -43,9 +54,12 @@ class LanguageModelConfig:
     """
 
     name: str = DEFAULT_MODEL
-    rank: Count = 8
-    top_layers: Count = 6
+    r: Count | None = None
+    lora_alpha: Count | None = None
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
+    top_layers: Count | None = None
     target_modules: list[str] | None = None
+    adapter: str | None = None
     max_length: Count = 128
     normalize: Literal["sum", "mean"] = "sum"
     template: PromptTemplate = field(default_factory=PromptTemplate)
@@ -56,6 +70,33 @@ class LanguageModelConfig:
     cache_gib: NonNegative = 4.0
     cache_folder: str | None = None
     token_cache: bool = True
+
+    def matching(self, lm: LanguageModel) -> LanguageModelConfig:
+        """These settings with those of a language model at hand in place of what they say of it.
+
+        A LoRA that no setting describes (a regular expression of ``target_modules``, say, or an adapter in memory) is
+        not recorded: pass ``lm=`` when a posterior that was fitted on it is loaded.
+        """
+        lora, count = lm.lora_config, int(lm.model.config.num_hidden_layers)
+        kept: dict[str, Any] = {
+            "name": lm.name or self.name,
+            "adapter": lm.adapter,
+            "max_length": lm.encoder.max_length,
+            "normalize": lm.normalize,
+            "template": lm.encoder.template,
+        }
+        if lm.adapter is not None:
+            return replace(self, **kept | dict.fromkeys(LORA_SETTINGS))
+        kept |= {"r": int(lora.r)}
+        if lora.lora_alpha == int(lora.lora_alpha) >= 1:
+            kept["lora_alpha"] = int(lora.lora_alpha)
+        if lora.target_modules is not None and not isinstance(lora.target_modules, str):
+            kept["target_modules"] = sorted(lora.target_modules)
+        chosen = lora.layers_to_transform
+        layers = list(range(count)) if chosen is None else [chosen] if isinstance(chosen, int) else sorted(chosen)
+        top = layers == list(range(count - len(layers), count))
+        kept["top_layers"], kept["layers_to_transform"] = (len(layers), None) if top else (None, layers)
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ import yaml
 from bayes_lora.episodes.templates import TEMPLATES
 from bayes_lora.errors import ConfigError, did_you_mean
 
+PARTS = ("prior", "guide")
+"""Sections that hold the name of a class and its settings."""
+
 __all__ = ["check_keys", "merge", "named_template", "nested", "read_yaml"]
 
 
@@ -39,8 +42,13 @@ def nested(setting: str) -> Mapping[str, Any]:
 
 
 def named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The settings with a template in place of the name of one."""
+    """The settings with a template in place of the name of one, and ``r`` in place of its name in files of before."""
     section = values.get("language_model") if isinstance(values, Mapping) else None
+    if isinstance(section, Mapping) and "rank" in section:
+        if "r" in section:
+            raise ConfigError(f"{source}: language_model.rank and language_model.r are the same. Leave out rank.")
+        section = {"r" if key == "rank" else key: value for key, value in section.items()}
+        values = {**values, "language_model": section}
     name = section.get("template") if isinstance(section, Mapping) else None
     if not isinstance(section, Mapping) or not isinstance(name, str):
         return values
@@ -50,15 +58,19 @@ def named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     return {**values, "language_model": {**section, "template": asdict(TEMPLATES[name])}}
 
 
-def merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Put values over others, section by section."""
+def merge(values: dict[str, Any], over: Mapping[str, Any], *, part: bool = False) -> None:
+    """Put values over others, section by section.
+
+    In a prior, a guide or a ``part`` of one, a new name drops the settings of the class that was named before.
+    """
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
-            if "name" in value and value["name"] != values[key].get("name", value["name"]):
-                values[key] = {}  # settings of a prior or guide of another name do not apply
-            merge(values[key], value)
-        else:
+        inner, inside = values.get(key), part or key in PARTS
+        if not isinstance(value, Mapping) or not isinstance(inner, dict):
             values[key] = value
+            continue
+        if inside and value.get("name", inner.get("name")) != inner.get("name"):
+            inner.clear()
+        merge(inner, value, part=inside)
 
 
 def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> None:
@@ -70,6 +82,8 @@ def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str =
         if key not in known:
             near = did_you_mean(str(key), known, list_all=True)
             raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{near}.")
-        # Keys of prior and guide are those of the class that they name.
-        if isinstance(known[key], Mapping) and known[key] and not is_dataclass(value):
+        if not prefix and key in PARTS:  # keys are those of the class that is named, and are checked with it
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{source}: {key}: expected a section with a name and settings, got {value!r}.")
+        elif isinstance(known[key], Mapping) and not is_dataclass(value):
             check_keys(value, known[key], source, f"{prefix}{key}.")

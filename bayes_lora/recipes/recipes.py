@@ -129,9 +129,12 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Load the language model that the settings describe."""
     return load_language_model(
         config.name,
-        rank=config.rank,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        layers_to_transform=config.layers_to_transform,
         top_layers=config.top_layers,
         target_modules=config.target_modules,
+        adapter=config.adapter,
         seed=config.seed,
         template=config.template,
         max_length=config.max_length,

@@ -127,8 +127,9 @@ def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, 
     """The class that ``spec`` names, and its settings, checked; q(theta) and families are objects then."""
     settings = dict(spec)
     name = settings.pop("name", None)
-    if name not in table:
-        raise ConfigError(f"{section}.name: unknown {section} {name!r}{did_you_mean(str(name), table, list_all=True)}.")
+    if not isinstance(name, str) or name not in table:
+        what = section.partition(".")[0]
+        raise ConfigError(f"{section}.name: unknown {what} {name!r}{did_you_mean(str(name), table, list_all=True)}.")
     cls, known = table[name], parameters_of(table[name])
     for key in settings:
         if key not in known:
@@ -188,7 +189,7 @@ def _family(section: str, value: Any) -> Family:
 def _functions(section: str, value: Any, table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     spec = dict(_spec(section, value))
     name = spec.pop("name", None)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         expected = " or ".join(map(repr, table))
         raise ConfigError(f"{section}: expected {expected}, got {name!r}.")
     known = inspect.signature(table[name]).parameters

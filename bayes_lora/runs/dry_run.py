@@ -26,7 +26,8 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ModelFileError, SiteError
 from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.lm.loading import default_dtype, default_lora, inject
+from bayes_lora.lm.adapters import read_lora_config
+from bayes_lora.lm.loading import default_dtype, default_lora, inject, reading
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import RunConfig
@@ -118,13 +119,22 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
     model.requires_grad_(False)
     counted = {name: p.numel() for name, p in model.named_parameters()}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    lora = default_lora(
-        model, rank=settings.rank, top_layers=settings.top_layers, target_modules=settings.target_modules
-    )
+    if settings.adapter is not None:
+        with reading("adapter", settings.adapter, Path(settings.adapter)):
+            lora = read_lora_config(settings.adapter)
+    else:
+        lora = default_lora(
+            model,
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            layers_to_transform=settings.layers_to_transform,
+            top_layers=settings.top_layers,
+            target_modules=settings.target_modules,
+        )
     with META:
         inject(lora, model)
     sites = find_sites(model)
-    _check(sites, linears, settings.rank)
+    _check(sites, linears, None if lora.rank_pattern else lora.r)
     likelihood: Any = _Shapes(sites, int(architecture.hidden_size))
     # Initial values are made where the slots are, so model and guide are on the meta device, too.
     with META, pyro.validation_enabled(False):  # which would look at values
@@ -136,10 +146,12 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
     return DryRun(dict(sites.shapes), parameters, memory, tokens)
 
 
-def _check(sites: LoraSites, linears: dict[str, torch.nn.Linear], rank: int) -> None:
+def _check(sites: LoraSites, linears: dict[str, torch.nn.Linear], r: int | None) -> None:
+    """Compare the sites' shapes with those of the model's linears; r is None if ranks differ between modules."""
     for site, modules in sites.modules.items():
         for name in modules:
             out, inside = linears[name].weight.shape
+            rank = r or sites.shapes[site][1 if ".lora_A" in site else 2]
             expected = (len(modules), *((rank, inside) if ".lora_A" in site else (out, rank)))
             if sites.shapes[site] != expected:
                 raise SiteError(f"site {site!r}: expected event shape {expected} of {name}, got {sites.shapes[site]}.")

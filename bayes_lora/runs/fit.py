@@ -107,9 +107,7 @@ def fit_posterior(
             on_look=journal.on_look,
         )
     journal.close_bar(state)
-    posterior = Posterior(
-        lm, objective.model, objective.guide, beta=objective.target_beta, gamma=objective.target_gamma
-    )
+    posterior = Posterior.from_objective(lm, objective)
     calibration = recipe_of(config).calibrate if guide is None else "width"
     if not held_back or (calibration == "width" and not has_width(objective, held_back[0])):
         calibration = "none"
@@ -152,16 +150,7 @@ def _choose_width(
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
     """The settings with those of the language model at hand, so that what is saved says what was fitted."""
-    encoder = lm.encoder
-    kept = replace(
-        config.language_model,
-        name=lm.name or config.language_model.name,
-        rank=int(lm.lora_config.r),
-        max_length=encoder.max_length,
-        normalize=lm.normalize,
-        template=encoder.template,
-    )
-    return replace(config, language_model=kept)
+    return replace(config, language_model=config.language_model.matching(lm))
 
 
 def divide(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:

@@ -54,7 +54,7 @@ DRAWS = 5  # models averaged in a prediction
 # comparison.
 
 # %%
-lm = bayes_lora.load_language_model(MODEL, rank=4, top_layers=3)
+lm = bayes_lora.load_language_model(MODEL, r=4, top_layers=3)
 training, unseen = bayes_lora.demo_tasks()
 tasks = list(unseen.values())
 print(f"{len(training)} training tasks; unseen: {', '.join(unseen)}")

@@ -1,0 +1,135 @@
+"""PEFT adapters: which are supported, which one of a ``PeftModel`` is used, and loading a saved one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_mean
+
+__all__ = ["active_adapter", "check_lora_config", "load_adapter_weights", "lora_layers", "read_lora_config"]
+
+BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
+"""``init_lora_weights`` that subtract the initial update from the base weights."""
+
+
+def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
+    """Return the configuration if all that it trains are the factors of LoRA on linear modules.
+
+    Modules that the configuration targets are checked by :func:`bayes_lora.lm.sites.find_sites`.
+
+    Raises:
+        SiteError: it is of another PEFT method, or trains or changes weights that no LoRA site holds.
+    """
+    if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise SiteError(f"expected a LoRA adapter (peft.LoraConfig), got one of type {kind}.")
+    for name, expected in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
+        if getattr(config, name) != expected:
+            found = getattr(config, name)
+            raise SiteError(f"LoraConfig({name}={found!r}): only plain LoRA can be random. Set {name}={expected!r}.")
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if getattr(config, name, None):
+            raise SiteError(
+                f"LoraConfig({name}={getattr(config, name)!r}): no LoRA site holds these weights. Leave {name} out."
+            )
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        raise SiteError(
+            f"LoraConfig(init_lora_weights={init!r}): this changes the base weights. Use True or 'gaussian', or "
+            "convert a trained adapter to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    return config
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Names and layers that hold an adapter, in the order of ``model.named_modules()``."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            yield name, layer
+
+
+def active_adapter(model: peft.PeftModel, adapter_name: str | None = None) -> str:
+    """Name the adapter of a ``PeftModel`` that becomes the LoRA sites, and make it the active one.
+
+    Args:
+        model: has one active adapter; others may be loaded.
+        adapter_name: by default the active one.
+
+    Raises:
+        ConfigError: there is no such adapter, or several are active.
+        SiteError: the adapter is not plain LoRA, or the model does not run it as its configuration says: it is merged,
+            disabled or scaled.
+    """
+    if not isinstance(model, peft.PeftModel):
+        raise ConfigError(f"expected a peft.PeftModel, got {type(model).__name__}.")
+    active = list(model.active_adapters)
+    if adapter_name is not None and adapter_name not in model.peft_config:
+        near = did_you_mean(adapter_name, model.peft_config, list_all=True)
+        raise ConfigError(f"adapter {adapter_name!r}: the PeftModel has no such adapter{near}.")
+    if len(active) != 1:
+        one = adapter_name or next(iter(model.peft_config))
+        raise ConfigError(
+            f"expected one active adapter, got {active}. Choose one first: peft_model.set_adapter({one!r})."
+        )
+    name = adapter_name or active[0]
+    config = check_lora_config(model.peft_config[name])
+    for module, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if layer.merged:
+            raise SiteError(f"module {module!r}: {layer.merged_adapters} are merged. Call unmerge_adapter() first.")
+        if layer.disable_adapters:
+            raise SiteError(f"module {module!r}: its adapters are disabled. Enable them first.")
+        if name in layer.r:
+            usual = layer.lora_alpha[name] / (math.sqrt(layer.r[name]) if config.use_rslora else layer.r[name])
+            if not math.isclose(layer.scaling[name], usual):
+                raise SiteError(
+                    f"module {module!r}: expected lora_alpha's scaling {usual:g}, got {layer.scaling[name]:g}. Undo "
+                    "set_scale() and the like first."
+                )
+    model.set_adapter(name)
+    return name
+
+
+def read_lora_config(adapter: str | Path) -> peft.LoraConfig:
+    """Read the configuration of a saved adapter.
+
+    Args:
+        adapter: a folder that ``save_pretrained`` wrote, or a hub id.
+
+    Raises:
+        SiteError: see :func:`check_lora_config`.
+    """
+    return check_lora_config(peft.PeftConfig.from_pretrained(str(adapter)))
+
+
+def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
+    """Read the weights of a saved adapter into the ``"default"`` adapter, which is injected already.
+
+    They keep at least 32 bits, whatever the base model has.
+
+    Raises:
+        ModelFileError: the file lacks weights of the adapted modules, or has some of others.
+    """
+    for _, layer in lora_layers(model, "default"):
+        for factors in (layer.lora_A, layer.lora_B):
+            factor: Any = factors["default"]
+            factor.to(torch.promote_types(factor.weight.dtype, torch.float32))
+    weights = peft.load_peft_weights(str(adapter), device=str(model.device))
+    named = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    result: Any = peft.set_peft_model_state_dict(model, named)
+    missing = sorted(name for name in result.missing_keys if ".lora_" in name)
+    for names, problem in ((missing, "are missing"), (sorted(result.unexpected_keys), "fit no adapted module")):
+        if names:
+            raise ModelFileError(
+                f"'{adapter}': {len(names)} weights {problem}, such as {names[0]}. Was it trained on another model?"
+            )
