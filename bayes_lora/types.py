@@ -112,18 +112,27 @@ class Model(Protocol):
     """A hierarchical Pyro model: p(theta) p(phi | theta) p(answer | phi).
 
     A subclass of :class:`bayes_lora.models.HierarchicalModel` is one.
-
-    Attributes:
-        likelihood: the language model.
-        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start.
-        random_sites: the sites of phi.
-        context: makes the context, such as an effect handler, inside which model and guide run.
     """
 
-    likelihood: Likelihood
-    initial: Sites
-    random_sites: Sequence[str]
-    context: Callable[[], AbstractContextManager[Any]]
+    @property
+    def likelihood(self) -> Likelihood:
+        """The language model."""
+        ...
+
+    @property
+    def initial(self) -> Sites:
+        """A value per LoRA site, ``(layers, out, in)``, at which guides start."""
+        ...
+
+    @property
+    def random_sites(self) -> Sequence[str]:
+        """The sites of phi."""
+        ...
+
+    @property
+    def context(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Makes the context, such as an effect handler, inside which model and guide run."""
+        ...
 
     def __call__(self, episode: Episode) -> Any:
         """Sample ``theta.*``, ``phi.<site>`` and the observed ``answer``."""
@@ -156,13 +165,12 @@ class Model(Protocol):
 
 @runtime_checkable
 class ThetaGuide(Protocol):
-    """A Pyro guide for theta alone: q(theta), independent over sites.
+    """A Pyro guide for theta alone: q(theta), independent over sites."""
 
-    Attributes:
-        positive: theta site to whether its values are positive.
-    """
-
-    positive: Mapping[str, bool]
+    @property
+    def positive(self) -> Mapping[str, bool]:
+        """Theta site to whether its values are positive."""
+        ...
 
     def __call__(self) -> Sites:
         """Sample every theta site."""
@@ -178,12 +186,17 @@ class Guide(Protocol):
     """A Pyro guide with a posterior for any task: q(theta) q(phi | support). Reads only the support half of an episode.
 
     A subclass of :class:`bayes_lora.guides.TaskGuide` is one.
-
-    Attributes:
-        num_members: how many q(theta) there are: K for an ensemble, else 1.
     """
 
-    num_members: int
+    @property
+    def num_members(self) -> int:
+        """How many q(theta) there are: K for an ensemble, else 1."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps on the support that a posterior takes; 0 for one that needs none."""
+        ...
 
     def __call__(self, episode: Episode) -> Sites:
         """Sample the model's latent sites and return phi."""

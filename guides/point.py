@@ -39,14 +39,15 @@ class SharedPoint(TaskGuide):
         with torch.no_grad():
             prior = model.phi_prior(model.initial_theta())
         self.sites = list(prior)
-        if spread:
-            check_moments(model, f"SharedPoint(spread={spread})")
-        for site, fn in prior.items():
+        for site in self.sites:
             if ".delta_weight" in site:
                 raise ConfigError(
                     f"SharedPoint: site {site!r} of {type(model).__name__} is a whole update, of which a point is no "
                     "LoRA. Use SharedMeanField or GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
                 )
+        if spread:
+            check_moments(model, f"SharedPoint(spread={spread})")
+        for site, fn in prior.items():
             value = fn.mean.clone()
             if spread:
                 value += spread * fn.stddev * torch.randn_like(value)

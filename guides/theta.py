@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -34,7 +36,8 @@ class PointTheta(PyroModule):
             sites = pyro.poutine.trace(model.theta).get_trace().nodes
         self.positive: dict[str, bool] = {}
         for site, value in model.initial_theta().items():
-            support = sites[site]["fn"].support
+            fn: Any = sites[site]["fn"]
+            support = fn.support
             while isinstance(support, constraints.independent):
                 support = support.base_constraint
             self.positive[site] = support is not constraints.real

@@ -58,7 +58,8 @@ class HierarchicalModel(RecordedSettings, PyroModule):
             initial = sites.initial()
         elif sites is not None:  # before a first forward, which may be far off
             sites.check(initial)
-        self.likelihood, self.initial = likelihood, initial
+        self.likelihood: Likelihood = likelihood
+        self.initial: Sites = initial
 
     @abstractmethod
     def initial_theta(self) -> Sites:
@@ -108,7 +109,7 @@ class HierarchicalModel(RecordedSettings, PyroModule):
         if find_spec("graphviz") is None:
             raise ConfigError("render: needs the Python package graphviz: pip install 'bayes-lora[render]'.")
         likelihood = self.likelihood
-        self.likelihood = _depends_on_phi
+        self.likelihood = _depends_on_phi  # type: ignore[assignment]
         try:
             return pyro.render_model(self, model_args=(episode,), filename=filename, render_distributions=True)
         finally:

@@ -12,21 +12,19 @@ FLAGS = {
     "any_pair.py": ["--steps", "1", "--prior", "ClusterMixture", "--guide", "SWAG"],
     "icl_plus_adaptation.py": ["--steps", "1", "--queries", "4", "--demonstrations", "1"],
     "own_data.py": ["--steps", "1"],
+    "own_prior_and_guide.py": ["--steps", "3", "--folder", "{tmp}/run"],
     "paper.py": ["--steps", "1", "--inner", "1"],
     "quickstart.py": ["--steps", "2", "--run", "{tmp}/run"],
     "svi_script.py": ["--steps", "2"],
-    "swap_guide.py": ["--steps", "2"],
-    "swap_prior.py": ["--steps", "2"],
 }
 SHOWS = {
     "any_pair.py": "ClusterMixture with SWAG, 8 draws: Metrics(",
     "icl_plus_adaptation.py": "adapted + 1 shown",
     "own_data.py": "adapted to 16 rows: Metrics(",
+    "own_prior_and_guide.py": "predictions: (48, 2)\nSVI: ",
     "paper.py": "ours, one pass",
     "quickstart.py": "one pass + 10 steps: Metrics(",
     "svi_script.py": "unseen tasks: NLL ",
-    "swap_guide.py": "low rank, Pyro's, step 2: ",
-    "swap_prior.py": "a plain function, step 2: ",
 }
 
 

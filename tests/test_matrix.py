@@ -12,8 +12,12 @@ from zoo import GUIDES, NOT_GUIDES, NOT_PRIORS, PRIORS, REFUSED, build, episodes
 import bayes_lora.guides
 import bayes_lora.models
 from bayes_lora.errors import ConfigError
+from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.predictive import draw_phi
-from bayes_lora.posterior.adapt import adapt
+from bayes_lora.infer.training import FitConfig
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
+from bayes_lora.runs.fit import fit_posterior
 from bayes_lora.types import Guide, Likelihood, Model
 
 
@@ -49,24 +53,31 @@ def test_three_steps(lm, prior, guide):
     assert latent == sites and {f"phi.{site}" for site in model.random_sites} <= latent
 
 
+CONFIG = RunConfig(
+    episodes=EpisodeConfig(tasks_per_episode=2, num_support=4, num_query=3, held_back=0),
+    objective=ObjectiveConfig(beta=1e-2),
+    fit=FitConfig(steps=2, eval_every=2),
+)
+
+
 @pytest.mark.parametrize(("prior", "guide"), pairs())
-def test_draws_adaptation_and_saving(lm, prior, guide, tmp_path):
-    """Draws have the right shapes, what is saved comes back, predictions are probabilities."""
-    objective, other = build(lm, prior, guide), build(lm, prior, guide)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter += 0.01 * torch.randn_like(parameter)
+def test_from_a_fit_to_predictions_of_what_was_saved(lm, prior, guide, tmp_path):
+    """Any pair goes the whole way; predictions come back bit for bit, after loading the posterior or a task's."""
+    torch.manual_seed(3)
+    model = PRIORS[prior](lm)
+    posterior, _ = fit_posterior(lm, make_tasks(), CONFIG, model=model, guide=GUIDES[guide](model))
+    posterior.save(tmp_path / "posterior")
+    other = Posterior.load(tmp_path / "posterior", lm)
+    assert type(other.model) is type(model) and other.guide.settings.keys() == posterior.guide.settings.keys()
     episode = episodes(lm)[0]
-    objective.eval(), other.eval()
-    with objective.running():
-        phi = draw_phi(objective.model, objective.guide, episode, 3)
+    with posterior.objective.running():
+        phi = draw_phi(model, posterior.guide, episode, 3)
     lm.sites.check(phi)
     assert lm(phi, episode).shape == (3, *episode.shape)
-    other.load_state_dict(objective.state_dict())
     tasks = [task.split(4, seed=0) for task in make_tasks(2).values()]
     found = []
-    for one in (objective, other):
-        adapted = adapt(one, lm, tasks, steps=2, learning_rate=0.01)
+    for one in (posterior, other):
+        adapted = one.adapt(tasks, steps=2, learning_rate=0.01)
         adapted.save(tmp_path / "task", overwrite=True)
         loaded = type(adapted).load(tmp_path / "task", lm)
         found += [p.predict([task.query for task in tasks], num_draws=3) for p in (adapted, loaded)]
@@ -96,12 +107,25 @@ def test_every_model_and_guide_has_a_row_and_a_page():
         assert all(p.kind is p.KEYWORD_ONLY for p in parameters[2:]), name
     for name in guides:
         parameters = list(inspect.signature(getattr(bayes_lora.guides, name).__init__).parameters.values())[1:]
-        assert parameters[0].name == "model" and "theta" in [p.name for p in parameters], name
+        assert parameters[0].name == "model" and "theta_guide" in [p.name for p in parameters], name
     for cls in (*(getattr(bayes_lora.models, n) for n in PRIORS), *(getattr(bayes_lora.guides, n) for n in guides)):
         assert list(inspect.signature(cls.forward).parameters) == ["self", "episode"], cls
 
 
-def test_the_contracts(lm):
-    """Nearly empty: these protocols hold `__call__` alone, so any callable passes; complete contracts replace this."""
-    model = PRIORS["HierarchicalNormal"](lm)
-    assert isinstance(model, Model) and isinstance(GUIDES["MeanField"](model), Guide) and isinstance(lm, Likelihood)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_priors_meet_their_contract(lm, prior):
+    model = PRIORS[prior](lm)
+    assert isinstance(model, Model) and isinstance(lm, Likelihood)
+    assert not isinstance(lambda episode: None, Model)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_guides_meet_their_contract(lm, guide):
+    """And nothing but a posterior need be defined: the rest is TaskGuide's."""
+    made = GUIDES[guide](PRIORS["HierarchicalNormal"](lm))
+    assert isinstance(made, Guide) and isinstance(made, TaskGuide)
+    assert not isinstance(PRIORS["HierarchicalNormal"](lm), Guide)
+    theta, posterior = made.amortized(episodes(lm)[0].support)
+    assert set(posterior) == set(made.model.random_sites)
+    assert set(theta) == set(made.model.initial_theta())
+    assert all(fn.event_shape == made.model.initial[site].shape for site, fn in posterior.items())

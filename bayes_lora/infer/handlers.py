@@ -121,7 +121,8 @@ class ModuleParameters(Messenger):
         self._scope.__exit__(kind, value, traceback)
 
     def _pyro_param(self, msg: Any) -> None:
-        name, value, *_ = *msg["args"], None
+        arguments: tuple[Any, ...] = (*msg["args"], None)
+        name, value = arguments[:2]
         if isinstance(value, nn.Parameter):
             msg["value"], msg["done"] = value, True
         elif value is not None:

@@ -70,8 +70,10 @@ class BetaELBO(nn.Module):
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
         self.target_beta, self.target_gamma = beta, beta if gamma is None else gamma
         self.beta, self.gamma = self.target_beta, self.target_gamma
-        self.context = context or getattr(model, "context", nullcontext)
-        self.model, self.guide = model, guide
+        self.context: Callable[[], AbstractContextManager[Any]]
+        self.context = getattr(model, "context", nullcontext) if context is None else context
+        self.model: Any = model
+        self.guide: Any = guide
         # Two plates: task and example.
         make: Any = AnalyticELBO
         self.elbo: Any = elbo or make(num_particles, max_plate_nesting=2, vectorize_particles=True)

@@ -71,12 +71,14 @@ class Posterior:
     @property
     def model(self) -> Model:
         """The model."""
-        return self.objective.model  # type: ignore[return-value]
+        model: Model = self.objective.model
+        return model
 
     @property
     def guide(self) -> Guide:
         """The fitted guide."""
-        return self.objective.guide  # type: ignore[return-value]
+        guide: Guide = self.objective.guide
+        return guide
 
     def adapt(
         self,
@@ -158,6 +160,9 @@ class Posterior:
         fitted = make_guide(_section(facts, "guide", path), made, guide, where)
         factors = {name: _positive(facts, name, path) for name in ("beta", "gamma", "width", "temperature")}
         found = cls(lm, made, fitted, **factors)
+        for name, value in [*found.objective.named_parameters(), *found.objective.named_buffers()]:
+            if name in tensors:  # of the dtype that was saved, which may be another than the constructor's
+                value.data = value.data.to(tensors[name].dtype)
         found.objective.to(lm.device)
         try:
             found.objective.load_state_dict(tensors)

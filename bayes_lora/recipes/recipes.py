@@ -207,10 +207,9 @@ def build_objective(
             raise ConfigError(f"{name}: expected no settings for the {type(part).__name__} that was passed, got {own}.")
     recipe, settings = recipe_of(config), asdict(config.objective)
     with seeded(config.seed, lm.device):
-        if model is None:
-            model = build_prior(recipe.prior, lm)
+        prior: Model = build_prior(recipe.prior, lm) if model is None else model
         if guide is None:
-            guide = build_guide(recipe.guide, model, num_tasks=num_tasks, beta=settings["beta"])
+            guide = build_guide(recipe.guide, prior, num_tasks=num_tasks, beta=settings["beta"])
     # A particle for each member of an ensemble, which trains all of them in every step.
     settings["num_particles"] = max(settings["num_particles"], guide.num_members)
-    return BetaELBO(model, guide, **settings).to(lm.device)
+    return BetaELBO(prior, guide, **settings).to(lm.device)

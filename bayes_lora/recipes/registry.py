@@ -51,7 +51,8 @@ def build_prior(spec: Settings, likelihood: Likelihood) -> models.HierarchicalMo
         ConfigError: there is no such prior or setting, or a value is of the wrong type or out of range.
     """
     cls, settings = _part("prior", spec, PRIORS)
-    return cls(likelihood, **settings)
+    made: models.HierarchicalModel = cls(likelihood, **settings)
+    return made
 
 
 def build_guide(spec: Settings, model: Model, *, num_tasks: int, beta: float) -> TaskGuide:
@@ -120,7 +121,7 @@ def _schema(cls: type) -> type[BaseModel]:
 
 
 def _is_guide(hint: Any) -> bool:
-    return hint == (TaskGuide | None)
+    return bool(hint == (TaskGuide | None))
 
 
 def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -162,7 +163,8 @@ def _guide(section: str, spec: Settings, model: Model, num_tasks: int, beta: flo
     if "beta" in known and settings.get("beta") is None:
         settings["beta"] = beta
     counts = (num_tasks,) if "num_tasks" in known else ()
-    return cls(model, *counts, **settings)
+    made: TaskGuide = cls(model, *counts, **settings)
+    return made
 
 
 def _spec(section: str, value: Any) -> Settings:
@@ -176,7 +178,7 @@ def _spec(section: str, value: Any) -> Settings:
 
 def _theta_guide(section: str, value: Any) -> ThetaFactory:
     cls, settings = _functions(section, value, THETA_GUIDES)
-    return partial(cls, **settings) if settings else cls  # type: ignore[no-any-return]
+    return partial(cls, **settings) if settings else cls
 
 
 def _family(section: str, value: Any) -> Family:

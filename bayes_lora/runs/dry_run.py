@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ModelFileError, SiteError
-from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.adapters import read_lora_config
 from bayes_lora.lm.loading import default_dtype, default_lora, inject, reading
@@ -32,7 +31,7 @@ from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.types import Features
+from bayes_lora.types import Features, Guide
 
 __all__ = ["DryRun", "dry_run", "read_architecture"]
 
@@ -167,7 +166,7 @@ def _memory(
     itemsize: int,
 ) -> tuple[dict[str, int], int]:
     settings, episodes = config.language_model, config.episodes
-    guide: TaskGuide = objective.guide  # type: ignore[assignment]
+    guide: Guide = objective.guide
     particles = objective.elbo.num_particles
     scored = episodes.num_query + (episodes.num_support if episodes.score_support else 0)
     inside = episodes.num_support if guide.steps else 0

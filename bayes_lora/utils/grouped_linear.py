@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
     """
     if weight.ndim == 2:
         return F.linear(x, weight)
-    if blocks is not None and 4 * min(weight.shape[1:]) > x.shape[1:-1].numel():
+    if blocks is not None and 4 * min(weight.shape[1:]) > math.prod(x.shape[1:-1]):
         # A copy of the matrix for each row would not be small beside the row's activations.
         parts = zip(x.split(blocks.sizes), weight, strict=True)
         return torch.cat([F.linear(part, matrix) for part, matrix in parts])
