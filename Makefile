@@ -9,6 +9,9 @@ RUN ?= runs/demo
 PYTEST_ARGS ?= -n 2
 OMP_NUM_THREADS ?= 1
 BENCH_ARGS ?=
+NUMERICAL := $(addprefix tests/test_,$(addsuffix .py,activation_space curvature diagnosis elbo exact exact_joint \
+  factored_normal fast_path gradient language_model laplace objective posterior scoring sites weight_distributions \
+  weight_space width))
 CHECKED := bayes_lora models guides tests examples benchmarks
 
 .DEFAULT_GOAL := help
@@ -39,6 +42,14 @@ test: setup  ## run the tests but the slow ones, about six minutes; PYTEST_ARGS 
 
 test-all: setup  ## run all the tests
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest $(PYTEST_ARGS)
+
+# Which kernels compute a product depends on the CPU, and with them its last bits. torch's own kernels obey ATEN_...,
+# those of MKL and oneDNN the other two. A vendor's newest kernels are what `make test` runs anyway.
+test-isa: setup  ## run the numerical tests again as on older CPUs: with SSE and with AVX2
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
+	  OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	  OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) $(NUMERICAL)
 
 test-quantized: setup  ## install bitsandbytes, and run the tests that need it
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^bitsandbytes==' constraints.txt)"

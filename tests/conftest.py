@@ -78,7 +78,9 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
-def build_lm(kind, tokenizer, *, top_layers=2, targets=("q_proj", "v_proj", "o_proj"), dtype=torch.float64, **kwargs):
+def build_lm(
+    kind, tokenizer, *, top_layers=2, targets=("q_proj", "v_proj", "o_proj"), dtype=torch.float64, seed=2, **kwargs
+):
     """A tiny random LM with LoRA of rank 3 on its top layers, or with None wherever a target is."""
     torch.manual_seed(1)
     model = BUILDERS[kind]().to(dtype)
@@ -91,7 +93,7 @@ def build_lm(kind, tokenizer, *, top_layers=2, targets=("q_proj", "v_proj", "o_p
         fan_in_fan_out=kind == "gpt2",
         task_type="CAUSAL_LM",
     )
-    inject(lora, model, seed=2)
+    inject(lora, model, seed=seed)
     return LanguageModel(model, tokenizer, lora, name=kind, **{"max_length": 96} | kwargs)
 
 

@@ -80,7 +80,8 @@ def test_draws_that_ruin_predictions_are_named(lm, tasks, width):
 
 def test_a_point_is_named(lm, tasks):
     found = diagnose(objective(lm, guide="SharedPoint"), lm, tasks)
-    assert "The posterior is a point" in found.warnings[0] and found.moved == 0.0
+    assert "The posterior is a point" in found.warnings[0]
+    assert found.moved == pytest.approx(0.0, abs=1e-9)  # a batch of equal draws and one draw differ by rounding
 
 
 def test_whole_updates_and_a_good_width(lm, tasks):

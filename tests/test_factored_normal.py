@@ -102,7 +102,7 @@ def test_without_a_scale_it_is_a_low_rank_map_with_finite_gradients():
     scale_B = torch.zeros_like(scale_B).requires_grad_()
     x = torch.randn(3, IN, dtype=torch.float64)
     found = FactoredNormal(loc_A, loc_B, scale_A, scale_B, offset=0.0).deferred()(x)
-    assert torch.equal(found, linear(linear(x, loc_A), loc_B))
+    torch.testing.assert_close(found, linear(linear(x, loc_A), loc_B))  # kernels may differ, and with them rounding
     found.sum().backward()
     assert scale_B.grad.isfinite().all()
 

@@ -68,13 +68,13 @@ def test_second_order_gradients_are_finite_differences(optimizer):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_first_order_holds_the_displacement_constant(optimizer, monkeypatch):
     objective, episode = linear_objective(optimizer=optimizer)
-    guide = objective.guide
+    guide, model = objective.guide, objective.model
     [theta] = objective.parameters()
     torch.manual_seed(2)
     loss = objective(episode)
     [gradient] = torch.autograd.grad(loss, [theta])
     torch.manual_seed(2)
-    start = guide._begin(episode.support, {f"theta.loc.{s}": v for s, v in guide._model[0].initial.items()})
+    start = model.phi_prior(model.initial_theta())
     mean = mean_theta(guide)
     moved = guide.displacement(episode.support, mean, start)
     state = torch.get_rng_state()
@@ -169,7 +169,7 @@ def test_steps_lower_the_support_s_loss(lm):
         scores = lm({site: fn.mean for site, fn in normals.items()}, episode.support).log_softmax(-1)
         return -float(scores.gather(-1, episode.support.answer[..., None]).mean().detach())
 
-    before = guide._begin(episode.support, theta)
+    before = model.phi_prior(theta)  # where the steps begin
     assert nll(guide.posterior(episode.support, theta)) < 0.8 * nll(before)
     # Far from data the prior holds: with a large beta nothing moves much.
     heavy = GradientGuide(model, steps=30, learning_rate=0.02, beta=1e4, num_particles=4)
@@ -212,8 +212,8 @@ def test_the_steps_begin_where_the_network_points(lm, monkeypatch):
 
 
 def test_draws_of_theta_move_the_end_as_they_move_the_prior(lm):
-    guide = build(lm, theta_guide=NormalTheta).guide
-    model, support = guide._model[0], make_episode(lm).support
+    objective, support = build(lm, theta_guide=NormalTheta), make_episode(lm).support
+    guide, model = objective.guide, objective.model
     mean = mean_theta(guide)
     moved = {site: value + 0.1 if ".loc." in site else 4.0 * value for site, value in mean.items()}
     torch.manual_seed(1)
@@ -230,12 +230,11 @@ def test_each_part_may_have_its_own_rate(lm, monkeypatch):
     fixed_noise(monkeypatch)
     episode = make_episode(lm)
     one, two = (
-        build(lm, steps=1, optimizer="sgd", learning_rate=rate).guide
-        for rate in (0.01, {"loc": 0.02, "log_scale": 0.05})
+        build(lm, steps=1, optimizer="sgd", learning_rate=rate) for rate in (0.01, {"loc": 0.02, "log_scale": 0.05})
     )
-    theta = mean_theta(one)
-    start = one._begin(episode.support, theta)
-    moved = [guide.displacement(episode.support, theta, start) for guide in (one, two)]
+    theta = mean_theta(one.guide)
+    start = one.model.phi_prior(theta)
+    moved = [built.guide.displacement(episode.support, theta, start) for built in (one, two)]
     for (part, site), value in moved[0].items():
         torch.testing.assert_close(moved[1][part, site], {"loc": 2.0, "log_scale": 5.0}[part] * value)
     with pytest.raises(ConfigError, match=r"expected one for each of \['loc', 'log_scale'\], got {'loc': 0.1}"):

@@ -150,7 +150,7 @@ def test_guides_start_at_the_adapter_and_baselines_as_they_say(tokenizer):
     factors = {name.replace("base_model.model.", "").replace(".default.weight", ""): value.clone()
                for name, value in model.state_dict().items() if ".lora_" in name}  # fmt: skip
     lm = ours(model, tokenizer)
-    program = build_objective(lm, RunConfig.from_dict(SMALL)).guide.program
+    program = build_objective(lm, RunConfig.from_dict(SMALL)).guide
     start = {site: program.theta.distribution(f"theta.loc.{site}").mean for site in lm.sites.shapes}
     for name, value in lm.sites.unstack(start).items():
         torch.testing.assert_close(value.double(), factors[name], rtol=1e-6, atol=1e-6)

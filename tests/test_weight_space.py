@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from conftest import build_lm, make_tasks
-from lm_helpers import make_episode, random_phi
+from lm_helpers import closeness, make_episode, random_phi
 from objectives import mean_theta, weight_space_objective
 from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +59,9 @@ def test_without_scale_and_offset_scores_are_a_plain_lora_s_exactly(any_lm, toke
         a, b = (phi[factor] for factor in factor_sites(site))
         deferred[site] = FactoredNormal(a, b, a, torch.zeros_like(b), offset=0.0).deferred()
     episode = make_episode(lm)
-    assert torch.equal(lm(deferred, episode), lm(phi, episode))
+    # Other kernels multiply the same factors: they agree up to rounding, which grows through the layers.
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else closeness(lm)
+    torch.testing.assert_close(lm(deferred, episode), lm(phi, episode), **tolerance)
 
 
 def test_a_base_in_16_bits_computes_whole_updates_in_32(tokenizer):
