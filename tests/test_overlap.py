@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import Example, Task, TaskSet, load_taskset
+from bayes_lora.tasks import Example, Task, TaskSet, load_tasks
 from bayes_lora.tasks.overlap import MISS, Overlap, _rows_per_band, find_overlaps, normalize_text, overlap_table
 
 CROSSFIT = Path(__file__).resolve().parents[2] / "shared" / "data" / "crossfit"
@@ -230,7 +230,7 @@ def test_a_hundred_tasks_take_seconds() -> None:
 @pytest.mark.skipif(not CROSSFIT.is_dir(), reason="the CrossFit tasks are not at ../shared/data/crossfit")
 def test_ethos_tasks_share_their_texts() -> None:
     """The ETHOS tasks ask several questions of the same comments, and stand in both halves of cls-45."""
-    tasks = load_taskset(CROSSFIT, ["ethos-gender", "ag_news", "ethos-race"])
+    tasks = load_tasks(CROSSFIT, names=["ethos-gender", "ag_news", "ethos-race"])
     found = find_overlaps(tasks.select(["ethos-gender"]), tasks.select(["ag_news", "ethos-race"]))
     assert {one.unseen_task for one in found} == {"ethos-race"}
     assert len(found) == len({normalize_text(one.input) for one in tasks["ethos-race"].examples})

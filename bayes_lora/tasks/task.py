@@ -8,7 +8,20 @@ from dataclasses import dataclass
 
 from bayes_lora.errors import TaskError
 
-__all__ = ["Example", "Task"]
+__all__ = ["Example", "Task", "check_options"]
+
+
+def check_options(options: tuple[str, ...]) -> None:
+    """Raise `TaskError` unless these are at least two different answers, none of them blank."""
+    if len(options) < 2:
+        cure = "for a free answer, give its texts as `references`"
+        raise TaskError(f"`options` must hold at least 2 answers to choose from, got {options!r}; {cure}")
+    if not all(option.strip() for option in options):
+        raise TaskError(f"`options` holds an empty answer: {list(options)}; remove it or fill it in")
+    twice = sorted({option for option in options if options.count(option) > 1})
+    if twice:
+        cure = "remove repeats (readers do, with merge_duplicates=True)"
+        raise TaskError(f"`options` holds {', '.join(map(repr, twice))} more than once: {list(options)}; {cure}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +54,7 @@ class Example:
                 raise TaskError(f"`{field}` must be a tuple of strings, got {texts!r}")
             object.__setattr__(self, field, tuple(texts))  # a list would make the example unhashable
         if not self.references:
-            self._check_options()
+            check_options(self.options)
         elif self.options:
             raise TaskError(
                 f"`references` {list(self.references)} are of a free answer, but there are `options` "
@@ -57,19 +70,6 @@ class Example:
                 f"{list(self.options)}; got {self.answer}"
             )
         self._check_characters()
-
-    def _check_options(self) -> None:
-        if len(self.options) < 2:
-            cure = "for a free answer, give its texts as `references`"
-            raise TaskError(f"`options` must hold at least 2 answers to choose from, got {self.options!r}; {cure}")
-        if not all(option.strip() for option in self.options):
-            raise TaskError(f"`options` holds an empty answer: {list(self.options)}; remove it or fill it in")
-        if len(set(self.options)) < len(self.options):
-            twice = sorted({option for option in self.options if self.options.count(option) > 1})
-            raise TaskError(
-                f"`options` holds {', '.join(map(repr, twice))} more than once: "
-                f"{list(self.options)}; remove repeats (readers do, with merge_duplicates=True)"
-            )
 
     def _check_characters(self) -> None:
         try:

@@ -38,7 +38,7 @@ def read_crossfit(
 ) -> Task:
     """Read one task, named after its folder or file.
 
-    What is support and what is query, with and without a seed, is as in `load_task`; a single file is all support.
+    What is support and what is query, with and without a seed, is as in `read_metaicl`; a single file is all support.
 
     Args:
         path: the folder or the file.

@@ -15,20 +15,12 @@ answer is the list. One in brackets and quotes, as Python writes it, loses them,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.readers.text_files import (
-    CannotScore,
-    Table,
-    inside,
-    listed,
-    option_texts,
-    read_table,
-    read_text,
-    short,
-)
+from bayes_lora.tasks.readers.table_rows import Row, Table, read_table
+from bayes_lora.tasks.readers.text_files import CannotScore, inside, listed, option_texts, read_text, short
 from bayes_lora.tasks.task import Example, Task
 
 __all__ = ["read_legalbench", "without_demonstrations"]
@@ -41,7 +33,6 @@ NO_YES = ("No", "Yes")
 # A list of texts as Python writes it; of other escapes than quotes the data hold none.
 QUOTED = r"""'[^'\n]*'|"[^"\n]*\""""
 PYTHON_LIST = re.compile(rf"\[(?:{QUOTED})(?:, (?:{QUOTED}))*\]")
-Row = tuple[str, dict[str, str]]
 
 
 def read_legalbench(
@@ -78,12 +69,12 @@ def read_legalbench(
     path = Path(path).absolute()
     prompt = read_text(inside(path, path / "base_prompt.txt"), "prompt")
     train = _table(path, "train.tsv", answer)
-    test = _table(path, "test.tsv", answer) if (path / "test.tsv").exists() else Table([], [])
+    test = _table(path, "test.tsv", answer) if (path / "test.tsv").exists() else Table(path / "test.tsv")
     if not train.rows:
         problem = "no rows below its header; the few-shot half holds none of this task"
         raise CannotScore(f"{path / 'train.tsv'}: {problem}; add rows, or leave {path.name!r} out", "without rows")
     short_prompt = without_demonstrations(prompt, train.rows)
-    _check_prompt(path, short_prompt, {"train.tsv": train} | ({"test.tsv": test} if test.rows else {}))
+    _check_prompt(path, short_prompt, [train, test] if test.rows else [train])
     rows = train.rows + test.rows
     fixed = option_texts(options) if options is not None else _options(path, short_prompt, rows, answer, max_options)
     template = prompt if demonstrations else short_prompt
@@ -118,19 +109,19 @@ def _table(path: Path, name: str, answer: str) -> Table:
     file = inside(path, path / name)
     if name == "train.tsv" and not file.exists():
         raise CannotScore(f"{file}: there is no such file; add it, or leave {path.name!r} out", "without rows")
-    table = read_table(file, "\t")
-    table.require(file, answer, "name the column of the answers as `answer`")
+    table = read_table(file)
+    table.require(answer, "name the column of the answers as `answer`")
     return table
 
 
-def _check_prompt(path: Path, prompt: str, tables: Mapping[str, Table]) -> None:
+def _check_prompt(path: Path, prompt: str, tables: Sequence[Table]) -> None:
     file = path / "base_prompt.txt"
     columns = PLACEHOLDER.findall(prompt)
     if not columns:
         raise TaskError(f"{file}: no placeholder such as {{{{text}}}} here; without one all inputs are the same")
-    for name, table in tables.items():
+    for table in tables:
         for column in columns:
-            table.require(path / name, column, f"{file.name} has a placeholder for it")
+            table.require(column, f"{file.name} has a placeholder for it")
 
 
 def _options(path: Path, prompt: str, rows: Sequence[Row], answer: str, max_options: int) -> tuple[str, ...]:
