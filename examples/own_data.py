@@ -36,8 +36,9 @@ def main(
 ) -> None:
     # One row is one ticket. The column `category` is guessed to be the answer; the input is made of the other texts.
     [task] = load_tasks(table, format="table", label=label).values()
-    show(statistics_table([task_statistics(task)]))
-    for warning in task_statistics(task).warnings:
+    statistics = task_statistics([task])
+    show(statistics_table(statistics))
+    for warning in statistics.warnings[task.name]:
         print("look:", warning)
     print(f"the first of {len(task)}: {task.support[0].input!r} is {task.support[0].output!r}")
 

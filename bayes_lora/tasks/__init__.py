@@ -9,7 +9,7 @@ from bayes_lora.tasks.readers.load import load_tasks, task_format, task_from
 from bayes_lora.tasks.readers.metaicl import read_examples, read_questions
 from bayes_lora.tasks.readers.table import load_table
 from bayes_lora.tasks.splits import load_split, shipped_splits
-from bayes_lora.tasks.statistics import TaskStatistics, statistics_table, task_statistics
+from bayes_lora.tasks.statistics import statistics_table, task_statistics
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.tasks.task_set import TaskSet
 
@@ -20,7 +20,6 @@ __all__ = [
     "RowOptions",
     "Task",
     "TaskSet",
-    "TaskStatistics",
     "find_overlaps",
     "gallery",
     "load_card",
