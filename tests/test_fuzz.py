@@ -19,7 +19,6 @@ from bayes_lora.tasks.readers.crossfit import read_crossfit
 from bayes_lora.tasks.readers.legalbench import read_legalbench
 from bayes_lora.tasks.readers.load import load_tasks, task_from
 from bayes_lora.tasks.readers.metaicl import read_metaicl
-from bayes_lora.tasks.readers.molecules import read_molecules
 from bayes_lora.tasks.readers.questions import read_table_questions
 from bayes_lora.tasks.readers.table import load_table
 from bayes_lora.tasks.readers.unifiedqa import read_unifiedqa
@@ -97,7 +96,7 @@ READERS = {
     "unifiedqa": lambda root: read_unifiedqa(root / "t"),
     "legalbench": lambda root: read_legalbench(root / "t"),
     "legalbench free-form": lambda root: read_legalbench(root / "t", separator=","),
-    "molecules": lambda root: read_molecules(root / "t.csv"),
+    "molecules": lambda root: load_tasks(root / "t.csv", format="molecules"),
     "table": lambda root: load_table(next(root.glob("t.*"))),
 }
 

@@ -10,12 +10,11 @@ import pytest
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Example, Task
-from bayes_lora.tasks.readers import table_rows, text_files
+from bayes_lora.tasks.readers import molecules, table_rows, text_files
 from bayes_lora.tasks.readers.crossfit import read_crossfit
 from bayes_lora.tasks.readers.legalbench import read_legalbench, without_demonstrations
 from bayes_lora.tasks.readers.load import load_tasks, task_from
 from bayes_lora.tasks.readers.metaicl import read_examples
-from bayes_lora.tasks.readers.molecules import read_molecules
 from bayes_lora.tasks.readers.table_rows import read_table
 from bayes_lora.tasks.readers.text_files import CannotScore, children, inside
 from bayes_lora.tasks.readers.unifiedqa import options_in, read_unifiedqa
@@ -90,7 +89,9 @@ def test_lines_of_the_limit_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800", "a" * 5000])
-@pytest.mark.parametrize("reader", [read_crossfit, read_unifiedqa, read_legalbench, read_molecules, load_tasks])
+@pytest.mark.parametrize(
+    "reader", [read_crossfit, read_unifiedqa, read_legalbench, molecules.read_molecules, load_tasks]
+)
 def test_names_that_no_file_can_have(tmp_path, reader, name):
     with pytest.raises(TaskError, match=r"can be read|can be followed|no such file"):
         reader(tmp_path / name)
@@ -581,6 +582,10 @@ def test_legalbench_other_files(tmp_path):
 # --- molecules ---
 
 CSV = "id,SMILES,tox,weight,active,same\nm1,CCO,1,18.0,true,1\nm2,C,0,1,,1\nm3,N#N,,0,False,1\nm4,O,1.0,2.5, ,\n"
+
+
+def read_molecules(path, **options):
+    return load_tasks(path, format="molecules", **options)
 
 
 def test_molecules(tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.folders import seeded_files, seeded_task
+from bayes_lora.tasks.readers.table_rows import at
 from bayes_lora.tasks.readers.text_files import CannotScore, inside, lines, listed, option_texts, short
 from bayes_lora.tasks.readers.unifiedqa import MARKER, MAX_READINGS, options_in, same
 from bayes_lora.tasks.task import Example, Task
@@ -66,17 +67,14 @@ def read_crossfit(
 def _examples(
     name: str, files: list[Path], options: Sequence[str] | None, max_options: int
 ) -> dict[Path, list[Example]]:
-    found = {file: [_line(place, text) for place, text in _lines(file)] for file in files}
+    expected = "one input and its output a line, a tab between them"
+    found = {file: [_line(place, text) for place, text in lines(file, "tsv", expected)] for file in files}
     every = [line for part in found.values() for line in part]
     make = _maker(name, every, options, max_options)
-    examples: dict[Path, list[Example]] = {}
-    for file, part in found.items():
-        examples[file] = []
-        for line in part:
-            try:
-                examples[file].append(make(line))
-            except TaskError as error:
-                raise TaskError(f"{line[0]}: {error}") from None
+    examples: dict[Path, list[Example]] = {file: [] for file in found}
+    for file, line in ((file, line) for file, part in found.items() for line in part):
+        with at(line[0]):
+            examples[file].append(make(line))
     return examples
 
 
@@ -95,10 +93,6 @@ def _maker(
         problem = f"every output is {short(labels[0])}, and one option leaves nothing to choose"
         raise CannotScore(f"{every[0][0]}: {problem}; leave {name!r} out, or name its labels as `options`", "one label")
     return partial(_labelled, labels=tuple(labels))
-
-
-def _lines(path: Path) -> list[tuple[str, str]]:
-    return list(lines(path, "tsv", "one input and its output a line, a tab between them"))
 
 
 def _line(place: str, text: str) -> Line:

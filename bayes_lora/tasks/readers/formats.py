@@ -23,7 +23,7 @@ from bayes_lora.tasks.readers.text_files import children, inside
 
 __all__ = ["FORMATS", "Found", "Place", "find_tasks", "look_at"]
 
-FORMATS = {
+FORMATS = {  # and what a task is
     "metaicl": "<task>.jsonl or <task>/<task>_16_<seed>_train.jsonl",
     "crossfit": "<task>/<task>_16_<seed>_train.tsv",
     "unifiedqa": "<task>/train.tsv",

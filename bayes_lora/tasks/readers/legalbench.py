@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.readers.table_rows import Row, Table, read_table
+from bayes_lora.tasks.readers.table_rows import Row, Table, at, read_table
 from bayes_lora.tasks.readers.text_files import CannotScore, inside, listed, option_texts, read_text, short
 from bayes_lora.tasks.task import Example, Task
 
@@ -155,12 +155,10 @@ def _example(row: Row, template: str, answer: str, options: tuple[str, ...], sep
         raise TaskError(f"{place}: nothing to put into the prompt: {', '.join(columns)} empty; remove the row")
     # One pass: a cell may hold braces of its own.
     text = PLACEHOLDER.sub(lambda match: cells[match[1]].strip(), template).strip()
-    try:
+    with at(place):
         if options:
             return Example(text, options, options.index(gold))
         return Example(text, references=_references(gold, separator))
-    except TaskError as error:
-        raise TaskError(f"{place}: {error}") from None
 
 
 def _references(cell: str, separator: str | None) -> tuple[str, ...]:

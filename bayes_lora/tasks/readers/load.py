@@ -1,17 +1,4 @@
-"""From data to tasks in one line: `load_tasks` reads files of any known format, `task_from` Python objects.
-
-=============  =========================================================================  ====================
-format         what a task is                                                             its reader
-=============  =========================================================================  ====================
-metaicl        ``<task>.jsonl``, or ``<task>/<task>_16_<seed>_train.jsonl``               `load_task`
-crossfit       ``<task>/<task>_16_<seed>_train.tsv``                                      `read_crossfit`
-unifiedqa      ``<task>/train.tsv``                                                       `read_unifiedqa`
-legalbench     ``<task>/base_prompt.txt`` with ``<task>/train.tsv``                       `read_legalbench`
-molecules      a column of labels in ``<file>.csv``, named ``<file>/<column>``            `read_molecules`
-card           ``<card>.yaml``, which says how a table is read                            `load_card`
-table          ``<task>.csv``, ``.tsv``, ``.parquet`` or ``.jsonl``, whose columns tell   `load_table`
-=============  =========================================================================  ====================
-"""
+"""From data to tasks in one line: `load_tasks` reads files of any known format, `task_from` Python objects."""
 
 from __future__ import annotations
 
@@ -30,9 +17,9 @@ from bayes_lora.tasks.readers.folders import present_tasks
 from bayes_lora.tasks.readers.formats import Found, find_tasks
 from bayes_lora.tasks.readers.legalbench import read_legalbench
 from bayes_lora.tasks.readers.metaicl import example_from, read_metaicl
-from bayes_lora.tasks.readers.molecules import molecule_tasks
+from bayes_lora.tasks.readers.molecules import read_molecules
 from bayes_lora.tasks.readers.table import load_table
-from bayes_lora.tasks.readers.table_rows import Table
+from bayes_lora.tasks.readers.table_rows import Table, at
 from bayes_lora.tasks.readers.text_files import CannotScore, warn_left_out
 from bayes_lora.tasks.readers.unifiedqa import read_unifiedqa
 from bayes_lora.tasks.task import Example, Task
@@ -45,7 +32,7 @@ READERS: dict[str, Callable[..., Any]] = {
     "crossfit": read_crossfit,
     "unifiedqa": read_unifiedqa,
     "legalbench": read_legalbench,
-    "molecules": molecule_tasks,
+    "molecules": read_molecules,
     "card": load_card,
     "table": load_table,
 }
@@ -68,10 +55,8 @@ def task_from(name: str, examples: Iterable[Mapping[str, Any] | Example], *, mer
         raise TaskError(f"task {name!r}: expected a list of examples, got {type(examples).__name__}; put it in a list")
     made = []
     for number, item in enumerate(examples, start=1):
-        try:
+        with at(f"task {name!r}, example {number}"):
             made.append(item if isinstance(item, Example) else _from_mapping(item, merge_duplicates))
-        except TaskError as error:
-            raise TaskError(f"task {name!r}, example {number}: {error}") from None
     return Task(name, tuple(made))
 
 
@@ -182,7 +167,7 @@ def _readers(found: Found, names: list[str] | None, options: Mapping[str, Any]) 
     columns: dict[str, Task | CannotScore] = {}
     for name, source in sources.items():
         if name in files:
-            columns |= molecule_tasks(source, **options)
+            columns |= read_molecules(source, **options)
     return {name: partial(_raised, task) for name, task in columns.items()}
 
 
@@ -199,10 +184,8 @@ def _cards(found: Found, options: Mapping[str, Any]) -> dict[str, Callable[[], T
 
 
 def _load_card(path: Path, card: Card, options: Mapping[str, Any]) -> Task:
-    try:
+    with at(str(path)):
         return load_card(card, **options)
-    except TaskError as error:
-        raise TaskError(f"{path}: {error}") from error.__cause__
 
 
 def _raised(task: Task | CannotScore) -> Task:

@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.readers.table_rows import Table, read_table
-from bayes_lora.tasks.readers.text_files import CannotScore, listed, short, warn_left_out
+from bayes_lora.tasks.readers.table_rows import Table, at, read_table
+from bayes_lora.tasks.readers.text_files import CannotScore, listed, short
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.tasks.task_set import TaskSet
 
-__all__ = ["molecule_tasks", "read_molecules"]
+__all__ = ["SMILES_COLUMNS", "read_molecules"]
 
 SMILES_COLUMNS = ("smiles", "mol")
 LABELS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
@@ -27,37 +26,6 @@ TEMPLATE = "SMILES: {smiles}\n{label}?"
 
 
 def read_molecules(
-    path: str | Path,
-    *,
-    smiles: str | None = None,
-    labels: Sequence[str] | None = None,
-    options: Sequence[str] = ("no", "yes"),
-    template: str = TEMPLATE,
-) -> TaskSet:
-    """Read the tasks of one file, one for each column of labels; support holds all their molecules, in order.
-
-    Columns that hold one label only are left out, with one warning.
-
-    Args:
-        path: the file.
-        smiles: column of the molecules; by default the one named ``smiles`` or ``mol``, in any case.
-        labels: columns of labels, in this order; then one that holds one label only is an error.
-        options: the texts of the labels 0 and 1.
-        template: the input, with ``{smiles}`` and, if it is to be there, the column's name as ``{label}``.
-
-    Raises:
-        TaskError: a column is missing, a cell is no label, a labelled molecule is blank, or no task is left.
-    """
-    found = molecule_tasks(path, smiles=smiles, labels=labels, options=options, template=template)
-    tasks = [task for task in found.values() if isinstance(task, Task)]
-    constant = [error for error in found.values() if isinstance(error, CannotScore)]
-    if constant and (labels is not None or not tasks):
-        raise constant[0]
-    warn_left_out(path, {name: error for name, error in found.items() if isinstance(error, CannotScore)}, len(found))
-    return TaskSet(tasks)
-
-
-def molecule_tasks(
     path: str | Path | Table,
     *,
     smiles: str | None = None,
@@ -65,7 +33,22 @@ def molecule_tasks(
     options: Sequence[str] = ("no", "yes"),
     template: str = TEMPLATE,
 ) -> dict[str, Task | CannotScore]:
-    """Read as `read_molecules` does; a column that holds one label only gives the error instead of the task."""
+    """Read the tasks of one file, one for each column of labels; support holds all their molecules, in order.
+
+    Args:
+        path: the file or its table.
+        smiles: column of the molecules; by default the one named ``smiles`` or ``mol``, in any case.
+        labels: columns of labels, in this order.
+        options: the texts of the labels 0 and 1.
+        template: the input, with ``{smiles}`` and optionally the column's name as ``{label}``.
+
+    Returns:
+        By name, the task, or an error for a column with one label only.
+
+    Raises:
+        TaskError: a column is missing, a cell is not a label, or a labelled molecule is blank.
+        CannotScore: one of ``labels`` has one label only.
+    """
     if isinstance(labels, str):
         raise TaskError(f"`labels` must be a list of column names, got the string {labels!r}; pass [{labels!r}]")
     if isinstance(options, str) or len(options) != 2:
@@ -83,6 +66,8 @@ def molecule_tasks(
         if name in found:
             raise TaskError(f"`labels` names {column!r} twice; remove one of the two")
         found[name] = _task(name, table, molecules, column, tuple(options), template)
+        if labels is not None and isinstance(error := found[name], CannotScore):
+            raise error
     return found
 
 
@@ -126,10 +111,8 @@ def _task(
             raise TaskError(f"{place}: column {molecules!r} is empty, but {column!r} is {cell}; remove the row")
         texts = {"{smiles}": molecule, "{label}": column}
         text = re.sub(r"\{smiles\}|\{label\}", partial(_text, texts), template)
-        try:
+        with at(place):
             examples.append(Example(text, options, LABELS[cell.lower()]))
-        except TaskError as error:
-            raise TaskError(f"{place}: {error}") from None
     if len({example.answer for example in examples}) < 2:
         held = f"only the label {examples[0].answer}" if examples else "no label"
         return CannotScore(f"{table.path}: column {column!r} holds {held}; leave it out of `labels`", "one label")

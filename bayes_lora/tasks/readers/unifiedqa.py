@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
+from bayes_lora.tasks.readers.table_rows import at
 from bayes_lora.tasks.readers.text_files import inside, lines, listed, short
 from bayes_lora.tasks.task import Example, Task
 
@@ -68,23 +69,17 @@ def read_unifiedqa(path: str | Path, *, query: str | None = None, merge_duplicat
 
 
 def _examples(files: list[Path], merge_duplicates: bool) -> dict[Path, list[Example]]:
-    found = [(file, place, *_pair(place, text)) for file in files for place, text in _lines(file)]
+    expected = "one question and its answer a line, a tab between them"
+    found = [(file, place, *_pair(place, text)) for file in files for place, text in lines(file, "tsv", expected)]
     choice = 2 * sum(bool(_divide(question)[1]) for _, _, question, _ in found) > len(found)
     make: Callable[[str, str], Example] = partial(_choice, merge_duplicates=merge_duplicates) if choice else _free_form
     if not choice and all(normal(answer) in YES_NO for *_, answer in found):
         make = _yes_no
     examples: dict[Path, list[Example]] = {file: [] for file in files}
     for file, place, question, answer in found:
-        try:
-            example = make(question, answer)
-        except TaskError as error:
-            raise TaskError(f"{place}: {error}") from None
-        examples[file].append(example)
+        with at(place):
+            examples[file].append(make(question, answer))
     return examples
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    return lines(path, "tsv", "one question and its answer a line, a tab between them")
 
 
 def _pair(place: str, line: str) -> tuple[str, str]:
