@@ -185,7 +185,7 @@ def test_crossfit_multiple_choice(tmp_path):
         ("Why?", ("so", "no"), "so"),
     ]
     bad = text + "When? (A) now (B) later\tnever\n"
-    with pytest.raises(TaskError, match=r"t\.tsv:4: the output 'never' must be one option, once, .*mend or remove"):
+    with pytest.raises(TaskError, match=r"t\.tsv:4: the output 'never' must be one option, once, .*fix or remove"):
         read_crossfit(write(tmp_path / "t.tsv", bad))
     with pytest.raises(TaskError, match=r"t\.tsv:4: `options` holds 'now' more than once"):
         read_crossfit(write(tmp_path / "t.tsv", bad.replace("later\tnever", "then (C) now\tthen")))
@@ -513,7 +513,7 @@ def test_legalbench_free_form_refuses(tmp_path):
     folder = legal(tmp_path / "t", "{{text}}", "text\tanswer\none\tx,y\ntwo\tu,,v\n")
     with pytest.raises(TaskError, match=r"train\.tsv:3: `references` holds an empty answer: \['u', '', 'v'\]"):
         read_legalbench(folder, separator=",")
-    with pytest.raises(TaskError, match="`separator` is empty; expected what stands between answers"):
+    with pytest.raises(TaskError, match="`separator` is empty; expected what separates answers"):
         read_legalbench(folder, separator="")
     folder = legal(tmp_path / "t", "{{text}}", "text\tanswer\none\tx,y\ntwo\t \nthree\tz\n")
     with pytest.raises(TaskError, match=r"train\.tsv:3: `answer` is empty"):
@@ -620,7 +620,7 @@ def test_molecules(tmp_path):
             r"set\.csv:1: no column of molecules: expected 'smiles' or 'mol', got \['id', 'mol",
         ),
         (CSV.replace("CCO", " "), r"set\.csv:2: column 'SMILES' is empty, but 'tox' is 1; remove the row"),
-        ("smiles,x\nC,3\nN,a\n", r"set\.csv: no column of labels 0 and 1 beside 'smiles', got \['x'\]; name them"),
+        ("smiles,x\nC,3\nN,a\n", r"set\.csv: no column of labels 0 and 1 next to 'smiles', got \['x'\]; name them"),
         ("smiles,x\nC,1\nN,1\n", r"set\.csv: column 'x' holds only the label 1; leave it out of `labels`"),
         ("smiles,x\n", r"set\.csv: no column of labels"),
         ("smiles,x,smiles\nC,1,C\n", r"set\.csv:1: column 'smiles' occurs twice"),
@@ -693,7 +693,7 @@ def test_task_from_free_form():
         ([{"input": "q", "output": {"a"}}], "example 1: field `output` must be a str, or a list of them .*got {'a'}"),
         ([{"input": "q", "references": []}], "example 1: field `output` is missing"),
         ([{"input": "q", "references": None}], "example 1: field `output` must be .*got None"),
-        ([GOOD | {"references": ["b"]}], r"example 1: `references` \['b'\] stand in place of `output` and `options`"),
+        ([GOOD | {"references": ["b"]}], r"example 1: `references` \['b'\] replace `output` and `options`"),
         ([{"input": "q", "output": "a", "references": ["b"]}], "example 1: `references` .* leave one or other out"),
         (["q"], "example 1: expected an Example, or a mapping with `input`, `options`, `output`; got 'q'"),
         ("q", "task 't': expected a list of examples, got str; put it in a list"),

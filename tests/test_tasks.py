@@ -216,7 +216,7 @@ def test_taskset_split_holds_back_whole_tasks(held_back: int, seed: int) -> None
         (json.dumps(GOOD | {"options": []}).encode(), r"empty, but is not in .*bad\.jsonl:1; .*make two tasks of them"),
         (
             b'{"input": "q", "output": "a"}',
-            r"field `options` is missing; got only .*write \[\] where the answer is free",
+            r"field `options` is missing; got only .*write \[\] if the answer is free",
         ),
         (json.dumps(GOOD | {"input": "\ud800"}).encode(), "half of a surrogate pair"),
         ('{"input": "é"}'.encode("latin-1"), "expected UTF-8, got byte 0xe9 at position 12; save"),
@@ -318,7 +318,7 @@ def test_mixed_lines(root: Path) -> None:
         ),
         (
             [free, choice],
-            r"m\.jsonl:2: `options` is not empty, but is in .*m\.jsonl:1; .* two tasks of them, or mend this",
+            r"m\.jsonl:2: `options` is not empty, but is in .*m\.jsonl:1; .* two tasks of them, or fix this",
         ),
     ):
         (root / "m.jsonl").write_text("\n".join(lines))

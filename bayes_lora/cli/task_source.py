@@ -20,7 +20,7 @@ from bayes_lora.tasks.readers.table_rows import TABLES, Table
 __all__ = ["TaskSource", "one_task", "questions", "support_of", "training_tasks", "unseen_tasks"]
 
 MANY_ROWS = 1_000
-"""A gradient step takes all of the support at once; beyond so many rows that should be asked for."""
+"""A gradient step uses all of the support at once; more rows than this must be asked for."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ def unseen_tasks(
     if wanted is None:
         loaded = loaded.select([name for name in loaded if name not in known])
     elif known:
-        warnings.warn(f"not unseen, for the posterior was fitted on them: {', '.join(known)}", stacklevel=2)
+        warnings.warn(f"not unseen, because the posterior was fitted on them: {', '.join(known)}", stacklevel=2)
     tasks = TaskSet(_unseen_task(task, seed, shots, queries) for task in loaded.values())
     return tasks, known if wanted is None else []
 

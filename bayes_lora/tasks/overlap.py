@@ -107,8 +107,8 @@ def overlap_table(overlaps: Iterable[Overlap], unseen: TaskSet) -> Table:
     """Count overlaps per pair of tasks.
 
     Args:
-        overlaps: From :func:`find_overlaps`.
-        unseen: The unseen tasks that it was given, for the number of their different texts.
+        overlaps: from :func:`find_overlaps`.
+        unseen: the unseen tasks that it was given, for the number of their different texts.
     """
     sizes = Counter(name for name, _ in _different_texts(unseen))
     counts: dict[tuple[str, str], list[Overlap]] = {}
@@ -127,7 +127,7 @@ def overlap_table(overlaps: Iterable[Overlap], unseen: TaskSet) -> Table:
 
 
 def normalize_text(text: str) -> str:
-    """Return a text's words in lower case with single spaces between, or its symbols where it has no word."""
+    """Return a text's words in lower case with single spaces between, or its symbols if it has no word."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", folded) or folded.split())
 

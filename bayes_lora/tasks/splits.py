@@ -30,13 +30,12 @@ Splits = dict[str, tuple[list[str], list[str]]]
 def load_split(root: str | Path, split: str, *, allow_missing: bool = False) -> tuple[list[str], list[str]]:
     """Say which tasks of a folder to train on and which are kept unseen.
 
-    The split is looked up in ``<root>/splits.json``, then, where that has none of this name or does not exist, among
-    the :func:`shipped_splits`. The file is ``{split: {"train": [...], "test": [...]}}``, or has one more level of
-    groups above the splits; a split in a group is named ``<group>/<split>``, or ``<split>`` where only one group has
-    it.
+    The split is looked up in ``<root>/splits.json`` and then, if it is not there, among the :func:`shipped_splits`. The
+    file is ``{split: {"train": [...], "test": [...]}}``, or has one more level of groups above the splits. A split in a
+    group is named ``<group>/<split>``, or ``<split>`` if only one group has it.
 
     Args:
-        root: Folder that holds the tasks and, if it has splits of its own, ``splits.json``.
+        root: Folder that holds the tasks and, optionally, ``splits.json``.
         split: Name of the split.
         allow_missing: Leave out tasks that are not in `root`, with one warning, instead of raising.
 

@@ -1,6 +1,6 @@
 """Cards: YAML files that say how a table (a data set of the Hugging Face hub, or local files) is read as a task.
 
-An example, with all that a card may hold beside it::
+An example, with comments on what a card may contain::
 
     name: ag_news                  # the task's name
     path: fancyzhx/ag_news         # a data set of the hub; or files: data.csv, or files: {train: a.csv, test: b.csv}
@@ -81,8 +81,8 @@ class Card:
         name: the task's name.
         input: template of the input, with columns in braces. A card without a source, which reads questions only, may
             leave it empty: then it is guessed from the names of the columns.
-        options: the options of all rows, in order, or where a row has its own. None, or no such key in the YAML file:
-            the answer is free.
+        options: the options of all rows, in order, or the columns of a row's own. None, or no such key in the YAML
+            file: the answer is free.
         label: column of the gold answer: the option's index from 0, its text, or its letter from A. A value that could
             be read in two ways is refused; ``letters`` or ``labels`` say which is meant. A free answer is a text, or a
             list of texts: the first is the target of training, and any of them counts as a match. May be empty as
@@ -96,12 +96,12 @@ class Card:
             or a semicolon or a tab if its first line has no comma.
         split: rows of the support set, as `datasets` spells it.
         query_split: rows of the query set, without those whose input is in support.
-        letters: what the options are called in the label column, in order: of all rows, or where a row has its own.
+        letters: what the options are called in the label column, in order: of all rows, or the columns of a row's own.
         labels: text of the option for each value of the label column; None leaves out the rows with this value.
         max_examples: at most that many examples of either set are drawn; None takes all.
         seed: seed of the draw.
         merge_duplicates: take an option that a row lists twice as one option, instead of refusing the row.
-        folder: where ``files`` are; not in the YAML file, which stands in it.
+        folder: the folder of ``files`` and of the YAML file; not a key of it.
     """
 
     name: str
@@ -212,7 +212,7 @@ def placeholders(template: str) -> list[str]:
     """List the columns that a template names, in order.
 
     Raises:
-        ConfigError: a brace stands alone.
+        ConfigError: a brace has no partner.
     """
     names = []
     for match in PIECE.finditer(template):

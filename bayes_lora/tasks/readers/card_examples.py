@@ -174,7 +174,7 @@ def _labelled(card: Card, label: object, options: list[str]) -> int:
 
 
 def row_texts(where: RowOptions, row: Mapping[str, Any]) -> list[str]:
-    """Return the texts that a row has of its own."""
+    """Return a row's own texts."""
     if where.column is not None:
         return _texts(where.column, _cell(row, where.column))
     return [_text(name, _cell(row, name)) for name in where.columns or ()]

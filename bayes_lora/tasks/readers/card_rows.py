@@ -75,7 +75,7 @@ def hub_rows(card: Card, split: str, cache_dir: str | Path | None) -> CardRows:
                 card.path, card.config, split=split, revision=card.revision, cache_dir=cache_dir and str(cache_dir)
             )
         except Exception as error:  # of Arrow, the hub, the file system
-            cause = error.__cause__ or error  # `datasets` hides what its parts raise behind an error of its own
+            cause = error.__cause__ or error  # `datasets` wraps some errors in another one
             problem = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
             cure = "see `path`, `config`, `split`, `revision`, and whether the hub can be reached"
             raise TaskError(f"{source} cannot be read: {problem} ({cure})") from error

@@ -2,10 +2,10 @@ r"""Reader of CrossFit's own tab-separated files.
 
 A task is a folder ``<task>/`` of files ``<task>_<shots>_<seed>_<part>.tsv``, where part is ``train``, ``dev`` or
 ``test``, or one such file. Each line is ``input<TAB>output``; more outputs, if there are any, are right as well. No
-quotes are read, and there is no header. Options stand in no field of their own:
+quotes are read, and there is no header. Options have no field:
 
-- *multiple choice*: the input ends in ``(A) iron (B) feather``, or has `` [SEP] `` and a context behind that, and the
-  output is the text of one of them. A task is of this kind where more than half of its lines are.
+- *multiple choice*: the input ends in ``(A) iron (B) feather``, or is followed by `` [SEP] `` and a context, and the
+  output is the text of one of them. A task is of this kind if more than half of its lines are.
 - *classification*: the options are the distinct outputs of all files of the task, in alphabetical order. They must be
   few, and half as many as there are lines, or fewer.
 - *free-form*: all others. The outputs of a line are its references.
@@ -128,7 +128,7 @@ def _listed(line: Line) -> tuple[str, list[str], int] | None:
         for end in (len(text), text.find(SEPARATOR, marker.end()))
         if marker.start() < end <= marker.start() + MAX_LISTING
     ]
-    # The first letter may stand in the question, too: late beginnings and plain readings are the likelier ones.
+    # The question may contain the first letter as well: late beginnings and plain readings are more likely.
     for readings, (start, end) in itertools.product((1, MAX_READINGS), spans[::-1] if len(outputs) == 1 else ()):
         options = options_in(text[start:end], outputs[0], readings)
         gold = [index for index, option in enumerate(options) if same(option, outputs[0])]
@@ -142,6 +142,6 @@ def _choice(line: Line) -> Example:
     listed = _listed(line)
     if listed is None:
         problem = f"the output {short(line[2][0])} must be one option, once, of those that the input lists"
-        raise TaskError(f"{problem} as `(A) ... (B) ...`; most other lines are so: mend or remove this one")
+        raise TaskError(f"{problem} as `(A) ... (B) ...`; most other lines are so: fix or remove this one")
     question, options, gold = listed
     return Example(question, tuple(options), gold)

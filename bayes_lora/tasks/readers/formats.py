@@ -116,7 +116,7 @@ def find_tasks(path: str | Path, format: str | None = None) -> Found:
 
 
 def look_at(path: Path, format: str | None = None) -> Place:
-    """Tell the formats of a file or a folder; of a file only the given one, if its suffix allows it."""
+    """Return the formats of a file or a folder; of a file only the given one, if its suffix allows it."""
     if path.is_dir():
         return Place(path, _folder_formats(path))
     suffix = path.suffix.lower()
@@ -148,7 +148,7 @@ def _card(path: Path, format: str | None) -> Place:
 
 
 def _entries(path: Path, format: str | None) -> list[Place]:
-    """Look at what is in a folder; the local files of a card are no tasks beside it."""
+    """Look at each entry of a folder, except the local files that a card reads."""
     here = children(path)
     cards = {child: look_at(child, format) for child in here if SUFFIXES.get(child.suffix.lower()) == ["card"]}
     read = {

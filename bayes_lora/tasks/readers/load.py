@@ -44,7 +44,7 @@ def task_from(name: str, examples: Iterable[Mapping[str, Any] | Example], *, mer
     Args:
         name: the task's name.
         examples: each an `Example`, or a mapping with ``input``, ``options`` (a list or tuple of texts) and ``output``
-            (one of them). Where the answer is free, ``options`` is empty or left out, and ``output`` is a text, or a
+            (one of them). If the answer is free, ``options`` is empty or left out, and ``output`` is a text, or a
             list or tuple of texts that are all right, which may be called ``references``. Other fields are ignored.
         merge_duplicates: take an option that an example lists twice as one option, instead of refusing it.
 
@@ -69,7 +69,7 @@ def _from_mapping(item: object, merge_duplicates: bool) -> Example:
     references, options = fields.pop("references", []), fields["options"]
     if not isinstance(references, list) or references:
         if "output" in fields or not isinstance(options, list) or options:
-            problem = f"`references` {reprlib.repr(references)} stand in place of `output` and `options`"
+            problem = f"`references` {reprlib.repr(references)} replace `output` and `options`"
             raise TaskError(f"{problem}, but one of these is given, too; leave one or other out")
         fields["output"] = references
     example = example_from(fields, merge_duplicates, True)

@@ -2,9 +2,9 @@
 
 A task is either one file ``<task>.jsonl`` or a folder of files ``<task>/<task>_16_<seed>_<part>.jsonl``,
 where part is ``train``, ``dev`` or ``test``. Each line is an object
-``{"input": ..., "output": ..., "options": [...]}`` whose output is one of its options; or, where the answer is free,
-``{"input": ..., "output": ..., "options": []}`` whose output is a text, or a list of texts that are all right, of which
-the first is learnt from. All lines of a task are of one kind. Other fields are ignored, and so are blank lines.
+``{"input": ..., "output": ..., "options": [...]}`` whose output is one of its options or, if the answer is free,
+``{"input": ..., "output": ..., "options": []}`` whose output is a text, or a list of texts that are all right. The
+first of them is the target of training. All lines of a task are of one kind. Other fields and blank lines are ignored.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def read_questions(path: str | Path | Table, *, merge_duplicates: bool = False) 
         merge_duplicates: As in `read_examples`.
 
     Returns:
-        Of a multiple-choice question an `Example`, whose `answer` is 0 where there is no ``output``. Of a free-form
-        one an `Example`, or the text of its ``input`` where there is no ``output``.
+        For a multiple-choice question an `Example`, whose `answer` is 0 if there is no ``output``. For a free-form
+        one an `Example`, or the text of its ``input`` if there is no ``output``.
 
     Raises:
         TaskError: As `read_examples`.
@@ -92,7 +92,7 @@ def _examples(path: str | Path | Table, merge_duplicates: bool, kinds: dict[bool
 def _questions(
     path: str | Path | Table, merge_duplicates: bool, kinds: dict[bool, str], labelled: bool
 ) -> Iterator[tuple[str, Example | str]]:
-    """Yield each line's place and what it holds; ``kinds`` holds where the first line with and without options is."""
+    """Yield each line's place and what it holds; ``kinds`` keeps the first place with and without options."""
     for place, record in read_table(path, ".jsonl").rows:
         with at(place):
             question = example_from(record, merge_duplicates, labelled)
@@ -100,14 +100,14 @@ def _questions(
         kinds.setdefault(free, place)
         if len(kinds) > 1:
             problem = "`options` is empty, but is not in" if free else "`options` is not empty, but is in"
-            cure = "a task is all multiple choice or all free-form; make two tasks of them, or mend this line"
+            cure = "a task is all multiple choice or all free-form; make two tasks of them, or fix this line"
             raise TaskError(f"{place}: {problem} {kinds[not free]}; {cure}")
         yield place, question
 
 
 def _field(record: dict[str, Any], field: str, kind: type) -> Any:
     if field not in record:
-        cure = "; write [] where the answer is free" * (field == "options")
+        cure = "; write [] if the answer is free" * (field == "options")
         raise TaskError(f"field `{field}` is missing; got only {listed(sorted(record))}{cure}")
     if not isinstance(record[field], kind):
         raise TaskError(f"field `{field}` must be a {kind.__name__}, got {reprlib.repr(record[field])}")

@@ -1,6 +1,6 @@
 """Reader of CSV files of molecules with binary labels, such as MoleculeNet's.
 
-The first row names the columns. One holds the molecules as SMILES; each column of labels is a task of its own, named
+The first row names the columns. One holds the molecules as SMILES; each column of labels is a task, named
 ``<file>/<column>``, as in ``Tox21/NR-AR``. A label is 0 or 1, ``0.0`` or ``1.0``, ``false`` or ``true``; a blank means
 that the molecule was not measured, and leaves it out of this task. By default the columns of labels are those more than
 half of whose filled cells are labels; in these, any other value is an error.
@@ -91,7 +91,7 @@ def _label_columns(table: Table, molecules: str) -> list[str]:
     if not columns:
         got = [column for column in table.columns if column != molecules]
         raise TaskError(
-            f"{table.path}: no column of labels 0 and 1 beside {molecules!r}, got {listed(got)}; name them as `labels`"
+            f"{table.path}: no column of labels 0 and 1 next to {molecules!r}, got {listed(got)}; name them as `labels`"
         )
     return columns
 
