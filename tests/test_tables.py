@@ -310,6 +310,25 @@ def test_formats(tmp_path: Path, name: str) -> None:
     assert task_format(tmp_path / "d", other) == task_format(path, other) == other
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("t.csv", REVIEWS), ("t.csv", "smiles;x\nC;1\nN;0\n"), ("t.tsv", REVIEWS.replace(",", "\t")), ("t.jsonl", LINE)],
+)
+def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    """What is read to recognise the format is passed on, for a file and for a folder."""
+    path, opened, really = write(tmp_path / name, text), [], Path.open
+
+    def count(self: Path, *arguments: Any) -> Any:
+        opened.append(self)
+        return really(self, *arguments)
+
+    monkeypatch.setattr(Path, "open", count)
+    for place in (path, tmp_path):
+        opened.clear()
+        assert len(load_tasks(place)) == 1
+        assert opened == [path]
+
+
 def test_files_that_are_no_tasks(tmp_path: Path) -> None:
     """A file of settings is no card, and a TSV file without a header is no table."""
     write(tmp_path / "config.yaml", "fit:\n  input: 3\n")
@@ -339,6 +358,11 @@ def test_cards_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "b.yaml", "input: 3\n")
     with pytest.raises(TaskError, match=r"b\.yaml: key 'name' is missing"):
         load_tasks(tmp_path)
+    write(tmp_path / "b.yaml", "input: [\n")
+    for place in (tmp_path, tmp_path / "b.yaml"):
+        with pytest.raises(TaskError, match=r"b\.yaml: cannot be read as YAML: .*line 2") as caught:
+            load_tasks(place)
+        assert "\n" not in str(caught.value)
     assert read_card(path).name == "film"
     with pytest.raises(TaskError, match=r"the format 'table' has no option `seed`; it has input, label, options"):
         load_tasks(tmp_path / "t.csv", seed=3)
