@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from bayes_lora.runs.fit import fit_posterior as fit_posterior
     from bayes_lora.runs.folder import load_posterior as load_posterior
     from bayes_lora.tasks import load_split as load_split
-    from bayes_lora.tasks import load_task as load_task
-    from bayes_lora.tasks import load_taskset as load_taskset
+    from bayes_lora.tasks import load_tasks as load_tasks
     from bayes_lora.tasks.shipped import demo_tasks as demo_tasks
 
 __version__ = "0.1.0"
@@ -37,8 +36,7 @@ _HOMES = {
     "load_language_model": "lm.loading",
     "load_posterior": "runs.folder",
     "load_split": "tasks",
-    "load_task": "tasks",
-    "load_taskset": "tasks",
+    "load_tasks": "tasks",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -28,7 +28,7 @@ from bayes_lora.cli.show import load_encoder
 from bayes_lora.episodes import Encoder, Episode, EpisodeSampler, collate, packing
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.tasks import TaskSet, load_split, load_taskset
+from bayes_lora.tasks import TaskSet, load_split, load_tasks
 from bayes_lora.tasks.shipped import demo_tasks
 from bayes_lora.utils.storage import write_json
 
@@ -121,7 +121,7 @@ def main(given: list[str] | None = None) -> None:
         tasks, _ = demo_tasks()
     else:
         names, _ = load_split(args.tasks, args.split, allow_missing=True)
-        tasks = load_taskset(args.tasks, names, merge_duplicates=True)
+        tasks = load_tasks(args.tasks, names=names, merge_duplicates=True)
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
     if args.quick:
         shape, sizes = shape.tiny(), Sizes.quick()

@@ -25,7 +25,7 @@ import transformers
 
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.runs.fit import compare
-from bayes_lora.tasks import Task, load_taskset
+from bayes_lora.tasks import Task, load_tasks
 from bayes_lora.utils.progress import bars
 from bayes_lora.utils.storage import write_json
 
@@ -34,7 +34,7 @@ COLUMNS = {"accuracy": "accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece":
 
 def load(folder: Path, names: list[str], seed: int, queries: int) -> list[Task]:
     """Seed's support set of every task, and at most ``queries`` of its test examples, the same for every seed."""
-    tasks = load_taskset(folder, names, seed=seed, merge_duplicates=True)
+    tasks = load_tasks(folder, names=names, seed=seed, merge_duplicates=True)
     return [t.subset(None, min(queries, len(t.query)), seed=0) for t in tasks.values()]
 
 

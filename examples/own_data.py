@@ -15,7 +15,7 @@ import bayes_lora
 from bayes_lora.posterior.baselines import pretrained
 from bayes_lora.runs.demo import demo_config
 from bayes_lora.tasks import load_tasks, statistics_table, task_statistics
-from bayes_lora.tasks.readers.questions import QuestionForm, read_table_questions
+from bayes_lora.tasks.readers.questions import question_card, read_table_questions
 
 HERE = Path(__file__).parent
 
@@ -36,8 +36,9 @@ def main(
 ) -> None:
     # One row is one ticket. The column `category` is guessed to be the answer; the input is made of the other texts.
     [task] = load_tasks(table, format="table", label=label).values()
-    show(statistics_table([task_statistics(task)]))
-    for warning in task_statistics(task).warnings:
+    statistics = task_statistics([task])
+    show(statistics_table(statistics))
+    for warning in statistics.warnings[task.name]:
         print("look:", warning)
     print(f"the first of {len(task)}: {task.support[0].input!r} is {task.support[0].output!r}")
 
@@ -50,7 +51,7 @@ def main(
         print(f"{name}: {method.evaluate([task], num_draws=draws)[task.name]}")
 
     # New rows have no answers. What is unsure is for a person to read.
-    questions = read_table_questions(new, QuestionForm.of(task))
+    questions = read_table_questions(new, question_card(task))
     [log_probs] = adapted.predict([questions], num_draws=10)
     for question, row in zip(questions, log_probs.exp(), strict=True):
         share, best = row.max(-1)

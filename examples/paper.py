@@ -28,8 +28,8 @@ def main(model: str | None, tasks: Path | None, split: str, recipe: str, steps: 
         training, unseen = bayes_lora.demo_tasks()
     else:
         names, unseen_names = bayes_lora.load_split(tasks, split, allow_missing=True)
-        training = bayes_lora.load_taskset(tasks, names, merge_duplicates=True)
-        unseen = bayes_lora.load_taskset(tasks, unseen_names, merge_duplicates=True)
+        training = bayes_lora.load_tasks(tasks, names=names, merge_duplicates=True)
+        unseen = bayes_lora.load_tasks(tasks, names=unseen_names, merge_duplicates=True)
     # Narrow: noise on six modules of a layer adds up. The paper begins at a standard deviation of 4.5e-5. The other
     # recipes have priors of their own.
     prior = {"initial_scale": (0.02, 0.01)} if recipe == "abmll" else {}

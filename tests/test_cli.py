@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_lora.cli import main as cli
 from bayes_lora.cli.task_source import TaskSource, one_task, support_of, unseen_tasks
-from bayes_lora.tasks import load_task
+from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
 COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "dry-run", "tasks", "show"]
@@ -539,7 +539,8 @@ def test_a_spreadsheet_in_three_commands(call, fitted, tickets, tmp_path):
     code, out, err = call("adapt", *words)
     assert (code, err) == (0, TOLD) and "adapted to 5 examples" in out
     noted = json.loads((mine / "run.json").read_text())["questions"]
-    assert noted == {"input": "{text}", "label": "Category", "options": ["broken", "late"]}
+    card = {"name": "tickets", "files": "tickets.csv", "input": "{text}", "label": "Category"}
+    assert noted == card | {"options": ["broken", "late"], "labels": {"broken": "broken", "late": "late"}}
 
     words = ("--run", fitted, "--tasks", tickets, "--shots", 5, "--steps", 0, "--draws", 2, "--output", out_folder)
     code, out, err = call("evaluate", *words)
@@ -578,7 +579,7 @@ def test_support_sets_by_seed(data):
     """Of a folder with files by seed, the seed's own support is taken, and its query is none of it."""
     folder = data / "metaicl" / "task-6"
     task = one_task(TaskSource(folder), None, 21)
-    assert task == load_task(folder, seed=21) and support_of(task, 21, None).support == task.support
+    assert task == load_tasks(folder, seed=21)[task.name] and support_of(task, 21, None).support == task.support
     unseen, _ = unseen_tasks(TaskSource(data / "metaicl"), None, None, 21, 5, 200)
     assert unseen["task-6"] == task
 
@@ -592,7 +593,7 @@ def test_cards_and_splits(call, model_folder, tickets, fitted, tmp_path):
         code, _, err = call("adapt", *words)
         assert (code, err) == (0, "")
         noted = json.loads((output / "run.json").read_text())["questions"]
-        assert noted == {"input": "{text}!", "label": "Category", "options": ["late", "broken"]}
+        assert noted == card | {"label": "Category"}
     (tmp_path / "data").mkdir()
     for name in ("a", "b"):
         shutil.copy(tickets, tmp_path / "data" / f"{name}.csv")
@@ -640,11 +641,11 @@ def test_questions_of_a_table(call, refuse, data, adapted, tmp_path):
     assert code == 0 and list(json.loads(out)["probs"]) == ["positive", "not so negative", "maybe"]
     home = adapted / "mine" / "run.json"
     noted = json.loads(home.read_text())
-    home.write_text(json.dumps(noted | {"questions": noted["questions"] | {"options": []}}))
+    home.write_text(json.dumps(noted | {"questions": noted["questions"] | {"options": None}}))
     code, out, _ = call(*words, "--max-new-tokens", 3)  # as if it had been adapted to free text
     assert code == 0 and json.loads(out).keys() == {"input", "prediction", "log_prob"}
     home.write_text(json.dumps(noted | {"questions": 3}))
-    assert "run.json is damaged: 'questions': expected input, label and options. Run adapt again." in refuse(*words)
+    assert "run.json is damaged: 'questions': expected a mapping with name, " in refuse(*words)
     home.write_text(json.dumps({"run": noted["run"]}))
     assert "q.csv: no column `options`" in refuse(*words)
 

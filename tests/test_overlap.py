@@ -13,8 +13,8 @@ from real_data import data_folder, needs_data
 from rich.console import Console
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import Example, Task, TaskSet, load_taskset
-from bayes_lora.tasks.overlap import MISS, Overlap, _rows_per_band, find_overlaps, normalize_text, overlap_table
+from bayes_lora.tasks import Example, Task, TaskSet, load_tasks
+from bayes_lora.tasks.overlap import Overlap, find_overlaps, normalize_text, overlap_table
 
 CROSSFIT = data_folder("crossfit")
 VOCABULARY = [f"w{index}" for index in range(2000)]
@@ -61,10 +61,7 @@ def perturbed_tasks(num: int, seed: int = 0) -> tuple[TaskSet, TaskSet]:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9])
 def test_recall_against_brute_force(threshold: float) -> None:
-    """What is found is what comparing all pairs finds, with the same similarities.
-
-    Of n pairs at or above the threshold at most n MISS are missed on average; five standard deviations are allowed.
-    """
+    """What is found is what comparing all pairs finds, with the same similarities."""
     training, unseen = perturbed_tasks(600)
     brute = {}
     for example in unseen["unseen"].examples:
@@ -73,44 +70,35 @@ def test_recall_against_brute_force(threshold: float) -> None:
             brute[example.input] = max(scores)
     found = {one.unseen_text: one.similarity for one in find_overlaps(training, unseen, threshold)}
     assert len(brute) > 100
-    assert found == {text: brute[text] for text in found}
-    expected = len(brute) * MISS
-    assert len(brute) - len(found) <= expected + 5 * expected**0.5
+    assert found == brute
 
 
 @pytest.mark.parametrize("shingle_size", [1, 2, 5])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_recall_of_other_parameters(shingle_size: int, seed: int) -> None:
-    """The bound holds at other shingle sizes, lengths and seeds."""
+    """Nothing is missed at other shingle sizes."""
     training, unseen = perturbed_tasks(150, seed)
-    found = find_overlaps(training, unseen, 0.7, shingle_size=shingle_size, num_permutations=64, seed=seed)
     alike = [
         one.input
         for one in unseen["unseen"].examples
         if any(similarity(one.input, other.input, shingle_size) >= 0.7 for other in training["train"].examples)
     ]
     assert len(alike) > 30
-    assert {one.unseen_text for one in found} <= set(alike)
-    assert len(found) >= len(alike) - 1
-
-
-@given(threshold=st.floats(0.1, 1), permutations=st.integers(66, 512))
-def test_the_band_s_rows_keep_the_stated_bound(threshold: float, permutations: int) -> None:
-    """The rows are the most with which a pair at the threshold is missed at most so often."""
-    rows = _rows_per_band(threshold, permutations)
-    missed = [(1 - threshold**r) ** (permutations // r) for r in range(1, permutations + 1)]
-    assert missed[rows - 1] <= MISS
-    assert all(miss > MISS for miss in missed[rows:])
+    assert [one.unseen_text for one in find_overlaps(training, unseen, 0.7, shingle_size=shingle_size)] == alike
 
 
 WORDS = st.lists(st.sampled_from(["the", "film", "was", "good", "bad", "é", "not"]), min_size=1, max_size=9)
 TEXTS = st.lists(WORDS.map(" ".join), min_size=1, max_size=6)
 
 
-@given(training=TEXTS, unseen=TEXTS, threshold=st.sampled_from([0.2, 0.5, 0.8, 1.0]))
-def test_overlaps_are_true_and_equal_texts_are_found(training: list[str], unseen: list[str], threshold: float) -> None:
-    """Each overlap has the similarity that its texts have; equal texts are never missed."""
+@given(training=TEXTS, unseen=TEXTS, threshold=st.sampled_from([0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0]))
+def test_overlaps_are_those_of_all_pairs(training: list[str], unseen: list[str], threshold: float) -> None:
+    """Each overlap has the similarity that its texts have; none is missed, not even one exactly at the threshold."""
     found = find_overlaps(task_set({"t": training}), task_set({"u": unseen}), threshold)
+    scores = {text: max(similarity(text, other) for other in training) for text in unseen}
+    assert {one.unseen_text: one.similarity for one in found} == {
+        text: score for text, score in scores.items() if score >= threshold
+    }
     for one in found:
         assert one.similarity == similarity(one.unseen_text, one.training_text) >= threshold
         assert one.exact == (one.unseen_text == one.training_text)
@@ -119,12 +107,12 @@ def test_overlaps_are_true_and_equal_texts_are_found(training: list[str], unseen
     assert len({one.unseen_text for one in found}) == len(found)
 
 
-@given(texts=TEXTS, seed=st.integers(0, 99))
-def test_similarity_is_symmetric(texts: list[str], seed: int) -> None:
-    """Exchanging training and unseen tasks finds the same equal texts, whatever the seed."""
+@given(texts=TEXTS)
+def test_similarity_is_symmetric(texts: list[str]) -> None:
+    """Exchanging training and unseen tasks finds the same equal texts."""
     half = len(texts) // 2 + 1
     one, other = task_set({"a": texts[:half]}), task_set({"b": texts[half:] or ["the"]})
-    forth, back = find_overlaps(one, other, seed=seed), find_overlaps(other, one, seed=seed + 1)
+    forth, back = find_overlaps(one, other), find_overlaps(other, one)
     assert {x.unseen_text for x in forth if x.exact} == {x.training_text for x in back if x.exact}
 
 
@@ -184,9 +172,6 @@ def test_find_overlaps_refuses() -> None:
             find_overlaps(tasks, tasks, threshold)
     with pytest.raises(TaskError, match="`shingle_size` must be at least 1 word, got 0"):
         find_overlaps(tasks, tasks, shingle_size=0)
-    for count in (0, 3):
-        with pytest.raises(TaskError, match=f"`num_permutations`={count} is too few.*of similarity 0.8 would"):
-            find_overlaps(tasks, tasks, num_permutations=count)
 
 
 def test_overlap_table_counts_per_pair() -> None:
@@ -215,7 +200,7 @@ def test_free_form_tasks_overlap_as_others_do() -> None:
 
 
 def test_a_hundred_tasks_take_seconds() -> None:
-    """100 tasks of 200 texts of 60 words, a tenth of them unseen: 1.5 s on one core, with room for a busy machine."""
+    """100 tasks of 200 texts of 60 words, a tenth of them unseen: 2 s on one core, with room for a busy machine."""
     rng = random.Random(0)
     texts = {f"t{i}": [" ".join(rng.choices(VOCABULARY, k=60)) for _ in range(200)] for i in range(100)}
     texts["t95"][:5] = texts["t3"][:5]
@@ -230,7 +215,7 @@ def test_a_hundred_tasks_take_seconds() -> None:
 @needs_data("crossfit")
 def test_ethos_tasks_share_their_texts() -> None:
     """The ETHOS tasks ask several questions of the same comments, and stand in both halves of cls-45."""
-    tasks = load_taskset(CROSSFIT, ["ethos-gender", "ag_news", "ethos-race"])
+    tasks = load_tasks(CROSSFIT, names=["ethos-gender", "ag_news", "ethos-race"])
     found = find_overlaps(tasks.select(["ethos-gender"]), tasks.select(["ag_news", "ethos-race"]))
     assert {one.unseen_task for one in found} == {"ethos-race"}
     assert len(found) == len({normalize_text(one.input) for one in tasks["ethos-race"].examples})

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bayes_lora.episodes import EncodedExample, collate, packing
-from bayes_lora.episodes.batching import by_tokens
-from bayes_lora.episodes.bins import best_fit
+from bayes_lora.episodes.batching import best_fit, by_tokens
 from bayes_lora.episodes.episode import attention_mask
 from bayes_lora.episodes.packing import Context, in_context, pack, pack_rows, pack_tasks
 

@@ -15,8 +15,9 @@ from bayes_lora.tasks import Example
 from bayes_lora.tasks.readers.crossfit import read_crossfit
 from bayes_lora.tasks.readers.legalbench import without_demonstrations
 from bayes_lora.tasks.readers.load import load_tasks
-from bayes_lora.tasks.readers.metaicl import load_task
-from bayes_lora.tasks.readers.text_files import read_table, read_text
+from bayes_lora.tasks.readers.metaicl import read_metaicl
+from bayes_lora.tasks.readers.table_rows import read_table
+from bayes_lora.tasks.readers.text_files import read_text
 
 
 def folder(name):
@@ -72,7 +73,7 @@ FREE_FORM = {
 @pytest.mark.parametrize("name", FREE_FORM)
 def test_crossfit_free_form(path, name):
     text, answer = FREE_FORM[name]
-    assert Example(text, references=(answer,)) in load_task(path / name).query
+    assert Example(text, references=(answer,)) in read_metaicl(path / name).query
 
 
 @pytest.mark.parametrize("path", [folder("crossfit")])
@@ -91,7 +92,7 @@ def test_crossfit_as_its_own_files(path, name, tmp_path):
         text = "".join("{}\t{}\n".format(" ".join(r["input"].split()), r["output"]) for r in records)
         (tmp_path / name / f"{file.stem}.tsv").write_text(text, encoding="utf-8")
     for seed in (None, 13, 100):
-        own, other = read_crossfit(tmp_path / name, seed=seed), load_task(path / name, seed=seed)
+        own, other = read_crossfit(tmp_path / name, seed=seed), read_metaicl(path / name, seed=seed)
         assert own.support[0].options == tuple(sorted(other.support[0].options))
         for half in ("support", "query"):
             pairs = [(" ".join(e.input.split()), e.output) for e in getattr(other, half)]
@@ -147,7 +148,7 @@ def test_legalbench_prompts_hold_no_solved_rows(path):
     cut = 0
     for child in sorted(one for one in path.iterdir() if (one / "train.tsv").exists()):
         prompt = read_text(child / "base_prompt.txt", "prompt")
-        rows = read_table(child / "train.tsv", "\t").rows
+        rows = read_table(child / "train.tsv").rows
         left = without_demonstrations(prompt)  # by labels alone; the rows tell whether that was right
         assert without_demonstrations(prompt, rows) == left
         query = left[left.rfind("\n", 0, left.index("{{")) + 1 :]

@@ -98,7 +98,7 @@ def test_an_unknown_split_is_told_what_there_is(root: Path) -> None:
         TaskError, match="'cls45' is unknown; known splits: mine; splits that come with bayes_lora: abm"
     ):
         load_split(root, "cls45")
-    with pytest.raises(TaskError, match="gone: expected a folder of tasks"):
+    with pytest.raises(TaskError, match="gone: expected a folder that can be read, got: No such file"):
         load_split(root / "gone", "cls-45")
 
 

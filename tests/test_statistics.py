@@ -23,11 +23,35 @@ from bayes_lora.tasks.statistics import count_words, statistics_table, task_stat
 AB = ("a", "b")
 
 
+def statistics_of(task: Task, *arguments: Any, **options: Any) -> Any:
+    """Return the statistics of one task."""
+    [(_, one)] = task_statistics([task], *arguments, **options).iterrows()
+    return one
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Run the command line; exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
+    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # main() sets it
+    monkeypatch.setattr(console, "width", 120)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0), *capsys.readouterr()
+
+
+def write(path: Path, examples: list[Example]) -> Path:
+    """Write a task's file."""
+    rows = [{"input": x.input, "options": list(x.options), "output": x.output} for x in examples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def test_statistics_of_a_task() -> None:
     """Every number is as counted by hand."""
     support = [Example("one", AB, 0), Example("one two", ("b", "a"), 1), Example("one two three", AB, 0)]
     query = [Example("one two three four", AB, 1), Example("1 2 3 4 5", ("a", "b"), 0)]
-    one = task_statistics(Task("t", tuple(support), tuple(query)), max_length=3)
+    one = statistics_of(Task("t", tuple(support), tuple(query)), max_length=3)
     assert (one.name, one.num_support, one.num_query, one.num_options) == ("t", 3, 2, (2, 2))
     assert one.fixed_options and one.top_share == 4 / 5
     assert (one.lengths, one.answer_lengths) == ((1, 3, 5), (1, 1, 1))
@@ -37,8 +61,8 @@ def test_statistics_of_a_task() -> None:
 def test_options_that_differ() -> None:
     """Where options are not fixed, balance is that of the gold option's place."""
     examples = [Example(f"q{i}", (f"x{i}", f"y{i}", "z")[: 2 + i % 2], i % 2) for i in range(5)]
-    one = task_statistics(Task("t", tuple(examples)))
-    assert (one.num_options, one.fixed_options, one.top_share, one.truncated) == ((2, 3), False, 3 / 5, None)
+    one = statistics_of(Task("t", tuple(examples)))
+    assert (one.num_options, one.fixed_options, one.top_share, "truncated" in one) == ((2, 3), False, 3 / 5, False)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +82,13 @@ def test_options_that_differ() -> None:
 )
 def test_warnings(support: list[Example], query: list[Example], match: str) -> None:
     """Each problem is told in one sentence, and alone."""
-    [warning] = task_statistics(Task("t", tuple(support), tuple(query))).warnings
+    [warning] = statistics_of(Task("t", tuple(support), tuple(query))).warnings
     assert re.search(match, warning)
 
 
 def test_equal_inputs_with_other_options_are_no_conflict() -> None:
     """A question asked twice with other options is a repeat, but contradicts nothing."""
-    one = task_statistics(Task("t", (Example("x", ("a", "b"), 0), Example("x", ("c", "d"), 1))))
+    one = statistics_of(Task("t", (Example("x", ("a", "b"), 0), Example("x", ("c", "d"), 1))))
     assert (one.num_repeats, one.warnings) == (1, ())
 
 
@@ -76,8 +100,8 @@ def free(text: str, *references: str) -> Example:
 def test_statistics_of_a_free_form_task() -> None:
     """Balance is the share of the most frequent answer, and an answer's length that of the first reference."""
     support = [free("one", "a", "b c d e f"), free("one two", "a b"), free("one two three", "a", "c")]
-    one = task_statistics(Task("t", tuple(support), (free("1 2 3 4", "b c d e"),)), max_length=3)
-    assert (one.free_form, one.num_options, one.fixed_options, one.top_share) == (True, (0, 0), True, 2 / 4)
+    one = statistics_of(Task("t", tuple(support), (free("1 2 3 4", "b c d e"),)), max_length=3)
+    assert (one.num_options, one.fixed_options, one.top_share) == ((0, 0), True, 2 / 4)
     assert (one.lengths, one.answer_lengths) == ((1, 2, 4), (1, 2, 4))
     assert (one.num_repeats, one.truncated, one.warnings) == (0, 2 / 4, ())  # one row, two answers
 
@@ -97,14 +121,14 @@ def test_statistics_of_a_free_form_task() -> None:
 )
 def test_warnings_of_a_free_form_task(support: list[Example], query: list[Example], match: str) -> None:
     """Examples that share a reference agree; the lengths of answers are no matter."""
-    [warning] = task_statistics(Task("t", tuple(support), tuple(query))).warnings
+    [warning] = statistics_of(Task("t", tuple(support), tuple(query))).warnings
     assert re.search(match, warning)
 
 
 def test_free_answers_that_agree() -> None:
     """A question may come twice, and answers may be short and long."""
     examples = (free("x", "a", "b"), free("x", "b"), free("y", "w " * 50))
-    one = task_statistics(Task("t", examples))
+    one = statistics_of(Task("t", examples))
     assert (one.num_repeats, one.warnings, one.answer_lengths[2] > 40) == (1, (), True)
 
 
@@ -116,7 +140,7 @@ def test_statistics_are_within_their_bounds(rows: list[tuple[str, int]], at: int
     """Shares are in [0, 1], percentiles in order, and halves do not matter but for their sizes."""
     examples = [Example(text, AB, answer) for text, answer in rows]
     task = Task("t", tuple(examples[:at]), tuple(examples[at:]))
-    one = task_statistics(task, max_length=limit)
+    one = statistics_of(task, max_length=limit)
     assert one.num_support + one.num_query == len(rows)
     assert 0.5 <= one.top_share <= 1
     low, middle, high = one.lengths
@@ -140,11 +164,11 @@ def test_tokens_are_those_of_the_encoder(tokenizer: Any) -> None:
         assert [count(example).row for example in examples] == [len(row) for row in whole]
         assert count(examples[0]).options == tuple((whole[0].target_options == k).sum().item() for k in range(2))
         cut = [encoder.encode(example)[1] for example in examples]
-        assert task_statistics(Task("t", tuple(examples)), count, max_length=limit).truncated == np.mean(cut)
+        assert statistics_of(Task("t", tuple(examples)), count, max_length=limit).truncated == np.mean(cut)
         free = [Example(e.input[:9], references=("so" + " so" * 4 * i,)) for i, e in enumerate(examples[:9])]
         cut = [encoder.encode(example)[1] for example in free]
         assert any(cut) and not all(cut)
-        assert task_statistics(Task("t", tuple(free)), count, max_length=limit).truncated == np.mean(cut)
+        assert statistics_of(Task("t", tuple(free)), count, max_length=limit).truncated == np.mean(cut)
         assert [count(e).options for e in free] == [(len(row.gold),) for row in Encoder(tokenizer, template)(free)]
 
 
@@ -154,7 +178,7 @@ def test_table() -> None:
     open_ended = Task("u", (Example("x", ("a", "b"), 0), Example("y", ("a", "c", "d"), 2)))
     wide = Console(width=100)
     with wide.capture() as capture:
-        wide.print(statistics_table([task_statistics(t, max_length=1) for t in (fixed, open_ended)], "words", 1))
+        wide.print(statistics_table(task_statistics((fixed, open_ended), max_length=1), "words", 1))
     head, _, *rows = [line.replace("│", " ").replace("┃", " ").split() for line in capture.get().splitlines()]
     assert head == "task support query options top label words 5/50/95% repeats >1".split()
     assert rows == [
@@ -169,7 +193,7 @@ def test_table_with_a_free_form_task() -> None:
     tasks = (Task("f", (free("x y", "a b"), free("z", "a b"), free("u", "c")), (free("v", "d e f"),)), choice)
     wide = Console(width=100)
     with wide.capture() as capture:
-        wide.print(statistics_table(map(task_statistics, tasks)))
+        wide.print(statistics_table(task_statistics(tasks)))
     head, _, *rows = [line.replace("│", " ").replace("┃", " ").split() for line in capture.get().splitlines()]
     assert head == "task support query options top label words 5/50/95% answer repeats".split()
     assert rows == [

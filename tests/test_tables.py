@@ -12,11 +12,11 @@ import yaml
 from files import write
 from pyarrow import parquet
 
-from bayes_lora.errors import TaskError
+from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.tasks import Example, RowOptions, Task, load_tasks, task_format
-from bayes_lora.tasks.readers.card import read_card
+from bayes_lora.tasks.readers.card import Card, card_from, card_values, read_card
 from bayes_lora.tasks.readers.card_examples import load_card
-from bayes_lora.tasks.readers.questions import QuestionForm, read_table_questions
+from bayes_lora.tasks.readers.questions import OWN_OPTIONS, question_card, read_table_questions
 from bayes_lora.tasks.readers.table import load_table
 from bayes_lora.tasks.readers.text_files import CannotScore
 
@@ -27,7 +27,7 @@ TWO = ("bad", "good")
 def told(path: Path, **options: Any) -> str:
     """What is said of the columns."""
     lines: list[str] = []
-    load_table(path, on_columns=lambda path, columns: lines.append(f"{path.name}: {columns}"), **options)
+    load_table(path, on_card=lambda card, line: lines.append(f"{card.files}: {line}"), **options)
     [line] = lines
     return line
 
@@ -178,10 +178,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(TaskError, match="cannot tell the format.*save a spreadsheet as CSV"):
             load_tasks(tmp_path / name)
     with pytest.raises(
-        TaskError, match=r"t\.parquet: expected a Parquet file that can be read, got: .*; write it anew"
+        TaskError, match=r"t\.parquet: expected a Parquet file that can be read, got: .*; write it again"
     ):
         load_table(write(tmp_path / "t.parquet", "text,label\n"))
-    for line, match in {"[1]": "expected an object whose keys are the columns; got list", "{": "broken JSON"}.items():
+    for line, match in {"[1]": "expected an object with named fields such as .* got list", "{": "broken JSON"}.items():
         with pytest.raises(TaskError, match=rf"t\.jsonl:2: {match}"):
             load_table(write(tmp_path / "t.jsonl", f'{{"a": 1, "label": "x"}}\n{line}\n'))
 
@@ -200,40 +200,47 @@ def test_the_card_of_the_message_does(tmp_path: Path) -> None:
 
 def test_a_table_is_read_as_by_its_card(tmp_path: Path) -> None:
     path = write(tmp_path / "reviews.csv", REVIEWS)
-    columns: list[Any] = []
-    task = load_table(path, on_columns=lambda _, found: columns.append(found))
-    assert load_card(columns[0].card(path), cache_dir=tmp_path / "cache") == task
+    cards: list[Card] = []
+    task = load_table(path, on_card=lambda card, _: cards.append(card))
+    assert load_card(cards[0], cache_dir=tmp_path / "cache") == task
 
 
 # --- questions ---
 
 
-def questions(path: Path, *form: Any, **more: Any) -> list[Example] | list[str]:
-    return read_table_questions(path, QuestionForm(*form, **more))
+def questions(path: Path, input: str = "", label: str = "", options: Any = ...) -> list[Example] | list[str]:
+    return read_table_questions(path, Card("q", input, OWN_OPTIONS.options if options is ... else options, label))
 
 
 def test_questions(tmp_path: Path) -> None:
     path = write(tmp_path / "q.csv", "n,text\n1,a\n2,b\n")
     assert questions(path, options=TWO) == [Example("a", TWO), Example("b", TWO)]
     assert questions(path, "{n}) {text}", options=TWO)[1] == Example("2) b", TWO)
-    assert questions(path, options=()) == ["a", "b"]
+    assert questions(path, options=None) == ["a", "b"]
     write(path, "text,label\na,good\nb,\n")
     assert (
-        questions(path, options=TWO) == questions(path, "text", "label", TWO) == [Example("a", TWO), Example("b", TWO)]
+        questions(path, options=TWO)
+        == questions(path, "{text}", "label", TWO)
+        == [Example("a", TWO), Example("b", TWO)]
     )
     write(path, "text,mine\na,x|y\n")
     assert questions(path, options=RowOptions("mine")) == [Example("a", ("x", "y"))]
     write(path, "text,A,B\na,x,y\n")
     assert questions(path, options=RowOptions(columns=("A", "B"))) == [Example("a", ("x", "y"))]
-    write(path, "text,options\na,x|y\n")
-    assert read_table_questions(path) == [Example("a", ("x", "y"))]
+    for name in ("options", "Options"):
+        write(path, f"text,{name}\na,x|y\n")
+        assert read_table_questions(path) == [Example("a", ("x", "y"))]
 
 
 @pytest.mark.parametrize(
     ("text", "options", "match"),
     [
-        ("text\na\n", {}, r"q\.csv: no column `options`; columns are \['text'\]; add one, with a list a row"),
-        ("text\na\n", {"options": RowOptions("o")}, r"q\.csv: no column 'o', of options; columns are \['text'\]"),
+        (
+            "text\na\n",
+            {},
+            r"q\.csv: no column `options`, of options; columns are \['text'\]; add one, with a list",
+        ),
+        ("text\na\n", {"options": RowOptions("o")}, r"q\.csv: no column `o`, of options; columns are \['text'\]"),
         ("title\na\n", {"options": TWO, "input": "{text}"}, r"q\.csv: `input` \(--input\) names 'text'"),
         ("text,n\na,1\n ,2\n", {"options": TWO}, r"q\.csv:3: `input` is empty: column 'text' holds nothing"),
         ("text,options\na,x\n", {}, r"q\.csv:2: `options` must hold at least 2"),
@@ -244,35 +251,36 @@ def test_questions_refused(tmp_path: Path, text: str, options: dict[str, Any], m
         questions(write(tmp_path / "q.csv", text), **options)
 
 
-FORMS = [
-    QuestionForm(),
-    QuestionForm("{text}", "label", TWO),
-    QuestionForm("{text}", "label", ()),
-    QuestionForm("{text}", "label", RowOptions("mine")),
-    QuestionForm("{text}", "label", RowOptions(columns=("A", "B"))),
+CARDS = [
+    OWN_OPTIONS,
+    Card("t", "{text}", TWO, "label", files="t.csv", labels={text: text for text in TWO}),
+    Card("t", "{text}", None, "label", path="a/b", query_split="test"),
+    Card("t", "{text}", RowOptions("mine"), "label", files={"train": "t.csv"}, delimiter="|"),
+    Card("t", "{text}", RowOptions(columns=("A", "B")), "label", files="t.csv", letters=("x", "y"), max_examples=3),
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forms_are_kept(form: QuestionForm) -> None:
-    assert QuestionForm.from_dict(json.loads(json.dumps(form.to_dict()))) == form
+@pytest.mark.parametrize("card", CARDS)
+def test_cards_are_kept(card: Card) -> None:
+    assert card_from(json.loads(json.dumps(card_values(card)))) == card
 
 
-@pytest.mark.parametrize(
-    "values", [None, {}, FORMS[0].to_dict() | {"input": 3}, FORMS[0].to_dict() | {"options": "ab"}]
-)
-def test_bad_forms(values: Any) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        QuestionForm.from_dict(values)
+@pytest.mark.parametrize("values", [None, {}, card_values(CARDS[0]) | {"input": 3}, card_values(CARDS[0]) | {"x": "y"}])
+def test_bad_cards(values: Any) -> None:
+    with pytest.raises(ConfigError, match="expected|missing|string|unknown key"):
+        card_from(values)
 
 
-def test_forms_of_tasks(tmp_path: Path) -> None:
-    found: list[Any] = []
-    task = load_table(write(tmp_path / "t.csv", REVIEWS), on_columns=lambda _, columns: found.append(columns))
-    assert QuestionForm.of(task, found[0]) == QuestionForm("{review}", "label", TWO)
-    assert QuestionForm.of(task) == QuestionForm(options=TWO)
-    assert QuestionForm.of(Task("t", (Example("a", TWO), Example("b", ("x", "y"))))) == QuestionForm()
-    assert QuestionForm.of(Task("t", (Example("a", references=("b",)),))) == QuestionForm(options=())
+def test_cards_of_tasks(tmp_path: Path) -> None:
+    """A table's card is the one it was read by; other tasks have one that knows their options."""
+    found: list[Card] = []
+    load_table(write(tmp_path / "t.csv", REVIEWS), on_card=lambda card, _: found.append(card))
+    labels = {text: text for text in TWO}
+    assert found == [Card("t", "{review}", TWO, "label", files="t.csv", labels=labels, folder=tmp_path)]
+    assert question_card(Task("t", (Example("a", TWO),))) == Card("t", "", TWO, "")
+    several = Task("t", (Example("a", TWO), Example("b", ("x", "y"))))
+    assert question_card(several) == Card("t", "", RowOptions("options"), "")
+    assert question_card(Task("t", (Example("a", references=("b",)),))) == Card("t", "", None, "")
 
 
 # --- formats ---
@@ -295,6 +303,25 @@ def test_formats(tmp_path: Path, name: str) -> None:
         assert task_format(path) == task_format(tmp_path / "d") == format
     other = {"t.csv": "table", "t.tsv": "table", "t.jsonl": "table", "t.parquet": "table"}.get(name, "card")
     assert task_format(tmp_path / "d", other) == task_format(path, other) == other
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("t.csv", REVIEWS), ("t.csv", "smiles;x\nC;1\nN;0\n"), ("t.tsv", REVIEWS.replace(",", "\t")), ("t.jsonl", LINE)],
+)
+def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    """What is read to recognise the format is passed on, for a file and for a folder."""
+    path, opened, really = write(tmp_path / name, text), [], Path.open
+
+    def count(self: Path, *arguments: Any) -> Any:
+        opened.append(self)
+        return really(self, *arguments)
+
+    monkeypatch.setattr(Path, "open", count)
+    for place in (path, tmp_path):
+        opened.clear()
+        assert len(load_tasks(place)) == 1
+        assert opened == [path]
 
 
 def test_files_that_are_no_tasks(tmp_path: Path) -> None:
@@ -326,6 +353,11 @@ def test_cards_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "b.yaml", "input: 3\n")
     with pytest.raises(TaskError, match=r"b\.yaml: key 'name' is missing"):
         load_tasks(tmp_path)
+    write(tmp_path / "b.yaml", "input: [\n")
+    for place in (tmp_path, tmp_path / "b.yaml"):
+        with pytest.raises(TaskError, match=r"b\.yaml: cannot be read as YAML: .*line 2") as caught:
+            load_tasks(place)
+        assert "\n" not in str(caught.value)
     assert read_card(path).name == "film"
     with pytest.raises(TaskError, match=r"the format 'table' has no option `seed`; it has input, label, options"):
         load_tasks(tmp_path / "t.csv", seed=3)

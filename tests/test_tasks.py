@@ -19,13 +19,12 @@ from bayes_lora.tasks import (
     Example,
     Task,
     TaskSet,
-    has_options,
     load_split,
-    load_task,
-    load_taskset,
+    load_tasks,
     read_examples,
     read_questions,
 )
+from bayes_lora.tasks.readers.metaicl import read_metaicl
 
 CROSSFIT = data_folder("crossfit")
 LABELS = ("no", "yes", "maybe")
@@ -203,7 +202,7 @@ def test_taskset_split_holds_back_whole_tasks(held_back: int, seed: int) -> None
         (b'{"input": "q"', r"broken JSON \(Expecting ',' delimiter"),
         (b"[" * 100_000, "broken JSON"),
         (b"1" * 5000, "broken JSON"),
-        (b"[1]", "expected an object with `input`, `output`, `options`; got list"),
+        (b"[1]", "expected an object with named fields such as `input`, `output`, `options`; got list"),
         (b'{"output": "a"}', r"field `input` is missing; got only \['output'\]"),
         (json.dumps(GOOD | {"output": 3}).encode(), "field `output` must be a str, got 3"),
         (json.dumps(GOOD | {"options": "ab"}).encode(), "field `options` must be a list, got 'ab'"),
@@ -218,7 +217,7 @@ def test_taskset_split_holds_back_whole_tasks(held_back: int, seed: int) -> None
         (json.dumps(GOOD | {"options": []}).encode(), r"empty, but is not in .*bad\.jsonl:1; .*make two tasks of them"),
         (
             b'{"input": "q", "output": "a"}',
-            r"field `options` is missing; got only .*write \[\] where the answer is free",
+            r"field `options` is missing; got only .*write \[\] if the answer is free",
         ),
         (json.dumps(GOOD | {"input": "\ud800"}).encode(), "half of a surrogate pair"),
         ('{"input": "é"}'.encode("latin-1"), "expected UTF-8, got byte 0xe9 at position 12; save"),
@@ -288,8 +287,8 @@ def test_free_form_lines(tmp_path: Path) -> None:
     several, one = read_examples(path)
     assert several == Example("Capital of France?", references=("Paris", "paris ", "Lutetia"))
     assert one == Example("2 + 3", references=(" 5",))
-    assert [e.output for e in load_task(path).support] == ["Paris", " 5"]
-    assert load_task(path).free_form and not has_options(path)
+    assert [e.output for e in read_metaicl(path).support] == ["Paris", " 5"]
+    assert read_metaicl(path).free_form
 
 
 @pytest.mark.parametrize(
@@ -320,16 +319,16 @@ def test_mixed_lines(root: Path) -> None:
         ),
         (
             [free, choice],
-            r"m\.jsonl:2: `options` is not empty, but is in .*m\.jsonl:1; .* two tasks of them, or mend this",
+            r"m\.jsonl:2: `options` is not empty, but is in .*m\.jsonl:1; .* two tasks of them, or fix this",
         ),
     ):
         (root / "m.jsonl").write_text("\n".join(lines))
-        for read in (read_examples, read_questions, load_task):
+        for read in (read_examples, read_questions, read_metaicl):
             with pytest.raises(TaskError, match=match):
                 read(root / "m.jsonl")
     (root / "plain" / "plain_16_100_dev.jsonl").write_text(free)
     with pytest.raises(TaskError, match=r"100_dev\.jsonl:1: `options` is empty, but is not in .*13_train\.jsonl:1; "):
-        load_task(root / "plain")
+        read_metaicl(root / "plain")
 
 
 def test_free_form_questions(tmp_path: Path) -> None:
@@ -391,84 +390,68 @@ def inputs(examples: tuple[Example, ...]) -> list[str]:
 
 def test_load_task(root: Path) -> None:
     """Each layout gives the support and the query that it promises."""
-    assert load_task(root / "single.jsonl") == Task("single", tuple(read_examples(root / "single.jsonl")))
-    pooled = load_task(root / "plain")
+    assert read_metaicl(root / "single.jsonl") == Task("single", tuple(read_examples(root / "single.jsonl")))
+    pooled = read_metaicl(root / "plain")
     assert (pooled.name, inputs(pooled.support)) == ("plain", ["aa", "bb", "cc", "dd", "ee"])
     assert inputs(pooled.query) == ["dev 13", "dev both", "dev 100"]
-    one = load_task(root / "plain", seed=13)
+    one = read_metaicl(root / "plain", seed=13)
     assert (inputs(one.support), inputs(one.query)) == (["aa", "bb", "cc"], ["dev 100", "dev both"])
-    assert inputs(load_task(root / "plain", seed=100).query) == ["aa", "dev 13", "dev both"]
-    assert inputs(load_task(root / "tested").query) == ["dev 13", "dev 100"]
-    assert inputs(load_task(root / "tested", seed=13).query) == ["t", "t"]
-    assert inputs(load_task(root / "tested", seed=100).query) == ["13", "t", "t"]
+    assert inputs(read_metaicl(root / "plain", seed=100).query) == ["aa", "dev 13", "dev both"]
+    assert inputs(read_metaicl(root / "tested").query) == ["dev 13", "dev 100"]
+    assert inputs(read_metaicl(root / "tested", seed=13).query) == ["t", "t"]
+    assert inputs(read_metaicl(root / "tested", seed=100).query) == ["13", "t", "t"]
 
 
-def test_load_task_in_the_current_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_metaicl_in_the_current_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task is named after its folder, also where the path does not say it."""
     monkeypatch.chdir(root / "plain")
-    assert load_task(".").name == "plain"
-    assert has_options(".")
+    assert read_metaicl(".").name == "plain"
 
 
-def test_load_task_refuses(root: Path) -> None:
+def test_read_metaicl_refuses(root: Path) -> None:
     """A missing task, seed or train file is named."""
     with pytest.raises(TaskError, match=r"plain: no train file of seed 7; seeds here: 13, 100"):
-        load_task(root / "plain", seed=7)
+        read_metaicl(root / "plain", seed=7)
     with pytest.raises(TaskError, match=r"single\.jsonl: a file has no seeds, got seed=13"):
-        load_task(root / "single.jsonl", seed=13)
+        read_metaicl(root / "single.jsonl", seed=13)
     with pytest.raises(TaskError, match="nowhere: expected a jsonl file that can be read, got: No such file"):
-        load_task(root / "nowhere", seed=13)
+        read_metaicl(root / "nowhere", seed=13)
     with pytest.raises(TaskError, match="notes: no train file here; expected notes_16_<seed>_train"):
-        load_task(root / "notes")
+        read_metaicl(root / "notes")
 
 
-def test_has_options(root: Path) -> None:
-    """Free-form tasks are told from the others; a broken one is named."""
-    assert has_options(root / "plain")
-    assert has_options(root / "single.jsonl")
-    assert not has_options(root / "free")
-    with pytest.raises(TaskError, match="notes: no task files here; expected notes_16"):
-        has_options(root / "notes")
-    (root / "single.jsonl").write_text("\n{}")
-    with pytest.raises(TaskError, match=r"single\.jsonl:2: field `options` is missing"):
-        has_options(root / "single.jsonl")
-
-
-def test_load_taskset(root: Path) -> None:
+def test_load_tasks(root: Path) -> None:
     """All tasks by default, or those named; free-form ones can be left out, and missing ones raise or warn."""
-    assert list(load_taskset(root)) == ["free", "plain", "single", "tested"]
-    assert [task.name for task in load_taskset(root).values() if task.free_form] == ["free"]
-    with pytest.warns(UserWarning, match=r"1 of 4 tasks are free-form \(no options to score\) and left out$") as caught:
-        assert list(load_taskset(root, free_form=False)) == ["plain", "single", "tested"]
-    with pytest.warns(UserWarning, match="1 of 2 tasks are free-form") as more:
-        assert list(load_taskset(root, ["plain", "free"], free_form=False)) == ["plain"]
+    assert list(load_tasks(root)) == ["free", "plain", "single", "tested"]
+    assert [task.name for task in load_tasks(root).values() if task.free_form] == ["free"]
+    with pytest.warns(UserWarning, match=r"1 of 4 tasks are left out: 1 free-form \(free\)$") as caught:
+        assert list(load_tasks(root, free_form=False)) == ["plain", "single", "tested"]
+    with pytest.warns(UserWarning, match="1 of 2 tasks are left out: 1 free-form") as more:
+        assert list(load_tasks(root, names=["plain", "free"], free_form=False)) == ["plain"]
     caught = [*caught, *more]
     assert [Path(one.filename).name for one in caught] == ["test_tasks.py"] * 2
-    assert list(load_taskset(root, ["tested", "plain"], seed=13)) == ["tested", "plain"]
+    assert list(load_tasks(root, names=["tested", "plain"], seed=13, format="metaicl")) == ["tested", "plain"]
     with pytest.warns(UserWarning, match="2 of 3 tasks are missing and left out: zzz, plan$"):
-        assert list(load_taskset(root, ["zzz", "plain", "plan"], allow_missing=True)) == ["plain"]
+        assert list(load_tasks(root, names=["zzz", "plain", "plan"], allow_missing=True)) == ["plain"]
     with pytest.raises(TaskError, match=r"2 of 3 tasks are missing: 'zzz', 'plan' \(did you mean 'plain'"):
-        load_taskset(root, ["zzz", "plain", "plan"])
+        load_tasks(root, names=["zzz", "plain", "plan"])
 
 
-def test_load_taskset_refuses(root: Path) -> None:
+def test_load_tasks_refuses(root: Path) -> None:
     """A wrong root, a bare string, an empty choice and an ambiguous name are refused."""
-    with pytest.raises(TaskError, match="gone: expected a folder of tasks"):
-        load_taskset(root / "gone")
+    with pytest.raises(TaskError, match="gone: there is no such file or folder"):
+        load_tasks(root / "gone")
     with pytest.raises(TaskError, match=r"got the string 'plain'; pass \['plain'\]"):
-        load_taskset(root, "plain")
-    with pytest.raises(TaskError, match=r"notes: no task to load; expected <task>\.jsonl"):
-        load_taskset(root / "notes")
-    with (
-        pytest.warns(UserWarning, match="1 of 1 tasks are free-form"),
-        pytest.raises(TaskError, match="no multiple-choice task to load"),
-    ):
-        load_taskset(root, ["free"], free_form=False)
+        load_tasks(root, names="plain")
+    with pytest.raises(TaskError, match=r"notes: no task of a format that is known here; .*<task>\.jsonl"):
+        load_tasks(root / "notes")
+    with pytest.raises(TaskError, match="no task to load, of 1 .*; task 'free' is free-form; pass free_form=True"):
+        load_tasks(root, names=["free"], free_form=False)
     with pytest.raises(TaskError, match="task 'plain' occurs twice"):
-        load_taskset(root, ["plain", "plain"])
+        load_tasks(root, names=["plain", "plain"])
     write(root / "plain.jsonl", ["x"])
-    with pytest.raises(TaskError, match="task 'plain' is there as a folder and as a file"):
-        load_taskset(root, ["tested"])
+    with pytest.raises(TaskError, match=r"task 'plain' is there twice, plain and plain\.jsonl; remove one"):
+        load_tasks(root, names=["tested"])
 
 
 def test_load_split(root: Path) -> None:
@@ -513,8 +496,8 @@ def test_load_split_refuses(root: Path, text: str | None, match: str) -> None:
 @needs_data("crossfit")
 def test_every_crossfit_task_loads() -> None:
     """Every task loads, pooled and by seed, and the splits name tasks that are there."""
-    pooled = load_taskset(CROSSFIT, merge_duplicates=True)
-    by_seed = load_taskset(CROSSFIT, list(pooled), seed=13, merge_duplicates=True)
+    pooled = load_tasks(CROSSFIT, merge_duplicates=True)
+    by_seed = load_tasks(CROSSFIT, names=list(pooled), seed=13, merge_duplicates=True)
     assert len(pooled) >= 105
     for task in [*pooled.values(), *by_seed.values()]:
         assert len(task.support) >= 15

@@ -56,7 +56,7 @@ def adapt(
         adapted = posterior.adapt(support, steps=steps)
         adapted.save(folder / "posterior")
         adapted.export_peft(folder / "adapter")
-        write_home(folder / HOME, run, output, source.form(chosen))
+        write_home(folder / HOME, run, output, source.card(chosen))
     places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
     say(f"adapted to {len(support)} examples: {places}")
 
@@ -77,11 +77,11 @@ def predict(
     """
     from bayes_lora.cli.task_source import questions
     from bayes_lora.posterior.task_posterior import TaskPosterior
-    from bayes_lora.runs.folder import load_language_model_of, read_home, read_question_form
+    from bayes_lora.runs.folder import load_language_model_of, read_home, read_question_card
     from bayes_lora.utils.progress import hide_loading_bar
 
     run = read_home(adapted)
-    found = questions(examples, read_question_form(adapted))
+    found = questions(examples, read_question_card(adapted))
     hide_loading_bar()
     posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
     for answer in _answers(posterior, found, draws, max_new_tokens):

@@ -1,51 +1,56 @@
-"""Which tasks the command line's options mean."""
+"""The tasks that the options of the command line select."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bayes_lora.cli.console import note
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks import Example, Task, TaskSet, load_split, load_tasks, read_card, read_questions
-from bayes_lora.tasks.readers.formats import file_formats
-from bayes_lora.tasks.readers.load import format_options, task_format
-from bayes_lora.tasks.readers.questions import QuestionForm, read_table_questions
-from bayes_lora.tasks.readers.table_columns import Columns
-from bayes_lora.tasks.readers.table_rows import TABLES
+from bayes_lora.tasks import Card, Example, Task, TaskSet, load_split, load_tasks, read_questions
+from bayes_lora.tasks.readers.formats import Found, find_tasks, look_at
+from bayes_lora.tasks.readers.load import format_options
+from bayes_lora.tasks.readers.questions import question_card, read_table_questions
+from bayes_lora.tasks.readers.table_rows import TABLES, Table
 
 __all__ = ["TaskSource", "one_task", "questions", "support_of", "training_tasks", "unseen_tasks"]
 
 MANY_ROWS = 1_000
-"""A gradient step takes all of the support at once; beyond so many rows that should be asked for."""
+"""A gradient step uses all of the support at once; more rows than this must be asked for."""
 
 
 @dataclass
 class TaskSource:
-    """Where tasks are, and how they are read; says which columns of a table were taken.
+    """Where tasks are, and how they are read; prints which columns of a table were chosen.
 
     Attributes:
         path: a file, a task's folder or a folder of tasks.
-        format: of `load_tasks`; None tells it from the files, or takes ``table`` where its columns are given.
+        format: of `load_tasks`; None detects it, or means ``table`` if columns are given.
         input: column or template of a table's input; None guesses it.
         label: column of a table's answers; None guesses it.
-        columns: of the tables that were read, by their task.
+        cards: by which tasks were read, by the names of the tasks.
     """
 
     path: Path
     format: str | None = None
     input: str | None = None
     label: str | None = None
-    columns: dict[str, Columns] = field(default_factory=dict)
+    cards: dict[str, Card] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take what a shell cannot easily write: a line's end in a template."""
+        r"""Read ``\n`` in a template as a line end, which is hard to type in a shell."""
         self.input = self.input and self.input.replace("\\n", "\n")
         if self.format is None and (self.input or self.label):
             self.format = "table"
+
+    @cached_property
+    def found(self) -> Found:
+        """The tasks there, of one format."""
+        return find_tasks(self.path, self.format)
 
     def load(self, names: list[str] | None = None, seed: int | None = None) -> TaskSet:
         """Load tasks; with a seed, those that have support sets by seed have this one.
@@ -53,38 +58,32 @@ class TaskSource:
         Raises:
             TaskError: as `load_tasks`.
         """
-        format = task_format(self.path, self.format)
-        loaded = self._load(self.path, format, names)
-        if seed is None or "seed" not in format_options(format):
+        loaded = self._load(self.found, names)
+        if seed is None or "seed" not in format_options(self.found.format):
             return loaded
-        return TaskSet(self._seeded(task, format, seed) for task in loaded.values())
+        return TaskSet(self._seeded(task, seed) for task in loaded.values())
 
-    def form(self, task: Task) -> QuestionForm:
-        """Tell how questions of a task that was loaded are read from a table."""
-        if task.name in self.columns:
-            return QuestionForm.of(task, self.columns[task.name])
-        cards = map(read_card, self._cards() if task_format(self.path, self.format) == "card" else [])
-        return QuestionForm.of(task, next((card for card in cards if card.name == task.name), None))
+    def card(self, task: Task) -> Card:
+        """Return the card by which questions of a task that was loaded are read from a table."""
+        cards = {one.content.name: one.content for one in self.found.places.values() if isinstance(one.content, Card)}
+        return (cards | self.cards).get(task.name) or question_card(task)
 
-    def _cards(self) -> list[Path]:
-        return [*self.path.glob("*.yaml"), *self.path.glob("*.yml")] if self.path.is_dir() else [self.path]
-
-    def _load(self, path: Path, format: str, names: list[str] | None, **options: Any) -> TaskSet:
-        known = format_options(format)
+    def _load(self, found: Found, names: list[str] | None, **options: Any) -> TaskSet:
+        known = format_options(found.format)
         if "merge_duplicates" in known:
             options["merge_duplicates"] = True
-        if "on_columns" in known:
-            options["on_columns"] = self._tell
+        if "on_card" in known:
+            options["on_card"] = self._tell
         options |= {name: value for name, value in (("input", self.input), ("label", self.label)) if value}
-        return load_tasks(path, format=format, names=names, **options)
+        return load_tasks(found, names=names, **options)
 
-    def _seeded(self, task: Task, format: str, seed: int) -> Task:
-        folder = self.path if self.path.absolute().name == task.name else self.path / task.name
-        return self._load(folder, format, None, seed=seed)[task.name] if folder.is_dir() else task
+    def _seeded(self, task: Task, seed: int) -> Task:
+        folder = self.found.places[task.name].path
+        return self._load(find_tasks(folder, self.format), None, seed=seed)[task.name] if folder.is_dir() else task
 
-    def _tell(self, path: Path, columns: Columns) -> None:
-        self.columns[path.stem] = columns
-        note(f"{path.name}: {columns}")
+    def _tell(self, card: Card, description: str) -> None:
+        self.cards[card.name] = card
+        note(f"{card.files}: {description}")
 
 
 def training_tasks(source: TaskSource, split: str | None, names: str | None) -> TaskSet:
@@ -131,7 +130,7 @@ def unseen_tasks(
     if wanted is None:
         loaded = loaded.select([name for name in loaded if name not in known])
     elif known:
-        warnings.warn(f"not unseen, for the posterior was fitted on them: {', '.join(known)}", stacklevel=2)
+        warnings.warn(f"not unseen, because the posterior was fitted on them: {', '.join(known)}", stacklevel=2)
     tasks = TaskSet(_unseen_task(task, seed, shots, queries) for task in loaded.values())
     return tasks, known if wanted is None else []
 
@@ -165,15 +164,17 @@ def support_of(task: Task, seed: int, shots: int | None) -> Task:
     return Task(task.name, _drawn(task, seed, shots).subset(shots, 0, seed=seed).support)
 
 
-def questions(path: Path, form: QuestionForm) -> Sequence[Example | str]:
-    """Read what to predict: lines in the MetaICL form, or a table.
+def questions(path: Path, card: Card) -> Sequence[Example | str]:
+    """Read what to predict: lines in the MetaICL form, or a table by the card of the task.
 
     Raises:
         TaskError: the file cannot be read, or a line or a row is malformed.
     """
-    if path.suffix.lower() in TABLES and file_formats(path) != ["metaicl"]:
-        return read_table_questions(path, form)
-    return read_questions(path)
+    place = look_at(path)
+    source = place.content if isinstance(place.content, Table) else path
+    if path.suffix.lower() in TABLES and place.formats != ["metaicl"]:
+        return read_table_questions(source, card)
+    return read_questions(source)
 
 
 def _drawn(task: Task, seed: int, shots: int) -> Task:

@@ -1,4 +1,4 @@
-"""The command line's looks at tasks: bayes-lora tasks | show. No model is loaded, at most its tokenizer."""
+"""The commands that inspect tasks: bayes-lora tasks | show. They load at most a model's tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bayes_lora.episodes import Encoder
     from bayes_lora.tasks import TaskSet
 
-# Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
+# Heavy imports (torch, transformers) are inside the commands, so that --help is fast.
 
 __all__ = ["show", "tasks"]
 
@@ -27,7 +27,9 @@ Seed = Annotated[int | None, typer.Option(help="Which support set (MetaICL, Cros
 
 def tasks(
     path: Tasks,
-    split: Annotated[str | None, typer.Option(help="Only a split's tasks, and which texts its halves share.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Only the tasks of a split, and the texts that its halves share.")
+    ] = None,
     model: Model = None,
     run: Run = None,
     max_length: MaxLength = None,
@@ -36,7 +38,7 @@ def tasks(
     input: Input = None,
     label: Label = None,
 ) -> None:
-    """Show each task's size, options, label balance, lengths and repeats, and warn of what looks wrong.
+    """Show each task's size, options, label balance, lengths and repeats, and warn about what looks wrong.
 
     Lengths are in words of the input; with --model or --run, in tokens of the whole row.
 
@@ -56,13 +58,13 @@ def tasks(
     loaded = TaskSource(path, format, input, label).load(names, seed)
     limit, unit = (None, "words") if encoder is None else (encoder.max_length, "tokens")
     count = count_words if encoder is None else token_counter(encoder)
-    statistics = [task_statistics(task, count, max_length=limit) for task in loaded.values()]
+    statistics = task_statistics(loaded.values(), count, max_length=limit)
     out.print(statistics_table(statistics, unit, limit))
-    if not all(one.fixed_options for one in statistics):
+    if not statistics["fixed_options"].all():
         say("* options differ between examples: share of the gold option's most frequent place among them")
-    for one in statistics:
-        for warning in one.warnings:
-            out.print(f"{one.name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for name, warnings in statistics["warnings"].items():
+        for warning in warnings:
+            out.print(f"{name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if halves is not None:
         _print_overlap(loaded.select(halves[0]), loaded.select(halves[1]))
 
@@ -107,7 +109,7 @@ def show(
 
 def _check_seed(path: Path, seed: int | None) -> None:
     if seed is not None and path.is_file():
-        raise TaskError(f"{path}: a file has no seeds, for these are of files in a folder. Leave out --seed {seed}.")
+        raise TaskError(f"{path}: a file has no seeds, only the files of a folder have. Leave out --seed {seed}.")
 
 
 def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Encoder:
@@ -117,7 +119,7 @@ def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Enc
     from bayes_lora.utils.storage import read_json
 
     if model is not None and run is not None:
-        raise ConfigError("--model and --run: expected one of them, for a run has a model of its own.")
+        raise ConfigError("--model and --run: expected one of them, because a run has a model of its own.")
     settings = LanguageModelConfig() if model is None else LanguageModelConfig(name=model)
     if run is not None:
         settings = RunConfig.from_dict(read_json(run / "config.json"), str(run / "config.json")).language_model
@@ -131,4 +133,4 @@ def _print_overlap(training: TaskSet, unseen: TaskSet) -> None:
     if overlaps:
         out.print(overlap_table(overlaps, unseen))
     else:
-        say(f"no text of the {len(unseen)} unseen tasks is in one of the {len(training)} training tasks, or nearly")
+        say(f"no text of the {len(unseen)} unseen tasks is, exactly or nearly, in the {len(training)} training tasks")

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bayes_lora.episodes.bins import best_fit, cheapest_capacity
+from bayes_lora.episodes.batching import best_fit, cheapest_capacity
 
 __all__ = [
     "Context",

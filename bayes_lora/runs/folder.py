@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
-from bayes_lora.errors import PosteriorError, RunFolderError
+from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitState
 from bayes_lora.lm.language_model import LanguageModel
@@ -24,7 +24,8 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_language_model
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
-from bayes_lora.tasks.readers.questions import QuestionForm
+from bayes_lora.tasks.readers.card import Card, card_from, card_values
+from bayes_lora.tasks.readers.questions import OWN_OPTIONS
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.utils.storage import read_json, write_json
@@ -38,7 +39,7 @@ __all__ = [
     "prepare_run_folder",
     "read_fitted_tasks",
     "read_home",
-    "read_question_form",
+    "read_question_card",
     "write_home",
     "write_settings",
 ]
@@ -103,28 +104,28 @@ def read_fitted_tasks(run: Path) -> list[str]:
     return [name for half in halves for name in half or []]
 
 
-def write_home(path: Path, run: Path, adapted: Path, form: QuestionForm | None = None) -> None:
-    """Note in a file of an adapted folder where the run is, and how questions are read from a table.
+def write_home(path: Path, run: Path, adapted: Path, card: Card | None = None) -> None:
+    """Note in a file of an adapted folder where the run is, and the card by which questions are read from a table.
 
-    The run is as seen from the folder, so that the two may move together.
+    The path of the run is relative to the folder, so that the two may move together.
     """
     facts: dict[str, Any] = {"run": os.path.relpath(run.resolve(), adapted.resolve())}
-    write_json(path, facts | ({} if form is None else {"questions": form.to_dict()}))
+    write_json(path, facts | ({} if card is None else {"questions": card_values(card)}))
 
 
-def read_question_form(adapted: Path) -> QuestionForm:
-    """How questions are read from a table, as far as an adapted folder tells.
+def read_question_card(adapted: Path) -> Card:
+    """Return the card by which questions are read from a table; the default one if an adapted folder has none.
 
     Raises:
         PosteriorError: the folder's note is damaged.
     """
     home = read_json(adapted / HOME)
     if not isinstance(home, dict) or "questions" not in home:
-        return QuestionForm()
+        return OWN_OPTIONS
     try:
-        return QuestionForm.from_dict(home["questions"])
-    except ValueError as error:
-        raise PosteriorError(f"{adapted / HOME} is damaged: 'questions': {error}. Run adapt again.") from error
+        return card_from(home["questions"])
+    except ConfigError as error:
+        raise PosteriorError(f"{adapted / HOME} is damaged: 'questions': {error} Run adapt again.") from error
 
 
 def read_home(adapted: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
-from bayes_lora.tasks.readers.metaicl import load_taskset
+from bayes_lora.tasks.readers.load import load_tasks
 from bayes_lora.tasks.splits import load_split
 from bayes_lora.tasks.task_set import TaskSet
 
@@ -15,5 +15,5 @@ def demo_tasks(shots: int = 16, seed: int = 0) -> tuple[TaskSet, TaskSet]:
     """The shipped training tasks, and the unseen ones split into ``shots`` support examples and the rest."""
     with resources.as_file(resources.files("bayes_lora.tasks") / "demo") as folder:
         training, unseen = load_split(folder, "demo")
-        tasks = load_taskset(folder, [*training, *unseen])
+        tasks = load_tasks(folder, names=[*training, *unseen])
     return tasks.select(training), TaskSet(task.split(shots, seed=seed) for task in tasks.select(unseen).values())

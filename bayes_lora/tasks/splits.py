@@ -1,8 +1,8 @@
 """Splits: which tasks of a collection are for training, and which are kept unseen.
 
-Splits of published work come with the package, as lists of names (``splits.json`` beside this file): ``cls-45``,
-``cls-23``, ``nli``, ``para`` and ``mcqa`` of ABMLL (arXiv 2508.14285; in ``nli``, ``sick`` is taken out of the training
-tasks, for it is among the unseen ones), and MetaICL's six settings (arXiv 2110.15943). The tasks themselves do not. To
+Splits of published work come with the package, as lists of names (``splits.json`` next to this file): ``cls-45``,
+``cls-23``, ``nli``, ``para`` and ``mcqa`` of ABMLL (arXiv 2508.14285; ``sick`` is not a training task of ``nli`` here,
+because it is an unseen one), and MetaICL's six settings (arXiv 2110.15943). The tasks themselves do not. To
 hold tasks back at random, see :meth:`bayes_lora.tasks.TaskSet.split`.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.readers.folders import present_tasks, task_places
+from bayes_lora.tasks.readers.folders import present_tasks
 from bayes_lora.tasks.readers.table_rows import TABLES
 from bayes_lora.tasks.readers.text_files import children
 
@@ -30,13 +30,12 @@ Splits = dict[str, tuple[list[str], list[str]]]
 def load_split(root: str | Path, split: str, *, allow_missing: bool = False) -> tuple[list[str], list[str]]:
     """Say which tasks of a folder to train on and which are kept unseen.
 
-    The split is looked up in ``<root>/splits.json``, then, where that has none of this name or does not exist, among
-    the :func:`shipped_splits`. The file is ``{split: {"train": [...], "test": [...]}}``, or has one more level of
-    groups above the splits; a split in a group is named ``<group>/<split>``, or ``<split>`` where only one group has
-    it.
+    The split is looked up in ``<root>/splits.json`` and then, if it is not there, among the :func:`shipped_splits`. The
+    file is ``{split: {"train": [...], "test": [...]}}``, or has one more level of groups above the splits. A split in a
+    group is named ``<group>/<split>``, or ``<split>`` if only one group has it.
 
     Args:
-        root: Folder that holds the tasks and, if it has splits of its own, ``splits.json``.
+        root: Folder that holds the tasks and, optionally, ``splits.json``.
         split: Name of the split.
         allow_missing: Leave out tasks that are not in `root`, with one warning, instead of raising.
 
@@ -64,7 +63,8 @@ def shipped_splits() -> Splits:
 
 def _names_in(root: str | Path) -> list[str]:
     """List the names that tasks in a folder may have, whatever their format."""
-    return [*task_places(root), *(file.stem for file in children(root) if file.suffix.lower() in TABLES)]
+    entries = children(root)
+    return [one.name if one.is_dir() else one.stem for one in entries if one.is_dir() or one.suffix.lower() in TABLES]
 
 
 def _find(path: Path, split: str) -> tuple[list[str], list[str]]:

@@ -8,20 +8,33 @@ from dataclasses import dataclass
 
 from bayes_lora.errors import TaskError
 
-__all__ = ["Example", "Task"]
+__all__ = ["Example", "Task", "check_options"]
+
+
+def check_options(options: tuple[str, ...]) -> None:
+    """Raise `TaskError` unless these are at least two different answers, none of them blank."""
+    if len(options) < 2:
+        cure = "for a free answer, give its texts as `references`"
+        raise TaskError(f"`options` must hold at least 2 answers to choose from, got {options!r}; {cure}")
+    if not all(option.strip() for option in options):
+        raise TaskError(f"`options` holds an empty answer: {list(options)}; remove it or fill it in")
+    twice = sorted({option for option in options if options.count(option) > 1})
+    if twice:
+        cure = "remove repeats (readers do, with merge_duplicates=True)"
+        raise TaskError(f"`options` holds {', '.join(map(repr, twice))} more than once: {list(options)}; {cure}")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question with its gold answer: one of its options or, where it has none, free text.
+    """One question with its gold answer: one of its options or, if it has none, free text.
 
     Attributes:
-        input: The text that stands before the answer; not blank.
-        options: At least two different, non-blank answers, in the order in which they are scored; none where the
-            answer is free.
-        answer: Index of the gold option, ``0 <= answer < len(options)``; 0 where the answer is free.
-        references: Of a free answer the texts that are right, not blank. The first is learnt from; any of them counts
-            as a match. None where there are options.
+        input: The text before the answer; not blank.
+        options: At least two different, non-blank answers, in the order in which they are scored; empty if the answer
+            is free.
+        answer: Index of the gold option, ``0 <= answer < len(options)``; 0 if the answer is free.
+        references: The correct texts of a free answer, not blank. The first is the target of training; any of them
+            counts as a match. Empty if there are options.
     """
 
     input: str
@@ -41,7 +54,7 @@ class Example:
                 raise TaskError(f"`{field}` must be a tuple of strings, got {texts!r}")
             object.__setattr__(self, field, tuple(texts))  # a list would make the example unhashable
         if not self.references:
-            self._check_options()
+            check_options(self.options)
         elif self.options:
             raise TaskError(
                 f"`references` {list(self.references)} are of a free answer, but there are `options` "
@@ -57,19 +70,6 @@ class Example:
                 f"{list(self.options)}; got {self.answer}"
             )
         self._check_characters()
-
-    def _check_options(self) -> None:
-        if len(self.options) < 2:
-            cure = "for a free answer, give its texts as `references`"
-            raise TaskError(f"`options` must hold at least 2 answers to choose from, got {self.options!r}; {cure}")
-        if not all(option.strip() for option in self.options):
-            raise TaskError(f"`options` holds an empty answer: {list(self.options)}; remove it or fill it in")
-        if len(set(self.options)) < len(self.options):
-            twice = sorted({option for option in self.options if self.options.count(option) > 1})
-            raise TaskError(
-                f"`options` holds {', '.join(map(repr, twice))} more than once: "
-                f"{list(self.options)}; remove repeats (readers do, with merge_duplicates=True)"
-            )
 
     def _check_characters(self) -> None:
         try:
@@ -109,7 +109,7 @@ class Task:
     def __post_init__(self) -> None:
         """Refuse a task without a name or without examples."""
         if not self.name:
-            raise TaskError("`name` of a task is empty; every task needs a name of its own")
+            raise TaskError("`name` of a task is empty; every task needs a different name")
         object.__setattr__(self, "support", tuple(self.support))
         object.__setattr__(self, "query", tuple(self.query))
         if not self.examples:
@@ -180,7 +180,7 @@ class Task:
         return Task(self.name, support, query)
 
     def shuffle_options(self, *, seed: int) -> Task:
-        """Put the options of every example into an order of its own, against a model's taste for the first one.
+        """Shuffle the options of every example, to counter position bias.
 
         Args:
             seed: Seed of the orders; with a task's name and an example's text it gives the same order again.
@@ -215,7 +215,7 @@ def _check_count(name: str, field: str, count: int | None) -> None:
 
 
 def _deal(examples: tuple[Example, ...], rng: random.Random) -> list[Example]:
-    """Shuffle; where the label set is fixed, deal one example of each class in turn."""
+    """Shuffle; if the label set is fixed, deal one example of each class in turn."""
     shuffled = rng.sample(examples, len(examples))
     if examples[0].free_form or len({frozenset(example.options) for example in examples}) > 1:
         return shuffled

@@ -63,15 +63,15 @@ class TaskSet(Mapping[str, Task]):
         return TaskSet(self._tasks[name] for name in names)
 
     def split(self, held_back: float | int, *, seed: int) -> tuple[TaskSet, TaskSet]:
-        """Hold whole tasks back at random, for instance to validate on tasks not trained on.
+        """Hold out whole tasks at random, for instance to validate on tasks not trained on.
 
         Args:
-            held_back: Number of tasks to hold back (an int), or their fraction (a float in (0, 1), rounded to
+            held_back: Number of tasks to hold out (an int), or their fraction (a float in (0, 1), rounded to
                 the nearest whole number of tasks).
             seed: Seed of the draw.
 
         Returns:
-            The tasks that are kept and those held back, neither empty, both in the present order.
+            The tasks that are kept and those held out, neither empty, both in the present order.
 
         Raises:
             TaskError: The request would leave either part empty.

@@ -1,6 +1,6 @@
 """Cards: YAML files that say how a table (a data set of the Hugging Face hub, or local files) is read as a task.
 
-An example, with all that a card may hold beside it::
+An example, with comments on what a card may contain::
 
     name: ag_news                  # the task's name
     path: fancyzhx/ag_news         # a data set of the hub; or files: data.csv, or files: {train: a.csv, test: b.csv}
@@ -21,8 +21,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,13 +31,25 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
-from bayes_lora.tasks.task import Example
+from bayes_lora.tasks.task import check_options
 
-__all__ = ["Card", "RowOptions", "fill", "gallery", "key_of", "placeholders", "read_card"]
+__all__ = [
+    "Card",
+    "RowOptions",
+    "card_from",
+    "card_of",
+    "card_values",
+    "fill",
+    "gallery",
+    "key_of",
+    "placeholders",
+    "read_card",
+    "read_yaml",
+]
 
-# The reader of `datasets` for each kind of file.
-READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+EITHER = "expected either `path`, a data set of the hub, or `files`, local ones."
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -51,6 +64,11 @@ class RowOptions:
         if (self.column is None) == (self.columns is None):
             raise ConfigError("expected either `column`, which holds a list, or `columns`, which hold a text each.")
 
+    @property
+    def names(self) -> list[str]:
+        """The columns."""
+        return list(self.columns or ()) if self.column is None else [self.column]
+
 
 @dataclass(frozen=True)
 class Card:
@@ -61,26 +79,29 @@ class Card:
 
     Attributes:
         name: the task's name.
-        input: template of the input, with columns in braces.
-        options: the options of all rows, in order, or where a row has its own. None, or no such key in the YAML file:
-            the answer is free.
+        input: template of the input, with columns in braces. A card without a source, which reads questions only, may
+            leave it empty: then it is guessed from the names of the columns.
+        options: the options of all rows, in order, or the columns of a row's own. None, or no such key in the YAML
+            file: the answer is free.
         label: column of the gold answer: the option's index from 0, its text, or its letter from A. A value that could
             be read in two ways is refused; ``letters`` or ``labels`` say which is meant. A free answer is a text, or a
-            list of texts, of which the first is learnt from and any counts as a match.
-        path: data set on the hub. Either this or ``files`` is given.
+            list of texts: the first is the target of training, and any of them counts as a match. May be empty as
+            ``input`` may.
+        path: data set on the hub. The source is either this or ``files``.
         files: a CSV, TSV, JSONL or Parquet file, which is then the split ``train``, or one file for each split.
             Relative paths begin at the card's folder, and stay in it.
         config: which configuration of the data set.
         revision: which commit, tag or branch of the data set.
-        delimiter: what separates the cells of a CSV file; by default a comma, in a TSV file a tab.
+        delimiter: separates the cells of a CSV or TSV file; by default a tab in a TSV file, and in a CSV file a comma,
+            or a semicolon or a tab if its first line has no comma.
         split: rows of the support set, as `datasets` spells it.
         query_split: rows of the query set, without those whose input is in support.
-        letters: what the options are called in the label column, in order: of all rows, or where a row has its own.
+        letters: what the options are called in the label column, in order: of all rows, or the columns of a row's own.
         labels: text of the option for each value of the label column; None leaves out the rows with this value.
         max_examples: at most that many examples of either set are drawn; None takes all.
         seed: seed of the draw.
         merge_duplicates: take an option that a row lists twice as one option, instead of refusing the row.
-        folder: where ``files`` are; not in the YAML file, which stands in it.
+        folder: the folder of ``files`` and of the YAML file; not a key of it.
     """
 
     name: str
@@ -106,10 +127,11 @@ class Card:
         for key in ("options", "letters"):
             if isinstance(getattr(self, key), list):
                 object.__setattr__(self, key, tuple(getattr(self, key)))
-        for key in ("name", "label", "split"):
+        sourced = self.path is not None or self.files is not None
+        for key in ("name", "split", *["label"] * sourced):
             if not getattr(self, key).strip():
                 raise ConfigError(f"`{key}` is empty; fill it in.")
-        if not placeholders(self.input):
+        if not placeholders(self.input) and (self.input or sourced):
             raise ConfigError(f"`input` {self.input!r} names no column; expected one in braces, as in '{{text}}'.")
         if self.query_split == self.split:
             raise ConfigError(f"`query_split` is {self.split!r}, as is `split`; name other rows, or leave it out.")
@@ -119,15 +141,15 @@ class Card:
         self._check_answers()
 
     def _check_source(self) -> None:
-        if (self.path is None) == (self.files is None):
-            raise ConfigError("expected either `path`, a data set of the hub, or `files`, local ones.")
-        if self.path is not None and (not HUB_ID.fullmatch(self.path) or Path(self.path).suffix.lower() in READERS):
+        if self.path is not None and self.files is not None:
+            raise ConfigError(EITHER)
+        if self.path is not None and (not HUB_ID.fullmatch(self.path) or Path(self.path).suffix.lower() in KINDS):
             raise ConfigError(f"`path` {self.path!r} is no name on the hub, as 'owner/data'; give files as `files`.")
         if self.files is not None and (self.config is not None or self.revision is not None):
             raise ConfigError("`config` and `revision` are of a data set of the hub, but there are `files`.")
         kinds = {Path(file).suffix.lower() for file in self.split_files.values()}
-        if self.files is not None and (len(kinds) != 1 or not kinds <= READERS.keys()):
-            raise ConfigError(f"`files` must be of one kind among {', '.join(READERS)}; got {self.files!r}.")
+        if self.files is not None and (len(kinds) != 1 or not kinds <= {*KINDS}):
+            raise ConfigError(f"`files` must be of one kind among {', '.join(KINDS)}; got {self.files!r}.")
         for file in self.split_files.values():
             if not Path(file).is_absolute() and os.path.normpath(file).split(os.sep)[0] == os.pardir:
                 raise ConfigError(f"`files` {file!r} leaves the card's folder; move the file there, or the card.")
@@ -150,7 +172,7 @@ class Card:
         if self.options is None or isinstance(self.options, RowOptions):
             return
         try:
-            Example("any", self.options, 0)
+            check_options(self.options)
         except TaskError as error:
             raise ConfigError(str(error)) from None
         for key, text in (self.labels or {}).items():
@@ -162,6 +184,15 @@ class Card:
     def split_files(self) -> Mapping[str, str]:
         """The file of each split; none for a data set of the hub."""
         return {"train": self.files} if isinstance(self.files, str) else self.files or {}
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the card names."""
+        found = [*placeholders(self.input), *[self.label] * bool(self.label)]
+        for where in (self.options, self.letters):
+            if isinstance(where, RowOptions):
+                found += where.names
+        return found
 
     @cached_property
     def texts(self) -> dict[str, str | None]:
@@ -181,7 +212,7 @@ def placeholders(template: str) -> list[str]:
     """List the columns that a template names, in order.
 
     Raises:
-        ConfigError: a brace stands alone.
+        ConfigError: a brace has no partner.
     """
     names = []
     for match in PIECE.finditer(template):
@@ -201,7 +232,8 @@ def fill(template: str, value: Callable[[str], str]) -> str:
 
 def gallery() -> dict[str, Path]:
     """Return the cards that ship with the package, by the name of their task."""
-    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "gallery").glob("*.yaml"))}
+    with resources.as_file(resources.files("bayes_lora.tasks") / "gallery") as folder:
+        return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_card(path: str | Path) -> Card:
@@ -211,28 +243,53 @@ def read_card(path: str | Path) -> Card:
         ConfigError: the file cannot be read as YAML, a key is unknown (near ones are named) or missing, or a value is
             of the wrong type or does not fit another.
     """
+    return card_of(path, read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Return what a YAML file holds; raise `ConfigError` if it cannot be read."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def card_of(path: str | Path, values: Any) -> Card:
+    """Make the card that a file holds; raises as `read_card`."""
+    try:
+        card = replace(card_from(values), folder=Path(path).parent)
+        if card.path is None and card.files is None:
+            raise ConfigError(EITHER)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return card
+
+
+def card_from(values: Any) -> Card:
+    """Make a card of what :func:`card_values` returns or a YAML file holds; raises as `read_card`."""
     known = [field.name for field in fields(Card) if field.name != "folder"]
-    _check_keys(path, values, known)
+    _check_keys(values, known)
     for key in ("options", "letters"):
         if isinstance(values.get(key), Mapping):
-            _check_keys(path, values[key], ["column", "columns"], f"{key}.")
+            _check_keys(values[key], ["column", "columns"], f"{key}.")
     try:
-        return TypeAdapter(Card).validate_python({"options": None, **values, "folder": Path(path).parent})
+        return TypeAdapter(Card).validate_python({"options": None, **values})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_problem(error)}") from error
+        raise ConfigError(_problem(error)) from error
 
 
-def _check_keys(path: str | Path, values: Any, known: list[str], prefix: str = "") -> None:
+def card_values(card: Card) -> dict[str, Any]:
+    """Return what JSON can hold of a card: all but defaults and the folder."""
+    values: dict[str, Any] = TypeAdapter(Card).dump_python(card, mode="json", exclude={"folder"}, exclude_defaults=True)
+    return values
+
+
+def _check_keys(values: Any, known: list[str], prefix: str = "") -> None:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: expected a mapping with {', '.join(known)}; got {values!r}.")
+        raise ConfigError(f"expected a mapping with {', '.join(known)}; got {values!r}.")
     for key in values:
         if key not in known:
-            near = did_you_mean(str(key), known, list_all=True)
-            raise ConfigError(f"{path}: unknown key {prefix + str(key)!r}{near}.")
+            raise ConfigError(f"unknown key {prefix + str(key)!r}{did_you_mean(str(key), known, list_all=True)}.")
 
 
 def _problem(error: ValidationError) -> str:

@@ -1,26 +1,24 @@
 """Tasks from tables: a card (:mod:`bayes_lora.tasks.readers.card`) says how rows become examples.
 
-A task is whole or it is not made: the first row that does not fit is an error, which names the row (from 1, among those
-of the split) and the column.
+The first row that does not fit the card is an error, which names the column and the row: the line of a local file, or
+the number of the row in a split of a data set of the hub, from 1.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
 from bayes_lora.tasks.readers.card import Card, RowOptions, fill, gallery, key_of, placeholders, read_card
-from bayes_lora.tasks.readers.card_rows import load_rows
+from bayes_lora.tasks.readers.card_rows import CardRows, card_tables, hub_rows, local_rows
+from bayes_lora.tasks.readers.table_rows import at
+from bayes_lora.tasks.readers.text_files import listed, short
 from bayes_lora.tasks.task import Example, Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 __all__ = ["example_of", "input_of", "load_card", "row_texts"]
 
@@ -33,19 +31,23 @@ def load_card(card: Card | str | Path, *, max_examples: int | None = None, cache
     Args:
         card: a card, the path of one, or the name of one in the gallery.
         max_examples: instead of the card's own.
-        cache_dir: where `datasets` keeps what it has read; by default where it always does.
+        cache_dir: folder in which `datasets` caches data sets of the hub; by default its own.
 
     Raises:
         ConfigError: there is no such card, or it is malformed.
-        TaskError: the rows cannot be had, or one does not fit the card.
+        TaskError: the rows cannot be read, or one does not fit the card.
     """
     card = card if isinstance(card, Card) else read_card(_find(card))
     if max_examples is not None:
         card = replace(card, max_examples=max_examples)
-    support = _examples(card, card.split, cache_dir)
-    if card.query_split is None:
-        return Task(card.name, support)
-    query = _examples(card, card.query_split, cache_dir, {example.input for example in support})
+    with at(f"card {card.name!r}"):
+        tables = card_tables(card)
+
+        def examples(split: str, seen: Collection[str] = ()) -> tuple[Example, ...]:
+            return _examples(card, local_rows(tables, split) if tables else hub_rows(card, split, cache_dir), seen)
+
+        support = examples(card.split)
+        query = () if card.query_split is None else examples(card.query_split, {one.input for one in support})
     return Task(card.name, support, query)
 
 
@@ -60,64 +62,52 @@ def _find(card: str | Path) -> Path:
     return path
 
 
-def _examples(card: Card, split: str, cache_dir: str | Path | None, seen: Collection[str] = ()) -> tuple[Example, ...]:
-    """Convert rows, in their order, or at random up to as many as the card wants; without those seen."""
-    with _place(f"card {card.name!r}, {card.path or card.files}"):
-        rows = load_rows(card, split, cache_dir)
-    with _place(f"card {card.name!r}, {split} of {card.path or card.files}"):
-        _check_columns(card, rows.column_names)
-        order = range(len(rows))
-        if card.max_examples is not None:
-            order = random.Random(card.seed).sample(order, len(rows))  # type: ignore[assignment]
-        kept: dict[int, Example] = {}
-        kinds: dict[str, int] = {}
-        for index in order:
-            with _place(f"row {index + 1}"):
-                example = example_of(card, _row(rows, index), kinds, index)
-            if example is not None and example.input not in seen:
-                kept[index] = example
-            if len(kept) == card.max_examples:
-                break
-        if not kept:
-            raise TaskError(f"none of the {len(rows)} rows is left; see `labels`, and whether support has them all")
+def _examples(card: Card, rows: CardRows, seen: Collection[str]) -> tuple[Example, ...]:
+    """Convert rows in order, or as many as the card asks for, drawn at random, without inputs that were seen."""
+    with at(rows.source):
+        _check_columns(card, rows.columns)
+    order = list(range(len(rows.places)))
+    if card.max_examples is not None:
+        order = random.Random(card.seed).sample(order, len(order))
+    kept: dict[int, Example] = {}
+    kinds: dict[str, str] = {}
+    for index in order:
+        with at(rows.places[index]):
+            example = example_of(card, _cells(rows, index), kinds, rows.places[index])
+        if example is not None and example.input not in seen:
+            kept[index] = example
+        if len(kept) == card.max_examples:
+            break
+    if not kept:
+        raise TaskError(
+            f"{rows.source}: none of the {len(order)} rows is left; see `labels`, and whether support has them all"
+        )
     return tuple(kept[index] for index in sorted(kept))
 
 
-@contextmanager
-def _place(place: str) -> Iterator[None]:
+def _cells(rows: CardRows, index: int) -> Mapping[str, Any]:
     try:
-        yield
-    except TaskError as error:
-        raise TaskError(f"{place}: {error}") from error.__cause__
-
-
-def _row(rows: Dataset, index: int) -> Mapping[str, Any]:
-    try:
-        return cast("Mapping[str, Any]", rows[index])
-    except UnicodeError as error:  # Arrow keeps the bytes of a text, and looks at them only here
+        return rows.cells[index]
+    except UnicodeError as error:  # Arrow keeps the bytes of a text and decodes them only here
         raise TaskError(f"cannot be read: {error}; save the file in UTF-8") from error
 
 
 def _check_columns(card: Card, columns: list[str]) -> None:
-    needed = [*placeholders(card.input), card.label]
-    for where in (card.options, card.letters):
-        if isinstance(where, RowOptions):
-            needed += [where.column] if where.column is not None else where.columns or ()
-    for name in needed:
+    for name in card.columns:
         if name not in columns and name.partition(".")[0] not in columns:
-            raise TaskError(f"no column {name!r}{did_you_mean(name, columns)}; columns are {', '.join(columns)}")
+            raise TaskError(f"no column {short(name)}{did_you_mean(name, columns)}; columns are {listed(columns)}")
 
 
-def example_of(card: Card, row: Mapping[str, Any], kinds: dict[str, int], index: int) -> Example | None:
-    """Convert a row; None where the card leaves it out. ``kinds`` holds where each type of label was seen first."""
+def example_of(card: Card, row: Mapping[str, Any], kinds: dict[str, str], place: str) -> Example | None:
+    """Convert a row; None if the card leaves it out. ``kinds`` keeps the first place of each type of label."""
     if card.options is None:
         references = _references(card.label, _cell(row, card.label))
         return Example(input_of(card.input, row), references=references)
     label = _scalar(card.label, _cell(row, card.label))
     kind = "text" if isinstance(label, str) else "true or false" if isinstance(label, bool) else "number"
-    kinds.setdefault(kind, index)
+    kinds.setdefault(kind, place)
     if len(kinds) > 1:
-        listed = " and ".join(f"{kind} in row {first + 1}" for kind, first in kinds.items())
+        listed = " and ".join(f"{kind} in {first}" for kind, first in kinds.items())
         raise TaskError(f"column {card.label!r}: mixed types, {listed}; write all alike")
     if card.labels is not None and card.texts.get(key_of(label), "") is None:
         return None
@@ -184,7 +174,7 @@ def _labelled(card: Card, label: object, options: list[str]) -> int:
 
 
 def row_texts(where: RowOptions, row: Mapping[str, Any]) -> list[str]:
-    """Return the texts that a row has of its own."""
+    """Return a row's own texts."""
     if where.column is not None:
         return _texts(where.column, _cell(row, where.column))
     return [_text(name, _cell(row, name)) for name in where.columns or ()]

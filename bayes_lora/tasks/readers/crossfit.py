@@ -2,10 +2,10 @@ r"""Reader of CrossFit's own tab-separated files.
 
 A task is a folder ``<task>/`` of files ``<task>_<shots>_<seed>_<part>.tsv``, where part is ``train``, ``dev`` or
 ``test``, or one such file. Each line is ``input<TAB>output``; more outputs, if there are any, are right as well. No
-quotes are read, and there is no header. Options stand in no field of their own:
+quotes are read, and there is no header. Options have no field:
 
-- *multiple choice*: the input ends in ``(A) iron (B) feather``, or has `` [SEP] `` and a context behind that, and the
-  output is the text of one of them. A task is of this kind where more than half of its lines are.
+- *multiple choice*: the input ends in ``(A) iron (B) feather``, or is followed by `` [SEP] `` and a context, and the
+  output is the text of one of them. A task is of this kind if more than half of its lines are.
 - *classification*: the options are the distinct outputs of all files of the task, in alphabetical order. They must be
   few, and half as many as there are lines, or fewer.
 - *free-form*: all others. The outputs of a line are its references.
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.folders import seeded_files, seeded_task
+from bayes_lora.tasks.readers.table_rows import at
 from bayes_lora.tasks.readers.text_files import CannotScore, inside, lines, listed, option_texts, short
 from bayes_lora.tasks.readers.unifiedqa import MARKER, MAX_READINGS, options_in, same
 from bayes_lora.tasks.task import Example, Task
@@ -38,7 +39,7 @@ def read_crossfit(
 ) -> Task:
     """Read one task, named after its folder or file.
 
-    What is support and what is query, with and without a seed, is as in `load_task`; a single file is all support.
+    What is support and what is query, with and without a seed, is as in `read_metaicl`; a single file is all support.
 
     Args:
         path: the folder or the file.
@@ -66,17 +67,14 @@ def read_crossfit(
 def _examples(
     name: str, files: list[Path], options: Sequence[str] | None, max_options: int
 ) -> dict[Path, list[Example]]:
-    found = {file: [_line(place, text) for place, text in _lines(file)] for file in files}
+    expected = "one input and its output a line, a tab between them"
+    found = {file: [_line(place, text) for place, text in lines(file, "tsv", expected)] for file in files}
     every = [line for part in found.values() for line in part]
     make = _maker(name, every, options, max_options)
-    examples: dict[Path, list[Example]] = {}
-    for file, part in found.items():
-        examples[file] = []
-        for line in part:
-            try:
-                examples[file].append(make(line))
-            except TaskError as error:
-                raise TaskError(f"{line[0]}: {error}") from None
+    examples: dict[Path, list[Example]] = {file: [] for file in found}
+    for file, line in ((file, line) for file, part in found.items() for line in part):
+        with at(line[0]):
+            examples[file].append(make(line))
     return examples
 
 
@@ -95,10 +93,6 @@ def _maker(
         problem = f"every output is {short(labels[0])}, and one option leaves nothing to choose"
         raise CannotScore(f"{every[0][0]}: {problem}; leave {name!r} out, or name its labels as `options`", "one label")
     return partial(_labelled, labels=tuple(labels))
-
-
-def _lines(path: Path) -> list[tuple[str, str]]:
-    return list(lines(path, "tsv", "one input and its output a line, a tab between them"))
 
 
 def _line(place: str, text: str) -> Line:
@@ -134,7 +128,7 @@ def _listed(line: Line) -> tuple[str, list[str], int] | None:
         for end in (len(text), text.find(SEPARATOR, marker.end()))
         if marker.start() < end <= marker.start() + MAX_LISTING
     ]
-    # The first letter may stand in the question, too: late beginnings and plain readings are the likelier ones.
+    # The question may contain the first letter as well: late beginnings and plain readings are more likely.
     for readings, (start, end) in itertools.product((1, MAX_READINGS), spans[::-1] if len(outputs) == 1 else ()):
         options = options_in(text[start:end], outputs[0], readings)
         gold = [index for index, option in enumerate(options) if same(option, outputs[0])]
@@ -148,6 +142,6 @@ def _choice(line: Line) -> Example:
     listed = _listed(line)
     if listed is None:
         problem = f"the output {short(line[2][0])} must be one option, once, of those that the input lists"
-        raise TaskError(f"{problem} as `(A) ... (B) ...`; most other lines are so: mend or remove this one")
+        raise TaskError(f"{problem} as `(A) ... (B) ...`; most other lines are so: fix or remove this one")
     question, options, gold = listed
     return Example(question, tuple(options), gold)

@@ -11,7 +11,7 @@ from bayes_lora.errors import TaskError, did_you_mean
 from bayes_lora.tasks.readers.text_files import children
 from bayes_lora.tasks.task import Example, Task
 
-__all__ = ["present_tasks", "seeded_files", "seeded_task", "task_places"]
+__all__ = ["present_tasks", "seeded_files", "seeded_task"]
 
 
 def seeded_files(folder: Path, suffix: str = ".jsonl", shots: str = "16") -> dict[str, dict[int, Path]]:
@@ -35,7 +35,7 @@ def seeded_files(folder: Path, suffix: str = ".jsonl", shots: str = "16") -> dic
 def seeded_task(
     folder: Path, files: dict[str, dict[int, Path]], seed: int | None, read: Callable[[Path], list[Example]]
 ) -> Task:
-    """Make a task of files by seed; see `load_task` for what is support and what query.
+    """Make a task of files by seed; see `read_metaicl` for what is support and what query.
 
     Args:
         folder: the task's folder, of which it has its name.
@@ -69,20 +69,6 @@ def seeded_task(
         query = read(one) if one else pool(others)
     seen = {example.input for example in support}
     return Task(folder.name, tuple(support), tuple(e for e in query if e.input not in seen))
-
-
-def task_places(root: str | Path) -> dict[str, Path]:
-    """Map the name of each task in `root` to its file or folder, in alphabetical order."""
-    if not Path(root).is_dir():
-        raise TaskError(f"{root}: expected a folder of tasks, but there is none; check the path")
-    places: dict[str, Path] = {}
-    for child in sorted(Path(root).iterdir()):
-        if child.is_dir() or child.suffix == ".jsonl":
-            name = child.name if child.is_dir() else child.stem
-            if name in places:
-                raise TaskError(f"{root}: task {name!r} is there as a folder and as a file; remove one")
-            places[name] = child
-    return places
 
 
 def present_tasks(root: str | Path, names: list[str], places: Collection[str], allow_missing: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """Reader of CSV files of molecules with binary labels, such as MoleculeNet's.
 
-The first row names the columns. One holds the molecules as SMILES; each column of labels is a task of its own, named
+The first row names the columns. One holds the molecules as SMILES; each column of labels is a task, named
 ``<file>/<column>``, as in ``Tox21/NR-AR``. A label is 0 or 1, ``0.0`` or ``1.0``, ``false`` or ``true``; a blank means
 that the molecule was not measured, and leaves it out of this task. By default the columns of labels are those more than
 half of whose filled cells are labels; in these, any other value is an error.
@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
-from bayes_lora.tasks.readers.text_files import CannotScore, Table, listed, read_table, short, warn_left_out
+from bayes_lora.tasks.readers.table_rows import Table, at, read_table
+from bayes_lora.tasks.readers.text_files import CannotScore, listed, short
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.tasks.task_set import TaskSet
 
-__all__ = ["molecule_tasks", "read_molecules"]
+__all__ = ["SMILES_COLUMNS", "read_molecules"]
 
 SMILES_COLUMNS = ("smiles", "mol")
 LABELS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
@@ -26,95 +26,78 @@ TEMPLATE = "SMILES: {smiles}\n{label}?"
 
 
 def read_molecules(
-    path: str | Path,
-    *,
-    smiles: str | None = None,
-    labels: Sequence[str] | None = None,
-    options: Sequence[str] = ("no", "yes"),
-    template: str = TEMPLATE,
-) -> TaskSet:
-    """Read the tasks of one file, one for each column of labels; support holds all their molecules, in order.
-
-    Columns that hold one label only are left out, with one warning.
-
-    Args:
-        path: the file.
-        smiles: column of the molecules; by default the one named ``smiles`` or ``mol``, in any case.
-        labels: columns of labels, in this order; then one that holds one label only is an error.
-        options: the texts of the labels 0 and 1.
-        template: the input, with ``{smiles}`` and, if it is to be there, the column's name as ``{label}``.
-
-    Raises:
-        TaskError: a column is missing, a cell is no label, a labelled molecule is blank, or no task is left.
-    """
-    found = molecule_tasks(path, smiles=smiles, labels=labels, options=options, template=template)
-    tasks = [task for task in found.values() if isinstance(task, Task)]
-    constant = [error for error in found.values() if isinstance(error, CannotScore)]
-    if constant and (labels is not None or not tasks):
-        raise constant[0]
-    warn_left_out(path, {name: error for name, error in found.items() if isinstance(error, CannotScore)}, len(found))
-    return TaskSet(tasks)
-
-
-def molecule_tasks(
-    path: str | Path,
+    path: str | Path | Table,
     *,
     smiles: str | None = None,
     labels: Sequence[str] | None = None,
     options: Sequence[str] = ("no", "yes"),
     template: str = TEMPLATE,
 ) -> dict[str, Task | CannotScore]:
-    """Read as `read_molecules` does; a column that holds one label only gives the error instead of the task."""
-    path = Path(path)
+    """Read the tasks of one file, one for each column of labels; support holds all their molecules, in order.
+
+    Args:
+        path: the file or its table.
+        smiles: column of the molecules; by default the one named ``smiles`` or ``mol``, in any case.
+        labels: columns of labels, in this order.
+        options: the texts of the labels 0 and 1.
+        template: the input, with ``{smiles}`` and optionally the column's name as ``{label}``.
+
+    Returns:
+        By name, the task, or an error for a column with one label only.
+
+    Raises:
+        TaskError: a column is missing, a cell is not a label, or a labelled molecule is blank.
+        CannotScore: one of ``labels`` has one label only.
+    """
     if isinstance(labels, str):
         raise TaskError(f"`labels` must be a list of column names, got the string {labels!r}; pass [{labels!r}]")
     if isinstance(options, str) or len(options) != 2:
         raise TaskError(f"`options` must be two texts, of the labels 0 and 1; got {options!r}")
     if "{smiles}" not in template:
         raise TaskError(f"`template` {template!r}: expected the placeholder {{smiles}} in it")
-    table = read_table(path, ",")
-    molecules = _smiles_column(path, table, smiles)
+    table = read_table(path, ".csv")
+    molecules = _smiles_column(table, smiles)
     for column in labels or ():
-        table.require(path, column, "`labels` names it")
-    columns = list(labels) if labels is not None else _label_columns(path, table, molecules)
+        table.require(column, "`labels` names it")
+    columns = list(labels) if labels is not None else _label_columns(table, molecules)
     found: dict[str, Task | CannotScore] = {}
     for column in columns:
-        name = f"{path.stem}/{column}"
+        name = f"{table.path.stem}/{column}"
         if name in found:
             raise TaskError(f"`labels` names {column!r} twice; remove one of the two")
-        found[name] = _task(name, path, table, molecules, column, tuple(options), template)
+        found[name] = _task(name, table, molecules, column, tuple(options), template)
+        if labels is not None and isinstance(error := found[name], CannotScore):
+            raise error
     return found
 
 
-def _smiles_column(path: Path, table: Table, smiles: str | None) -> str:
+def _smiles_column(table: Table, smiles: str | None) -> str:
     if smiles is not None:
-        table.require(path, smiles, "`smiles` names it")
+        table.require(smiles, "`smiles` names it")
         return smiles
-    named = [column for wanted in SMILES_COLUMNS for column in table.header if column.lower() == wanted]
+    named = [column for wanted in SMILES_COLUMNS for column in table.columns if column.lower() == wanted]
     if not named:
-        wanted = " or ".join(map(repr, SMILES_COLUMNS))
-        raise TaskError(
-            f"{path}:1: no column of molecules: expected {wanted}, got {listed(table.header)}; name it as `smiles`"
-        )
+        problem = f"expected {' or '.join(map(repr, SMILES_COLUMNS))}, got {listed(table.columns)}"
+        raise TaskError(f"{table.path}:1: no column of molecules: {problem}; name it as `smiles`")
     return named[0]
 
 
-def _label_columns(path: Path, table: Table, molecules: str) -> list[str]:
+def _label_columns(table: Table, molecules: str) -> list[str]:
     columns = []
-    for column in table.header:
+    for column in table.columns:
         cells = [cells[column].strip().lower() for _, cells in table.rows if cells[column].strip()]
         if column not in ("", molecules) and 2 * sum(cell in LABELS for cell in cells) > len(cells):
             columns.append(column)
     if not columns:
-        got = [column for column in table.header if column != molecules]
+        got = [column for column in table.columns if column != molecules]
         raise TaskError(
-            f"{path}: no column of labels 0 and 1 beside {molecules!r}, got {listed(got)}; name them as `labels`"
+            f"{table.path}: no column of labels 0 and 1 next to {molecules!r}, got {listed(got)}; name them as `labels`"
         )
     return columns
 
 
 def _task(
-    name: str, path: Path, table: Table, molecules: str, column: str, options: tuple[str, ...], template: str
+    name: str, table: Table, molecules: str, column: str, options: tuple[str, ...], template: str
 ) -> Task | CannotScore:
     examples = []
     for place, cells in table.rows:
@@ -128,13 +111,11 @@ def _task(
             raise TaskError(f"{place}: column {molecules!r} is empty, but {column!r} is {cell}; remove the row")
         texts = {"{smiles}": molecule, "{label}": column}
         text = re.sub(r"\{smiles\}|\{label\}", partial(_text, texts), template)
-        try:
+        with at(place):
             examples.append(Example(text, options, LABELS[cell.lower()]))
-        except TaskError as error:
-            raise TaskError(f"{place}: {error}") from None
     if len({example.answer for example in examples}) < 2:
         held = f"only the label {examples[0].answer}" if examples else "no label"
-        return CannotScore(f"{path}: column {column!r} holds {held}; leave it out of `labels`", "one label")
+        return CannotScore(f"{table.path}: column {column!r} holds {held}; leave it out of `labels`", "one label")
     return Task(name, tuple(examples))
 
 

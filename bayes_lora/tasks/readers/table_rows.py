@@ -1,82 +1,142 @@
-"""Rows of a table of a user's own: a CSV, TSV, JSON-lines or Parquet file.
+"""Tables: the rows of CSV, TSV, JSON-lines, JSON and Parquet files, read once and by one set of rules.
 
-Cells of CSV and TSV files are texts, as they stand; rows whose cells are all blank are passed over. Each row comes with
-the place that a message names, ``<file>:<line>``, or ``<file>, row <number>`` of a Parquet file.
+- Text files are UTF-8 (:mod:`bayes_lora.tasks.readers.text_files`).
+- The first row of a CSV or TSV file names the columns, each differently. Every other row has as many cells. Cells in
+  double quotes may contain delimiters and line ends. Cells are texts and are not converted. A CSV file whose first line
+  has no comma, but semicolons or tabs, is divided at these.
+- A line of a JSON-lines file, or an element of the list in a JSON file, is an object.
+- Each row has a place, which error messages begin with: ``<file>:<line>``, the line on which the row begins, or
+  ``<file>, row <number>`` if the file has no lines.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from bayes_lora.errors import TaskError
-from bayes_lora.tasks.readers.text_files import json_object, lines, listed, read_table
+from bayes_lora.errors import TaskError, did_you_mean
+from bayes_lora.tasks.readers.text_files import (
+    MAX_LINE_BYTES,
+    MAX_LISTED,
+    decoded_lines,
+    lines,
+    listed,
+    read_text,
+    short,
+)
 
-__all__ = ["SPREADSHEETS", "TABLES", "Rows", "at", "filled", "first_cells", "first_record", "is_blank", "read_rows"]
+__all__ = ["TABLES", "Row", "Table", "at", "filled", "is_blank", "read_table", "scan_table"]
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
+MAX_CELL = MAX_LINE_BYTES
+"""Characters of a cell: a quote that is left open must not swallow a large file."""
+
+Row = tuple[str, dict[str, Any]]
 
 
-class Rows(NamedTuple):
-    """Column names in order, each row with its place, and what divides cells where the file's name does not say so."""
+@dataclass
+class Table:
+    """A table's file.
 
-    columns: list[str]
-    rows: list[tuple[str, dict[str, Any]]]
-    delimiter: str | None = None
+    Attributes:
+        path: the file.
+        columns: their names, in order.
+        rows: the place and the cells of each row.
+        error: why reading ended early, if it did.
+    """
+
+    path: Path
+    columns: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    error: TaskError | None = None
+
+    def require(self, column: str, cure: str) -> None:
+        """Raise `TaskError` if the table lacks a column."""
+        if column not in self.columns:
+            near = did_you_mean(column, self.columns[:MAX_LISTED])
+            raise TaskError(f"{self.path}:1: column {column!r} is missing; got {listed(self.columns)}{near}; {cure}")
+
+    def filled_rows(self) -> list[Row]:
+        """Return the rows without those whose cells are all blank; raise `TaskError` if none is left."""
+        rows = [row for row in self.rows if not all(map(is_blank, row[1].values()))]
+        if not rows:
+            raise TaskError(f"{self.path}: expected rows, got none; columns are {listed(self.columns)}; add rows")
+        return rows
 
 
-def read_rows(path: str | Path) -> Rows:
-    """Read all rows of a table, in order.
+def read_table(source: str | Path | Table, suffix: str | None = None, delimiter: str | None = None) -> Table:
+    """Read a table, or take one that :func:`scan_table` has read.
 
-    A CSV file whose first line holds no comma, but semicolons or tabs, is divided at these.
+    Args:
+        source: the file or the table.
+        suffix: the kind of the file, such as ``.csv``; by default that of its name.
+        delimiter: separates the cells of a CSV or TSV file; by default as the module says.
 
     Raises:
-        TaskError: the file is of no known kind or cannot be read, has no row, or a row is malformed.
+        TaskError: the file is of no known kind or cannot be read, or a row is malformed.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in TABLES:
-        cure = "save the sheet as CSV in UTF-8" if suffix in SPREADSHEETS else "check the file's name"
-        raise TaskError(f"{path}: expected a table, which is a file {', '.join(TABLES)}, got {suffix!r}; {cure}")
-    read = {".jsonl": _json_lines, ".parquet": _parquet}.get(suffix, _cells)
-    table = read(path)
-    rows = [(place, row) for place, row in table.rows if not all(is_blank(value) for value in row.values())]
-    if not rows:
-        raise TaskError(f"{path}: expected rows, got none; columns are {listed(table.columns)}; add rows")
-    return table._replace(rows=rows)
+    table = source if isinstance(source, Table) else scan_table(source, suffix, delimiter)
+    if table.error is not None:
+        raise table.error
+    return table
+
+
+def scan_table(path: str | Path, suffix: str | None = None, delimiter: str | None = None) -> Table:
+    """Read a table as :func:`read_table` does, but keep an error, and what was read before it, instead of raising."""
+    table = Table(Path(path))
+    suffix = suffix or table.path.suffix.lower()
+    limit = csv.field_size_limit(MAX_CELL)
+    try:
+        if suffix in DELIMITERS:
+            _read_cells(table, delimiter, DELIMITERS[suffix])
+        elif suffix == ".parquet":
+            _read_parquet(table)
+        elif suffix in (".jsonl", ".json"):
+            table.rows.extend(_json_lines(table.path) if suffix == ".jsonl" else _json_list(table.path))
+        else:
+            cure = "save the sheet as CSV in UTF-8" if suffix in SPREADSHEETS else "check the file's name"
+            raise TaskError(f"{path}: expected a table, which is a file {', '.join(TABLES)}, got {suffix!r}; {cure}")
+    except TaskError as error:
+        table.error = error
+    finally:
+        csv.field_size_limit(limit)
+    if suffix in (".jsonl", ".json"):
+        table.columns = list(dict.fromkeys(name for _, row in table.rows for name in row))
+    return table
 
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Let messages begin with a row's place."""
+    """Let error messages begin with a row's place."""
     try:
         yield
     except TaskError as error:
-        raise TaskError(f"{place}: {error}") from None
+        raise TaskError(f"{place}: {error}") from error.__cause__
 
 
 def is_blank(value: object) -> bool:
-    """Whether a cell holds nothing: no value, not a number, or a text of spaces."""
+    """Whether a cell is empty: no value, not a number, or a text of spaces."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def filled(row: Mapping[str, Any], label: str | None, options: str | None) -> dict[str, Any]:
-    """Return a row without missing values.
+def filled(row: Mapping[str, Any], columns: list[str], options: str | None) -> dict[str, Any]:
+    """Return a row's cells with empty texts for what is missing.
 
     Args:
         row: its cells by column.
-        label: the column of the answer, which then has no spaces around it.
-        options: the column of options, which then is a list: what a text holds in JSON, or divided by ``|``.
+        columns: the table's columns, which a JSON object may lack.
+        options: the column of options, if any: a text in it becomes the list that it spells in JSON, or between ``|``.
     """
-    cells = {name: "" if is_blank(value) else value for name, value in row.items()}
-    if label is not None and isinstance(text := cells.get(label), str):
-        cells[label] = text.strip()
+    cells = {name: "" if is_blank(value := row.get(name)) else value for name in columns}
     if options is not None and isinstance(text := cells.get(options), str):
         cells[options] = _divided(text)
     return cells
@@ -93,67 +153,84 @@ def _divided(text: str) -> list[Any]:
     return [part.strip() for part in text.split("|")] if text else []
 
 
-def first_cells(path: Path) -> list[str]:
-    """The column names of a CSV or TSV file, as far as its first line has them; none where it cannot be read."""
-    try:
-        _, line = next(lines(path, "table", "a first row that names the columns"))
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=_delimiter(path, line)), [])]
-    except (TaskError, csv.Error):
-        return []
+def _read_cells(table: Table, delimiter: str | None, known: str) -> None:
+    texts = (text for _, text in decoded_lines(table.path, "table"))
+    begin = []
+    for text in texts:
+        begin.append(text)
+        if text.strip():
+            break
+    delimiter = delimiter or next((one for one in known if one in "".join(begin)), known[0])
+    reader = csv.reader(itertools.chain(begin, texts), delimiter=delimiter, strict=True)
+    while True:
+        place = f"{table.path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            cure = f"is a quote left open, or a cell longer than {csv.field_size_limit():,} characters?"
+            raise TaskError(f"{place}: broken table ({error}); {cure}") from None
+        if cells is None:
+            break
+        if len(cells) < 2 and not any(cell.strip() for cell in cells):
+            continue
+        if not table.columns:
+            table.columns = [cell.strip() for cell in cells]
+            name, count = Counter(table.columns).most_common(1)[0]
+            if count > 1:
+                cure = "rename or remove one of the two"
+                raise TaskError(f"{place}: column {short(name)} occurs twice in {listed(table.columns)}; {cure}")
+        elif len(cells) != len(table.columns):
+            problem = f"expected {len(table.columns)} cells, as many as the header; got {len(cells)}"
+            raise TaskError(f"{place}: {problem}; quote a cell that holds {delimiter!r} or a line end")
+        else:
+            table.rows.append((place, dict(zip(table.columns, cells, strict=True))))
+    if not table.columns:
+        raise TaskError(f"{table.path}: the file is empty; expected a first row that names the columns")
 
 
-def first_record(path: Path) -> dict[str, Any] | None:
-    """The object on the first line of a JSON-lines file; None where there is none, or it cannot be read."""
-    try:
-        _, line = next(lines(path, "jsonl", "one JSON object a line"))
-        record = json.loads(line)
-    except (TaskError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _cells(path: Path) -> Rows:
-    _, line = next(lines(path, "table", "a first row that names the columns"))
-    delimiter = _delimiter(path, line)
-    table = read_table(path, delimiter)
-    rows = [(place, dict[str, Any](cells)) for place, cells in table.rows]
-    return Rows(table.header, rows, None if delimiter == DELIMITERS[path.suffix.lower()][0] else delimiter)
-
-
-def _delimiter(path: Path, line: str) -> str:
-    """The first of those that a file of this kind may have which its first line holds."""
-    known = DELIMITERS[path.suffix.lower()]
-    return next((delimiter for delimiter in known if delimiter in line), known[0])
-
-
-def _json_lines(path: Path) -> Rows:
-    rows: list[tuple[str, dict[str, Any]]] = []
+def _json_lines(path: Path) -> Iterator[Row]:
     for place, line in lines(path, "jsonl", "one JSON object a line"):
-        with at(place):
-            rows.append((place, json_object(line, "an object whose keys are the columns")))
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    return Rows(columns, [(place, {name: row.get(name) for name in columns}) for place, row in rows])
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{place}: broken JSON ({error}); expected one whole object on this line") from None
+        yield place, _object(place, record)
 
 
-def _parquet(path: Path) -> Rows:
+def _json_list(path: Path) -> Iterator[Row]:
+    """Yield the objects of a list, or of the lines of a file that is no list."""
+    text = read_text(path, "json")
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path)
+        return
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: broken JSON ({error}); expected one whole list of objects") from None
+    for number, record in enumerate(records, start=1):
+        place = f"{path}, row {number}"
+        yield place, _object(place, record)
+
+
+def _object(place: str, record: object) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        expected = "an object with named fields such as `input`, `output`, `options`"
+        raise TaskError(f"{place}: expected {expected}; got {type(record).__name__}")
+    return record
+
+
+def _read_parquet(table: Table) -> None:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = list(file.schema_arrow.names)
-            rows = list(_numbered(path, file))
+        with parquet.ParquetFile(table.path) as file:
+            table.columns = list(file.schema_arrow.names)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            table.rows.extend((f"{table.path}, row {number}", row) for number, row in enumerate(rows, start=1))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise TaskError(f"{path}: expected a Parquet file that can be read, got: {reason}; write it anew") from error
-    if len(set(columns)) < len(columns):
-        raise TaskError(f"{path}: expected columns of different names, got {listed(columns)}; rename one")
-    return Rows(columns, rows)
-
-
-def _numbered(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
+        problem = f"expected a Parquet file that can be read, got: {reason}; write it again"
+        raise TaskError(f"{table.path}: {problem}") from error
+    if len(set(table.columns)) < len(table.columns):
+        raise TaskError(f"{table.path}: expected columns of different names, got {listed(table.columns)}; rename one")

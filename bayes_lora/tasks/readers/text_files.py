@@ -1,34 +1,29 @@
-r"""Text files of tasks: bounded lines, tables with a header, and paths that stay in their folder.
+r"""Text files of tasks: lines of bounded length, and paths that stay in their folder.
 
-A text file is UTF-8, with or without a byte-order mark; only ``\n`` ends a line, with or without ``\r`` before it. A
-line is read up to a limit, so that a broken file of gigabytes is refused before it fills the memory. Each problem is a
-`TaskError` that begins with ``<file>:<line>:``, counted from 1; in a table, the line on which the row begins.
+A text file is UTF-8, with or without a byte-order mark. Only ``\n`` ends a line, with or without ``\r`` before it. The
+length of a line is limited, so that a broken file of gigabytes is refused before it fills the memory. Each problem is a
+`TaskError` that begins with ``<file>:<line>:``, counted from 1.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from bayes_lora.errors import TaskError, did_you_mean
+from bayes_lora.errors import TaskError
 
 __all__ = [
     "MAX_LINE_BYTES",
+    "MAX_LISTED",
     "CannotScore",
-    "Table",
     "children",
+    "decoded_lines",
     "inside",
-    "json_object",
     "lines",
     "listed",
     "option_texts",
-    "read_table",
     "read_text",
     "short",
     "warn_left_out",
@@ -40,11 +35,11 @@ UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
 class CannotScore(TaskError):
-    """A task whose files are whole, but leave nothing to learn; `load_tasks` leaves it out, with a warning.
+    """A task whose files are valid but leave nothing to learn; `load_tasks` skips it with a warning.
 
     Args:
         message: as of any `TaskError`.
-        reason: why, in few words, by which the warning counts.
+        reason: why, in a few words; the warning counts tasks by reason.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -55,32 +50,19 @@ class CannotScore(TaskError):
         return str(self.args[0])
 
 
-class Table(NamedTuple):
-    """The column names of a table, and each row with its place ``<file>:<line>``."""
-
-    header: list[str]
-    rows: list[tuple[str, dict[str, str]]]
-
-    def require(self, path: Path, column: str, cure: str) -> None:
-        """Refuse a table that lacks a column."""
-        if column not in self.header:
-            near = did_you_mean(column, self.header[:MAX_LISTED])
-            raise TaskError(f"{path}:1: column {column!r} is missing; got {listed(self.header)}{near}; {cure}")
-
-
 def lines(path: str | Path, kind: str, expected: str) -> Iterator[tuple[str, str]]:
     """Yield ``<file>:<line>`` and the text of each line that is not blank, without its end; at least one.
 
     Args:
         path: the file.
-        kind: what the file is called if it cannot be read, as in ``jsonl``.
-        expected: what the message says was expected of an empty file.
+        kind: names the file in an error message, as in ``jsonl``.
+        expected: the content that the error message about an empty file asks for.
 
     Raises:
-        TaskError: the file cannot be read or is empty, or a line is too long or no UTF-8.
+        TaskError: the file cannot be read or is empty, or a line is too long or not UTF-8.
     """
     empty = True
-    for number, text in _decoded(path, kind):
+    for number, text in decoded_lines(path, kind):
         if text.strip():
             empty = False
             yield f"{path}:{number}", text.removesuffix("\n").removesuffix("\r")
@@ -88,28 +70,13 @@ def lines(path: str | Path, kind: str, expected: str) -> Iterator[tuple[str, str
         raise TaskError(f"{path}: the file is empty; expected {expected}")
 
 
-def json_object(line: str, expected: str) -> dict[str, Any]:
-    """Return the object that a line holds.
-
-    Raises:
-        TaskError: it holds no JSON, or something else than an object; the message says what was ``expected``.
-    """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"broken JSON ({error}); expected one whole object on this line") from None
-    if not isinstance(record, dict):
-        raise TaskError(f"expected {expected}; got {type(record).__name__}")
-    return record
-
-
 def read_text(path: str | Path, kind: str) -> str:
-    """Return the text of a whole file; raises as `lines` does, but an empty file is an empty text."""
-    return "".join(text for _, text in _decoded(path, kind))
+    """Return the text of a whole file, which may be empty; raises as `lines` does."""
+    return "".join(text for _, text in decoded_lines(path, kind))
 
 
-def _decoded(path: str | Path, kind: str) -> Iterator[tuple[int, str]]:
-    """Yield the number and the text of every line, its end included."""
+def decoded_lines(path: str | Path, kind: str) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of every line, including its end; raises as `lines` does."""
     number = 0
     try:
         with Path(path).open("rb") as file:
@@ -140,51 +107,6 @@ def _decode(place: str, raw: bytes, first: bool) -> str:
         at = f"a null byte at position {text.index(chr(0)) + 1}"
         raise TaskError(f"{place}: expected text, got {at}; if the file is UTF-16, save it as UTF-8")
     return text
-
-
-def read_table(path: str | Path, delimiter: str) -> Table:
-    """Read a table whose first row names the columns; cells in double quotes may hold delimiters and line ends.
-
-    Blank lines are passed over. Cells are texts, as they stand.
-
-    Raises:
-        TaskError: the file cannot be read or has no header, a column has no name of its own, a quote is left open, or
-            a row has other cells than the header.
-    """
-    reader = csv.reader((text for _, text in _decoded(path, "table")), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    rows = []
-    while True:
-        place = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            cure = f"is a quote left open, or a cell longer than {csv.field_size_limit():,} characters?"
-            raise TaskError(f"{place}: broken table ({error}); {cure}") from None
-        if cells is None:
-            break
-        if not any(cell.strip() for cell in cells) and len(cells) < 2:
-            continue
-        if not header:
-            header = _header(place, cells)
-        elif len(cells) != len(header):
-            cure = f"quote a cell that holds {delimiter!r} or a line end"
-            raise TaskError(f"{place}: expected {len(header)} cells, as many as the header; got {len(cells)}; {cure}")
-        else:
-            rows.append((place, dict(zip(header, cells, strict=True))))
-    if not header:
-        raise TaskError(f"{path}: the file is empty; expected a first row that names the columns")
-    return Table(header, rows)
-
-
-def _header(place: str, cells: Sequence[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    name, count = Counter(header).most_common(1)[0]
-    if count > 1:
-        raise TaskError(
-            f"{place}: column {short(name)} occurs twice in {listed(header)}; rename or remove one of the two"
-        )
-    return header
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,13 +1,13 @@
 r"""Reader of UnifiedQA's text-to-text files.
 
 A task is a folder ``<task>/`` of ``train.tsv``, ``dev.tsv`` and ``test.tsv``, or one such file. Each line is a question
-and its answer, a tab between them; in the question the two characters ``\n`` stand between its parts::
+and its answer, a tab between them; in the question its parts are separated by the two characters ``\n``::
 
     which is best conductor? \n (a) iron (b) feather \n metals conduct heat.<TAB>iron
 
 The second part lists the options, if there are any; the last one, if there is one, is the context. Letters may be upper
-case. A task is *multiple choice* where more than half of its lines list options; then all must. It is *yes/no* where
-every answer is ``yes`` or ``no``. All others (extractive, abstractive) are *free-form*, with one reference a line. No
+case. A task is *multiple choice* if more than half of its lines list options; then all must. It is *yes/no* if every
+answer is ``yes`` or ``no``. All others (extractive, abstractive) are *free-form*, with one reference a line. No
 quotes are read.
 """
 
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
+from bayes_lora.tasks.readers.table_rows import at
 from bayes_lora.tasks.readers.text_files import inside, lines, listed, short
 from bayes_lora.tasks.task import Example, Task
 
@@ -28,19 +29,19 @@ __all__ = ["normal", "options_in", "read_unifiedqa", "same"]
 
 PARTS = ("train", "dev", "test")
 YES_NO = ("yes", "no")
-# A letter or a number in brackets that stands alone: neither f(a) nor (a)symmetric.
+# A letter or a number in brackets between spaces: neither f(a) nor (a)symmetric.
 MARKER = re.compile(r"(?<!\S)\(([A-Za-z]|[1-9])\)(?=\s|$)")
 ALPHABETS = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "123456789")
-# Options that hold (b) themselves can be read in many ways; of them, and of the letters, this many are looked at.
+# Options that contain (b) themselves can be read in many ways; the numbers of readings and of letters are limited.
 MAX_READINGS, MAX_MARKERS = 64, 200
 
 
 def read_unifiedqa(path: str | Path, *, query: str | None = None, merge_duplicates: bool = False) -> Task:
     r"""Read one task, named after its folder or file.
 
-    Support is ``train.tsv``; query is ``dev.tsv``, or ``test.tsv`` where there is no other, without the inputs of
-    support. A single file is all support. An input is the question and, on lines of their own, the parts behind it;
-    the options leave it, for a `PromptTemplate` lists them.
+    Support is ``train.tsv``; query is ``dev.tsv``, or else ``test.tsv``, without the inputs of
+    support. A single file is all support. An input is the question and, on lines of their own, the parts after it;
+    the options are removed, because a `PromptTemplate` lists them.
 
     Args:
         path: the folder or the file.
@@ -63,28 +64,22 @@ def read_unifiedqa(path: str | Path, *, query: str | None = None, merge_duplicat
     chosen = [files[part] for part in ("train", part) if part in files]
     examples = _examples(chosen, merge_duplicates)
     support, seen = examples[chosen[0]], {example.input for example in examples[chosen[0]]}
-    behind = [example for file in chosen[1:] for example in examples[file] if example.input not in seen]
-    return Task(path.name, tuple(support), tuple(behind))
+    query_examples = [example for file in chosen[1:] for example in examples[file] if example.input not in seen]
+    return Task(path.name, tuple(support), tuple(query_examples))
 
 
 def _examples(files: list[Path], merge_duplicates: bool) -> dict[Path, list[Example]]:
-    found = [(file, place, *_pair(place, text)) for file in files for place, text in _lines(file)]
+    expected = "one question and its answer a line, a tab between them"
+    found = [(file, place, *_pair(place, text)) for file in files for place, text in lines(file, "tsv", expected)]
     choice = 2 * sum(bool(_divide(question)[1]) for _, _, question, _ in found) > len(found)
     make: Callable[[str, str], Example] = partial(_choice, merge_duplicates=merge_duplicates) if choice else _free_form
     if not choice and all(normal(answer) in YES_NO for *_, answer in found):
         make = _yes_no
     examples: dict[Path, list[Example]] = {file: [] for file in files}
     for file, place, question, answer in found:
-        try:
-            example = make(question, answer)
-        except TaskError as error:
-            raise TaskError(f"{place}: {error}") from None
-        examples[file].append(example)
+        with at(place):
+            examples[file].append(make(question, answer))
     return examples
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    return lines(path, "tsv", "one question and its answer a line, a tab between them")
 
 
 def _pair(place: str, line: str) -> tuple[str, str]:
@@ -145,7 +140,7 @@ def options_in(listing: str, answer: str, readings: int = MAX_READINGS) -> list[
     """Read ``(a) iron (b) feather`` as ``["iron", "feather"]``.
 
     An option may itself hold ``(a)`` or ``(b)``: of the ways to read them, this is the first that holds the answer; or
-    simply the first, each letter where it first stands, where none does.
+    simply the first, each letter at its first occurrence, if none does.
     """
     markers = list(itertools.islice(MARKER.finditer(listing), MAX_MARKERS))
     alphabet = next((letters for letters in ALPHABETS if markers and markers[0][1] == letters[0]), "")
@@ -174,5 +169,5 @@ def normal(text: str) -> str:
 
 
 def same(option: str, answer: str) -> bool:
-    """Whether two texts are the same but for case and spaces; a text of millions is not looked through for that."""
+    """Whether two texts are equal except for case and spaces; a much longer text is not compared."""
     return len(option) <= 2 * len(answer) + 100 and normal(option) == normal(answer)
