@@ -29,24 +29,6 @@ def statistics_of(task: Task, *arguments: Any, **options: Any) -> Any:
     return one
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Run the command line; exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
-    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # main() sets it
-    monkeypatch.setattr(console, "width", 120)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0), *capsys.readouterr()
-
-
-def write(path: Path, examples: list[Example]) -> Path:
-    """Write a task's file."""
-    rows = [{"input": x.input, "options": list(x.options), "output": x.output} for x in examples]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_statistics_of_a_task() -> None:
     """Every number is as counted by hand."""
     support = [Example("one", AB, 0), Example("one two", ("b", "a"), 1), Example("one two three", AB, 0)]

@@ -153,7 +153,7 @@ class Posterior:
         facts, tensors = read_json(path / FACTS), read_tensors(path / TENSORS)
         saved, here = _section(facts, "sites", path), {s: list(shape) for s, shape in lm.sites.shapes.items()}
         if saved != here:
-            raise PosteriorError(f"{path}: made for LoRA sites {saved}, but {lm.name} has {here}.")
+            raise PosteriorError(f"{path / FACTS}: made for LoRA sites {saved}, but {lm.name} has {here}.")
         check_identity(facts, lm, path)
         where = str(path / FACTS)
         made = make_model(_section(facts, "model", path), lm, model, where)
