@@ -178,6 +178,7 @@ def test_vectors_are_split_over_sites_and_back(lm):
     assert torch.equal(torch.cat([value.flatten(1) for value in parts.values()], -1), vector)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, by way of PEFT
 def test_a_pair_of_one_s_own_goes_the_whole_way(tokenizer, tmp_path):
     """Fitted with a held-out task, saved, loaded with its classes, adapted, predicted, exported to plain PEFT."""
     lm = build_lm("llama", tokenizer, dtype=torch.float32)
