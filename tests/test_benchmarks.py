@@ -45,6 +45,7 @@ def write_metaicl(folder, tasks):
             (folder / name / f"{name}_16_{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
+@pytest.mark.slow
 def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder):
     write_metaicl(tmp_path / "tasks", make_tasks(4, 20))
     python = [sys.executable, "-W", "ignore"]
@@ -126,6 +127,7 @@ def test_the_quick_set_measures_every_case(tmp_path, capsys):
     assert "Pyro's overhead" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_the_same_cases_on_a_cpu(tmp_path, capsys):
     from gpu import main
 
@@ -251,6 +253,7 @@ def test_the_memory_of_laplace_is_measured(capsys):
     assert "kronecker, 1 steps: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_zoo_is_measured(tmp_path, capsys):
     # By its path: its name is that of a module of the tests, which is imported already.
     spec = importlib.util.spec_from_file_location("zoo_benchmark", ROOT / "benchmarks" / "zoo.py")

@@ -91,7 +91,9 @@ def normals(model, guide, support):
     return q.mean.detach()[:, 0, 0, 0], q.stddev.detach()[:, 0, 0, 0]
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "network" else name for name in GUIDES]
+)
 def test_the_posterior_is_exact_where_the_family_contains_it(name):
     """Mean, standard deviation, and the ELBO, which reaches the log evidence; all tasks share the precision."""
     x, _, y = make_data(orthogonal=True)

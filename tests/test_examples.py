@@ -48,7 +48,9 @@ def test_pairs_of_the_example(guide, model_folder, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts are longer")
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "paper.py" else name for name in FLAGS]
+)
 def test_example(name, model_folder, tmp_path, monkeypatch, capsys):
     flags = [flag.format(tmp=tmp_path) for flag in FLAGS[name]]
     monkeypatch.setattr(sys, "argv", [name, "--model", str(model_folder), *flags])

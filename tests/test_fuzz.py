@@ -23,6 +23,8 @@ from bayes_lora.tasks.readers.questions import read_table_questions
 from bayes_lora.tasks.readers.table import load_table
 from bayes_lora.tasks.readers.unifiedqa import read_unifiedqa
 
+pytestmark = pytest.mark.slow
+
 BROKEN_FILES = 2_000
 RUN = settings(
     max_examples=BROKEN_FILES,

@@ -32,6 +32,7 @@ def test_every_notebook_is_run_here_and_has_a_script():
     assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*SMALL, "refresh"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_notebook_runs_and_shows_what_is_committed(name, model_folder, tmp_path, monkeypatch):
     for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
