@@ -8,19 +8,19 @@ from typing import Any
 import pyro
 import torch
 
-from bayes_lora.distributions.unconstrained import rebuilt, tensors_of, to_parts, widened
+from bayes_lora.distributions.unconstrained import map_parameters, scaled, unconstrained
 from bayes_lora.distributions.weight_distribution import WeightDistribution
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.errors import ConfigError, NonFiniteLoss
 from bayes_lora.infer.components import Components
-from bayes_lora.infer.descent import Descent, Distributions, Point, from_point, to_point
+from bayes_lora.infer.descent import Descent, SiteParameters, constrained_sites, unconstrained_sites
 from bayes_lora.infer.handlers import AtMean
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.sites import factor_sites
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
-from bayes_lora.types import Guide, Model, Sites
+from bayes_lora.types import Distributions, Guide, Model, Sites
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["adapt", "adapt_at", "one_pass"]
@@ -77,27 +77,21 @@ def adapt_at(
         with objective.running(), evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
             moved = descent(episode, here, begin, steps)
         _check_finite(moved, steps)
-        point = to_point(begin, len(episode.mask))
-        end = from_point(begin, {key: point[key] + moved[key] for key in point})
+        origin = unconstrained_sites(begin, len(episode.mask))
+        end = constrained_sites(begin, {key: value + moved[key] for key, value in origin.items()})
         start = _unflat(end, count) if count > 1 else end
     with torch.no_grad():
         shared = objective.model.shared(theta)
-    return _posterior(lm, shared, {site: widened(fn, width) for site, fn in start.items()}, tasks), theta
+    return _posterior(lm, shared, {site: scaled(fn, width) for site, fn in start.items()}, tasks), theta
 
 
 def _flat(start: Distributions) -> Distributions:
     """Components ``(K, T, 1)`` as ``(K * T, 1)``."""
-    return {
-        site: rebuilt(fn, {name: value.flatten(0, 1) for name, (value, _) in tensors_of(fn).items()})
-        for site, fn in start.items()
-    }
+    return {site: map_parameters(fn, lambda value: value.flatten(0, 1)) for site, fn in start.items()}
 
 
 def _unflat(end: Distributions, count: int) -> Distributions:
-    return {
-        site: rebuilt(fn, {name: value.unflatten(0, (count, -1)) for name, (value, _) in tensors_of(fn).items()})
-        for site, fn in end.items()
-    }
+    return {site: map_parameters(fn, lambda value: value.unflatten(0, (count, -1))) for site, fn in end.items()}
 
 
 def _flat_theta(theta: Sites, tasks: int) -> Sites:
@@ -143,14 +137,14 @@ def _posterior(lm: LanguageModel, shared: Sites, phi: dict[str, Any], tasks: Seq
     joint: dict[str, WeightDistribution] = {}
     for site, fn in phi.items():
         if site in lm.sites.delta_shapes:
-            weight, factors = fn.base_dist.deferred(), factor_sites(site)
+            weight, factors = fn.deferred(), factor_sites(site)
             loc |= zip(factors, (weight.loc_A, weight.loc_B), strict=True)
             noise |= zip(factors, (weight.scale_A, weight.scale_B), strict=True)
         elif site in lm.sites.shapes:
             loc[site] = fn.mean
             if isinstance(fn, WeightDistribution):
                 joint[site] = fn.map(lambda _, value: value.contiguous())
-            if site in joint or "value" not in to_parts(fn):  # which a point has for its only part
+            if site in joint or "value" not in unconstrained(fn):  # which a point has for its only part
                 scale[site] = fn.stddev
     # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
     parts = ({site: value.contiguous() for site, value in part.items()} for part in (loc, scale, noise))
@@ -158,7 +152,7 @@ def _posterior(lm: LanguageModel, shared: Sites, phi: dict[str, Any], tasks: Seq
     return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks), noise, joint)
 
 
-def _check_finite(moved: Point, steps: int) -> None:
+def _check_finite(moved: SiteParameters, steps: int) -> None:
     broken = [f"{part} of {site!r}" for (part, site), value in moved.items() if not value.isfinite().all()]
     if broken:
         raise NonFiniteLoss(f"after {steps} steps of adaptation {broken[:3]} is not finite. Lower learning_rate.")

@@ -74,8 +74,7 @@ class TaskPosterior:
         for site in self.lm.sites.delta_shapes:
             a, b = factor_sites(site)
             if a in self.noise:
-                normal: Any = FactoredNormal(self.loc[a], self.loc[b], self.noise[a], self.noise[b])
-                found[site] = normal.to_event(1)
+                found[site] = FactoredNormal(self.loc[a], self.loc[b], self.noise[a], self.noise[b])
         return found
 
     def mean(self) -> Sites:
