@@ -372,7 +372,8 @@ def test_cluster_probabilities_of_adapted_tasks(lm):
     theta = {name: value + 0.02 * noise(*value.shape, seed=1) for name, value in model.initial_theta().items()}
     loc = {site: 0.02 * noise(2, 1, *shape, seed=len(site)) for site, shape in lm.sites.shapes.items()}
     scale = {site: torch.full_like(loc[site], 0.04) for site in model.random_sites}
-    q = TaskPosterior(lm, loc, scale, ("one", "other")).distributions()
+    normals = {site: pyro.distributions.Normal(loc[site], scale[site]).to_event(3) for site in model.random_sites}
+    q = TaskPosterior(lm, normals, {}, ("one", "other")).distributions()
     found = model.cluster_probs(q, theta)
     assert found.shape == (2, 3)
     log_pi = theta["theta.logits"].flatten().log_softmax(0)

@@ -259,9 +259,8 @@ def test_width_multiplies_the_noise(posterior):
     task = next(iter(make_tasks(1).values())).split(4, seed=1)
     one, wide = (posterior.adapt(task, width=width) for width in (1.0, 3.0))
     for site in posterior.lm.sites.delta_shapes:
-        a, b = factor_sites(site)
-        torch.testing.assert_close(wide.noise[b] @ wide.noise[a], 3.0 * one.noise[b] @ one.noise[a])
-        assert torch.equal(wide.loc[b], one.loc[b])
+        torch.testing.assert_close(wide.phi[site].stddev, 3.0 * one.phi[site].stddev)
+        assert torch.equal(wide.phi[site].loc_B, one.phi[site].loc_B)
 
 
 def test_the_handler_reaches_the_steps_and_leaves_other_sites_alone(lm):

@@ -112,9 +112,9 @@ def diagnose(
     pairs = list(zip(mean, drawn, strict=True))
     moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
     changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
-    sites = _sites(objective.model.phi_prior(theta), adapted)
-    point = not sites and adapted.num_components == 1
-    warnings = _warnings(nll, moved, changed, sites, point)
+    model: Any = objective.model
+    sites = _sites(model.phi_prior(theta), adapted)
+    warnings = _warnings(nll, moved, changed, sites, adapted.is_point)
     return Diagnosis(nll, ece, moved, changed, sites, warnings)
 
 
