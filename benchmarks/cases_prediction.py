@@ -8,18 +8,21 @@ import torch
 from cases import rates
 from flops import flops
 from harness import Result, interleave, ratio, spread
+from pyro.distributions import Normal
 from stock import Stock, option_rows
 from workload import Setup
 
 from bayes_lora.episodes import collate
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.types import Distributions
 
 
 def fixed_posterior(lm: LanguageModel) -> TaskPosterior:
     """A posterior of one task around PEFT's initial values."""
     loc = {site: value[None, None] for site, value in lm.sites.initial().items()}
-    return TaskPosterior(lm, loc, {site: torch.full_like(value, 0.01) for site, value in loc.items()}, ("task",))
+    phi: Distributions = {site: Normal(value, torch.full_like(value, 0.01)).to_event(3) for site, value in loc.items()}
+    return TaskPosterior(lm, phi, {}, ("task",))
 
 
 @torch.no_grad()

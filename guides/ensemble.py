@@ -20,7 +20,7 @@ from pydantic import Field
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayes_lora.distributions.unconstrained import rebuilt, tensors_of
+from bayes_lora.distributions.unconstrained import parameters, with_parameters
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.point import SharedPoint
@@ -119,7 +119,7 @@ def wide(fn: Any, *batch: int) -> Any:
 
 def joined(parts: list[dict[str, Any]], site: str, places: list[Tensor]) -> Any:
     """One distribution of several members' draws, each at its place."""
-    tensors = [tensors_of(part[site]) for part in parts]
+    tensors = [parameters(part[site]) for part in parts]
     back = torch.cat(places).argsort()
-    whole = {name: torch.cat([t[name][0] for t in tensors])[back.to(tensors[0][name][0].device)] for name in tensors[0]}
-    return rebuilt(parts[0][site], whole)
+    whole = {name: torch.cat([own[name] for own in tensors])[back.to(tensors[0][name].device)] for name in tensors[0]}
+    return with_parameters(parts[0][site], whole)

@@ -28,9 +28,8 @@ from bayes_lora.guides.point import SharedPoint
 from bayes_lora.guides.task_guide import TaskGuide
 from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.infer.components import Components
-from bayes_lora.infer.descent import Descent, Distributions, from_point, to_point
-from bayes_lora.infer.descent import Point as Parameters
-from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.infer.descent import Descent, SiteParameters, constrained_sites, unconstrained_sites
+from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
 from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["GradientGuide"]
@@ -108,11 +107,11 @@ class GradientGuide(TaskGuide):
         self.beta, self.num_particles, self.second_order = beta, num_particles, second_order
         self.batch_size = batch_size
         with torch.no_grad():
-            point = to_point(self._family(model.phi_prior(model.initial_theta())))
-        parts = {part for part, _ in point}
+            moved = unconstrained_sites(self._family(model.phi_prior(model.initial_theta())))
+        parts = {part for part, _ in moved}
         if isinstance(learning_rate, Mapping) and learning_rate.keys() != parts:
             raise ConfigError(f"learning_rate: expected one for each of {sorted(parts)}, got {dict(learning_rate)}.")
-        for part, site in point if learn_rates else ():
+        for part, site in moved if learn_rates else ():
             self._set(part, site, nn.Parameter(torch.tensor(self._first_rate(part)).log()))
 
     def _set(self, part: str, site: str, value: nn.Parameter) -> None:
@@ -136,13 +135,13 @@ class GradientGuide(TaskGuide):
         start = self._begin(support, mean)
         if not self.steps and self.start is None:
             start = self._begin(support, theta)  # at the draw of theta, not at its mean
-            return from_point(start, to_point(start, tasks))
+            return constrained_sites(start, unconstrained_sites(start, tasks))
         moved = self.displacement(support, mean, start) if self.steps else {}
-        end = {key: value + moved.get(key, 0.0) for key, value in to_point(start, tasks).items()}
+        end = {key: value + moved.get(key, 0.0) for key, value in unconstrained_sites(start, tasks).items()}
         if not self.follow_theta:
-            return from_point(start, {key: value.detach() for key, value in end.items()})
-        here, there = (to_point(self._family(self.prior(one))) for one in (theta, mean))
-        return from_point(start, {key: value + (here[key] - there[key]) for key, value in end.items()})
+            return constrained_sites(start, {key: value.detach() for key, value in end.items()})
+        here, there = (unconstrained_sites(self._family(self.prior(one))) for one in (theta, mean))
+        return constrained_sites(start, {key: value + (here[key] - there[key]) for key, value in end.items()})
 
     def _begin(self, support: Episode, theta: Sites) -> Distributions:
         begin = self.prior(theta) if self.start is None else self.start.posterior(support, theta)
@@ -151,7 +150,7 @@ class GradientGuide(TaskGuide):
                 f"start: {type(self.start).__name__} has several components, and the steps one beginning."
             )
         begin = self._family(begin)
-        expected, got = (to_point(one).keys() for one in (self._family(self.prior(theta)), begin))
+        expected, got = (unconstrained_sites(one).keys() for one in (self._family(self.prior(theta)), begin))
         if expected != got:
             parts = [sorted({part for part, _ in one}) for one in (expected, got)]
             raise ConfigError(
@@ -163,7 +162,7 @@ class GradientGuide(TaskGuide):
     def _family(self, fns: Distributions) -> Distributions:
         return {site: self.family(site, fn) for site, fn in fns.items()}
 
-    def displacement(self, support: Episode, theta: Sites, start: Distributions) -> Parameters:
+    def displacement(self, support: Episode, theta: Sites, start: Distributions) -> SiteParameters:
         """How far K steps move each ``(part, site)`` from ``start``, at one value of theta."""
         second = self.second_order and torch.is_grad_enabled()
         descent = Descent(

@@ -20,8 +20,8 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
-from bayes_lora.infer.descent import Descent, Distributions, Point
-from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.infer.descent import Descent, SiteParameters
+from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
 from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["SGLD"]
@@ -82,7 +82,7 @@ class SGLD(TaskGuide):
         points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in start.items()}
         kept: dict[str, list[Tensor]] = {site: [] for site in start}
 
-        def shake(step: int, moved: Point) -> None:
+        def shake(step: int, moved: SiteParameters) -> None:
             for (part, site), value in moved.items():
                 noise = prior[site].stddev * self.step_size**0.5 * torch.randn_like(value)
                 moved[part, site] = value + noise

@@ -26,8 +26,8 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.curvature import diagonal, gradients_of_examples, kronecker
-from bayes_lora.infer.descent import Descent, Distributions, to_point
-from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.infer.descent import Descent, unconstrained_sites
+from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
 from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["Laplace"]
@@ -109,7 +109,7 @@ class Laplace(TaskGuide):
         model = self.model
         points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in loc.items()}
         descent = Descent(model, lambda part, site: self.learning_rate, self.optimizer, self.beta)
-        moved = descent(support, theta, points, self.steps) if self.steps else to_point(points)
+        moved = descent(support, theta, points, self.steps) if self.steps else unconstrained_sites(points)
         return {site: v if self.steps else torch.zeros_like(v) for (_, site), v in moved.items()}
 
     def fisher(self, support: Episode, theta: Sites, phi: Sites) -> Sites:

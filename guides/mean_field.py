@@ -19,8 +19,8 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides.family import Family, same_as_prior
 from bayes_lora.guides.task_guide import TaskGuide
 from bayes_lora.guides.theta import PointTheta, parameter_name
-from bayes_lora.infer.descent import Distributions, Point, from_point, to_point
-from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.infer.descent import SiteParameters, constrained_sites, unconstrained_sites
+from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
 
 __all__ = ["MeanField", "SharedMeanField"]
 
@@ -40,11 +40,11 @@ class SharedMeanField(TaskGuide):
         super().__init__(model, theta_guide=theta_guide)
         self.family = family
         with torch.no_grad():
-            start = to_point(self._family(model.phi_prior(model.initial_theta())))
+            start = unconstrained_sites(self._family(model.phi_prior(model.initial_theta())))
         self.names = list(start)
         self._create(start)
 
-    def _create(self, start: Point) -> None:
+    def _create(self, start: SiteParameters) -> None:
         for key, value in start.items():
             setattr(self, parameter_name(*key), nn.Parameter(value.clone()))
 
@@ -54,11 +54,11 @@ class SharedMeanField(TaskGuide):
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
         begin = self._family(self.prior(theta))
-        found = from_point(begin, self._values(support, begin))
+        found = constrained_sites(begin, self._values(support, begin))
         batch = (len(support.task_index), 1)
         return {site: fn.expand(torch.broadcast_shapes(fn.batch_shape, batch)) for site, fn in found.items()}
 
-    def _values(self, support: Episode, begin: Distributions) -> Point:
+    def _values(self, support: Episode, begin: Distributions) -> SiteParameters:
         return {key: getattr(self, parameter_name(*key)) for key in self.names}
 
 
@@ -92,13 +92,13 @@ class MeanField(SharedMeanField):
         self._num_tasks = num_tasks
         super().__init__(model, theta_guide=theta_guide, family=family)
 
-    def _create(self, start: Point) -> None:
+    def _create(self, start: SiteParameters) -> None:
         self.tables = _OnCPU()
         for key, value in start.items():
             rows = value.expand(self._num_tasks, 1, *value.shape).clone()
             setattr(self.tables, parameter_name(*key), nn.Parameter(rows))
 
-    def _values(self, support: Episode, begin: Distributions) -> Point:
+    def _values(self, support: Episode, begin: Distributions) -> SiteParameters:
         index = support.task_index
         known = index >= 0
         if support.num_tasks != self._num_tasks and bool(known.any()):
@@ -107,8 +107,8 @@ class MeanField(SharedMeanField):
                 f"{support.num_tasks}. Mark tasks that are not of the collection by Episode.unseen()."
             )
         places = index.clamp_min(0).cpu()
-        values: Point = {}
-        for key, unseen in to_point(begin, len(index)).items():
+        values: SiteParameters = {}
+        for key, unseen in unconstrained_sites(begin, len(index)).items():
             rows: Tensor = getattr(self.tables, parameter_name(*key))[places].to(index.device)
             values[key] = torch.where(known.view(-1, *[1] * (rows.ndim - 1)), rows, unseen)
         return values

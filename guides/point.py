@@ -15,8 +15,7 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta, parameter_name
-from bayes_lora.infer.descent import Distributions
-from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
 from bayes_lora.utils.ranges import NonNegative
 
 __all__ = ["SharedPoint"]

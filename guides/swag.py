@@ -23,8 +23,8 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
-from bayes_lora.infer.descent import Descent, Distributions, Point
-from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.infer.descent import Descent, SiteParameters
+from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
 from bayes_lora.utils.ranges import Count, Natural, Positive
 
 __all__ = ["SWAG"]
@@ -106,7 +106,7 @@ class SWAG(TaskGuide):
         }
         found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-        def collect(step: int, moved: Point) -> None:
+        def collect(step: int, moved: SiteParameters) -> None:
             count = step - self.burn_in
             for (_, site), value in moved.items() if count >= 0 else ():
                 zero = torch.zeros_like(value)

@@ -13,8 +13,6 @@ posterior. Entries are normal here, where in the *factor* form they are sums of 
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
 import torch
 from torch import Tensor
@@ -79,7 +77,7 @@ class WeightSpace(HierarchicalModel):
         """Sample p(theta): two pairs of factors for every update."""
         theta = sample_normal(self.initial_theta(), self.loc_scale)
         for site, prior in self.phi_prior(theta).items():
-            pyro.factor(f"theta.precision.{site}", self._log_gamma(prior.base_dist))
+            pyro.factor(f"theta.precision.{site}", self._log_gamma(prior))
         return theta
 
     def _log_gamma(self, prior: FactoredNormal) -> Tensor:
@@ -97,6 +95,5 @@ class WeightSpace(HierarchicalModel):
         for site in self.random_sites:
             a, b = factor_sites(site)
             factors = [theta[f"theta.{part}.{factor}"] for part in ("loc", "scale") for factor in (a, b)]
-            normal: Any = FactoredNormal(*factors, offset=self.offset)
-            prior[site] = normal.to_event(1)
+            prior[site] = FactoredNormal(*factors, offset=self.offset)
         return prior

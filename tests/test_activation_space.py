@@ -186,12 +186,12 @@ def test_predictions_take_the_mean(lm):
     posterior = Posterior.from_objective(lm, build_objective(lm, config))
     tasks = [task.split(5, seed=1) for task in make_tasks(2).values()]
     adapted = posterior.adapt(tasks, steps=2)
-    assert not adapted.scale and not adapted.noise and adapted.loc.keys() == lm.sites.shapes.keys()
+    assert adapted.is_point and adapted.mean().keys() == lm.sites.shapes.keys()
     queries = [task.query for task in tasks]
     mean, drawn = (adapted.predict(queries, num_draws=num_draws) for num_draws in (0, 3))
     for one, other in zip(mean, drawn, strict=True):
         torch.testing.assert_close(one, other)
-    assert not torch.equal(adapted.loc["q_proj.lora_A"][0], adapted.loc["q_proj.lora_A"][1])
+    assert not torch.equal(*adapted.mean()["q_proj.lora_A"])
 
 
 @pytest.mark.parametrize("make", [build, weight_space_objective])
@@ -254,4 +254,4 @@ def test_without_steps_a_task_has_theta_s_lora(lm):
     adapted = adapt(objective, lm, [task])
     for site in lm.sites.shapes:
         expected = objective.guide.theta.distribution(f"theta.loc.{site}").mean
-        assert torch.equal(adapted.loc[site][0, 0], expected) and not adapted.scale
+        assert torch.equal(adapted.mean()[site][0, 0], expected) and adapted.is_point

@@ -11,9 +11,9 @@ from torch.distributions import Gamma, Independent, MultivariateNormal, Normal, 
 
 from bayes_lora.distributions.divergence import divergence
 from bayes_lora.distributions.mixture import Mixture
-from bayes_lora.distributions.moments import moment_matched
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.guides import GradientGuide, MeanField, NormalTheta, PointTheta, SharedMeanField
+from bayes_lora.guides.family import same_as_prior
 from bayes_lora.infer.elbo import AnalyticELBO
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import ClusterMixture, LayerwiseScale
@@ -124,7 +124,7 @@ def test_gradients_of_the_bound():
 def test_guides_begin_at_its_mean_and_variance():
     """By Monte Carlo, 5.5 standard errors; expanding keeps the type."""
     p = random_mixture()
-    start = moment_matched(p)
+    start = same_as_prior("q_proj.lora_A", p)
     torch.manual_seed(0)
     draws = p.sample((20_000,))
     assert ((draws.mean(0) - start.mean) / (start.stddev / 20_000**0.5)).abs().max() < 5.5
@@ -374,7 +374,8 @@ def test_cluster_probabilities_of_adapted_tasks(lm):
     theta = {name: value + 0.02 * noise(*value.shape, seed=1) for name, value in model.initial_theta().items()}
     loc = {site: 0.02 * noise(2, 1, *shape, seed=len(site)) for site, shape in lm.sites.shapes.items()}
     scale = {site: torch.full_like(loc[site], 0.04) for site in model.random_sites}
-    q = TaskPosterior(lm, loc, scale, ("one", "other")).distributions()
+    normals = {site: pyro.distributions.Normal(loc[site], scale[site]).to_event(3) for site in model.random_sites}
+    q = TaskPosterior(lm, normals, {}, ("one", "other")).distributions()
     found = model.cluster_probs(q, theta)
     assert found.shape == (2, 3)
     log_pi = theta["theta.logits"].flatten().log_softmax(0)

@@ -13,6 +13,7 @@ from runs import assert_equal
 from safetensors.torch import load_file
 from zoo import GUIDES, PRIORS, build, episodes, start
 
+from bayes_lora.distributions.weight_distribution import WeightDistribution
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.guides import (
     SGLD,
@@ -72,13 +73,14 @@ def test_an_adapted_posterior_has_its_components(lm, split, tmp_path, guide):
     random = [site for site in lm.sites.shapes if "lora_B" in site]
     phi = adapted.draw(2 * count)
     for site in random:
-        assert adapted.loc[site].shape[:3] == (count, 2, 1)
-        torch.testing.assert_close(adapted.mean()[site], adapted.loc[site].mean(0))
+        loc = adapted.phi[site].mean
+        assert loc.shape[:3] == (count, 2, 1)
+        torch.testing.assert_close(adapted.mean()[site], loc.mean(0))
         if guide != "FlowNetwork":  # points
-            assert torch.equal(phi[site], torch.cat([adapted.loc[site]] * 2)) and not adapted.scale
-    assert (guide == "Ensemble") == (adapted.loc["q_proj.lora_A"].ndim == 6)  # members have a theta of their own
+            assert torch.equal(phi[site], torch.cat([loc] * 2)) and not adapted.distributions()
+    assert (guide == "Ensemble") == (len(adapted.shared["q_proj.lora_A"]) == count)  # members have a theta of their own
     one = adapted.select(split[1].name)
-    assert one.num_components == count and one.loc[random[0]].shape[:3] == (count, 1, 1)
+    assert one.num_components == count and one.phi[random[0]].batch_shape == (count, 1, 1)
     if guide != "FlowNetwork":  # whose draws have noise of their own
         both = adapted.predict([task.query for task in split], num_draws=count)
         torch.testing.assert_close(one.predict([split[1].query], num_draws=count)[0], both[1])
@@ -98,8 +100,8 @@ def test_fewer_draws_than_components_are_spread_over_them(lm, split):
     firsts = set()
     for seed in range(30):
         drawn = adapted.draw(3, seed=seed)[site]
-        [first] = [k for k in range(10) if torch.equal(drawn[0], adapted.loc[site][k])]
-        assert torch.equal(drawn, adapted.loc[site][[(first + shift) % 10 for shift in (0, 3, 6)]])
+        [first] = [k for k in range(10) if torch.equal(drawn[0], adapted.phi[site].mean[k])]
+        assert torch.equal(drawn, adapted.phi[site].mean[[(first + shift) % 10 for shift in (0, 3, 6)]])
         firsts.add(first)
     assert len(firsts) > 5
 
@@ -110,8 +112,10 @@ def test_members_adapt_as_they_would_alone(lm, split):
     together = adapt(objective, lm, split, steps=3, learning_rate=0.01)
     for k, member in enumerate(objective.guide.members):
         alone = adapt(BetaELBO(objective.model, member, beta=1e-2).eval(), lm, split, steps=3, learning_rate=0.01)
-        for site, value in alone.loc.items():
-            torch.testing.assert_close(together.loc[site][k], value)
+        for site, fn in alone.phi.items():
+            torch.testing.assert_close(together.phi[site].mean[k], fn.mean)
+        for site, value in alone.shared.items():
+            torch.testing.assert_close(together.shared[site][k : k + 1], value)
 
 
 def test_members_are_trained_by_their_share_of_the_particles(lm):
@@ -184,21 +188,25 @@ def test_joint_families_are_drawn_selected_and_saved(lm, split, tmp_path, guide)
     """Moments of draws within 5.5 standard errors; damaged files are named."""
     objective = build(lm, "HierarchicalNormal", guide).eval()
     adapted = adapt(objective, lm, split, steps=1)
-    assert adapted.joint and adapted.joint.keys() <= adapted.scale.keys()
+    random = adapted.distributions()
+    assert random and all(isinstance(q, WeightDistribution) for q in random.values())
     draws = adapted.draw(4000, seed=3)
-    for site in adapted.joint:
-        error = (draws[site].mean(0) - adapted.loc[site]) / (adapted.scale[site] / 4000**0.5).clamp_min(1e-12)
+    for site, q in random.items():
+        error = (draws[site].mean(0) - q.mean) / (q.stddev / 4000**0.5).clamp_min(1e-12)
         assert error.abs().max() < 5.5
-        ratio = draws[site].std(0) / adapted.scale[site].clamp_min(1e-12)
-        assert (ratio[adapted.scale[site] > 1e-9] - 1).abs().max() < (0.25 if guide == "MCDropout" else 0.08)
+        ratio = draws[site].std(0) / q.stddev.clamp_min(1e-12)
+        assert (ratio[q.stddev > 1e-9] - 1).abs().max() < (0.25 if guide == "MCDropout" else 0.08)
     one = adapted.select(split[1].name)
-    for site, fn in one.joint.items():
+    for site, fn in one.distributions().items():
         assert fn.batch_shape == (1, 1)
-        torch.testing.assert_close(fn.stddev[0], adapted.scale[site][1])
+        torch.testing.assert_close(fn.stddev[0], random[site].stddev[1])
     adapted.save(tmp_path / "task")
     facts = read_json(tmp_path / "task" / "task_posterior.json")
-    write_json(tmp_path / "task" / "task_posterior.json", facts | {"families": {"q_proj.lora_B": "Cauchy"}})
-    with pytest.raises(PosteriorError, match="does not fit"):
+    again = type(adapted).load(tmp_path / "task", lm)
+    assert all(torch.equal(value, draws[site]) for site, value in again.draw(4000, seed=3).items())
+    facts["sites"][next(iter(random))]["family"] = "Cauchy"
+    write_json(tmp_path / "task" / "task_posterior.json", facts)
+    with pytest.raises(PosteriorError, match="does not fit llama: expected one of the families .* got 'Cauchy'"):
         type(adapted).load(tmp_path / "task", lm)
 
 
@@ -248,7 +256,7 @@ def test_an_ensemble_over_whole_updates(lm, split, tmp_path):
         objective(episodes(lm)[0]).backward()
         assert all(p.grad.isfinite().all() for p in ensemble.parameters())
     adapted = adapt(objective, lm, split)
-    assert adapted.num_components == 2 and adapted.noise
+    assert adapted.num_components == 2 and adapted.is_deferred
     adapted.save(tmp_path / "task")
     again = type(adapted).load(tmp_path / "task", lm)
     queries = [task.query for task in split]
@@ -356,11 +364,12 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
 
 def test_a_joint_posterior_loads_where_no_guide_was_imported(model_folder, split, tmp_path):
     """In another process, from their files alone; draws are the same bit for bit."""
-    lm = load_language_model(model_folder, rank=3, top_layers=2, device="cpu")
+    lm = load_language_model(model_folder, r=3, top_layers=2, device="cpu")
     expected = {}
     for name in ("MCDropout", "Laplace, Kronecker", "SWAG"):
         adapted = adapt(build(lm, "HierarchicalNormal", name).eval(), lm, split)
-        assert set(adapted.joint) == {site for site in lm.sites.shapes if "lora_B" in site}
+        joint = {site for site, fn in adapted.phi.items() if isinstance(fn, WeightDistribution)}
+        assert joint == {site for site in lm.sites.shapes if "lora_B" in site}
         adapted.save(tmp_path / name)
         expected |= {f"{name}.{site}": value for site, value in adapted.draw(3, seed=5).items()}
     code = """if True:
@@ -368,7 +377,7 @@ def test_a_joint_posterior_loads_where_no_guide_was_imported(model_folder, split
         from pathlib import Path
         from safetensors.torch import save_file
         from bayes_lora import TaskPosterior, load_language_model
-        lm, root, found = load_language_model(sys.argv[1], rank=3, top_layers=2, device="cpu"), Path(sys.argv[2]), {}
+        lm, root, found = load_language_model(sys.argv[1], r=3, top_layers=2, device="cpu"), Path(sys.argv[2]), {}
         for folder in list(root.iterdir()):
             drawn = TaskPosterior.load(folder, lm).draw(3, seed=5)
             found |= {f"{folder.name}.{site}": value.contiguous() for site, value in drawn.items()}

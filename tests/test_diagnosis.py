@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import make_tasks
 from rich.console import Console
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import kl_divergence
 from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
 from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.posterior.adapt import adapt, one_pass
+from bayes_lora.posterior.adapt import adapt, amortized_posterior
 from bayes_lora.posterior.diagnose import diagnose
 from bayes_lora.posterior.posterior import Posterior
 
@@ -41,12 +41,12 @@ def test_the_numbers_are_those_of_the_predictions(lm, tasks):
     distances = [(a.exp() - b.exp()).clamp_min(0).sum(-1).mean() for a, b in zip(*predictions, strict=True)]
     assert found.moved == pytest.approx(float(sum(distances) / 2))
     episode = collate([lm.encoder(task.support) for task in tasks])
-    prior = one.model.phi_prior(one_pass(one, episode)[0])
-    assert found.sites.keys() == adapted.scale.keys()
+    prior = one.model.phi_prior(amortized_posterior(one, episode)[0])
+    assert found.sites.keys() == adapted.distributions().keys()
     for site, width in found.sites.items():
-        q = Normal(adapted.loc[site], adapted.scale[site])
+        q = adapted.phi[site].base_dist
         assert width.divergence == pytest.approx(float(kl_divergence(q, prior[site].base_dist).sum().detach()) / 2)
-        assert width.scale == pytest.approx(float(adapted.scale[site].mean()))
+        assert width.scale == pytest.approx(float(q.scale.mean()))
         assert width.prior_scale == pytest.approx(float(prior[site].stddev.mean().detach()))
 
 

@@ -87,8 +87,7 @@ def fitted(name, episode):
 
 def normals(model, guide, support):
     [fn] = guide.posterior(support, model.initial_theta()).values()
-    q = fn.base_dist
-    return q.mean.detach()[:, 0, 0, 0], q.stddev.detach()[:, 0, 0, 0]
+    return fn.mean.detach()[:, 0, 0, 0], fn.stddev.detach()[:, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from conftest import build_lm
 from hypothesis import given
 from hypothesis import strategies as st
+from pyro.distributions import Normal
 
 from bayes_lora.episodes import Encoder, PromptTemplate
 from bayes_lora.episodes.episode import collate
@@ -121,7 +122,8 @@ def test_a_guide_learns_free_answers(tokenizer, kind):
 def posterior(lm, count=1, *, scale=0.3, tasks=("one", "two")):
     """Independent normals around values of their own for each task."""
     loc = {site: value[0] for site, value in draws(lm, 1, len(tasks), seed=count).items()}
-    return TaskPosterior(lm, loc, {site: torch.full_like(value, scale) for site, value in loc.items()}, tasks)
+    normals = {site: Normal(value, torch.full_like(value, scale)).to_event(3) for site, value in loc.items()}
+    return TaskPosterior(lm, normals, {}, tasks)
 
 
 def by_hand(lm, phi, prompt, most):

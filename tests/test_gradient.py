@@ -8,7 +8,7 @@ from conjugate import LinearModel, linear_episode, make_data
 from lm_helpers import make_episode
 from objectives import mean_theta
 
-from bayes_lora.distributions.unconstrained import to_parts
+from bayes_lora.distributions.unconstrained import unconstrained
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GradientGuide, GuideNetwork, NormalTheta, PointTheta, SharedPoint
@@ -117,8 +117,8 @@ def test_tasks_together_equal_tasks_alone(any_lm, optimizer, monkeypatch):
     for t, row in enumerate(rows):
         alone = guide.posterior(collate([row]), theta)
         for site, fn in together.items():
-            expected = to_parts(alone[site])
-            for part, value in to_parts(fn).items():
+            expected = unconstrained(alone[site])
+            for part, value in unconstrained(fn).items():
                 # Adam's first steps are signs, so what float32 rounds inside of the model is enlarged.
                 torch.testing.assert_close(value[t], expected[part][0], rtol=1e-4, atol=1e-5)
 
@@ -138,7 +138,7 @@ def test_one_plain_step_is_the_gradient_of_the_support_s_elbo(lm, monkeypatch):
     kl = sum(torch.distributions.kl_divergence(q[s], prior[s]).sum() for s in q)
     (nll + 0.3 * kl).backward()
     for site, fn in found.items():
-        parts = to_parts(fn)
+        parts = unconstrained(fn)
         torch.testing.assert_close(parts["loc"], loc[site] - 0.05 * loc[site].grad)
         torch.testing.assert_close(parts["log_scale"], log_scale[site] - 0.05 * log_scale[site].grad)
 
@@ -208,7 +208,7 @@ def test_the_steps_begin_where_the_network_points(lm, monkeypatch):
     found = guide.posterior(make_episode(lm).support, theta)
     assert len(starts) == 1
     for site, fn in found.items():
-        torch.testing.assert_close(to_parts(fn), to_parts(starts[0][site]))
+        torch.testing.assert_close(unconstrained(fn), unconstrained(starts[0][site]))
 
 
 def test_draws_of_theta_move_the_end_as_they_move_the_prior(lm):

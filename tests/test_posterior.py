@@ -46,14 +46,14 @@ def test_one_pass_is_the_guide_s_posterior(posterior, unseen):
     theta = mean_theta(guide)
     episode = collate([posterior.lm.encoder(task.support) for task in unseen])
     for site, fn in guide.posterior(episode, theta).items():
-        torch.testing.assert_close(adapted.loc[site], fn.mean)
-        torch.testing.assert_close(adapted.scale[site], fn.stddev)
+        torch.testing.assert_close(adapted.phi[site].mean, fn.mean)
+        torch.testing.assert_close(adapted.phi[site].stddev, fn.stddev)
 
 
 def test_adapting_reads_nothing_of_the_query(posterior, unseen):
     blind = [Task(task.name, task.support) for task in unseen]
     one, two = posterior.adapt(unseen, steps=2), posterior.adapt(blind, steps=2)
-    assert all(torch.equal(one.loc[site], two.loc[site]) for site in one.loc)
+    assert all(torch.equal(value, two.mean()[site]) for site, value in one.mean().items())
 
 
 def test_gradient_steps_raise_the_elbo_of_the_support(posterior, unseen):
@@ -67,8 +67,8 @@ def test_gradient_steps_raise_the_elbo_of_the_support(posterior, unseen):
         log_probs = posterior.lm(adapted.draw(200), episode).log_softmax(-1)
         gold = log_probs.gather(-1, episode.answer.expand(200, -1, -1)[..., None])[..., 0]
         divergence = sum(
-            kl_divergence(Normal(adapted.loc[s], adapted.scale[s]), model.phi_prior(theta)[s].base_dist).sum()
-            for s in adapted.scale
+            kl_divergence(Normal(q.mean, q.stddev), model.phi_prior(theta)[site].base_dist).sum()
+            for site, q in adapted.distributions().items()
         )
         return float(-(gold * episode.mask).sum() / 200 + posterior.objective.beta * divergence)
 
@@ -82,8 +82,8 @@ def test_tasks_adapted_together_equal_tasks_adapted_alone(posterior, unseen):
     together = posterior.adapt(unseen)
     for i, task in enumerate(unseen):
         alone = posterior.adapt(task)
-        for site, value in alone.loc.items():
-            torch.testing.assert_close(together.loc[site][i : i + 1], value)
+        for site, value in alone.mean().items():
+            torch.testing.assert_close(together.mean()[site][i : i + 1], value)
         selected = together.select(task.name)
         [a], [b] = (p.predict([task.query], num_draws=3) for p in (selected, alone))
         torch.testing.assert_close(a, b)
@@ -93,8 +93,8 @@ def test_tasks_adapted_together_equal_tasks_adapted_alone(posterior, unseen):
 def test_the_other_factor_is_shared_by_all_tasks(lm, random, unseen):
     adapted = build(lm, random).adapt(unseen, steps=1)
     for site in lm.sites.shapes:
-        assert len(adapted.loc[site]) == (3 if f"lora_{random}" in site else 1)
-        assert (site in adapted.scale) == (f"lora_{random}" in site)
+        assert len(adapted.mean()[site]) == (3 if f"lora_{random}" in site else 1)
+        assert (site in adapted.distributions()) == (f"lora_{random}" in site)
     assert [len(p) for p in adapted.predict([t.query for t in unseen])] == [len(t.query) for t in unseen]
     assert len(adapted.select(unseen[1].name).predict([unseen[1].query])[0]) == len(unseen[1].query)
 
@@ -102,10 +102,10 @@ def test_the_other_factor_is_shared_by_all_tasks(lm, random, unseen):
 def test_draws_have_the_moments_of_the_posterior(posterior, unseen):
     adapted = posterior.adapt(unseen[:1])
     draws = adapted.draw(4000)
-    for site, scale in adapted.scale.items():
-        error = (draws[site].mean(0) - adapted.loc[site]) / (scale / 4000**0.5)
+    for site, q in adapted.distributions().items():
+        error = (draws[site].mean(0) - q.mean) / (q.stddev / 4000**0.5)
         assert error.abs().max() < 5.5
-        assert ((draws[site].std(0) / scale - 1).abs() < 5.5 / (2 * 4000) ** 0.5).all()
+        assert ((draws[site].std(0) / q.stddev - 1).abs() < 5.5 / (2 * 4000) ** 0.5).all()
     assert torch.equal(draws["q_proj.lora_A"], adapted.draw(4000)["q_proj.lora_A"])
     assert not torch.equal(adapted.draw(1, seed=1)["q_proj.lora_A"], adapted.draw(1, seed=2)["q_proj.lora_A"])
 
@@ -114,9 +114,9 @@ def test_draws_through_pyro_have_the_same_moments(posterior, unseen):
     adapted = posterior.adapt(unseen[:1])
     episode = collate([posterior.lm.encoder(unseen[0].support)])
     phi = draw_phi(posterior.objective.model, posterior.objective.guide, episode, 4000)
-    for site, scale in adapted.scale.items():
+    for site, q in adapted.distributions().items():
         assert phi[site].shape == (4000, 1, 1, *posterior.lm.sites.shapes[site])
-        assert (((phi[site].mean(0) - adapted.loc[site]) / (scale / 4000**0.5)).abs() < 5.5).all()
+        assert (((phi[site].mean(0) - q.mean) / (q.stddev / 4000**0.5)).abs() < 5.5).all()
 
 
 def test_predictions_are_averages_of_single_models_in_the_order_asked(posterior, unseen):
@@ -168,7 +168,7 @@ def test_no_draws_predicts_with_the_mean(posterior, unseen):
     adapted, task = posterior.adapt(unseen), unseen[0]
     [prediction] = adapted.select(task.name).predict([task.query], num_draws=0)
     episode = collate([posterior.lm.encoder(task.query)])
-    mean = posterior.lm({s: v[:1] for s, v in adapted.loc.items()}, episode)[0].log_softmax(-1)
+    mean = posterior.lm({s: v[:1] for s, v in adapted.mean().items()}, episode)[0].log_softmax(-1)
     torch.testing.assert_close(prediction, mean)
 
 
@@ -251,21 +251,50 @@ def test_lora_weights_are_float32_on_a_base_of_lower_precision(tokenizer, unseen
     config = RunConfig.from_dict({"prior": {"random": "B"}, "guide": {"hidden": 6, "directions": 2, "bilinear": 2}})
     posterior = Posterior.from_objective(lm, build_objective(lm, config).eval())
     adapted = posterior.adapt(unseen, steps=2)
-    assert adapted.loc["q_proj.lora_B"].dtype == torch.float32
+    assert adapted.mean()["q_proj.lora_B"].dtype == torch.float32
     assert all(torch.isfinite(log_probs).all() for log_probs in adapted.predict([task.query for task in unseen]))
 
 
-@pytest.mark.parametrize("damage", ["missing scale", "other T"])
-def test_a_damaged_task_posterior_is_refused(tmp_path, posterior, unseen, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing scale", "it has no 'scale.v_proj.lora_B'. Adapt again"),
+        ("other T", r"site 'q_proj.lora_A': expected batch shape \(3, 1\), got \(2, 1\)"),
+        ("negative scale", "scale.* to satisfy the constraint"),
+        ("extra tensor", "site 'loc.unknown': the model has no such site"),
+    ],
+)
+def test_a_damaged_task_posterior_is_refused(tmp_path, posterior, unseen, damage, message):
     posterior.adapt(unseen).save(tmp_path / "t")
     tensors = load_file(tmp_path / "t" / "task_posterior.safetensors")
     if damage == "missing scale":
         del tensors["scale.v_proj.lora_B"]
-    else:
+    elif damage == "other T":
         tensors = {name: value[:2].contiguous() for name, value in tensors.items()}
+    elif damage == "negative scale":
+        tensors["scale.v_proj.lora_B"] *= -1
+    else:
+        tensors["loc.unknown"] = torch.zeros(1, 1, 1)
     save_file(tensors, tmp_path / "t" / "task_posterior.safetensors")
-    with pytest.raises(PosteriorError, match=r"expected scales of \['o_proj.lora_A.* for 3 tasks"):
+    with pytest.raises(PosteriorError, match=message):
         TaskPosterior.load(tmp_path / "t", posterior.lm)
+
+
+def test_a_task_posterior_in_a_former_layout_is_refused(tmp_path, posterior, unseen):
+    posterior.adapt(unseen).save(tmp_path / "t")
+    (tmp_path / "t" / "task_posterior.json").write_text(
+        json.dumps({"names": ["a"], "random_sites": [], "families": {}})
+    )
+    with pytest.raises(
+        PosteriorError, match=r"t: a posterior in a former layout, which is no longer read. Adapt again\.$"
+    ):
+        TaskPosterior.load(tmp_path / "t", posterior.lm)
+
+
+def test_only_what_can_be_drawn_and_saved_is_a_posterior(lm):
+    student = torch.distributions.StudentT(4.0, torch.zeros(1, 1, 2, 16, 3), 1.0)
+    with pytest.raises(ConfigError, match="site 'q_proj.lora_B': expected a Normal, Delta or WeightDistribution"):
+        TaskPosterior(lm, {"q_proj.lora_B": torch.distributions.Independent(student, 3)}, {}, ("a",))
 
 
 def test_adaptation_that_diverges_names_what_did(posterior, unseen):
@@ -294,7 +323,7 @@ def test_an_exported_adapter_is_a_plain_peft_adapter(tmp_path, tokenizer, kind, 
         )  # PEFT 0.21 on transformers 5.23
         plain = peft.PeftModel.from_pretrained(base, tmp_path / "a", autocast_adapter_dtype=False).eval()
     ids = torch.tensor([[5, 9, 2, 7]])
-    phi = adapted.loc if draw is None else {s: v[0] for s, v in adapted.draw(1, seed=draw).items()}
+    phi = adapted.mean() if draw is None else {s: v[0] for s, v in adapted.draw(1, seed=draw).items()}
     with lm.sites.bind({site: value[0, 0] for site, value in phi.items()}):
         expected = lm.model(input_ids=ids).logits
     torch.testing.assert_close(plain(input_ids=ids).logits, expected)
@@ -343,7 +372,7 @@ def test_finetuned_lora_equals_peft_trained_one_task_at_a_time(lm, unseen, token
                 scores.append(sum(logits[i - 1, ids[i]] for i in range(start, len(ids))))
             (-torch.stack(scores).log_softmax(-1)[example.answer] / len(task.support)).backward()
         optimizer.step()
-    weights = lm.sites.unstack({site: value[index, 0] for site, value in tuned.loc.items()})
+    weights = lm.sites.unstack({site: value[index, 0] for site, value in tuned.mean().items()})
     trained = dict(plain.named_parameters())
     for name, weight in weights.items():
         torch.testing.assert_close(weight, trained[f"{name}.default.weight"])
@@ -353,4 +382,4 @@ def test_normal_theta_adapts_at_its_mean(lm, unseen):
     config = RunConfig(guide={"theta_guide": "normal", "hidden": 4, "directions": 1, "bilinear": 1})
     posterior = Posterior.from_objective(lm, build_objective(lm, config).double().eval())
     one, two = (adapt(posterior.objective, lm, unseen) for _ in range(2))
-    assert all(torch.equal(one.loc[site], two.loc[site]) for site in one.loc)
+    assert all(torch.equal(value, two.mean()[site]) for site, value in one.mean().items())

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bayes_lora.distributions.factored_normal import FactoredNormal
-from bayes_lora.distributions.unconstrained import to_parts
+from bayes_lora.distributions.unconstrained import unconstrained
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.guides import NormalTheta, PointTheta
@@ -165,14 +165,14 @@ def test_tasks_together_equal_tasks_alone(lm, monkeypatch):
         event = torch.linspace(-1.2, 1.0, shape[-1] * shape[-2] * shape[-3], dtype=dtype, device=device)
         return event.view(shape[-3:]).expand(shape)
 
-    monkeypatch.setattr("bayes_lora.distributions.factored_normal._standard_normal", noise)
+    monkeypatch.setattr("bayes_lora.distributions.weight_distribution._standard_normal", noise)
     guide = weight_space_objective(lm).guide
     rows = [lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())]
     together = guide.posterior(collate(rows, num_data=[9, 9], task_index=[3, 5], num_tasks=8), mean_theta(guide))
     for t, row in enumerate(rows):
         for site, fn in guide.posterior(collate([row]), mean_theta(guide)).items():
-            parts = to_parts(together[site])
-            for part, value in to_parts(fn).items():
+            parts = unconstrained(together[site])
+            for part, value in unconstrained(fn).items():
                 torch.testing.assert_close(parts[part][t], value[0], rtol=1e-4, atol=1e-5)
 
 
@@ -243,9 +243,8 @@ def test_width_multiplies_the_noise(posterior):
     task = next(iter(make_tasks(1).values())).split(4, seed=1)
     one, wide = (posterior.adapt(task, width=width) for width in (1.0, 3.0))
     for site in posterior.lm.sites.delta_shapes:
-        a, b = factor_sites(site)
-        torch.testing.assert_close(wide.noise[b] @ wide.noise[a], 3.0 * one.noise[b] @ one.noise[a])
-        assert torch.equal(wide.loc[b], one.loc[b])
+        torch.testing.assert_close(wide.phi[site].stddev, 3.0 * one.phi[site].stddev)
+        assert torch.equal(wide.phi[site].loc_B, one.phi[site].loc_B)
 
 
 def test_the_handler_reaches_the_steps_and_leaves_other_sites_alone(lm):

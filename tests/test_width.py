@@ -67,10 +67,11 @@ def test_a_posterior_keeps_and_uses_its_width(lm, tmp_path):
     assert wide.width == 1.4
     for steps in (0, 2):
         one, other = narrow.adapt(task, steps=steps), wide.adapt(task, steps=steps)
-        for site in one.scale:
-            assert torch.allclose(other.scale[site], 1.4 * one.scale[site])
-            assert torch.equal(other.loc[site], one.loc[site])
-    assert torch.equal(wide.adapt(task, width=1.0).scale["v_proj.lora_A"], narrow.adapt(task).scale["v_proj.lora_A"])
+        for site, q in one.phi.items():
+            assert torch.allclose(other.phi[site].stddev, 1.4 * q.stddev)
+            assert torch.equal(other.phi[site].mean, q.mean)
+    again, first = wide.adapt(task, width=1.0), narrow.adapt(task)
+    assert torch.equal(again.phi["v_proj.lora_A"].stddev, first.phi["v_proj.lora_A"].stddev)
 
 
 def test_bad_widths_are_refused(lm, tmp_path):

@@ -8,13 +8,10 @@ for each layer: whole columns are dropped, for all tokens of all questions, so t
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.kl import register_kl
 
-from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts, widened
 from bayes_lora.distributions.weight_distribution import Noise, WeightDistribution
 
 __all__ = ["DroppedPoint"]
@@ -30,6 +27,7 @@ class DroppedPoint(WeightDistribution):
     """
 
     dims = {"value": 3, "keep": 0}
+    fixed = frozenset({"keep"})
     value: Tensor
     keep: Tensor
 
@@ -43,9 +41,14 @@ class DroppedPoint(WeightDistribution):
         mask: Tensor = (uniform < keep).to(self.value.dtype) / keep
         return self.value * mask
 
-    def widened(self, width: float) -> DroppedPoint:
-        """Itself: dropout has no width."""
+    def scaled(self, factor: float) -> DroppedPoint:
+        """Itself: dropout has no scale."""
         return self
+
+    def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
+        """-E[log p], as the divergence of a point is -log p: what is left out does not depend on V."""
+        constant = 0.5 * math.log(2 * math.pi)
+        return (0.5 * self.squared_distance(normal) + normal.scale.log() + constant).sum((-3, -2, -1))
 
     @property
     def mean(self) -> Tensor:
@@ -57,28 +60,3 @@ class DroppedPoint(WeightDistribution):
         """Of each weight by itself."""
         keep = self.keep[..., None, None, None]
         return self.value.square() * (1.0 - keep) / keep
-
-
-@register_kl(DroppedPoint, torch.distributions.Independent)  # type: ignore[untyped-decorator]
-def _(q: DroppedPoint, p: Any) -> Tensor:
-    """-E_q[log p], as the divergence of a point is -log p: what is left out does not depend on V."""
-    normal = p.base_dist
-    if not isinstance(normal, torch.distributions.Normal):
-        raise NotImplementedError(f"the divergence of DroppedPoint from {p} has no closed form.")
-    moved = (q.variance + (q.value - normal.loc).square()) / normal.scale.square()
-    return (0.5 * moved + normal.scale.log() + 0.5 * math.log(2 * math.pi)).sum((-3, -2, -1))
-
-
-@to_parts.register
-def _(fn: DroppedPoint) -> Parts:
-    return {"value": fn.value}
-
-
-@from_parts.register
-def _(fn: DroppedPoint, parts: Parts) -> Any:
-    return DroppedPoint(parts["value"], fn.keep)
-
-
-@widened.register
-def _(fn: DroppedPoint, width: float) -> Any:
-    return fn

@@ -9,46 +9,50 @@ Sums over entries are taken some rows at a time, and
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 from torch.distributions.kl import register_kl
-from torch.distributions.utils import _standard_normal
 from torch.utils.checkpoint import checkpoint
 
 from bayes_lora.distributions.deferred_weight import DeferredWeight
-from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts, widened
+from bayes_lora.distributions.weight_distribution import Noise, WeightDistribution
 
 __all__ = ["CHUNK", "FactoredNormal"]
 
 CHUNK = 1 << 22
 """Sums over the entries of matrices hold at most this many entries at a time."""
 
+FACTORS = DeferredWeight._fields
 
-class FactoredNormal(TorchDistribution):
-    """The distribution of a weight matrix, of event shape ``(out, in)``; see above.
+
+class FactoredNormal(WeightDistribution):
+    """The distribution of a weight matrix for each layer, of event shape ``(layers, out, in)``; see above.
 
     The sign of the scale does not matter. Samples, mean and variance are whole matrices: ask for :meth:`deferred` where
     these are too large.
 
     Args:
-        loc_A: ``(*batch, r, in)``.
-        loc_B: ``(*batch, out, r)``.
-        scale_A: ``(*batch, R, in)``.
-        scale_B: ``(*batch, out, R)``.
-        offset: c, at least 0.
-        validate_args: whether to check shapes and values.
+        loc_A: ``(*batch, layers, r, in)``.
+        loc_B: ``(*batch, layers, out, r)``.
+        scale_A: ``(*batch, layers, R, in)``.
+        scale_B: ``(*batch, layers, out, R)``.
+        offset: c, at least 0; a number or ``(*batch,)``.
+        validate_args: whether to check values.
 
     Raises:
         ValueError: the factors do not fit one another.
     """
 
-    arg_constraints = {name: constraints.independent(constraints.real, 2) for name in DeferredWeight._fields}
-    support = constraints.independent(constraints.real, 2)
-    has_rsample = True
+    dims = {"loc_A": 3, "loc_B": 3, "scale_A": 3, "scale_B": 3, "offset": 0}
+    fixed = frozenset({"offset"})
+    loc_A: Tensor
+    loc_B: Tensor
+    scale_A: Tensor
+    scale_B: Tensor
+    offset: Tensor
 
     def __init__(
         self,
@@ -57,32 +61,36 @@ class FactoredNormal(TorchDistribution):
         scale_A: Tensor,
         scale_B: Tensor,
         *,
-        offset: float = 0.0,
+        offset: Tensor | float = 0.0,
         validate_args: bool | None = None,
     ) -> None:
-        factors = DeferredWeight(loc_A, loc_B, scale_A, scale_B)
         for a, b in ((loc_A, loc_B), (scale_A, scale_B)):
             if a.shape[-2] != b.shape[-1] or a.shape[-1] != loc_A.shape[-1] or b.shape[-2] != loc_B.shape[-2]:
-                got = [tuple(value.shape) for value in factors]
+                got = [tuple(value.shape) for value in (loc_A, loc_B, scale_A, scale_B)]
                 raise ValueError(f"expected factors (r, in), (out, r), (R, in) and (out, R), got {got}.")
-        if not offset >= 0:
-            raise ValueError(f"offset: expected at least 0, got {offset}.")
-        batch = torch.broadcast_shapes(*(value.shape[:-2] for value in factors))
-        factors = DeferredWeight(*(value.expand(*batch, *value.shape[-2:]) for value in factors))
-        self.loc_A, self.loc_B, self.scale_A, self.scale_B = factors
-        self.offset = offset
-        super().__init__(batch, factors.shape[-2:], validate_args=validate_args)
+        if not isinstance(offset, Tensor):
+            if not offset >= 0:
+                raise ValueError(f"offset: expected at least 0, got {offset}.")
+            offset = loc_A.new_full((), offset)
+        super().__init__(
+            loc_A=loc_A, loc_B=loc_B, scale_A=scale_A, scale_B=scale_B, offset=offset, validate_args=validate_args
+        )
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FactoredNormal:
-        """The same distribution for a larger batch."""
-        parts = [getattr(self, name) for name in DeferredWeight._fields]
-        grown = [value.expand(*batch_shape, *value.shape[-2:]) for value in parts]
-        return FactoredNormal(*grown, offset=self.offset, validate_args=False)
+    @classmethod
+    def shape_of(cls, tensors: Mapping[str, Tensor]) -> torch.Size:
+        """``(layers, out, in)``."""
+        a, b = tensors["loc_A"], tensors["loc_B"]
+        return torch.Size((*torch.broadcast_shapes(a.shape[-3:-2], b.shape[-3:-2]), b.shape[-2], a.shape[-1]))
+
+    @property
+    def _offset(self) -> Tensor:
+        """Beside the entries of a matrix."""
+        return self.offset[..., None, None, None]
 
     def deferred(self) -> DeferredWeight:
         """Its draw, left to the activations."""
         scale_A = torch.cat([self.scale_A, torch.ones_like(self.scale_A[..., :1, :])], -2)
-        scale_B = torch.cat([self.scale_B, torch.full_like(self.scale_B[..., :1], self.offset)], -1)
+        scale_B = torch.cat([self.scale_B, self._offset.expand_as(self.scale_B[..., :1])], -1)
         return DeferredWeight(self.loc_A, self.loc_B, scale_A, scale_B)
 
     @property
@@ -93,38 +101,46 @@ class FactoredNormal(TorchDistribution):
     @property
     def stddev(self) -> Tensor:
         """``|B_sigma A_sigma + c|``."""
-        return (self.scale_B @ self.scale_A + self.offset).abs()
+        return (self.scale_B @ self.scale_A + self._offset).abs()
 
     @property
     def variance(self) -> Tensor:
         """Its square."""
         return self.stddev.square()
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Whole matrices."""
-        shape = self._extended_shape(sample_shape)
-        return self.mean + self.stddev * _standard_normal(shape, dtype=self.loc_A.dtype, device=self.loc_A.device)
+    def mean_stddev(self) -> Tensor:
+        """The mean of all standard deviations; never as whole matrices."""
+        total = over_rows(lambda q: (q.scale_B @ q.scale_A + self._offset).abs(), self)
+        return total.mean() / self.event_shape[1:].numel()
+
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """Whole matrices, ``(count, *batch, layers, out, in)``."""
+        return self.mean + self.stddev * noise(torch.Size((count, *self.batch_shape, *self.event_shape)))
+
+    def scaled(self, factor: float) -> FactoredNormal:
+        """The same with the factor of scales and c times ``factor``."""
+        scale_B, offset = factor * self.scale_B, factor * self.offset
+        return FactoredNormal(self.loc_A, self.loc_B, self.scale_A, scale_B, offset=offset, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of whole matrices, nats."""
         each: Tensor = torch.distributions.Normal(self.mean, self.stddev, validate_args=False).log_prob(value)
-        return each.sum((-2, -1))
+        return each.sum((-3, -2, -1))
 
     def entropy(self) -> Tensor:
         """In nats."""
-        count = self.event_shape.numel()
-        logs = over_rows(lambda q: (q.scale_B @ q.scale_A + self.offset).abs().log(), self)
-        return logs + 0.5 * count * math.log(2 * math.pi * math.e)
+        logs = over_rows(lambda q: (q.scale_B @ q.scale_A + self._offset).abs().log(), self).sum(-1)
+        return logs + 0.5 * self.event_shape.numel() * math.log(2 * math.pi * math.e)
 
 
 def over_rows(summand: Any, *normals: FactoredNormal) -> Tensor:
-    """Sum ``summand(*factors)``, a function of entries, over the entries of matrices; some rows at a time.
+    """Sum ``summand(*factors)``, a function of entries, over those of each layer's matrix; some rows at a time.
 
-    Where there is more than one piece, backward computes it anew.
+    Returns ``(*batch, layers)``. Where there is more than one piece, backward computes it anew.
     """
     batch = torch.broadcast_shapes(*(normal.batch_shape for normal in normals))
-    out, inside = normals[0].event_shape
-    step = max(1, CHUNK // max(1, batch.numel() * inside))
+    layers, out, inside = normals[0].event_shape
+    step = max(1, CHUNK // max(1, batch.numel() * layers * inside))
 
     def piece(start: int, *values: Tensor) -> Tensor:
         factors = [DeferredWeight(*values[i : i + 4]) for i in range(0, len(values), 4)]
@@ -135,7 +151,7 @@ def over_rows(summand: Any, *normals: FactoredNormal) -> Tensor:
     def rows(value: Tensor, start: int) -> Tensor:
         return value[..., start : start + step, :]
 
-    values = [getattr(normal, name) for normal in normals for name in DeferredWeight._fields]
+    values = [getattr(normal, name) for normal in normals for name in FACTORS]
     if step >= out:
         return piece(0, *values)
     kept = {"use_reentrant": False, "preserve_rng_state": False}
@@ -146,24 +162,9 @@ def over_rows(summand: Any, *normals: FactoredNormal) -> Tensor:
 @register_kl(FactoredNormal, FactoredNormal)  # type: ignore[untyped-decorator]
 def _(q: FactoredNormal, p: FactoredNormal) -> Tensor:
     def each(of_q: DeferredWeight, of_p: DeferredWeight) -> Tensor:
-        variance = (of_p.scale_B @ of_p.scale_A + p.offset).square()
-        ratio = (of_q.scale_B @ of_q.scale_A + q.offset).square() / variance
+        variance = (of_p.scale_B @ of_p.scale_A + p._offset).square()
+        ratio = (of_q.scale_B @ of_q.scale_A + q._offset).square() / variance
         shift = of_q.loc_B @ of_q.loc_A - of_p.loc_B @ of_p.loc_A
         return 0.5 * (ratio - 1.0 - ratio.log() + shift.square() / variance)
 
-    return over_rows(each, q, p)
-
-
-@to_parts.register
-def _(fn: FactoredNormal) -> Parts:
-    return {name: getattr(fn, name) for name in DeferredWeight._fields}
-
-
-@from_parts.register
-def _(fn: FactoredNormal, parts: Parts) -> Any:
-    return FactoredNormal(*(parts[name] for name in DeferredWeight._fields), offset=fn.offset)
-
-
-@widened.register
-def _(fn: FactoredNormal, width: float) -> Any:
-    return FactoredNormal(fn.loc_A, fn.loc_B, fn.scale_A, width * fn.scale_B, offset=width * fn.offset)
+    return over_rows(each, q, p).sum(-1)

@@ -2,57 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
-from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts
+from bayes_lora.distributions.weight_distribution import Noise, Parameters, WeightDistribution
 
 __all__ = ["Flat"]
 
 
-class Flat(dist.TorchDistribution):
-    """An improper flat density over tensors of three event dimensions; what it draws is ``at``.
+class Flat(WeightDistribution):
+    """An improper flat density over ``(layers, out, in)``; what it draws is ``value``. Steps move a point from there.
 
     Args:
-        at: ``(*batch, layers, out, in)``.
+        value: ``(*batch, layers, out, in)``.
+        validate_args: whether to check values.
     """
 
-    arg_constraints = {"at": constraints.independent(constraints.real, 3)}
-    support = constraints.independent(constraints.real, 3)
-    has_rsample = True
+    dims = {"value": 3}
+    value: Tensor
 
-    def __init__(self, at: Tensor) -> None:
-        self.at = at
-        super().__init__(at.shape[:-3], at.shape[-3:], validate_args=False)
+    def __init__(self, value: Tensor, *, validate_args: bool | None = None) -> None:
+        super().__init__(value=value, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Flat:
-        """The same for a larger batch."""
-        return Flat(self.at.expand(*batch_shape, *self.event_shape))
+    def constrained(self, values: Parameters) -> dist.TorchDistribution:
+        """A point."""
+        return dist.Delta(values["value"], event_dim=3)
+
+    def drawn(self, count: int, noise: Noise) -> Tensor:
+        """``value``, ``(count, *batch, layers, out, in)``."""
+        return self.value.expand(count, *self.value.shape)
+
+    def scaled(self, factor: float) -> Flat:
+        """Itself: it has no scale."""
+        return self
 
     @property
     def mean(self) -> Tensor:
-        """``at``."""
-        return self.at
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """``at``."""
-        return self.at.expand(self._extended_shape(sample_shape))
+        """``value``."""
+        return self.value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Zero."""
         shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-3])
         return value.new_zeros(()).expand(shape)
-
-
-@to_parts.register
-def _(fn: Flat) -> Parts:
-    return {"value": fn.at}
-
-
-@from_parts.register
-def _(fn: Flat, parts: Parts) -> Any:
-    return dist.Delta(parts["value"], event_dim=3)

@@ -10,13 +10,10 @@ that is too long to be correlated has no matrix.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.kl import register_kl
 
-from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts, widened
 from bayes_lora.distributions.weight_distribution import Noise, WeightDistribution
 
 __all__ = ["KroneckerNormal"]
@@ -35,6 +32,7 @@ class KroneckerNormal(WeightDistribution):
     """
 
     dims = {"loc": 3, "scale": 3, "left": 3, "right": 3, "spectrum": 3}
+    positive = frozenset({"scale", "spectrum"})
     loc: Tensor
     scale: Tensor
     left: Tensor | None
@@ -65,9 +63,14 @@ class KroneckerNormal(WeightDistribution):
             inside = torch.einsum("...ip,s...op->s...oi", self.right, inside)
         return self.loc + self.scale * inside
 
-    def widened(self, width: float) -> KroneckerNormal:
-        """The same with sigma times ``width``."""
-        return self.map(lambda name, value: width * value if name == "scale" else value)
+    def scaled(self, factor: float) -> KroneckerNormal:
+        """The same with sigma times ``factor``."""
+        return self.map(lambda name, value: factor * value if name == "scale" else value)
+
+    def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
+        """KL(self || normal), nats."""
+        each = 0.5 * (self.squared_distance(normal) - 1.0) + normal.scale.log()
+        return each.sum((-3, -2, -1)) - self.log_det()
 
     @property
     def mean(self) -> Tensor:
@@ -114,34 +117,3 @@ def between(left: Tensor | None, inside: Tensor, right: Tensor | None) -> Tensor
     """``L X R^T``, where None stands for the identity."""
     inside = inside if left is None else left @ inside
     return inside if right is None else inside @ right.mT
-
-
-@register_kl(KroneckerNormal, torch.distributions.Independent)  # type: ignore[untyped-decorator]
-def _(q: KroneckerNormal, p: Any) -> Tensor:
-    normal = p.base_dist
-    if not isinstance(normal, torch.distributions.Normal):
-        raise NotImplementedError(f"KL of KroneckerNormal from {p} has no closed form.")
-    moved = (q.variance + (q.loc - normal.loc).square()) / normal.scale.square()
-    return (0.5 * (moved - 1.0) + normal.scale.log()).sum((-3, -2, -1)) - q.log_det()
-
-
-@to_parts.register
-def _(fn: KroneckerNormal) -> Parts:
-    parts = fn.tensors()
-    parts["log_scale"] = parts.pop("scale").log()
-    if fn.spectrum is not None:
-        parts["log_spectrum"] = parts.pop("spectrum").log()
-    return parts
-
-
-@from_parts.register
-def _(fn: KroneckerNormal, parts: Parts) -> Any:
-    tensors: dict[str, Any] = {
-        name.removeprefix("log_"): value.exp() if name.startswith("log_") else value for name, value in parts.items()
-    }
-    return KroneckerNormal(**tensors)
-
-
-@widened.register
-def _(fn: KroneckerNormal, width: float) -> Any:
-    return fn.widened(width)

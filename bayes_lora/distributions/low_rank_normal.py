@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.kl import register_kl
 
-from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts, widened
 from bayes_lora.distributions.weight_distribution import Noise, WeightDistribution
 
 __all__ = ["LowRankNormal"]
@@ -31,6 +29,7 @@ class LowRankNormal(WeightDistribution):
     """
 
     dims = {"loc": 3, "scale": 3, "factor": 4}
+    positive = frozenset({"scale"})
     loc: Tensor
     scale: Tensor
     factor: Tensor
@@ -44,9 +43,14 @@ class LowRankNormal(WeightDistribution):
         moved = self.loc + self.scale * noise(torch.Size((count, *self.loc.shape)))
         return moved + torch.einsum("...loik,s...k->s...loi", self.factor, z)
 
-    def widened(self, width: float) -> LowRankNormal:
-        """Both parts of the covariance, times ``width`` squared."""
-        return LowRankNormal(self.loc, width * self.scale, width * self.factor, validate_args=False)
+    def scaled(self, factor: float) -> LowRankNormal:
+        """Both parts of the covariance, times ``factor`` squared."""
+        return LowRankNormal(self.loc, factor * self.scale, factor * self.factor, validate_args=False)
+
+    def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
+        """KL(self || normal), nats."""
+        each = 0.5 * (self.squared_distance(normal) - 1.0) - (self.scale / normal.scale).log()
+        return each.sum((-3, -2, -1)) - self.log_volume()
 
     @property
     def mean(self) -> Tensor:
@@ -81,28 +85,3 @@ class LowRankNormal(WeightDistribution):
         inside = scaled.mT @ scaled + torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
         root: Tensor = torch.linalg.cholesky(inside)
         return root.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.loc.dtype)
-
-
-@register_kl(LowRankNormal, torch.distributions.Independent)  # type: ignore[untyped-decorator]
-def _(q: LowRankNormal, p: Any) -> Tensor:
-    normal = p.base_dist
-    if not isinstance(normal, torch.distributions.Normal):
-        raise NotImplementedError(f"KL of LowRankNormal from {p} has no closed form.")
-    moved = (q.variance + (q.loc - normal.loc).square()) / normal.scale.square()
-    each = 0.5 * (moved - 1.0) - (q.scale / normal.scale).log()
-    return each.sum((-3, -2, -1)) - q.log_volume()
-
-
-@to_parts.register
-def _(fn: LowRankNormal) -> Parts:
-    return {"loc": fn.loc, "log_scale": fn.scale.log(), "factor": fn.factor}
-
-
-@from_parts.register
-def _(fn: LowRankNormal, parts: Parts) -> Any:
-    return LowRankNormal(parts["loc"], parts["log_scale"].exp(), parts["factor"])
-
-
-@widened.register
-def _(fn: LowRankNormal, width: float) -> Any:
-    return fn.widened(width)

@@ -1,124 +1,135 @@
-"""What gradient steps move: a distribution as a few unconstrained tensors, and back.
+"""The parameters of a distribution: as its constructor takes them, and unconstrained, as gradient steps move them.
 
-A family is a distribution type with three functions. They are registered for normals here, and for other families in
-their own modules::
-
-    @to_parts.register(MyFamily)
-    def _(fn: MyFamily) -> Parts: ...
+Torch's own distributions declare theirs (``arg_constraints``), and a
+:class:`bayes_lora.distributions.weight_distribution.WeightDistribution` does by its attributes. A distribution of your
+own that steps should move is a subclass of the latter.
 """
 
 from __future__ import annotations
 
-from functools import singledispatch
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import ExpTransform
 
-__all__ = ["Parts", "Tensors", "from_parts", "rebuilt", "tensors_of", "to_parts", "widened"]
+from bayes_lora.distributions.weight_distribution import Noise, Parameters, WeightDistribution
 
-Parts = dict[str, Tensor]
-"""Name of an unconstrained parameter (``"loc"``, ``"log_scale"``) to its value ``(*batch, layers, out, in)``."""
+__all__ = [
+    "Parameters",
+    "constrained",
+    "drawn",
+    "has_parameters",
+    "map_parameters",
+    "parameters",
+    "scaled",
+    "unconstrained",
+    "with_parameters",
+]
 
 
-Tensors = dict[str, tuple[Tensor, int]]
-"""Name of a constructor's argument to its value, and how many of its dimensions are no batch."""
+def parameters(fn: Any) -> Parameters:
+    """The tensors that a distribution is made of, by the names that its constructor has for them."""
+    base = _base(fn)
+    if isinstance(base, WeightDistribution):
+        return base.tensors()
+    if isinstance(base, dist.Delta):
+        return {"v": base.v}
+    return {name: getattr(base, name) for name in base.arg_constraints}
 
 
-@singledispatch
-def to_parts(fn: Any) -> Parts:
-    """The unconstrained parameters of a distribution.
+def with_parameters(fn: Any, values: Parameters) -> Any:
+    """A distribution of the family of ``fn`` made of other tensors, named as by :func:`parameters`."""
+    if isinstance(fn, torch.distributions.Independent):
+        return dist.Independent(with_parameters(fn.base_dist, values), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.Delta):
+        return dist.Delta(values["v"], event_dim=fn.event_dim)
+    return type(fn)(**values)
 
-    Raises:
-        NotImplementedError: no family is registered for its type.
+
+def map_parameters(fn: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A distribution of the family of ``fn``, made of what the function makes of each of its tensors."""
+    return with_parameters(fn, {name: function(value) for name, value in parameters(fn).items()})
+
+
+def unconstrained(fn: Any) -> Parameters:
+    """The parameters of a distribution without constraints: ``"loc"`` and ``"log_scale"`` of a normal.
+
+    A positive parameter is its logarithm, ``log_<name>``; of a point the only one is its ``"value"``.
     """
-    raise _unknown(fn)
+    base = _base(fn)
+    if isinstance(base, WeightDistribution):
+        return base.unconstrained()
+    if isinstance(base, dist.Delta):
+        return {"value": base.v}
+    return {
+        _free_name(name, constraint): _transform(constraint).inv(getattr(base, name))
+        for name, constraint in base.arg_constraints.items()
+    }
 
 
-@singledispatch
-def from_parts(fn: Any, parts: Parts) -> Any:
-    """A distribution of the same family and event dimension as ``fn``, with these parameters."""
-    raise _unknown(fn)
+def constrained(fn: Any, values: Parameters) -> Any:
+    """The inverse of :func:`unconstrained`: the family of ``fn`` with these unconstrained parameters.
+
+    An improper flat density becomes a point.
+    """
+    if isinstance(fn, torch.distributions.Independent):
+        return dist.Independent(constrained(fn.base_dist, values), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, WeightDistribution):
+        return fn.constrained(values)
+    if isinstance(fn, dist.Delta):
+        return dist.Delta(values["value"], event_dim=fn.event_dim)
+    found = {name: _transform(c)(values[_free_name(name, c)]) for name, c in fn.arg_constraints.items()}
+    return type(fn)(**found)
 
 
-@singledispatch
-def widened(fn: Any, width: float) -> Any:
-    """The same distribution with its standard deviations multiplied by ``width``; itself where none is registered."""
+def scaled(fn: Any, factor: float) -> Any:
+    """The same distribution with its standard deviations multiplied by ``factor``.
+
+    Normals and weight distributions alone are scaled; others, points among them, stay as they are.
+    """
+    if isinstance(fn, torch.distributions.Independent):
+        return dist.Independent(scaled(fn.base_dist, factor), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, WeightDistribution):
+        return fn.scaled(factor)
+    if isinstance(fn, torch.distributions.Normal):
+        return dist.Normal(fn.loc, factor * fn.scale)
     return fn
 
 
-def has_parameters(fn: Any) -> bool:
-    """Whether :func:`to_parts` is registered for a distribution's family."""
-    base = fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn
-    return to_parts.dispatch(type(base)) is not to_parts.dispatch(object)
+def drawn(fn: Any, count: int, noise: Noise) -> Tensor:
+    """Draws ``(count, *batch, *event)`` of a normal, a point or a weight distribution, made of the noise alone.
 
-
-def tensors_of(fn: Any) -> Tensors:
-    """What a distribution over ``(layers, out, in)`` is made of, as its constructor takes it."""
-    base = fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn
+    Raises:
+        NotImplementedError: it is of another family.
+    """
+    base = _base(fn)
+    if isinstance(base, WeightDistribution):
+        return base.drawn(count, noise)
     if isinstance(base, dist.Delta):
-        return {"v": (base.v, len(fn.event_shape))}
-    if hasattr(base, "tensors"):
-        return {name: (value, base.dims[name]) for name, value in base.tensors().items()}
-    event = len(fn.event_shape)
-    return {name: (getattr(base, name), event) for name in base.arg_constraints}
+        value: Tensor = base.v
+        return value.expand(count, *value.shape)
+    if isinstance(base, torch.distributions.Normal):
+        return base.loc + base.scale * noise(torch.Size((count, *base.loc.shape)))
+    raise NotImplementedError(f"{fn} is not drawn from given noise: expected a Normal, Delta or WeightDistribution.")
 
 
-def rebuilt(fn: Any, tensors: dict[str, Tensor]) -> Any:
-    """A distribution like ``fn`` of other tensors, named as :func:`tensors_of` names them."""
-    if isinstance(fn, torch.distributions.Independent):
-        # Its own type is torch's or Pyro's; to_event gives Pyro's.
-        return rebuilt(fn.base_dist, tensors).to_event(fn.reinterpreted_batch_ndims)
-    if isinstance(fn, dist.Delta):
-        return dist.Delta(tensors["v"], event_dim=fn.event_dim)
-    if hasattr(fn, "offset"):
-        return type(fn)(**tensors, offset=fn.offset)
-    return type(fn)(**tensors)
+def has_parameters(fn: Any) -> bool:
+    """Whether a distribution is of a family that gradient steps move: normals, points and weight distributions."""
+    return isinstance(_base(fn), torch.distributions.Normal | dist.Delta | WeightDistribution)
 
 
-def _unknown(fn: Any) -> NotImplementedError:
-    return NotImplementedError(
-        f"no family is registered for {type(fn).__name__}. Use Normal(loc, scale).to_event(3), or register the type "
-        "with bayes_lora.distributions.unconstrained.to_parts, from_parts and widened."
-    )
+def _base(fn: Any) -> Any:
+    return fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn
 
 
-@to_parts.register(torch.distributions.Independent)
-def _(fn: Any) -> Parts:
-    return to_parts(fn.base_dist)
+def _free_name(name: str, constraint: Any) -> str:
+    return f"log_{name}" if constraint is constraints.positive else name
 
 
-@from_parts.register(torch.distributions.Independent)
-def _(fn: Any, parts: Parts) -> Any:
-    return from_parts(fn.base_dist, parts).to_event(fn.reinterpreted_batch_ndims)
-
-
-@widened.register(torch.distributions.Independent)
-def _(fn: Any, width: float) -> Any:
-    return widened(fn.base_dist, width).to_event(fn.reinterpreted_batch_ndims)
-
-
-@to_parts.register(dist.Delta)
-def _(fn: Any) -> Parts:
-    return {"value": fn.v}
-
-
-@from_parts.register(dist.Delta)
-def _(fn: Any, parts: Parts) -> Any:
-    return dist.Delta(parts["value"], event_dim=fn.event_dim)
-
-
-@to_parts.register(torch.distributions.Normal)
-def _(fn: Any) -> Parts:
-    return {"loc": fn.loc, "log_scale": fn.scale.log()}
-
-
-@from_parts.register(torch.distributions.Normal)
-def _(fn: Any, parts: Parts) -> Any:
-    return dist.Normal(parts["loc"], parts["log_scale"].exp())
-
-
-@widened.register(torch.distributions.Normal)
-def _(fn: Any, width: float) -> Any:
-    return dist.Normal(fn.loc, width * fn.scale)
+def _transform(constraint: Any) -> Any:
+    """From the real numbers. For positive ones torch has an exponential with an affine map behind it, for nothing."""
+    return ExpTransform() if constraint is constraints.positive else biject_to(constraint)

@@ -10,7 +10,7 @@ import torch
 from pyro.poutine import runtime
 from torch import Tensor
 
-from bayes_lora.distributions.unconstrained import rebuilt, tensors_of
+from bayes_lora.distributions.unconstrained import map_parameters, parameters, with_parameters
 
 __all__ = ["Components", "choose_components", "draws_around"]
 
@@ -37,16 +37,13 @@ class Components(dict[str, Any]):
 
     def take(self, chosen: Tensor) -> dict[str, Any]:
         """The chosen components, ``(S,)``, or one of them: batch ``(S, T, 1)`` or ``(T, 1)``."""
-        return {
-            site: rebuilt(fn, {name: value[chosen.to(value.device)] for name, (value, _) in tensors_of(fn).items()})
-            for site, fn in self.items()
-        }
+        return {site: map_parameters(fn, lambda value: value[chosen.to(value.device)]) for site, fn in self.items()}
 
 
 def stacked(fns: Sequence[Any]) -> Any:
     """One distribution with a new batch dimension before all others."""
-    parts = [tensors_of(fn) for fn in fns]
-    return rebuilt(fns[0], {name: torch.stack([part[name][0] for part in parts]) for name in parts[0]})
+    parts = [parameters(fn) for fn in fns]
+    return with_parameters(fns[0], {name: torch.stack([part[name] for part in parts]) for name in parts[0]})
 
 
 def draws_around() -> int | None:

@@ -7,25 +7,21 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayes_lora.distributions.unconstrained import Parts, from_parts, to_parts
+from bayes_lora.distributions.unconstrained import Parameters, constrained, unconstrained
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.infer.elbo import AnalyticELBO
 from bayes_lora.infer.handlers import ScaleLatents, apart
 from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Sites
+from bayes_lora.types import Distributions, Sites
 
-__all__ = ["Adam", "Descent", "Distributions", "Point", "from_point", "minibatch", "to_point"]
+__all__ = ["Adam", "Descent", "SiteParameters", "constrained_sites", "minibatch", "unconstrained_sites"]
 
-Distributions = dict[str, dist.TorchDistribution]
-"""Site name to a distribution, of batch ``(T, 1)`` or what broadcasts to it."""
-
-Point = dict[tuple[str, str], Tensor]
-"""``(part, site)`` to an unconstrained parameter, ``("loc", site)`` and ``("log_scale", site)`` for normals."""
+SiteParameters = dict[tuple[str, str], Tensor]
+"""The unconstrained parameters of all sites: ``("loc", site)`` and ``("log_scale", site)`` for normals."""
 
 
 class Descent:
@@ -33,7 +29,7 @@ class Descent:
 
     Args:
         model: a Pyro model whose theta sites can be conditioned on.
-        rate: step size of ``(part, site)``.
+        rate: step size of each parameter, by its name and its site.
         optimizer: ``"sgd"`` or ``"adam"``.
         beta: weight of the divergence.
         num_particles: draws per step.
@@ -63,13 +59,13 @@ class Descent:
         theta: Sites,
         start: Distributions,
         steps: int,
-        on_step: Callable[[int, Point], None] | None = None,
-    ) -> Point:
+        on_step: Callable[[int, SiteParameters], None] | None = None,
+    ) -> SiteParameters:
         """Take the steps; returns how far each parameter moved. Every task counts for itself, whatever its collection.
 
         ``on_step`` is called after each with its index and how far they have moved; it may move them further.
         """
-        origin = to_point(start, len(support.task_index))
+        origin = unconstrained_sites(start, len(support.task_index))
         if not self.second:
             origin = {key: value.detach() for key, value in origin.items()}
             theta = {site: value.detach() for site, value in theta.items()}
@@ -84,22 +80,22 @@ class Descent:
                 on_step(step, moved)
         return moved
 
-    def gradients(self, support: Episode, theta: Sites, like: Distributions, point: Point) -> Point:
-        """Of the negative beta-ELBO of each support set, at a point."""
+    def gradients(self, support: Episode, theta: Sites, like: Distributions, values: SiteParameters) -> SiteParameters:
+        """Of the negative beta-ELBO of each support set, at these values of the parameters."""
 
         def guide(episode: Episode) -> None:
-            sample_phi(episode, from_point(like, point))
+            sample_phi(episode, constrained_sites(like, values))
 
         attention = _twice_differentiable() if self.second else nullcontext()
         with apart(), torch.enable_grad(), attention:
-            point = {
+            values = {
                 key: value if self.second and value.requires_grad else value.detach().requires_grad_()
-                for key, value in point.items()
+                for key, value in values.items()
             }
             model = self.scale(pyro.condition(self.model, data=theta))
             loss = self.elbo.differentiable_loss(model, self.scale(guide), support)
-            gradients = torch.autograd.grad(loss, list(point.values()), create_graph=self.second)
-        return dict(zip(point, gradients, strict=True))
+            gradients = torch.autograd.grad(loss, list(values.values()), create_graph=self.second)
+        return dict(zip(values, gradients, strict=True))
 
 
 class Adam:
@@ -129,22 +125,25 @@ def minibatch(episode: Episode, step: int, size: int) -> Episode:
     return part.to(episode.mask.device)
 
 
-def to_point(distributions: Distributions, tasks: int | None = None) -> Point:
-    """The unconstrained parameters of all sites; those without a batch get ``(tasks, 1)``, where tasks is given."""
-    point: Point = {}
+def unconstrained_sites(distributions: Distributions, num_tasks: int | None = None) -> SiteParameters:
+    """The unconstrained parameters of all sites.
+
+    Where ``num_tasks`` is given, those of a distribution without a batch are expanded to a batch of ``(num_tasks, 1)``.
+    """
+    found: SiteParameters = {}
     for site, fn in distributions.items():
-        for part, value in to_parts(fn).items():
-            whole = tasks is None or fn.batch_shape
-            point[part, site] = value if whole else value.expand(tasks or 0, 1, *value.shape)
-    return point
+        for name, value in unconstrained(fn).items():
+            whole = num_tasks is None or fn.batch_shape
+            found[name, site] = value if whole else value.expand(num_tasks or 0, 1, *value.shape)
+    return found
 
 
-def from_point(like: Distributions, point: Point) -> Distributions:
-    """Distributions of the families of ``like`` with these parameters."""
-    parts: dict[str, Parts] = {site: {} for site in like}
-    for (part, site), value in point.items():
-        parts[site][part] = value
-    return {site: from_parts(fn, parts[site]) for site, fn in like.items()}
+def constrained_sites(like: Distributions, values: SiteParameters) -> Distributions:
+    """The inverse of :func:`unconstrained_sites`: distributions of the families of ``like`` with these parameters."""
+    by_site: dict[str, Parameters] = {site: {} for site in like}
+    for (name, site), value in values.items():
+        by_site[site][name] = value
+    return {site: constrained(fn, by_site[site]) for site, fn in like.items()}
 
 
 def _twice_differentiable() -> AbstractContextManager[None]:

@@ -7,21 +7,21 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import pyro
-import torch
 from pyro.distributions import Unit
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
-from bayes_lora.distributions.unconstrained import widened
+from bayes_lora.distributions.factored_normal import FactoredNormal
+from bayes_lora.distributions.unconstrained import scaled
 from bayes_lora.errors import ConfigError
 
 __all__ = ["AtMean", "LastSite", "LocalReparameterization", "ModuleParameters", "ScaleLatents", "Widened", "apart"]
 
 
 class LocalReparameterization(Messenger):
-    """Effect handler: a latent site whose distribution has a ``deferred()`` form takes that for its value.
+    """Effect handler: a latent site of whole updates takes ``FactoredNormal.deferred()`` for its value.
 
     Around a guide (and a model that is replayed against it) the language model draws what such weights make of each
     activation, instead of the weights: less variance in the gradient, and no matrix of a task's own in memory. A draw
@@ -31,11 +31,8 @@ class LocalReparameterization(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["done"]:
             return
-        fn = msg["fn"]
-        while isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        if hasattr(fn, "deferred"):
-            msg["value"], msg["done"] = fn.deferred(), True
+        if isinstance(msg["fn"], FactoredNormal):
+            msg["value"], msg["done"] = msg["fn"].deferred(), True
 
 
 class ScaleLatents(Messenger):
@@ -79,15 +76,16 @@ class AtMean(Messenger):
     """Effect handler: every latent site takes the mean of its distribution."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not msg["done"] and hasattr(msg["fn"], "mean"):
+        is_plate = isinstance(msg["fn"], _Subsample)
+        if not msg["is_observed"] and not msg["done"] and not is_plate:
             msg["value"], msg["done"] = msg["fn"].mean, True
 
 
 class Widened(Messenger):
     """Effect handler: the standard deviation of every ``phi.*`` site is multiplied by ``width``.
 
-    Around a guide, it draws from the widened q(phi | S). Families for which
-    ``bayes_lora.distributions.unconstrained.widened`` is not registered, points among them, stay as they are.
+    Around a guide, it draws from the widened q(phi | S). Families that
+    :func:`bayes_lora.distributions.unconstrained.scaled` does not scale, points among them, stay as they are.
     """
 
     def __init__(self, width: float) -> None:
@@ -98,7 +96,7 @@ class Widened(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"].startswith("phi.") and not msg["done"]:
-            msg["fn"] = widened(msg["fn"], self.width)
+            msg["fn"] = scaled(msg["fn"], self.width)
 
 
 class ModuleParameters(Messenger):

@@ -49,7 +49,7 @@ def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws:
 def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:
     """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
     total, count = 0.0, 0
-    model = objective.model
+    model: Any = objective.model
     for episode in episodes:
         with objective.running(), evaluating(objective), torch.no_grad(), Widened(width):
             phi = draw_phi(model, objective.guide, episode, num_draws)

@@ -8,22 +8,20 @@ from typing import Any
 import pyro
 import torch
 
-from bayes_lora.distributions.unconstrained import rebuilt, tensors_of, to_parts, widened
-from bayes_lora.distributions.weight_distribution import WeightDistribution
+from bayes_lora.distributions.unconstrained import map_parameters, scaled
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.errors import ConfigError, NonFiniteLoss
 from bayes_lora.infer.components import Components
-from bayes_lora.infer.descent import Descent, Distributions, Point, from_point, to_point
+from bayes_lora.infer.descent import Descent, SiteParameters, constrained_sites, unconstrained_sites
 from bayes_lora.infer.handlers import AtMean
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.sites import factor_sites
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
-from bayes_lora.types import Guide, Model, Sites
+from bayes_lora.types import Distributions, Guide, Model, Sites
 from bayes_lora.utils.seeding import seeded
 
-__all__ = ["adapt", "adapt_at", "one_pass"]
+__all__ = ["adapt", "adapt_at", "amortized_posterior"]
 
 
 def adapt(
@@ -64,54 +62,59 @@ def adapt_at(
 ) -> tuple[TaskPosterior, Sites]:
     """What :func:`adapt` returns, and the mean of q(theta) at which it stands."""
     rows = [lm.encoder(task.support) for task in tasks]
-    theta, start = one_pass(objective, collate(rows).unseen().to(lm.device), seed)
+    model: Any = objective.model
+    theta, phi = amortized_posterior(objective, collate(rows).unseen().to(lm.device), seed)
     if steps:
         # Components take their steps side by side, as tasks of their own.
-        count = start.count if isinstance(start, Components) else 1
+        count = phi.count if isinstance(phi, Components) else 1
         episode = collate(rows * count).unseen().to(lm.device)
-        begin, here = _flat(start) if count > 1 else start, theta
-        if count > 1 and objective.guide.num_members > 1:
-            here = _flat_theta(theta, len(tasks))
-        descent = Descent(objective.model, lambda part, site: learning_rate, beta=objective.target_beta)
+        start, here = _side_by_side(phi), theta
+        if isinstance(objective.guide, Guide) and objective.guide.num_members > 1:
+            here = _theta_side_by_side(theta, len(tasks))
+        descent = Descent(model, lambda name, site: learning_rate, beta=objective.target_beta)
         # What diverges is named below, once all steps are taken.
         with objective.running(), evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
-            moved = descent(episode, here, begin, steps)
+            moved = descent(episode, here, start, steps)
         _check_finite(moved, steps)
-        point = to_point(begin, len(episode.mask))
-        end = from_point(begin, {key: point[key] + moved[key] for key in point})
-        start = _unflat(end, count) if count > 1 else end
+        origin = unconstrained_sites(start, len(episode.mask))
+        end = constrained_sites(start, {key: value + moved[key] for key, value in origin.items()})
+        phi = _as_components(end, count) if isinstance(phi, Components) else end
     with torch.no_grad():
-        shared = objective.model.shared(theta)
-    return _posterior(lm, shared, {site: widened(fn, width) for site, fn in start.items()}, tasks), theta
+        shared = model.shared(theta)
+    # A model may have random sites beside those of the language model.
+    sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys()
+    own = {site: scaled(fn, width) for site, fn in phi.items() if site in sites}
+    names = tuple(task.name for task in tasks)
+    return TaskPosterior(lm, Components(own) if isinstance(phi, Components) else own, shared, names), theta
 
 
-def _flat(start: Distributions) -> Distributions:
+def _side_by_side(phi: Distributions) -> Distributions:
     """Components ``(K, T, 1)`` as ``(K * T, 1)``."""
-    return {
-        site: rebuilt(fn, {name: value.flatten(0, 1) for name, (value, _) in tensors_of(fn).items()})
-        for site, fn in start.items()
-    }
+    if not isinstance(phi, Components):
+        return phi
+    return {site: map_parameters(fn, lambda value: value.flatten(0, 1)) for site, fn in phi.items()}
 
 
-def _unflat(end: Distributions, count: int) -> Distributions:
-    return {
-        site: rebuilt(fn, {name: value.unflatten(0, (count, -1)) for name, (value, _) in tensors_of(fn).items()})
-        for site, fn in end.items()
-    }
+def _as_components(phi: Distributions, count: int) -> Components:
+    """The inverse of :func:`_side_by_side`."""
+    return Components(
+        {site: map_parameters(fn, lambda value: value.unflatten(0, (count, -1))) for site, fn in phi.items()}
+    )
 
 
-def _flat_theta(theta: Sites, tasks: int) -> Sites:
+def _theta_side_by_side(theta: Sites, tasks: int) -> Sites:
     """Members' own values ``(K, 1, 1, ...)`` as ``(K * T, 1, ...)``."""
     return {name: value.expand(-1, tasks, *value.shape[2:]).flatten(0, 1) for name, value in theta.items()}
 
 
-def one_pass(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Sites, Distributions]:
-    """The mean of q(theta), and q(phi | support) there, per random site.
+def amortized_posterior(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Sites, Distributions]:
+    """The mean of q(theta), and q(phi | support) there, per random site: ``guide.amortized(support)``.
 
-    Of an ensemble both have its members before all other dimensions, theta ``(K, 1, 1, ...)``.
+    Of an ensemble both have its members before all other dimensions, theta ``(K, 1, 1, ...)``. A guide that is no
+    :class:`bayes_lora.types.Guide`, one of Pyro's or a function, is run once with every latent site at its mean.
 
     Raises:
-        ConfigError: the model or the guide is of another kind than those of this package.
+        ConfigError: the model is none of this package's, or a guide of another kind samples several phi sites together.
     """
     guide = objective.guide
     if not isinstance(objective.model, Model):
@@ -119,8 +122,8 @@ def one_pass(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Site
     with objective.running(), evaluating(objective), torch.no_grad(), seeded(seed, episode.mask.device):
         if isinstance(guide, Guide):
             return guide.amortized(episode.support)
-    with objective.running(), evaluating(objective), torch.no_grad(), AtMean(), seeded(seed, episode.mask.device):
-        trace = pyro.poutine.trace(guide).get_trace(episode)
+        with AtMean():
+            trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
     joint = [name for name, node in sites.items() if node["infer"].get("is_auxiliary")]
     if joint:
@@ -136,29 +139,7 @@ def _unfit(got: str) -> ConfigError:
     )
 
 
-def _posterior(lm: LanguageModel, shared: Sites, phi: dict[str, Any], tasks: Sequence[Task]) -> TaskPosterior:
-    loc = {site: v if v.ndim > 5 else v.expand(1, 1, *v.shape[-3:]) for site, v in shared.items()}
-    scale: Sites = {}
-    noise: Sites = {}
-    joint: dict[str, WeightDistribution] = {}
-    for site, fn in phi.items():
-        if site in lm.sites.delta_shapes:
-            weight, factors = fn.base_dist.deferred(), factor_sites(site)
-            loc |= zip(factors, (weight.loc_A, weight.loc_B), strict=True)
-            noise |= zip(factors, (weight.scale_A, weight.scale_B), strict=True)
-        elif site in lm.sites.shapes:
-            loc[site] = fn.mean
-            if isinstance(fn, WeightDistribution):
-                joint[site] = fn.map(lambda _, value: value.contiguous())
-            if site in joint or "value" not in to_parts(fn):  # which a point has for its only part
-                scale[site] = fn.stddev
-    # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
-    parts = ({site: value.contiguous() for site, value in part.items()} for part in (loc, scale, noise))
-    loc, scale, noise = parts
-    return TaskPosterior(lm, loc, scale, tuple(task.name for task in tasks), noise, joint)
-
-
-def _check_finite(moved: Point, steps: int) -> None:
-    broken = [f"{part} of {site!r}" for (part, site), value in moved.items() if not value.isfinite().all()]
+def _check_finite(moved: SiteParameters, steps: int) -> None:
+    broken = [f"{name} of {site!r}" for (name, site), value in moved.items() if not value.isfinite().all()]
     if broken:
         raise NonFiniteLoss(f"after {steps} steps of adaptation {broken[:3]} is not finite. Lower learning_rate.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pyro.distributions import Delta
 
 from bayes_lora.episodes.episode import collate
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
+from bayes_lora.types import Distributions
 
 __all__ = ["finetune_lora", "pretrained"]
 
@@ -18,8 +20,7 @@ def pretrained(lm: LanguageModel, tasks: Sequence[Task]) -> TaskPosterior:
     """The base model without any adapter: every B is zero, also if the LoRA starts at a trained adapter."""
     initial = lm.sites.initial()
     zero = {site: torch.zeros_like(value) for site, value in initial.items() if ".lora_B" in site}
-    loc = {site: value[None, None] for site, value in (initial | zero).items()}
-    return TaskPosterior(lm, loc, {}, tuple(task.name for task in tasks))
+    return TaskPosterior(lm, {}, initial | zero, tuple(task.name for task in tasks))
 
 
 def finetune_lora(
@@ -42,5 +43,5 @@ def finetune_lora(
         # A sum over tasks: each LoRA gets the gradient of its own task's mean alone.
         (nll.sum(-1) / episode.mask.sum(-1)).sum().backward()
         optimizer.step()
-    loc = {site: value.detach() for site, value in phi.items()}
-    return TaskPosterior(lm, loc, {}, tuple(task.name for task in tasks))
+    points: Distributions = {site: Delta(value.detach(), event_dim=3) for site, value in phi.items()}
+    return TaskPosterior(lm, points, {}, tuple(task.name for task in tasks))

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bayes_lora.distributions.divergence import divergence
-from bayes_lora.distributions.factored_normal import FactoredNormal, over_rows
+from bayes_lora.distributions.weight_distribution import WeightDistribution
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.adapt import adapt_at
@@ -112,9 +112,9 @@ def diagnose(
     pairs = list(zip(mean, drawn, strict=True))
     moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
     changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
-    sites = _sites(objective.model.phi_prior(theta), adapted)
-    point = not sites and adapted.num_components == 1
-    warnings = _warnings(nll, moved, changed, sites, point)
+    model: Any = objective.model
+    sites = _sites(model.phi_prior(theta), adapted)
+    warnings = _warnings(nll, moved, changed, sites, adapted.is_point)
     return Diagnosis(nll, ece, moved, changed, sites, warnings)
 
 
@@ -128,11 +128,7 @@ def _sites(prior: dict[str, Any], adapted: TaskPosterior) -> dict[str, SiteWidth
 
 
 def _mean_scale(fn: Any) -> float:
-    base = getattr(fn, "base_dist", fn)
-    if not isinstance(base, FactoredNormal):
-        return float(fn.stddev.mean())
-    total = over_rows(lambda q: (q.scale_B @ q.scale_A + base.offset).abs(), base)  # never as whole matrices
-    return float(total.mean()) / base.event_shape.numel()
+    return float(fn.mean_stddev() if isinstance(fn, WeightDistribution) else fn.stddev.mean())
 
 
 def _scores(tasks: Sequence[Task], predictions: Sequence[Tensor]) -> tuple[float, float]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from pyro.distributions import Delta, Normal
+from torch.distributions import Independent
 
 from bayes_lora.distributions.dropped_point import DroppedPoint
+from bayes_lora.distributions.factored_normal import FactoredNormal
 from bayes_lora.distributions.kronecker_normal import KroneckerNormal
 from bayes_lora.distributions.low_rank_normal import LowRankNormal
+from bayes_lora.distributions.unconstrained import parameters
+from bayes_lora.distributions.weight_distribution import Parameters, WeightDistribution
 from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
+from bayes_lora.infer.components import Components
 from bayes_lora.lm.fingerprint import check_identity, identity
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.types import Sites
+from bayes_lora.types import Distributions
 from bayes_lora.utils.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -23,87 +28,85 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "export_adapter", "read_posterior", "save_posterior"]
 
-FAMILIES = {cls.__name__: cls for cls in (DroppedPoint, KroneckerNormal, LowRankNormal)}
-"""By the names under which files have them."""
+FAMILIES: dict[str, Callable[..., Any]] = {
+    cls.__name__: cls for cls in (Delta, DroppedPoint, FactoredNormal, KroneckerNormal, LowRankNormal, Normal)
+}
+"""The distributions that a file may hold, by their names there. Nothing is imported because a file names it."""
 
-TENSORS, NAMES = "task_posterior.safetensors", "task_posterior.json"
+TENSORS, FACTS = "task_posterior.safetensors", "task_posterior.json"
 
 
 def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> None:
     """See :meth:`TaskPosterior.save`."""
-    independent = [site for site in posterior.loc if site not in posterior.joint]
-    tensors = {f"loc.{site}": posterior.loc[site] for site in independent}
-    tensors |= {f"scale.{site}": posterior.scale[site] for site in independent if site in posterior.scale}
-    tensors |= {f"noise.{site}": value for site, value in posterior.noise.items()}
-    for site, fn in posterior.joint.items():
-        tensors |= {f"joint.{part}.{site}": value.contiguous() for part, value in fn.tensors().items()}
+    tensors = {f"shared.{site}": value for site, value in posterior.shared.items()}
+    sites: dict[str, Any] = {}
+    for site, fn in posterior.phi.items():
+        own = parameters(fn)
+        tensors |= {f"{name}.{site}": value for name, value in own.items()}
+        base = fn.base_dist if isinstance(fn, Independent) else fn
+        sites[site] = {"family": type(base).__name__, "tensors": list(own)}
     facts: dict[str, Any] = {
         "names": list(posterior.names),
-        "random_sites": [*posterior.scale, *posterior.noise],
         "temperature": posterior.temperature,
-        "families": {site: type(fn).__name__ for site, fn in posterior.joint.items()},
+        "components": isinstance(posterior.phi, Components),
+        "sites": sites,
     }
     with new_folder(path, overwrite=overwrite) as folder:
         write_tensors(folder / TENSORS, tensors)
-        write_json(folder / NAMES, facts | identity(posterior.lm))
+        write_json(folder / FACTS, facts | identity(posterior.lm))
 
 
 def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
     """The fields of a saved posterior but the language model; see :meth:`TaskPosterior.load`."""
-    tensors, facts = read_tensors(path / TENSORS), read_json(path / NAMES)
-    parts, joint = _by_part(tensors, lm)
+    facts = read_json(path / FACTS)
+    if isinstance(facts, dict) and "random_sites" in facts:
+        raise PosteriorError(f"{path}: a posterior in a former layout, which is no longer read. Adapt again.")
+    tensors = {name: value.to(lm.device) for name, value in read_tensors(path / TENSORS).items()}
     try:
-        families: Mapping[str, Any] = FAMILIES
-        fns = {site: families[kind](**joint[site]) for site, kind in facts.get("families", {}).items()}
-        for site, fn in fns.items():
-            parts["loc"][site], parts["scale"][site] = fn.mean, fn.stddev
-        lm.sites.check(parts["loc"])
-        names = tuple(facts["names"])
-        _check_shapes(parts, names, set(facts["random_sites"]))
-    except (SiteError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        names, temperature, components = tuple(facts["names"]), facts["temperature"], bool(facts["components"])
+        phi: Distributions = {
+            site: _distribution(one["family"], {name: tensors.pop(f"{name}.{site}") for name in one["tensors"]})
+            for site, one in facts["sites"].items()
+        }
+        shared = {name.removeprefix("shared."): value for name, value in tensors.items()}
+        lm.sites.check(shared | {site: _like_values(fn) for site, fn in phi.items()})
+        _check_batches(phi, len(names), components)
+    except KeyError as error:
+        raise PosteriorError(f"{path}: damaged, or does not fit {lm.name}: it has no {error}. Adapt again.") from error
+    except (SiteError, TypeError, ValueError, RuntimeError) as error:
         raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
     check_identity(facts, lm, path)
-    temperature = facts.get("temperature", 1.0)  # older folders have none
     if not isinstance(temperature, int | float) or not temperature > 0:
         raise PosteriorError(f"{path}: expected a positive 'temperature', got {temperature!r}. Adapt again.")
-    return {**parts, "names": names, "joint": fns, "temperature": float(temperature)}
+    phi = Components(phi) if components else phi
+    return {"phi": phi, "shared": shared, "names": names, "temperature": float(temperature)}
 
 
-def _by_part(tensors: Mapping[str, Tensor], lm: LanguageModel) -> tuple[dict[str, Sites], dict[str, Sites]]:
-    """Loc, scale and noise by site, and of joint distributions the tensors of each site."""
-    parts: dict[str, Sites] = {"loc": {}, "scale": {}, "noise": {}}
-    joint: dict[str, Sites] = {}
-    for name, value in tensors.items():
-        part, _, site = name.partition(".")
-        if part == "joint":
-            part, _, site = site.partition(".")
-            joint.setdefault(site, {})[part] = value.to(lm.device)
-        else:
-            parts.get(part, {})[site] = value.to(lm.device)
-    return parts, joint
+def _distribution(family: str, tensors: Parameters) -> Any:
+    if family not in FAMILIES:
+        raise ValueError(f"expected one of the families {sorted(FAMILIES)}, got {family!r}")
+    if family == Delta.__name__:
+        return Delta(**tensors, event_dim=3)
+    made = FAMILIES[family](**tensors)
+    return made if isinstance(made, WeightDistribution) else made.to_event(3)
 
 
-def _check_shapes(parts: Mapping[str, Sites], names: tuple[str, ...], random: set[str]) -> None:
-    scales = parts["scale"] | parts["noise"]
-    sizes = {site: tuple(value.shape) for site, value in scales.items()}
-    if random != sizes.keys() or any(
-        shape[-5:-3] != (len(names), 1)
-        or not _fits(shape, tuple(parts["loc"][site].shape), factor=site in parts["noise"])
-        for site, shape in sizes.items()
-    ):
-        raise SiteError(f"expected scales of {sorted(random)} for {len(names)} tasks, got {sizes}")
+def _like_values(fn: Any) -> Any:
+    """Something of the shape of a distribution's draws; never whole matrices."""
+    return fn.deferred() if isinstance(fn, FactoredNormal) else fn.mean
 
 
-def _fits(shape: tuple[int, ...], loc: tuple[int, ...], *, factor: bool) -> bool:
-    """Whether a scale has the shape of its location; where it is a factor of one, its rank may be another."""
-    if not factor:
-        return shape == loc
-    return shape[:-2] == loc[:-2] and (shape[-1] == loc[-1] or shape[-2] == loc[-2])
+def _check_batches(phi: Distributions, tasks: int, components: bool) -> None:
+    sizes = {fn.batch_shape[:1] for fn in phi.values()} if components else set()
+    for site, fn in phi.items():
+        if fn.batch_shape[-2:] != (tasks, 1) or len(fn.batch_shape) != 2 + components or len(sizes) > 1:
+            expected = f"(K, {tasks}, 1)" if components else f"({tasks}, 1)"
+            raise ValueError(f"site {site!r}: expected batch shape {expected}, got {tuple(fn.batch_shape)}")
 
 
 def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, overwrite: bool) -> None:
     """See :meth:`TaskPosterior.export_peft`."""
-    if draw is not None and posterior.noise:
+    if draw is not None and posterior.is_deferred:
         raise ConfigError("draw: whole updates are random here, and a draw of them is no LoRA. Export the mean.")
     if len(posterior.names) != 1:
         raise TaskError(

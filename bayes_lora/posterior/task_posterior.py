@@ -2,85 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.distributions import Normal, TorchDistribution
+from pyro.distributions import Delta
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_lora.distributions.deferred_weight import DeferredWeight
 from bayes_lora.distributions.factored_normal import FactoredNormal
-from bayes_lora.distributions.weight_distribution import WeightDistribution
+from bayes_lora.distributions.unconstrained import drawn, has_parameters, map_parameters, parameters
 from bayes_lora.errors import ConfigError, TaskError
+from bayes_lora.infer.components import Components
 from bayes_lora.lm.generation import Generated, generate
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.sites import factor_sites
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
-from bayes_lora.posterior.predict import TASK, predict_rows, score, score_text, task_of
+from bayes_lora.posterior.predict import predict_rows, score, score_text, task_of
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.types import Sites
+from bayes_lora.types import Distributions, Sites
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["TaskPosterior"]
 
-WITH_COMPONENTS = 6
-"""Dimensions of ``(T, 1, layers, out, in)`` where components stand before it."""
-
 
 @dataclass(frozen=True)
 class TaskPosterior:
-    """q(phi | support) of T tasks: independent normals over LoRA factors or over whole updates, or another family.
-
-    It may have K equally likely components, an ensemble's members or a sampler's samples, of which a draw takes one:
-    then ``K`` stands before ``T`` in every shape below that is not of a site shared by all of them.
+    """q(phi | support) of T tasks: a distribution for each random LoRA site, or for whole updates.
 
     Attributes:
         lm: the language model.
-        loc: the mean per LoRA site ``(T, 1, layers, out, in)`` (size 1 for T where the site is shared by all tasks).
-        scale: standard deviations likewise, for the random sites alone.
+        phi: per random site a normal, a point or a weight distribution: batch ``(T, 1)``, event ``(layers, out, in)``.
+            :class:`bayes_lora.infer.components.Components` have batch ``(K, T, 1)``: K equally likely components, an
+            ensemble's members or a sampler's samples, of which a draw takes one for all sites.
+        shared: values of the sites that all tasks share, ``(layers, out, in)``; of an ensemble ``(K, 1, 1, layers, out,
+            in)``. They are kept as ``(1 or K, 1, 1, layers, out, in)``.
         names: the tasks' names.
-        noise: where whole updates are random, ``N(B A, (B_s A_s)^2)`` with the locations for B and A: the factors of
-            their scales, under the names of LoRA sites.
-        joint: the distributions of sites whose weights are not independent normals, of batch ``(T, 1)``.
         temperature: by which scores of options, but not those of free answers, are divided, see
             :mod:`bayes_lora.posterior.temperature`.
+
+    Raises:
+        ConfigError: a distribution is of another family.
     """
 
     lm: LanguageModel
-    loc: Sites
-    scale: Sites
+    phi: Distributions
+    shared: Sites
     names: tuple[str, ...]
-    noise: Sites = field(default_factory=dict)
-    joint: dict[str, WeightDistribution] = field(default_factory=dict)
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for site, fn in self.phi.items():
+            if not has_parameters(fn):
+                raise ConfigError(f"site {site!r}: expected a Normal, Delta or WeightDistribution, got {fn}.")
+        # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
+        object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
+        shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
+        object.__setattr__(self, "shared", shared)
+
+    def _of_each(self, function: Callable[[Tensor], Tensor]) -> Distributions:
+        """Phi, made of what the function makes of each of its tensors ``(T, 1, ...)`` or ``(K, T, 1, ...)``."""
+        phi = {site: map_parameters(fn, function) for site, fn in self.phi.items()}
+        return Components(phi) if isinstance(self.phi, Components) else phi
 
     @property
     def num_components(self) -> int:
         """K; 1 where there are none."""
-        return next((len(value) for value in self.loc.values() if value.ndim == WITH_COMPONENTS), 1)
+        return self.phi.count if isinstance(self.phi, Components) else 1
 
-    def distributions(self) -> dict[str, TorchDistribution]:
-        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
-        found: dict[str, TorchDistribution] = {}
-        for site, scale in self.scale.items():
-            found[site] = self.joint.get(site) or Normal(self.loc[site], scale).to_event(3)
-        for site in self.lm.sites.delta_shapes:
-            a, b = factor_sites(site)
-            if a in self.noise:
-                normal: Any = FactoredNormal(self.loc[a], self.loc[b], self.noise[a], self.noise[b])
-                found[site] = normal.to_event(1)
-        return found
+    @property
+    def is_point(self) -> bool:
+        """Whether all draws are the mean."""
+        return self.num_components == 1 and not self.distributions()
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether whole updates are random: their noise enters where they meet activations, anew in every forward."""
+        return any(isinstance(fn, FactoredNormal) for fn in self.phi.values())
+
+    def distributions(self) -> Distributions:
+        """q(phi | support) of the sites that have a scale: batch ``(T, 1)``, event ``(layers, out, in)``."""
+        return {site: fn for site, fn in self.phi.items() if not isinstance(fn, Delta)}
 
     def mean(self) -> Sites:
-        """Of every LoRA site, ``(T, 1, layers, out, in)``; averaged over components."""
-        return {site: v.mean(0) if v.ndim == WITH_COMPONENTS else v for site, v in self.loc.items()}
+        """Of every LoRA site, ``(T or 1, 1, layers, out, in)``; averaged over components.
+
+        Of a whole update it is that of its factors.
+        """
+        loc: Sites = {}
+        for site, fn in self.phi.items():
+            if isinstance(fn, FactoredNormal):
+                loc |= zip(factor_sites(site), (fn.loc_A, fn.loc_B), strict=True)
+            else:
+                loc[site] = fn.mean
+        if isinstance(self.phi, Components):
+            loc = {site: value.mean(0) for site, value in loc.items()}
+        return {site: value.mean(0) for site, value in self.shared.items()} | loc
 
     def draw(self, num_draws: int, *, seed: int = 0) -> Sites:
         """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed.
@@ -90,42 +113,27 @@ class TaskPosterior:
         if num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
-        count = self.num_components
-        turns = torch.arange(num_draws)
-        # Fewer draws than components are spread over them, for a sampler's neighbours are alike, from one by the seed.
-        chosen = turns % count
-        if num_draws < count:
-            first = torch.randint(count, (), generator=generator)
-            chosen = (turns * count // num_draws + first) % count
-
-        def taken(value: Tensor) -> Tensor:
-            return value[chosen.to(value.device)] if value.ndim == WITH_COMPONENTS else value[None]
-
-        phi = {site: taken(loc) for site, loc in self.loc.items()}
+        chosen = self._turns(num_draws, generator)
+        phi = {site: v if len(v) == 1 else v[chosen.to(v.device)] for site, v in self.shared.items()}
         # In the order of the model's sites, for files keep none, and a seed must mean the same after loading.
-        for site in (site for site in self.lm.sites.shapes if site in self.scale):
-            like = self.scale[site]
-
-            def noise(shape: torch.Size, like: Tensor = like) -> Tensor:
-                # Drawn on the CPU, so that a seed means the same on every device.
-                return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
-
-            if site in self.joint:
-                joint = self.joint[site]
-                if len(joint.batch_shape) > 2:
-                    joint = joint.map(lambda _, value: value[chosen.to(value.device)])
-                    phi[site] = joint.drawn(1, noise)[0]
-                else:
-                    phi[site] = joint.drawn(num_draws, noise)
+        for site in (site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in self.phi):
+            fn = self.phi[site]
+            if isinstance(self.phi, Components):
+                fn = map_parameters(fn, lambda value: value[chosen.to(value.device)])
+                phi[site] = drawn_or_deferred(fn, 1, generator)
+                phi[site] = tree_map(lambda value: value[0], phi[site])
             else:
-                scale = taken(like)
-                phi[site] = phi[site] + scale * noise(torch.Size((num_draws, *scale.shape[1:])))
-        for site, factors in ((site, factor_sites(site)) for site in self.lm.sites.delta_shapes):
-            if factors[0] in self.noise:
-                parts = [phi.pop(a) for a in factors] + [taken(self.noise[a]) for a in factors]
-                whole: Any = DeferredWeight(*(value.expand(num_draws, *value.shape[1:]) for value in parts))
-                phi[site] = whole
+                phi[site] = drawn_or_deferred(fn, num_draws, generator)
         return phi
+
+    def _turns(self, num_draws: int, generator: torch.Generator) -> Tensor:
+        """The component of each draw, ``(num_draws,)``."""
+        count, turns = self.num_components, torch.arange(num_draws)
+        if num_draws >= count:
+            return turns % count
+        # Fewer draws than components are spread over them, for a sampler's neighbours are alike, from one by the seed.
+        first = torch.randint(count, (), generator=generator)
+        return (turns * count // num_draws + first) % count
 
     @torch.no_grad()
     def predict(
@@ -157,7 +165,7 @@ class TaskPosterior:
         phi, shown = self._checked(queries, demonstrations, num_draws, seed)
         count = max(len(value) for value in tree_leaves(phi))
         # Deferred weights draw while they are used.
-        with seeded(seed, self.lm.device) if self.noise else nullcontext():
+        with seeded(seed, self.lm.device) if self.is_deferred else nullcontext():
             return [
                 predict_rows(
                     self.lm,
@@ -193,7 +201,7 @@ class TaskPosterior:
             TaskError: as :meth:`predict`.
             ConfigError: draws of whole updates were asked for, whose noise is drawn anew for every token.
         """
-        if self.noise and num_draws:
+        if self.is_deferred and num_draws:
             raise ConfigError("generate: a draw of whole updates is not one model over several forwards. num_draws=0.")
         phi, shown = self._checked(queries, demonstrations, num_draws, seed)
         return [
@@ -214,8 +222,8 @@ class TaskPosterior:
                 raise TaskError(
                     f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(given)}."
                 )
-        if not self.scale and not self.noise and self.num_components == 1:
-            num_draws = 0  # all draws are the mean
+        if self.is_point:
+            num_draws = 0
         phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.mean().items()}
         return phi, demonstrations or [()] * len(queries)
 
@@ -242,7 +250,7 @@ class TaskPosterior:
         asked: Sequence[Sequence[Example]] = [task.query if task.free_form else () for task in tasks]
         answers: Sequence[Sequence[Generated]] = [() for _ in tasks]
         if any(asked):
-            draws = 0 if self.noise else num_draws
+            draws = 0 if self.is_deferred else num_draws
             answers = self.generate(
                 asked, num_draws=draws, seed=seed, demonstrations=shown, max_new_tokens=max_new_tokens
             )
@@ -256,16 +264,8 @@ class TaskPosterior:
         if name not in self.names:
             raise TaskError(f"task {name!r} is not among those adapted to: {list(self.names)}.")
         i = self.names.index(name)
-
-        def own(value: Tensor) -> Tensor:
-            return value if value.shape[TASK] == 1 else value.narrow(TASK, i, 1)
-
-        loc, scale, noise = ({s: own(v) for s, v in part.items()} for part in (self.loc, self.scale, self.noise))
-        joint = {
-            site: fn.map(lambda name, value, fn=fn: value.narrow(value.ndim - fn.dims[name] - 2, i, 1))  # type: ignore[misc]
-            for site, fn in self.joint.items()
-        }
-        return TaskPosterior(self.lm, loc, scale, (name,), noise, joint, self.temperature)
+        axis = 1 if isinstance(self.phi, Components) else 0
+        return replace(self, phi=self._of_each(lambda value: value.narrow(axis, i, 1)), names=(name,))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the posterior to a folder (safetensors and JSON).
@@ -298,3 +298,16 @@ class TaskPosterior:
             ConfigError: a draw of whole updates was asked for, which is no LoRA.
         """
         export_adapter(self, Path(path), draw, overwrite=overwrite)
+
+
+def drawn_or_deferred(fn: Any, count: int, generator: torch.Generator) -> Any:
+    """Draws ``(count, *batch, layers, out, in)`` of one site; a whole update's are left to the activations."""
+    if isinstance(fn, FactoredNormal):
+        return DeferredWeight(*(value.expand(count, *value.shape) for value in fn.deferred()))
+    like = next(iter(parameters(fn).values()))
+
+    def noise(shape: torch.Size) -> Tensor:
+        # Drawn on the CPU, so that a seed means the same on every device.
+        return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
+
+    return drawn(fn, count, noise)

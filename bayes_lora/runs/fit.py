@@ -278,7 +278,7 @@ def _evaluate(method: Method, tasks: Sequence[Task], shown: int, advance: Callab
         demonstrations = [task.support[:shown]]
         [log_probs] = adapted.predict([task.query], num_draws=num_draws, demonstrations=demonstrations)
         if task.free_form:
-            draws = 0 if adapted.noise else num_draws
+            draws = 0 if adapted.is_deferred else num_draws
             [answers] = adapted.generate([task.query], num_draws=draws, demonstrations=demonstrations)
             metrics[task.name] = score_text(task.query, log_probs, answers)
         else:

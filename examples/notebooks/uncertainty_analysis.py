@@ -183,7 +183,7 @@ moved = posterior.adapt(everyone)
 with torch.no_grad():
     theta = posterior.objective.guide.theta()
     prior = posterior.objective.model.phi_prior(theta)
-    moves = {site: (moved.loc[site] - p.mean) / p.stddev for site, p in prior.items()}
+    moves = {site: (moved.phi[site].mean - p.mean) / p.stddev for site, p in prior.items()}
     distance = torch.cat([move.flatten(1) for move in moves.values()], 1).square().mean(1).sqrt()
 print({site: round(float(move.square().mean().sqrt()), 3) for site, move in moves.items()})
 
@@ -214,7 +214,7 @@ plt.show()
 
 # %%
 with torch.no_grad():
-    scales = {site: (adapted.scale[site] / p.stddev).mean((0, 1, 3, 4)) for site, p in prior.items()}
+    scales = {site: (adapted.phi[site].stddev / p.stddev).mean((0, 1, 3, 4)) for site, p in prior.items()}
     print({site: round(float(p.stddev.mean()), 3) for site, p in prior.items()})
 ratio = torch.stack(list(scales.values()), 1)  # (layers, factors)
 layers = [name.split(".")[2] for name in lm.sites.modules["q_proj.lora_A"]]
