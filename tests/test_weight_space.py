@@ -102,7 +102,7 @@ def test_the_loss_adds_up(lm, handler):
     """Draw by draw; the divergence of updates is weighed by beta, all that theta has by gamma."""
     built, episode = weight_space_objective(lm), make_episode(lm, num_data=[11, 5])
     model, guide = built.model, built.guide
-    objective = BetaELBO(model, guide, beta=0.1, gamma=0.7, handler=handler)
+    objective = BetaELBO(model, guide, beta=0.1, gamma=0.7, context=handler)
     theta = mean_theta(guide)
     prior = sum(Normal(0.0, 1.0).log_prob(value).sum() for value in theta.values())
     prior = prior - sum((1e-6 / fn.variance).sum() for fn in model.phi_prior(theta).values())
