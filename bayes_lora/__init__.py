@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "BetaELBO": "infer.objective",
     "LanguageModel": "lm.language_model",
     "Posterior": "posterior.posterior",
@@ -38,14 +38,14 @@ _HOMES = {
     "load_split": "tasks",
     "load_tasks": "tasks",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'bayes_lora' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
-    return getattr(import_module(f"bayes_lora.{_HOMES[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bayes_lora' has no attribute {name!r}; it has {', '.join(sorted(_MODULES))}")
+    return getattr(import_module(f"bayes_lora.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = Sizes(tasks=1, examples=16, options=(4,), prompt=tuple(args.prompt))
     setup = build_setup(shape, sizes, torch.device("cpu"), torch.float32, 1.0)
     lm = setup.language_model()
-    support = training_episode(setup, lm)[1].support.unseen()
+    support = training_episode(setup, lm)[1].support.without_task_ids()
     model = HierarchicalNormal(lm, lm.sites.initial())
     guide = Laplace(model, steps=args.steps, curvature=args.curvature, batch_size=args.batch_size)
     theta = guide.theta()

@@ -104,7 +104,7 @@ def passes(device: torch.device) -> dict[str, dict[str, float]]:
             step(episode)
         with counted() as of_new, torch.no_grad():
             for one in getattr(guide, "members", [guide]):
-                one.posterior(episode.support.unseen(), one.theta())
+                one.posterior(episode.support.without_task_ids(), one.theta())
         count = len(episode.input_ids)
         found[name] = {"passes": sum(rows) / count, "passes_of_a_new_task": sum(of_new) / count}
     return found

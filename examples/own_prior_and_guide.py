@@ -34,7 +34,7 @@ class Directions(TaskGuide):  # the prior's normal, moved by the mean output emb
 def main(model: str = "", steps: int = 20, folder: str = "runs/own") -> None:
     lm = bayes_lora.load_language_model(*filter(None, [model]))
     training, unseen = bayes_lora.demo_tasks()
-    config = bayes_lora.RunConfig.load(None, [f"fit.steps={steps}", "episodes.held_back=2", "objective.beta=1e-4"])
+    config = bayes_lora.RunConfig.load(None, [f"fit.steps={steps}", "episodes.held_out=2", "objective.beta=1e-4"])
     prior = HeavyTailed(lm, random="B")
     posterior, _ = bayes_lora.fit_posterior(lm, training, config, model=prior, guide=Directions(prior))
     posterior.save(f"{folder}/posterior", overwrite=True)

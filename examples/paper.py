@@ -39,7 +39,7 @@ def main(model: str | None, tasks: Path | None, split: str, recipe: str, steps: 
         guide={"steps": inner, "learning_rate": 2e-3, "optimizer": "adam"},
         objective=ObjectiveConfig(beta=beta),
         # The likelihood is taken on support and query: what the steps gain on examples they have not seen counts.
-        episodes=EpisodeConfig(tasks_per_episode=4, num_support=8, num_query=4, score_support=True, held_back=2),
+        episodes=EpisodeConfig(tasks_per_episode=4, num_support=8, num_query=4, score_support=True, held_out=2),
         fit=FitConfig(steps=steps, eval_every=max(1, steps // 4), learning_rate=5e-4),
     )
     posterior, state = fit_posterior(lm, training, config)

@@ -13,7 +13,7 @@ import bayes_lora
 from bayes_lora.episodes import EpisodeSampler, collate
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.infer.objective import ScaleLatents
-from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.infer.schedules import linear_warmup
 from bayes_lora.models import HierarchicalNormal
 
@@ -24,7 +24,7 @@ def main(model: str | None, steps: int, beta: float) -> None:
     training, unseen = bayes_lora.demo_tasks()
     episodes = EpisodeSampler(training, lm.encoder, tasks_per_episode=4, num_support=16, score_support=False)
     pairs = [([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in unseen.values()]
-    held_back = [collate(*pair).to(lm.device) for pair in pairs]
+    held_out = [collate(*pair).to(lm.device) for pair in pairs]
 
     prior = HierarchicalNormal(lm, lm.sites.initial(), random="B")  # p(theta) p(phi | theta) p(answer | x, phi)
     guide = GuideNetwork(prior)  # q(theta) q(phi | support)
@@ -39,7 +39,7 @@ def main(model: str | None, steps: int, beta: float) -> None:
 
     # The posterior predictive of tasks that were not seen, after one pass over their 16 examples.
     objective = bayes_lora.BetaELBO(prior, guide, beta=beta)
-    print(f"unseen tasks: NLL {held_back_nll(objective, held_back, num_draws=4):.3f} nats")
+    print(f"unseen tasks: NLL {held_out_nll(objective, held_out, num_draws=4):.3f} nats")
 
 
 if __name__ == "__main__":

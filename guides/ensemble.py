@@ -102,14 +102,14 @@ class Ensemble(TaskGuide):
             fns = {site: member.theta.distribution(site) for site in member.theta.positive}
             parts.append({site: wide(fn, len(draws), 1, 1) for site, fn in fns.items()})
             places.append(draws)
-        theta = {site: pyro.sample(site, joined(parts, site, places)) for site in parts[0]}
+        theta = {site: pyro.sample(site, concatenated(parts, site, places)) for site in parts[0]}
         found = []
         for k, draws in zip(chosen.unique().tolist(), places, strict=True):
             own = {site: value[draws] for site, value in theta.items()}
             posterior = self._one_component(k, self.members[k].posterior(episode.support, own))
             tasks = len(episode.support.task_index)
             found.append({site: wide(fn, len(draws), tasks, 1) for site, fn in posterior.items()})
-        return sample_phi(episode, {site: joined(found, site, places) for site in found[0]})
+        return sample_phi(episode, {site: concatenated(found, site, places) for site in found[0]})
 
 
 def wide(fn: Any, *batch: int) -> Any:
@@ -117,7 +117,7 @@ def wide(fn: Any, *batch: int) -> Any:
     return fn.expand(batch)
 
 
-def joined(parts: list[dict[str, Any]], site: str, places: list[Tensor]) -> Any:
+def concatenated(parts: list[dict[str, Any]], site: str, places: list[Tensor]) -> Any:
     """One distribution of several members' draws, each at its place."""
     tensors = [parameters(part[site]) for part in parts]
     back = torch.cat(places).argsort()

@@ -125,7 +125,7 @@ class FlowNetwork(GuideNetwork):
         for site, prior in priors.items():
             normal, basis = moment_matched(prior), self._get("directions", site).flatten(-2)
             # Of phi in the prior's units what directions and coefficients have to explain.
-            rest = ((phi[site] - normal.loc) / normal.scale).squeeze(-4) - self.written(site, code)
+            rest = ((phi[site] - normal.loc) / normal.scale).squeeze(-4) - self.residual_write(site, code)
             gram = basis @ basis.mT + 1e-6 * torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
             projected = torch.einsum("lmw,...lw->...lm", basis, rest.flatten(-2))
             solved = torch.linalg.solve(gram, projected[..., None])[..., 0]

@@ -65,9 +65,9 @@ class SharedMeanField(TaskGuide):
 class MeanField(SharedMeanField):
     """q(theta) prod_i q(phi_i), with parameters for each task of a collection.
 
-    Tasks that the collection does not have (``Episode.unseen()``) stay at p(phi | theta). Memory grows with the number
-    of tasks: two numbers for every LoRA weight of each, for normals. They stay on the CPU wherever the guide is moved;
-    an episode's tasks alone come to its device.
+    Tasks that the collection does not have (``Episode.without_task_ids()``) stay at p(phi | theta). Memory grows with the
+    number of tasks: two numbers for every LoRA weight of each, for normals. The parameters stay on the CPU wherever the
+    guide is moved; only those of an episode's tasks are copied to its device.
 
     Args:
         model: as in :class:`SharedMeanField`.
@@ -104,7 +104,7 @@ class MeanField(SharedMeanField):
         if support.num_tasks != self._num_tasks and bool(known.any()):
             raise ConfigError(
                 f"MeanField: made for a collection of {self._num_tasks} tasks, got an episode of one of "
-                f"{support.num_tasks}. Mark tasks that are not of the collection by Episode.unseen()."
+                f"{support.num_tasks}. Mark tasks that are not of the collection by Episode.without_task_ids()."
             )
         places = index.clamp_min(0).cpu()
         values: SiteParameters = {}

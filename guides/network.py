@@ -110,14 +110,16 @@ class GuideNetwork(TaskGuide):
         loc, scale = normal.loc, normal.scale
         head = self.coefficients(site, code)
         mixed = head[..., :-1] if added is None else head[..., :-1] + added
-        shift = torch.einsum("...tlm,lmoi->...tloi", mixed, self._get("directions", site)) + self.written(site, code)
+        shift = torch.einsum("...tlm,lmoi->...tloi", mixed, self._get("directions", site)) + self.residual_write(
+            site, code
+        )
         log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
         # In one exponential and one addcmul, for backward keeps what every other operation returns, for every task.
         moved, scale = torch.addcmul(loc, scale, shift.unsqueeze(-4)), (scale.log() + log_ratio).exp()
         found: dist.TorchDistribution = dist.Normal(moved, scale).to_event(3)
         return found
 
-    def written(self, site: str, code: Code) -> Tensor | float:
+    def residual_write(self, site: str, code: Code) -> Tensor | float:
         """What is written into the residual stream, in the prior's units ``(T, layers, out, in)``."""
         layers = self.model.initial[site].shape[0]
         if not self._writes(site):

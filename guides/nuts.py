@@ -22,7 +22,7 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components
-from bayes_lora.infer.handlers import ScaleLatents, apart
+from bayes_lora.infer.handlers import ScaleLatents, isolated
 from bayes_lora.types import Model, Sites, ThetaFactory
 from bayes_lora.utils.ranges import Count, Positive
 
@@ -77,11 +77,11 @@ class NUTS(TaskGuide):
             with pyro.poutine.scale(scale=1.0 / self.beta), ScaleLatents(self.beta, self.beta):
                 pyro.condition(model, data=mean)(episode)
 
-        with apart(), torch.enable_grad(), pyro.validation_enabled(False):
+        with isolated(), torch.enable_grad(), pyro.validation_enabled(False):
             kernel = Kernel(tempered, max_tree_depth=self.max_tree_depth, max_plate_nesting=2)
             settings: Any = dict(num_samples=self.num_samples, warmup_steps=self.warmup_steps, disable_progbar=True)
             chain = MCMC(kernel, initial_params=start, **settings)
-            chain.run(support.alone())
+            chain.run(support.independent_tasks())
         samples = chain.get_samples()
         return Components(
             {name.removeprefix("phi."): dist.Delta(samples[name].detach(), event_dim=3) for name in start}

@@ -17,7 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayes_lora.distributions.factored_normal import FactoredNormal, over_rows
+from bayes_lora.distributions.factored_normal import FactoredNormal, sum_in_chunks
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.lm.sites import delta_site, factor_sites
@@ -87,7 +87,7 @@ class WeightSpace(HierarchicalModel):
             variance = entries.square()
             return (1.0 - self.concentration) * variance.log() - self.rate / variance
 
-        return over_rows(lambda q: log_density(q.scale_B @ q.scale_A + self.offset), prior).sum(-1)
+        return sum_in_chunks(lambda q: log_density(q.scale_B @ q.scale_A + self.offset), prior).sum(-1)
 
     def phi_prior(self, theta: Sites) -> Distributions:
         """p(dW | theta) of one task, per update."""

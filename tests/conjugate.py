@@ -32,7 +32,7 @@ class LinearEpisode(Episode):
     x: torch.Tensor = None
     y: torch.Tensor = None
 
-    def each_alone(self, start=0, stop=None):
+    def per_example(self, start=0, stop=None):
         return linear_episode(self.x.flatten(0, 1)[start:stop, None], self.y.flatten(0, 1)[start:stop, None])
 
 

@@ -29,14 +29,14 @@ def network_objective(lm, *, random="AB", theta_guide=PointTheta, beta=0.3, gamm
 
 
 def network_run(lm, beta=1e-2):
-    """An objective to train, a sampler of episodes, and two held-back tasks."""
+    """An objective to train, a sampler of episodes, and two held-out tasks."""
     torch.manual_seed(3)
     model = HierarchicalNormal(lm, lm.sites.initial(), initial_scale=(0.05, 0.05))
     guide = GuideNetwork(model, directions=2, hidden=6, bilinear=2, dropout=0.1).double()
     sampler = EpisodeSampler(make_tasks(4), lm.encoder, tasks_per_episode=2, num_support=3, num_query=3)
     tasks = [task.split(4, seed=0, num_query=6) for task in make_tasks(6).values()][4:]
-    held_back = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in tasks]
-    return BetaELBO(model, guide, beta=beta), sampler, held_back
+    held_out = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in tasks]
+    return BetaELBO(model, guide, beta=beta), sampler, held_out
 
 
 def laplace(lm, **kwargs):

@@ -49,7 +49,7 @@ def write_metaicl(folder, tasks):
 def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder):
     write_metaicl(tmp_path / "tasks", make_tasks(4, 20))
     python = [sys.executable, "-W", "ignore"]
-    settings = ["episodes.held_back=1", "episodes.held_back_shots=2", "episodes.num_support=2", "episodes.num_query=2"]
+    settings = ["episodes.held_out=1", "episodes.held_out_shots=2", "episodes.num_support=2", "episodes.num_query=2"]
     settings += ["episodes.tasks_per_episode=2", "fit.steps=2", "fit.eval_every=1", "guide.hidden=4"]
     command = [
         *python,

@@ -24,7 +24,7 @@ SMALL = [
     "language_model.target_modules=[q_proj, o_proj]",
     "language_model.max_length=96",
     "guide={directions: 2, hidden: 8, bilinear: 2}",
-    "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, held_back: 1, held_back_shots: 4}",
+    "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, held_out: 1, held_out_shots: 4}",
     "fit={steps: 4, eval_every: 2, warmup: 2, num_draws: 2}",
 ]
 
@@ -155,7 +155,7 @@ def check_predictions(out, questions):
 @pytest.mark.filterwarnings("ignore:.*longer than max_length")
 def test_demo(call, model_folder, tmp_path):
     run = tmp_path / "demo"
-    few = "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, examples_per_task: 8, held_back_shots: 4}"
+    few = "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, examples_per_task: 8, held_out_shots: 4}"
     more = (f"language_model.name={model_folder}", "language_model.max_length=64", few)
     code, out, _ = call("demo", "--run", run, *settings(*more))
     assert code == 0
@@ -233,9 +233,9 @@ BAD_FITS = {
         ["--set", "episodes.num_support=30"],
         ["task-", "has 12 examples", "33 were asked"],
     ),
-    "fewer than held-back shots": (
-        ["--set", "episodes.held_back_shots=12"],
-        ["task-", "12 examples", "held_back_shots"],
+    "fewer than held-out shots": (
+        ["--set", "episodes.held_out_shots=12"],
+        ["task-", "12 examples", "held_out_shots"],
     ),
     "target module": (["--set", "language_model.target_modules=[qproj]"], ["'qproj'", "q_proj"]),
     "unknown key": (["--set", "objective.betta=1"], ["unknown key 'objective.betta'", "beta"]),

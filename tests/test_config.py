@@ -12,7 +12,7 @@ from bayes_lora.infer.training import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, ObjectiveConfig, RunConfig
 
 CHANGED = RunConfig(
-    objective=ObjectiveConfig(beta=0.5, gamma=2.0), episodes=EpisodeConfig(held_back=3), fit=FitConfig(steps=7), seed=4
+    objective=ObjectiveConfig(beta=0.5, gamma=2.0), episodes=EpisodeConfig(held_out=3), fit=FitConfig(steps=7), seed=4
 )
 
 
@@ -50,7 +50,7 @@ def test_file_goes_over_base_and_settings_over_file(tmp_path):
         ("language_model.name=1e5", "language_model", "name", "1e5"),
         ("language_model.name=a=b", "language_model", "name", "a=b"),
         ("episodes.score_support=false", "episodes", "score_support", False),
-        ("episodes.held_back=3", "episodes", "held_back", 3.0),
+        ("episodes.held_out=3", "episodes", "held_out", 3.0),
         ("fit.steps=3", "fit", "steps", 3),
     ],
 )
@@ -100,7 +100,7 @@ BAD = {
     "language_model.target_modules=q_proj": ["language_model.target_modules: "],
     "language_model.template.prompt=hello": ["language_model.template.", "{input}"],
     "episodes.num_support=0": ["episodes.num_support: "],
-    "episodes.held_back=-1": ["episodes.held_back: "],
+    "episodes.held_out=-1": ["episodes.held_out: "],
     "seed=-1": ["seed: "],
     "objective.beta": ["--set 'objective.beta': expected section.key=value"],
     "=3": ["--set '=3': expected section.key=value"],

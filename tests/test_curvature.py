@@ -35,7 +35,7 @@ def test_every_example_has_its_own_gradient(lm, problem):
     assert task.tolist() == [0, 0, 1, 1, 1]
     torch.manual_seed(0)
     answers = model.answer(
-        lm(model.shared(theta) | {s: v[task] for s, v in phi.items()}, support.each_alone())
+        lm(model.shared(theta) | {s: v[task] for s, v in phi.items()}, support.per_example())
     ).sample()
     rows = [(t, example) for t, examples in enumerate(support.examples) for example in examples if example is not None]
     for i, (t, example) in enumerate(rows):

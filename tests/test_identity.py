@@ -29,7 +29,7 @@ def other_seed(lm):
 
 
 def in_four_bits(lm):
-    """Blocks of 32 values with their own least value and step, as in GGUF's Q4_1."""
+    """RowGroups of 32 values with their own least value and step, as in GGUF's Q4_1."""
     for parameter in lm.model.parameters():
         blocks = torch.nn.functional.pad(parameter.flatten(), (0, -parameter.numel() % 32)).view(-1, 32)
         least, step = blocks.amin(1, True), (blocks.amax(1, True) - blocks.amin(1, True)) / 15

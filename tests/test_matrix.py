@@ -54,7 +54,7 @@ def test_three_steps(lm, prior, guide):
 
 
 CONFIG = RunConfig(
-    episodes=EpisodeConfig(tasks_per_episode=2, num_support=4, num_query=3, held_back=0),
+    episodes=EpisodeConfig(tasks_per_episode=2, num_support=4, num_query=3, held_out=0),
     objective=ObjectiveConfig(beta=1e-2),
     fit=FitConfig(steps=2, eval_every=2),
 )

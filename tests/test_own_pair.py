@@ -32,7 +32,7 @@ from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
 from bayes_lora.runs.fit import fit_posterior
 
 CONFIG = RunConfig(
-    episodes=EpisodeConfig(tasks_per_episode=2, num_support=4, num_query=3, held_back=1, held_back_shots=4),
+    episodes=EpisodeConfig(tasks_per_episode=2, num_support=4, num_query=3, held_out=1, held_out_shots=4),
     objective=ObjectiveConfig(beta=1e-2),
     fit=FitConfig(steps=4, eval_every=2),
 )
@@ -184,7 +184,7 @@ def test_a_pair_of_one_s_own_goes_the_whole_way(tokenizer, tmp_path):
     lm = build_lm("llama", tokenizer, dtype=torch.float32)
     model = HeavyTailed(lm, random="B", scale=0.1)
     posterior, state = fit_posterior(lm, make_tasks(), CONFIG, model=model, guide=Shifted(model), run=tmp_path / "run")
-    assert state.step == 4 and state.best is not None and "held_back_nll" in state.history[0]
+    assert state.step == 4 and state.best is not None and "held_out_nll" in state.history[0]
     assert (tmp_path / "run" / "widths.json").exists()  # q has a scale: its width was chosen
     task = make_tasks(6)["task-5"].split(5, seed=0)
     loaded = Posterior.load(tmp_path / "run" / "posterior", lm, model=HeavyTailed, guide=Shifted)

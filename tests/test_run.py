@@ -15,7 +15,7 @@ from bayes_lora.metrics.options import Metrics, expected_calibration_error
 from bayes_lora.posterior.baselines import pretrained
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
-from bayes_lora.runs.fit import build_episodes, compare, divide, fit_posterior
+from bayes_lora.runs.fit import build_episodes, compare, fit_posterior, split_tasks
 from bayes_lora.runs.report import MEAN, Comparison, MethodResult, metrics_table
 from bayes_lora.tasks import Example, Task, TaskSet
 from bayes_lora.utils.progress import bars
@@ -29,11 +29,11 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("held_back", [0, 0.3, 2])
-def test_held_back_tasks(lm, tasks, held_back):
-    config = RunConfig(episodes=EpisodeConfig(num_support=3, num_query=2, held_back=held_back, held_back_shots=4))
+@pytest.mark.parametrize("held_out", [0, 0.3, 2])
+def test_held_back_tasks(lm, tasks, held_out):
+    config = RunConfig(episodes=EpisodeConfig(num_support=3, num_query=2, held_out=held_out, held_out_shots=4))
     sampler, episodes = build_episodes(lm, tasks, config)
-    assert len(episodes) == {0: 0, 0.3: 1, 2: 2}[held_back]
+    assert len(episodes) == {0: 0, 0.3: 1, 2: 2}[held_out]
     assert len(sampler.tasks) == 4 - len(episodes)
     for episode in episodes:
         assert episode.shape[:2] == (1, 8) and episode.support.shape[:2] == (1, 4)
@@ -48,7 +48,7 @@ def test_held_back_tasks_are_read_under_the_bar_too(lm, tasks, monkeypatch):
     monkeypatch.setattr(lm.trunk, "_compute", lambda rows, run: runs.append(len(rows)) or compute(rows, run))
     with bars(Console(file=StringIO())) as progress:
         fit_posterior(lm, tasks, CONFIG, progress=progress)
-    kept, held = divide(tasks, CONFIG)
+    kept, held = split_tasks(tasks, CONFIG)
     total = sum(len(task) for task in (*kept.values(), *held.values()))
     assert len(kept) == 3 and len(held) == 1 and progress.tasks[0].total == total == 48
     assert sum(seen[0]) == 48
@@ -60,9 +60,9 @@ def test_held_back_tasks_are_read_under_the_bar_too(lm, tasks, monkeypatch):
 
 def test_shuffled_options(tasks):
     """Every task's options are put into an order of their own, the same at every call, and answers go with them."""
-    config = RunConfig(episodes=EpisodeConfig(held_back=1, held_back_shots=4, shuffle_options=True))
-    plain = divide(tasks, RunConfig(episodes=replace(config.episodes, shuffle_options=False)))
-    for before, after in zip(plain, divide(tasks, config), strict=True):
+    config = RunConfig(episodes=EpisodeConfig(held_out=1, held_out_shots=4, shuffle_options=True))
+    plain = split_tasks(tasks, RunConfig(episodes=replace(config.episodes, shuffle_options=False)))
+    for before, after in zip(plain, split_tasks(tasks, config), strict=True):
         assert after.keys() == before.keys()
         for task in after.values():
             expected = before[task.name].shuffle_options(seed=config.seed)
@@ -70,7 +70,7 @@ def test_shuffled_options(tasks):
 
 
 def test_examples_per_task(lm, tasks):
-    config = RunConfig(episodes=EpisodeConfig(num_support=3, num_query=2, held_back=0, examples_per_task=6))
+    config = RunConfig(episodes=EpisodeConfig(num_support=3, num_query=2, held_out=0, examples_per_task=6))
     assert [len(task) for task in build_episodes(lm, tasks, config)[0].tasks] == [6] * 4
 
 
@@ -78,13 +78,13 @@ def test_examples_per_task(lm, tasks):
     "changes, parts",
     [
         ({"num_support": 20}, ["has 12 examples", "25 were asked for"]),
-        ({"held_back_shots": 12}, ["held-back task", "12 examples", "held_back_shots=12"]),
-        ({"held_back_shots": 40}, ["held-back task", "12 examples", "held_back_shots=40"]),
-        ({"held_back": 4}, ["held_back", "4 of 4 tasks"]),
+        ({"held_out_shots": 12}, ["held-out task", "12 examples", "held_out_shots=12"]),
+        ({"held_out_shots": 40}, ["held-out task", "12 examples", "held_out_shots=40"]),
+        ({"held_out": 4}, ["held_out", "4 of 4 tasks"]),
     ],
 )
 def test_small_tasks_are_refused_before_a_folder_is_made(lm, tasks, tmp_path, changes, parts):
-    settings = {"num_support": 3, "num_query": 5, "held_back": 1, "held_back_shots": 4} | changes
+    settings = {"num_support": 3, "num_query": 5, "held_out": 1, "held_out_shots": 4} | changes
     with pytest.raises(TaskError) as caught:
         fit_posterior(lm, tasks, RunConfig(episodes=EpisodeConfig(**settings)), run=tmp_path / "a")
     for part in parts:

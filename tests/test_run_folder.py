@@ -10,7 +10,7 @@ import bayes_lora.runs.folder
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
-from bayes_lora.runs.fit import divide, fit_posterior, with_language_model
+from bayes_lora.runs.fit import fit_posterior, split_tasks, with_language_model
 from bayes_lora.runs.folder import check_run_folder, prepare_run_folder, read_fitted_tasks
 from bayes_lora.tasks import Task, TaskSet
 
@@ -47,9 +47,9 @@ def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
     curve = json.loads((run / "curve.json").read_text())
     assert curve == state.history and [row["step"] for row in curve] == [2, 4, 6]
     assert all(math.isfinite(value) for row in curve for value in row.values())
-    kept, held = divide(tasks, config)
+    kept, held = split_tasks(tasks, config)
     facts = json.loads((run / "tasks.json").read_text())
-    assert facts == {"training": list(kept), "held_back": list(held)} and (len(kept), len(held)) == (3, 1)
+    assert facts == {"training": list(kept), "held_out": list(held)} and (len(kept), len(held)) == (3, 1)
     assert sorted(read_fitted_tasks(run)) == list(tasks)
     loaded = Posterior.load(run / "posterior", lm)
     assert loaded.objective.beta == config.objective.beta and loaded.guide.settings == posterior.guide.settings
@@ -119,7 +119,7 @@ def test_resume_with_more_steps_goes_on(lm, tasks, tmp_path):
 
 def test_resume_with_more_patience_goes_on(lm, tasks, tmp_path, monkeypatch):
     curve = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr("bayes_lora.infer.training.held_back_nll", lambda *_: next(curve))
+    monkeypatch.setattr("bayes_lora.infer.training.held_out_nll", lambda *_: next(curve))
     run, fast = tmp_path / "a", replace(CONFIG, fit=replace(CONFIG.fit, patience=1))
     _, state = fit_posterior(lm, tasks, fast, run=run)
     assert (state.step, state.best) == (4, 0)
@@ -168,7 +168,7 @@ def test_what_is_no_run_folder_is_never_touched(tmp_path, flags):
     assert names(tmp_path / "thesis") == ["a.tex"] and (tmp_path / "file").read_text() == "text"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"training": ["a"], "held_back": [1]}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"training": ["a"], "held_out": [1]}'])
 def test_a_damaged_list_of_tasks(tmp_path, content):
     (tmp_path / "tasks.json").write_text(content)
     with pytest.raises(PosteriorError, match="tasks.json is damaged"):

@@ -52,5 +52,5 @@ def test_a_sweep_differs_in_beta_alone(lm):
 def test_a_sweep_needs_values_and_held_back_tasks(lm):
     with pytest.raises(ConfigError, match=r"got betas=\[\]"):
         sweep_beta(lm, make_tasks(5), [], CONFIG)
-    with pytest.raises(ConfigError, match="episodes.held_back=0"):
-        sweep_beta(lm, make_tasks(5), [1.0], RunConfig(episodes=EpisodeConfig(held_back=0)))
+    with pytest.raises(ConfigError, match="episodes.held_out=0"):
+        sweep_beta(lm, make_tasks(5), [1.0], RunConfig(episodes=EpisodeConfig(held_out=0)))

@@ -8,7 +8,7 @@ from bayes_lora.distributions.deferred_weight import DeferredWeight
 from bayes_lora.errors import SiteError
 from bayes_lora.lm.loading import inject
 from bayes_lora.lm.sites import Slot, find_sites
-from bayes_lora.utils.grouped_linear import Blocks, linear
+from bayes_lora.utils.grouped_linear import RowGroups, linear
 
 
 def random_values(sites, *batch, seed=0):
@@ -45,7 +45,7 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
     x = torch.randn(6, length, 4, dtype=torch.float64, requires_grad=True)
     shapes = [(2, 4), (5, 2), (2, 4), (5, 2)] if deferred else [(5, 4)]
     parts = [torch.randn(3, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    blocks = Blocks.of(sizes, torch.device("cpu"))
+    blocks = RowGroups.of(sizes, torch.device("cpu"))
     found, expected = [], []
     if deferred:
         weight = DeferredWeight(*parts)
@@ -70,7 +70,7 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
 def test_groups_of_unequal_size_have_second_derivatives(of_x):
     """As second-order steps need them, and one alone where only the weight is random."""
     torch.manual_seed(0)
-    blocks = Blocks.of((1, 3, 2), torch.device("cpu"))
+    blocks = RowGroups.of((1, 3, 2), torch.device("cpu"))
     x = torch.randn(6, 24, 4, dtype=torch.float64, requires_grad=of_x)
     weight = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     chosen = [x, weight] if of_x else [weight]
@@ -86,8 +86,8 @@ def test_groups_of_unequal_size_have_second_derivatives(of_x):
 
 
 def test_groups_of_equal_size_need_no_blocks():
-    assert Blocks.of((2, 2, 2), torch.device("cpu")) is None
-    assert Blocks.of((1, 2), torch.device("cpu")).group.tolist() == [0, 1, 1]
+    assert RowGroups.of((2, 2, 2), torch.device("cpu")) is None
+    assert RowGroups.of((1, 2), torch.device("cpu")).group.tolist() == [0, 1, 1]
 
 
 def test_rows_of_other_groups_are_refused(lm):

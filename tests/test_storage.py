@@ -127,23 +127,23 @@ def test_truncated_tensors(tmp_path):
 
 def fresh(tokenizer, config=CONFIG):
     lm = build_lm("llama", tokenizer)
-    sampler, held_back = build_episodes(lm, make_tasks(), config)
+    sampler, held_out = build_episodes(lm, make_tasks(), config)
     objective = build_objective(lm, config)
-    return objective, sampler, held_back, torch.optim.Adam(objective.parameters(), lr=config.fit.learning_rate)
+    return objective, sampler, held_out, torch.optim.Adam(objective.parameters(), lr=config.fit.learning_rate)
 
 
 @pytest.fixture
 def saved(tokenizer, tmp_path):
     """An uninterrupted fit, and the checkpoint of its second look, at step 4 of 6."""
-    objective, sampler, held_back, optimizer = fresh(tokenizer)
+    objective, sampler, held_out, optimizer = fresh(tokenizer)
     looks, path = [], tmp_path / "checkpoint"
 
-    def on_look(state):
+    def on_evaluate(state):
         looks.append(state.step)
         if state.step == 4:
             save_checkpoint(path, objective, optimizer, state, CONFIG.to_dict())
 
-    state = fit(objective, sampler, held_back, CONFIG.fit, optimizer=optimizer, on_look=on_look)
+    state = fit(objective, sampler, held_out, CONFIG.fit, optimizer=optimizer, on_evaluate=on_evaluate)
     assert looks == [2, 4, 6]
     return path, objective, optimizer, state
 
@@ -151,10 +151,10 @@ def saved(tokenizer, tmp_path):
 def test_a_resumed_fit_equals_an_uninterrupted_one(saved, tokenizer):
     path, whole, whole_optimizer, whole_state = saved
     torch.manual_seed(99)
-    objective, sampler, held_back, optimizer = fresh(tokenizer)
+    objective, sampler, held_out, optimizer = fresh(tokenizer)
     state = load_checkpoint(path, objective, optimizer, CONFIG.to_dict())
     assert state.step == 4 and len(state.history) == 2
-    state = fit(objective, sampler, held_back, CONFIG.fit, state=state, optimizer=optimizer)
+    state = fit(objective, sampler, held_out, CONFIG.fit, state=state, optimizer=optimizer)
     assert (state.step, state.best) == (whole_state.step, whole_state.best)
     assert state.history == whole_state.history
     assert_equal(state.best_parameters, whole_state.best_parameters)
@@ -169,20 +169,20 @@ def test_a_resumed_fit_keeps_the_rate_of_each_group(tokenizer, tmp_path):
     """Rates are the new optimizer's own, not those to which they had decayed."""
 
     def grouped():
-        objective, sampler, held_back, _ = fresh(tokenizer)
+        objective, sampler, held_out, _ = fresh(tokenizer)
         parameters = list(objective.parameters())
         groups = [{"params": parameters[::2], "lr": 1e-3}, {"params": parameters[1::2], "lr": 1e-2}]
-        return objective, sampler, held_back, torch.optim.Adam(groups)
+        return objective, sampler, held_out, torch.optim.Adam(groups)
 
-    def on_look(state):
+    def on_evaluate(state):
         if state.step == 4:
             save_checkpoint(tmp_path / "checkpoint", whole, optimizer, state, CONFIG.to_dict())
 
-    whole, sampler, held_back, optimizer = grouped()
-    fit(whole, sampler, held_back, CONFIG.fit, optimizer=optimizer, on_look=on_look)
-    parts, sampler, held_back, again = grouped()
+    whole, sampler, held_out, optimizer = grouped()
+    fit(whole, sampler, held_out, CONFIG.fit, optimizer=optimizer, on_evaluate=on_evaluate)
+    parts, sampler, held_out, again = grouped()
     state = load_checkpoint(tmp_path / "checkpoint", parts, again, CONFIG.to_dict())
-    fit(parts, sampler, held_back, CONFIG.fit, state=state, optimizer=again)
+    fit(parts, sampler, held_out, CONFIG.fit, state=state, optimizer=again)
     assert_equal(parts.state_dict(), whole.state_dict())
     assert [group["lr"] for group in again.param_groups] == [group["lr"] for group in optimizer.param_groups]
 

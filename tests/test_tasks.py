@@ -177,20 +177,20 @@ def test_taskset_refuses() -> None:
         tasks["glue-mnl"]
     with pytest.raises(TaskError, match="task 'glue-rte' occurs twice"):
         TaskSet([*tasks.values(), tasks["glue-rte"]])
-    for held_back in (0, 2, 0.1, 1.0, -1):
-        with pytest.raises(TaskError, match=f"`held_back`={held_back} would hold back"):
-            tasks.split(held_back, seed=0)
+    for held_out in (0, 2, 0.1, 1.0, -1):
+        with pytest.raises(TaskError, match=f"`held_out`={held_out} would hold out"):
+            tasks.split(held_out, seed=0)
 
 
-@given(held_back=st.integers(1, 9), seed=st.integers())
-def test_taskset_split_holds_back_whole_tasks(held_back: int, seed: int) -> None:
+@given(held_out=st.integers(1, 9), seed=st.integers())
+def test_taskset_split_holds_back_whole_tasks(held_out: int, seed: int) -> None:
     """Both parts keep the order, share nothing and hold everything; a fraction means a count."""
     tasks = TaskSet(Task(str(index), (example(0),)) for index in range(10))
-    kept, held = tasks.split(held_back, seed=seed)
-    assert len(held) == held_back
+    kept, held = tasks.split(held_out, seed=seed)
+    assert len(held) == held_out
     assert sorted([*kept, *held]) == list(tasks)
     assert list(kept) == sorted(kept)
-    assert tasks.split(held_back / 10, seed=seed) == (kept, held)
+    assert tasks.split(held_out / 10, seed=seed) == (kept, held)
 
 
 # --- the reader ---

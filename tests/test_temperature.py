@@ -1,4 +1,4 @@
-"""A temperature for the option scores: chosen on held-back tasks, kept, saved and used."""
+"""A temperature for the option scores: chosen on held-out tasks, kept, saved and used."""
 
 import math
 
@@ -23,12 +23,12 @@ CONFIG = small("map-temperature")
 def test_the_chosen_temperature_has_the_least_nll(lm):
     """Against a loop over temperatures, tasks and examples."""
     objective = build_objective(lm, CONFIG).eval()
-    _, held_back = build_episodes(lm, make_tasks(6), CONFIG)
-    temperature, curve = choose_temperature(objective, held_back, seed=2)
+    _, held_out = build_episodes(lm, make_tasks(6), CONFIG)
+    temperature, curve = choose_temperature(objective, held_out, seed=2)
     assert curve.keys() == set(TEMPERATURES) and curve[temperature] == min(curve.values())
     for tau in (TEMPERATURES[0], TEMPERATURES[20], TEMPERATURES[-1]):
         nll = []
-        for episode in held_back:
+        for episode in held_out:
             torch.manual_seed(2)
             scores = lm(
                 {s: v[0] for s, v in draw_phi(objective.model, objective.guide, episode, 1).items()},
@@ -84,12 +84,12 @@ def test_free_answers_have_no_temperature(lm):
     """What was observed is always the gold text, so that the highest would win: they neither choose it nor take it."""
     free = Task("free", tuple(Example(f"film {i}?", references=("so good" * (1 + i % 2), "no")) for i in range(9)))
     objective = build_objective(lm, CONFIG).eval()
-    _, held_back = build_episodes(lm, make_tasks(6), CONFIG)
+    _, held_out = build_episodes(lm, make_tasks(6), CONFIG)
     rows = lm.encoder(free.examples)
-    episode = collate([rows[4:]], [rows[:4]]).unseen()
-    chosen, alone = choose_temperature(objective, held_back, seed=2)
-    both, curve = choose_temperature(objective, [*held_back, episode], seed=2)
-    count = sum(len(one.mask) for one in held_back)
+    episode = collate([rows[4:]], [rows[:4]]).without_task_ids()
+    chosen, alone = choose_temperature(objective, held_out, seed=2)
+    both, curve = choose_temperature(objective, [*held_out, episode], seed=2)
+    count = sum(len(one.mask) for one in held_out)
     of_free = {tau: (count + 1) * curve[tau] - count * alone[tau] for tau in curve}
     assert both == chosen and list(of_free.values()) == pytest.approx([of_free[chosen]] * len(curve))
     assert choose_temperature(objective, [episode])[0] == min(TEMPERATURES, key=lambda tau: abs(math.log(tau)))

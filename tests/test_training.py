@@ -11,48 +11,48 @@ from pyro.nn import PyroModule
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.infer.predictive import draw_phi, held_back_nll
-from bayes_lora.infer.training import FitConfig, NonFiniteLoss, _look, fit
+from bayes_lora.infer.predictive import draw_phi, held_out_nll
+from bayes_lora.infer.training import FitConfig, NonFiniteLoss, fit
 
 CONFIG = FitConfig(steps=12, learning_rate=0.02, eval_every=3, warmup=4, patience=100)
 
 
 def test_fit_learns(lm):
     objective, sampler, _ = network_run(lm)
-    before = held_back_nll(objective, [sampler[1000]], 8)
+    before = held_out_nll(objective, [sampler[1000]], 8)
     state = fit(objective, sampler, config=FitConfig(steps=60, learning_rate=0.02, eval_every=20, warmup=0))
-    assert held_back_nll(objective, [sampler[1000]], 8) < 0.8 * before
+    assert held_out_nll(objective, [sampler[1000]], 8) < 0.8 * before
     assert state.history[-1]["loss"] < state.history[0]["loss"]
     assert [row["step"] for row in state.history] == [20, 40, 60]
     assert not pyro.get_param_store().keys()
 
 
 def test_the_kept_parameters_are_those_of_the_best_look(lm):
-    objective, sampler, held_back = network_run(lm)
-    state = fit(objective, sampler, held_back, CONFIG)
-    curve = [row["held_back_nll"] for row in state.history]
+    objective, sampler, held_out = network_run(lm)
+    state = fit(objective, sampler, held_out, CONFIG)
+    curve = [row["held_out_nll"] for row in state.history]
     assert state.best == min(range(4), key=curve.__getitem__)
     torch.manual_seed(CONFIG.seed)
-    assert held_back_nll(objective, held_back, CONFIG.num_draws) == pytest.approx(min(curve))
+    assert held_out_nll(objective, held_out, CONFIG.num_draws) == pytest.approx(min(curve))
 
 
 def test_patience_stops_early(lm, monkeypatch):
     curve = iter([1.0, 0.5, 0.7, 0.6, 0.8, 0.9])
-    monkeypatch.setattr("bayes_lora.infer.training.held_back_nll", lambda *_: next(curve))
-    objective, sampler, held_back = network_run(lm)
-    state = fit(objective, sampler, held_back, FitConfig(steps=100, eval_every=1, patience=3))
+    monkeypatch.setattr("bayes_lora.infer.training.held_out_nll", lambda *_: next(curve))
+    objective, sampler, held_out = network_run(lm)
+    state = fit(objective, sampler, held_out, FitConfig(steps=100, eval_every=1, patience=3))
     assert (state.step, state.best) == (5, 1)
 
 
 def test_held_back_nll_equals_its_definition(lm):
     """Log of the mean over draws of the gold probability, averaged over a task's queries, then over tasks."""
-    objective, _, held_back = network_run(lm)
+    objective, _, held_out = network_run(lm)
     objective.eval()
     torch.manual_seed(4)
-    got = held_back_nll(objective, held_back, 3)
+    got = held_out_nll(objective, held_out, 3)
     torch.manual_seed(4)
     expected = []
-    for episode in held_back:
+    for episode in held_out:
         phi = draw_phi(objective.model, objective.guide, episode, 3)
         probs = [lm({s: v[d] for s, v in phi.items()}, episode).softmax(-1)[0] for d in range(3)]
         gold = [sum(p[i, a] for p in probs) / 3 for i, a in enumerate(episode.answer[0].tolist())]
@@ -95,9 +95,9 @@ def test_a_group_with_no_rate_stays_where_it_is(lm):
 
 @pytest.mark.parametrize("learning_rate", [CONFIG.learning_rate, None])
 def test_a_resumed_fit_equals_an_uninterrupted_one(lm, learning_rate):
-    whole, sampler, held_back = network_run(lm)
-    fit(whole, sampler, held_back, CONFIG, optimizer=groups_of(whole, learning_rate))
-    parts, sampler, held_back = network_run(lm)
+    whole, sampler, held_out = network_run(lm)
+    fit(whole, sampler, held_out, CONFIG, optimizer=groups_of(whole, learning_rate))
+    parts, sampler, held_out = network_run(lm)
     optimizer = groups_of(parts, learning_rate)
 
     class CutOff(Exception):
@@ -111,14 +111,14 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(lm, learning_rate):
             raise CutOff
 
     with pytest.raises(CutOff):
-        fit(parts, sampler, held_back, CONFIG, optimizer=optimizer, on_step=cut)
+        fit(parts, sampler, held_out, CONFIG, optimizer=optimizer, on_step=cut)
     assert kept[-1].step == 6
     # The look after step 6 was cut off with it; take it now, as a checkpoint would have held it.
     state = kept[-1]
-    _look(parts, held_back, CONFIG, state, [0.0])
+    _evaluate_held_out(parts, held_out, CONFIG, state, [0.0])
     again = groups_of(parts, learning_rate)
     again.load_state_dict(optimizer.state_dict())
-    fit(parts, sampler, held_back, CONFIG, state=state, optimizer=again)
+    fit(parts, sampler, held_out, CONFIG, state=state, optimizer=again)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -140,9 +140,9 @@ def test_the_kept_parameters_are_the_running_average(lm, decay):
 
 
 def test_a_look_leaves_the_parameters_alone(lm):
-    objective, sampler, held_back = network_run(lm)
+    objective, sampler, held_out = network_run(lm)
     looked, plain = [], []
-    fit(objective, sampler, held_back, CONFIG, on_step=lambda *_: looked.append(first_parameter(objective)))
+    fit(objective, sampler, held_out, CONFIG, on_step=lambda *_: looked.append(first_parameter(objective)))
     objective, sampler, _ = network_run(lm)
     fit(objective, sampler, [], CONFIG, on_step=lambda *_: plain.append(first_parameter(objective)))
     assert all(torch.equal(a, b) for a, b in zip(looked, plain, strict=True))

@@ -8,7 +8,7 @@ from objectives import network_run
 
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.infer.handlers import Widened
-from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.posterior.calibrate import choose_width
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
@@ -50,11 +50,11 @@ def test_draws_have_the_width(lm):
 
 
 def test_the_chosen_width_has_the_least_nll(lm):
-    objective, _, held_back = network_run(lm)
-    width, curve = choose_width(objective, held_back, widths=(1.0, 4.0, 30.0), num_draws=3, seed=5)
+    objective, _, held_out = network_run(lm)
+    width, curve = choose_width(objective, held_out, widths=(1.0, 4.0, 30.0), num_draws=3, seed=5)
     for factor, nll in curve.items():
         torch.manual_seed(5)
-        assert held_back_nll(objective, held_back, 3, factor) == pytest.approx(nll)
+        assert held_out_nll(objective, held_out, 3, factor) == pytest.approx(nll)
     assert len(set(curve.values())) == 3 and curve[width] == min(curve.values())
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bayes_lora.errors import ConfigError
-from bayes_lora.utils.grouped_linear import Blocks, linear
+from bayes_lora.utils.grouped_linear import RowGroups, linear
 
 __all__ = ["DeferredActivation", "LogRatios"]
 
@@ -50,7 +50,7 @@ class DeferredActivation(NamedTuple):
         """Each layer's."""
         return [DeferredActivation(*parts) for parts in zip(*(value.unbind(-3) for value in self), strict=True)]
 
-    def __call__(self, x: Tensor, blocks: Blocks | None = None) -> Tensor:
+    def __call__(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
         """Draw h, ``(rows, ..., in)`` to ``(rows, ..., out)``, and note log q(h) - log p(h), summed over ``out``."""
         loc, prior_loc = (linear(linear(x, a, blocks), b, blocks) for a, b in (self[0:2], self[4:6]))
         offset = self.offset.flatten()[0]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_lora.utils.grouped_linear import Blocks, linear
+from bayes_lora.utils.grouped_linear import RowGroups, linear
 
 __all__ = ["DeferredWeight"]
 
@@ -47,7 +47,7 @@ class DeferredWeight(NamedTuple):
         """Each layer's."""
         return [DeferredWeight(*parts) for parts in zip(*(value.unbind(-3) for value in self), strict=True)]
 
-    def variance(self, x: Tensor, blocks: Blocks | None = None) -> Tensor:
+    def variance(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
         """Of each entry of ``dW x``, by the factors of the squared scale; ``(rows, ..., out)``."""
         first, second = torch.triu_indices(*[self.scale_A.shape[-2]] * 2, device=x.device)
         into = self.scale_A[..., first, :] * self.scale_A[..., second, :]
@@ -55,7 +55,7 @@ class DeferredWeight(NamedTuple):
         out = self.scale_B[..., first] * self.scale_B[..., second] * weight
         return linear(linear(x.square(), into, blocks), out, blocks)
 
-    def __call__(self, x: Tensor, blocks: Blocks | None = None) -> Tensor:
+    def __call__(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
         """Draw ``dW x``, ``(rows, ..., in)`` to ``(rows, ..., out)``; noise is independent for every place."""
         mean = linear(linear(x, self.loc_A, blocks), self.loc_B, blocks)
         variance = self.variance(x, blocks)

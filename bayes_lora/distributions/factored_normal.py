@@ -110,7 +110,7 @@ class FactoredNormal(WeightDistribution):
 
     def mean_stddev(self) -> Tensor:
         """The mean of all standard deviations; never as whole matrices."""
-        total = over_rows(lambda q: (q.scale_B @ q.scale_A + self._offset).abs(), self)
+        total = sum_in_chunks(lambda q: (q.scale_B @ q.scale_A + self._offset).abs(), self)
         return total.mean() / self.event_shape[1:].numel()
 
     def drawn(self, count: int, noise: Noise) -> Tensor:
@@ -129,11 +129,11 @@ class FactoredNormal(WeightDistribution):
 
     def entropy(self) -> Tensor:
         """In nats."""
-        logs = over_rows(lambda q: (q.scale_B @ q.scale_A + self._offset).abs().log(), self).sum(-1)
+        logs = sum_in_chunks(lambda q: (q.scale_B @ q.scale_A + self._offset).abs().log(), self).sum(-1)
         return logs + 0.5 * self.event_shape.numel() * math.log(2 * math.pi * math.e)
 
 
-def over_rows(summand: Any, *normals: FactoredNormal) -> Tensor:
+def sum_in_chunks(summand: Any, *normals: FactoredNormal) -> Tensor:
     """Sum ``summand(*factors)``, a function of entries, over those of each layer's matrix; some rows at a time.
 
     Returns ``(*batch, layers)``. Where there is more than one piece, backward computes it anew.
@@ -167,4 +167,4 @@ def _(q: FactoredNormal, p: FactoredNormal) -> Tensor:
         shift = of_q.loc_B @ of_q.loc_A - of_p.loc_B @ of_p.loc_A
         return 0.5 * (ratio - 1.0 - ratio.log() + shift.square() / variance)
 
-    return over_rows(each, q, p).sum(-1)
+    return sum_in_chunks(each, q, p).sum(-1)

@@ -83,7 +83,7 @@ class KroneckerNormal(WeightDistribution):
         inside = torch.ones_like(self.loc) if self.spectrum is None else self.spectrum.square()
         sides = (None if side is None else side.square() for side in (self.left, self.right))
         left, right = sides
-        return self.scale.square() * between(left, inside, right)
+        return self.scale.square() * sandwich(left, inside, right)
 
     def log_det(self) -> Tensor:
         """Log-determinant of the map from E to W, ``(*batch,)``."""
@@ -113,7 +113,7 @@ class KroneckerNormal(WeightDistribution):
         return 0.5 * self.event_shape.numel() * math.log(2 * math.pi * math.e) + self.log_det()
 
 
-def between(left: Tensor | None, inside: Tensor, right: Tensor | None) -> Tensor:
+def sandwich(left: Tensor | None, inside: Tensor, right: Tensor | None) -> Tensor:
     """``L X R^T``, where None stands for the identity."""
     inside = inside if left is None else left @ inside
     return inside if right is None else inside @ right.mT

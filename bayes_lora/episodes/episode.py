@@ -101,19 +101,19 @@ class Episode:
         """What a guide may read: the support sets, which are the scored examples themselves if none were given."""
         return self if self.separate_support is None else self.separate_support
 
-    def alone(self) -> Episode:
+    def independent_tasks(self) -> Episode:
         """The same examples as all there is: neither tasks nor examples stand for others that were not drawn."""
         index = torch.arange(len(self.task_index), device=self.task_index.device)
         return replace(self, task_index=index, num_tasks=len(index), num_data=self.mask.sum(-1))
 
-    def each_alone(self, start: int = 0, stop: int | None = None) -> Episode:
+    def per_example(self, start: int = 0, stop: int | None = None) -> Episode:
         """Every example as a task of its own, in the order of tasks and examples; from ``start`` to ``stop``."""
         rows = [[example] for task in self.examples for example in task if example is not None]
         return collate(rows[start:stop]).to(self.mask.device)
 
-    def unseen(self) -> Episode:
+    def without_task_ids(self) -> Episode:
         """The same tasks as ones that the collection does not have: a guide that keeps something for each has none."""
-        support = None if self.separate_support is None else self.separate_support.unseen()
+        support = None if self.separate_support is None else self.separate_support.without_task_ids()
         return replace(self, task_index=torch.full_like(self.task_index, -1), separate_support=support)
 
     def to(self, device: torch.device | str) -> Episode:

@@ -24,7 +24,7 @@ class Components(dict[str, Any]):
     @classmethod
     def stack(cls, members: Sequence[dict[str, Any]]) -> Components:
         """Of K posteriors with batch ``(T, 1)``, each of the same families."""
-        return cls({site: stacked([member[site] for member in members]) for site in members[0]})
+        return cls({site: stack_distributions([member[site] for member in members]) for site in members[0]})
 
     @property
     def count(self) -> int:
@@ -40,7 +40,7 @@ class Components(dict[str, Any]):
         return {site: map_parameters(fn, lambda value: value[chosen.to(value.device)]) for site, fn in self.items()}
 
 
-def stacked(fns: Sequence[Any]) -> Any:
+def stack_distributions(fns: Sequence[Any]) -> Any:
     """One distribution with a new batch dimension before all others."""
     parts = [parameters(fn) for fn in fns]
     return with_parameters(fns[0], {name: torch.stack([part[name] for part in parts]) for name in parts[0]})

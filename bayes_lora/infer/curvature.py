@@ -68,7 +68,7 @@ def gradients_of_examples(
     counts = support.mask.sum(-1)
     task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     for start in range(0, len(task_of), batch_size):
-        each, task = support.each_alone(start, start + batch_size), task_of[start : start + batch_size]
+        each, task = support.per_example(start, start + batch_size), task_of[start : start + batch_size]
         own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
         with torch.enable_grad():
             answers = model.answer(model.likelihood(model.shared(theta) | own, each))

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayes_lora.distributions.unconstrained import Parameters, constrained, unconstrained
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.infer.elbo import AnalyticELBO
-from bayes_lora.infer.handlers import ScaleLatents, apart
+from bayes_lora.infer.handlers import ScaleLatents, isolated
 from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Distributions, Sites
 
@@ -70,7 +70,7 @@ class Descent:
             origin = {key: value.detach() for key, value in origin.items()}
             theta = {site: value.detach() for site, value in theta.items()}
         moved = {key: torch.zeros_like(value) for key, value in origin.items()}
-        alone = support.alone()
+        alone = support.independent_tasks()
         for step in range(steps):
             batch = alone if self.batch_size is None else minibatch(alone, step, self.batch_size)
             gradients = self.gradients(batch, theta, start, {key: origin[key] + moved[key] for key in origin})
@@ -87,7 +87,7 @@ class Descent:
             sample_phi(episode, constrained_sites(like, values))
 
         attention = _twice_differentiable() if self.second else nullcontext()
-        with apart(), torch.enable_grad(), attention:
+        with isolated(), torch.enable_grad(), attention:
             values = {
                 key: value if self.second and value.requires_grad else value.detach().requires_grad_()
                 for key, value in values.items()

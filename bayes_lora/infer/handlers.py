@@ -17,7 +17,7 @@ from bayes_lora.distributions.factored_normal import FactoredNormal
 from bayes_lora.distributions.unconstrained import scaled
 from bayes_lora.errors import ConfigError
 
-__all__ = ["AtMean", "LastSite", "LocalReparameterization", "ModuleParameters", "ScaleLatents", "Widened", "apart"]
+__all__ = ["AtMean", "LastSite", "LocalReparameterization", "ModuleParameters", "ScaleLatents", "Widened", "isolated"]
 
 
 class LocalReparameterization(Messenger):
@@ -141,7 +141,7 @@ class LastSite(Messenger):
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Inside the block Pyro is as if no model, guide or plate were running around it; local reparameterisation stays.
 
     ``poutine.block`` hides sites, but the names and dimensions of the plates around it would stay taken.

@@ -14,7 +14,7 @@ from bayes_lora.infer.handlers import ModuleParameters, Widened
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.types import Sites
 
-__all__ = ["draw_phi", "held_back_nll", "predictive", "tempered"]
+__all__ = ["draw_phi", "held_out_nll", "predictive", "tempered"]
 
 
 def predictive(log_lik: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws:
     return phi
 
 
-def held_back_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:
+def held_out_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:
     """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
     total, count = 0.0, 0
     model: Any = objective.model

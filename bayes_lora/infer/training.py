@@ -1,4 +1,4 @@
-"""fit(): an ordinary torch loop on Accelerate over the ELBO module, with held-back tasks to choose the checkpoint.
+"""fit(): an ordinary torch loop on Accelerate over the ELBO module, with held-out tasks to choose the checkpoint.
 
 What is looked at and kept is a running average of the parameters: an episode holds few tasks, so steps are noisy.
 """
@@ -23,7 +23,7 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.sampler import EpisodeSampler
 from bayes_lora.errors import ConfigError, NonFiniteLoss
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.infer.schedules import SCHEDULES, Schedule, beta_fraction
 from bayes_lora.utils.seeding import seeded
 
@@ -41,7 +41,7 @@ class FitConfig:
         clip_norm: gradient norm of the loss per example (nats) above which gradients are scaled down.
         schedule: of beta, see :mod:`bayes_lora.infer.schedules`: ``"constant"``, ``"linear"`` or ``"cyclical"``.
         warmup: steps over which beta rises linearly to its full value, once or in each cycle.
-        eval_every: steps between looks at the held-back tasks.
+        eval_every: steps between looks at the held-out tasks.
         patience: stop after this many looks without improvement.
         num_draws: draws at each look.
         seed: of the draws of theta and phi.
@@ -74,7 +74,7 @@ class FitState:
 
     Attributes:
         step: episodes seen.
-        history: a row per look: step, loss (nats per example, mean since the last look), held-back nll, seconds.
+        history: a row per look: step, loss (nats per example, mean since the last look), held-out nll, seconds.
         best: index of the best row.
         best_parameters: the averaged parameters there.
         average: the averaged parameters now.
@@ -87,7 +87,7 @@ class FitState:
     average: dict[str, Tensor] | None = None
 
     @property
-    def stale(self) -> int:
+    def evaluations_without_improvement(self) -> int:
         """Looks since the best one."""
         return 0 if self.best is None else len(self.history) - 1 - self.best
 
@@ -95,28 +95,28 @@ class FitState:
 def fit(
     objective: BetaELBO,
     sampler: EpisodeSampler,
-    held_back: Sequence[Episode] = (),
+    held_out: Sequence[Episode] = (),
     config: FitConfig | None = None,
     *,
     state: FitState | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     accelerator: Accelerator | None = None,
     on_step: Callable[[FitState, float], None] | None = None,
-    on_look: Callable[[FitState], None] | None = None,
+    on_evaluate: Callable[[FitState], None] | None = None,
 ) -> FitState:
-    """Minimise the objective over episodes; leave it at the parameters that were best on the held-back tasks.
+    """Minimise the objective over episodes; leave it at the parameters that were best on the held-out tasks.
 
     Args:
         objective: model and guide.
         sampler: episodes of the training tasks.
-        held_back: episodes of tasks that are not trained on, on which checkpoints are compared; none means that the
+        held_out: episodes of tasks that are not trained on, on which checkpoints are compared; none means that the
             last parameters are kept.
         config: settings.
         state: of an earlier call, to go on from; with ``optimizer``, which holds its moments.
         optimizer: by default Adam with ``config.learning_rate``; a group's rate decays from its own (``initial_lr``).
         accelerator: by default one for this machine.
         on_step: called after each step with the state and the loss, nats per example.
-        on_look: called after each look at the held-back tasks, when ``state`` may be saved.
+        on_evaluate: called after each look at the held-out tasks, when ``state`` may be saved.
 
     Raises:
         NonFiniteLoss: names the step and the site or parameter; parameters are as they were before that step.
@@ -138,7 +138,7 @@ def fit(
         return sampler[step * accelerator.num_processes + accelerator.process_index].to(device)
 
     def goes_on() -> bool:
-        return state.step < config.steps and (not held_back or state.stale < config.patience)
+        return state.step < config.steps and (not held_out or state.evaluations_without_improvement < config.patience)
 
     episode = draw(state.step) if goes_on() else None
     while goes_on():
@@ -164,11 +164,11 @@ def fit(
         if on_step:
             on_step(state, losses[-1])
         if state.step % config.eval_every == 0 or state.step == config.steps:
-            _look(objective, held_back, config, state, losses)
+            _evaluate_held_out(objective, held_out, config, state, losses)
             losses = []
-            if on_look:
-                on_look(state)
-    kept = state.best_parameters if held_back else {**objective.state_dict(), **state.average}
+            if on_evaluate:
+                on_evaluate(state)
+    kept = state.best_parameters if held_out else {**objective.state_dict(), **state.average}
     if kept is not None:
         objective.load_state_dict(kept)
     objective.anneal(1.0)
@@ -243,18 +243,18 @@ def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
     return None
 
 
-def _look(
-    objective: BetaELBO, held_back: Sequence[Episode], config: FitConfig, state: FitState, losses: list[float]
+def _evaluate_held_out(
+    objective: BetaELBO, held_out: Sequence[Episode], config: FitConfig, state: FitState, losses: list[float]
 ) -> None:
     row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
     assert state.average is not None
     device = _device(objective)
     # The same draws at every look, or noise would choose the checkpoint.
     with _averaged(objective, state.average), seeded(config.seed, device):
-        if held_back:
-            row["held_back_nll"] = held_back_nll(objective, held_back, config.num_draws)
+        if held_out:
+            row["held_out_nll"] = held_out_nll(objective, held_out, config.num_draws)
         state.history.append(row)
-        best = None if state.best is None else state.history[state.best].get("held_back_nll", math.inf)
-        if best is None or row.get("held_back_nll", -math.inf) < best:
+        best = None if state.best is None else state.history[state.best].get("held_out_nll", math.inf)
+        if best is None or row.get("held_out_nll", -math.inf) < best:
             state.best = len(state.history) - 1
             state.best_parameters = copy.deepcopy(objective.state_dict())

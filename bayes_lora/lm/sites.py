@@ -21,7 +21,7 @@ from bayes_lora.errors import SiteError, did_you_mean
 from bayes_lora.lm.adapters import lora_layers
 from bayes_lora.lm.slots import Bound, Slot, unchanged
 from bayes_lora.types import Sites, SiteShapes, delta_site, factor_sites
-from bayes_lora.utils.grouped_linear import Blocks
+from bayes_lora.utils.grouped_linear import RowGroups
 from bayes_lora.utils.seeding import same_noise
 
 __all__ = ["LoraSites", "Slot", "delta_site", "factor_sites", "find_sites", "remove_dropout"]
@@ -113,7 +113,7 @@ class LoraSites:
             raise SiteError(f"got values for {[*next(iter(groups), ())]} groups, but rows for {len(rows)}.")
         blocks = None
         if rows is not None:
-            blocks = Blocks.of(rows, next(iter(self._slots.values()))[0].initial.device)
+            blocks = RowGroups.of(rows, next(iter(self._slots.values()))[0].initial.device)
         with self._bound(self._by_slot(values), blocks):
             yield
 
@@ -133,15 +133,15 @@ class LoraSites:
         return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
     def _bound(
-        self, weights: Mapping[str, Sequence[Bound]], blocks: Blocks | None = None
+        self, weights: Mapping[str, Sequence[Bound]], blocks: RowGroups | None = None
     ) -> AbstractContextManager[None]:
         return _Binding(self, weights, blocks)
 
-    def _current(self) -> tuple[dict[str, list[Bound]], Blocks | None]:
+    def _current(self) -> tuple[dict[str, list[Bound]], RowGroups | None]:
         weights = {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
         return weights, next((slots[0].blocks for slots in self._slots.values()), None)
 
-    def _assign(self, weights: Mapping[str, Sequence[Bound]], blocks: Blocks | None) -> None:
+    def _assign(self, weights: Mapping[str, Sequence[Bound]], blocks: RowGroups | None) -> None:
         for site, slots in self._slots.items():
             for slot, weight in zip(slots, weights[site], strict=True):
                 slot.bound, slot.blocks = weight, blocks
@@ -193,11 +193,11 @@ class _Binding(AbstractContextManager[None]):
         self,
         sites: LoraSites,
         weights: Mapping[str, Sequence[Bound]],
-        blocks: Blocks | None,
+        blocks: RowGroups | None,
         noise: Noise = nullcontext,
     ) -> None:
         self.sites, self.weights, self.blocks, self.noise = sites, weights, blocks, noise
-        self.before: list[tuple[tuple[dict[str, list[Bound]], Blocks | None], ExitStack]] = []
+        self.before: list[tuple[tuple[dict[str, list[Bound]], RowGroups | None], ExitStack]] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from bayes_lora.utils.grouped_linear import Blocks, linear
+from bayes_lora.utils.grouped_linear import RowGroups, linear
 
 __all__ = ["Bound", "Slot", "unchanged"]
 
-Bound = Tensor | Callable[[Tensor, Blocks | None], Tensor] | None
+Bound = Tensor | Callable[[Tensor, RowGroups | None], Tensor] | None
 """A weight, a function of activations, or nothing."""
 
 
-def unchanged(x: Tensor, _: Blocks | None = None) -> Tensor:
+def unchanged(x: Tensor, _: RowGroups | None = None) -> Tensor:
     """Bound to A where B takes the whole matrix."""
     return x
 
@@ -39,7 +39,7 @@ class Slot(nn.Module):
         # A buffer, so that it follows .to(device), but not in the state dict: it is no parameter of the LM.
         self.register_buffer("initial", initial.detach().clone(), persistent=False)
         self.bound: Bound = None
-        self.blocks: Blocks | None = None
+        self.blocks: RowGroups | None = None
 
     @property
     def weight(self) -> Tensor:

@@ -63,11 +63,11 @@ def adapt_at(
     """What :func:`adapt` returns, and the mean of q(theta) at which it stands."""
     rows = [lm.encoder(task.support) for task in tasks]
     model: Any = objective.model
-    theta, phi = amortized_posterior(objective, collate(rows).unseen().to(lm.device), seed)
+    theta, phi = amortized_posterior(objective, collate(rows).without_task_ids().to(lm.device), seed)
     if steps:
         # Components take their steps side by side, as tasks of their own.
         count = phi.count if isinstance(phi, Components) else 1
-        episode = collate(rows * count).unseen().to(lm.device)
+        episode = collate(rows * count).without_task_ids().to(lm.device)
         start, here = _side_by_side(phi), theta
         if isinstance(objective.guide, Guide) and objective.guide.num_members > 1:
             here = _theta_side_by_side(theta, len(tasks))

@@ -1,4 +1,4 @@
-r"""How wide the posterior should be: one factor on the standard deviations of q(phi | S), chosen on held-back tasks.
+r"""How wide the posterior should be: one factor on the standard deviations of q(phi | S), chosen on held-out tasks.
 
 .. math:: w^* = \arg\min_w \; -\sum_{ij} \log \tfrac1S \sum_s p(y_{ij} \mid x_{ij}, \mu_i + w\, \sigma_i \epsilon_{is})
 
@@ -16,7 +16,7 @@ from pyro.distributions import Delta
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.infer.objective import BetaELBO, evaluating
-from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.types import Guide
 from bayes_lora.utils.seeding import seeded
 
@@ -34,7 +34,7 @@ def choose_width(
     seed: int = 0,
     on_width: Callable[[], None] | None = None,
 ) -> tuple[float, dict[float, float]]:
-    """The width of least predictive NLL on held-back tasks, and the NLL (nats) of each; draws are common to all.
+    """The width of least predictive NLL on held-out tasks, and the NLL (nats) of each; draws are common to all.
 
     Args:
         objective: the fitted model and guide.
@@ -47,7 +47,7 @@ def choose_width(
     curve = {}
     for width in widths:
         with seeded(seed, episodes[0].input_ids.device):
-            curve[width] = held_back_nll(objective, episodes, num_draws, width)
+            curve[width] = held_out_nll(objective, episodes, num_draws, width)
         if on_width:
             on_width()
     return min(curve, key=curve.__getitem__), curve

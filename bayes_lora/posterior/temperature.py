@@ -1,4 +1,4 @@
-r"""One temperature for the option scores, chosen on held-back tasks (Guo et al., arXiv 1706.04599).
+r"""One temperature for the option scores, chosen on held-out tasks (Guo et al., arXiv 1706.04599).
 
 .. math:: \tau^* = \arg\min_\tau \; -\sum_{ij} \log \tfrac1S \sum_s \mathrm{softmax}(\ell_{ijs} / \tau)_{y_{ij}}
 
@@ -27,7 +27,7 @@ TEMPERATURES = tuple(round(0.7 * 1.05**i, 4) for i in range(50))  # to 7.6; scor
 def choose_temperature(
     objective: BetaELBO, episodes: Sequence[Episode], *, num_draws: int = 1, seed: int = 0
 ) -> tuple[float, dict[float, float]]:
-    """The temperature of least predictive NLL on held-back tasks, and the NLL (nats) of each, averaged over tasks.
+    """The temperature of least predictive NLL on held-out tasks, and the NLL (nats) of each, averaged over tasks.
 
     Args:
         objective: the fitted model and guide; adaptation is the guide's one pass.
@@ -46,5 +46,5 @@ def choose_temperature(
         totals += (nll.sum(-1) / episode.mask.sum(-1)).sum(-1).double().cpu()
         count += len(episode.mask)
     curve = dict(zip(TEMPERATURES, (totals / count).tolist(), strict=True))
-    # Where all held-back tasks have free answers, one is as good as another.
+    # Where all held-out tasks have free answers, one is as good as another.
     return min(curve, key=lambda one: (curve[one], abs(math.log(one)))), curve

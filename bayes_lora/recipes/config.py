@@ -110,7 +110,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """Episodes of the training tasks, and which of them are held back.
+    """Episodes of the training tasks, and which of them are held out.
 
     Attributes:
         tasks_per_episode: T.
@@ -119,8 +119,8 @@ class EpisodeConfig:
         score_support: whether the likelihood is taken on support and query, or on the query alone.
         num_demonstrations: of the support, how many examples stand solved before every query.
         examples_per_task: of larger training tasks this many are drawn, once; None takes all.
-        held_back: share (below 1) or number of the training tasks that choose the checkpoint; 0 holds back none.
-        held_back_shots: support and query size of a held-back task.
+        held_out: share (below 1) or number of the training tasks that choose the checkpoint; 0 holds out none.
+        held_out_shots: support and query size of a held-out task.
         shuffle_options: put the options of each example, of all tasks, into an order of its own, once: against a taste
             for the first one, where prompts list options.
     """
@@ -131,8 +131,8 @@ class EpisodeConfig:
     score_support: bool = False
     num_demonstrations: Annotated[int, Field(ge=0)] = 0
     examples_per_task: Count | None = 64
-    held_back: NonNegative = 0.12
-    held_back_shots: Count = 16
+    held_out: NonNegative = 0.12
+    held_out_shots: Count = 16
     shuffle_options: bool = False
 
 

@@ -21,7 +21,7 @@ __all__ = ["demo_config", "run_demo"]
 
 def demo_config() -> RunConfig:
     """Settings that end within ten minutes on two CPU cores."""
-    return RunConfig(episodes=EpisodeConfig(held_back=2), fit=FitConfig(steps=70, eval_every=14, learning_rate=2e-3))
+    return RunConfig(episodes=EpisodeConfig(held_out=2), fit=FitConfig(steps=70, eval_every=14, learning_rate=2e-3))
 
 
 def run_demo(
@@ -30,8 +30,8 @@ def run_demo(
     """Fit, adapt, compare; write posterior, metrics, diagram and a PEFT adapter per unseen task to the run folder."""
     console = console or Console()
     check_run_folder(run, resume=resume, overwrite=overwrite)
-    training, unseen = demo_tasks(config.episodes.held_back_shots)
-    console.print(_introduction(training, unseen, config.episodes.held_back_shots))
+    training, unseen = demo_tasks(config.episodes.held_out_shots)
+    console.print(_introduction(training, unseen, config.episodes.held_out_shots))
     lm = build_language_model(config.language_model)
     with bars() as progress:
         posterior, _ = fit_posterior(

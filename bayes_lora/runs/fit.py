@@ -28,14 +28,14 @@ from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.posterior.temperature import choose_temperature
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
-from bayes_lora.runs.folder import CURVE, POSTERIOR, Journal, identity, prepare_run_folder, write_settings
+from bayes_lora.runs.folder import CURVE, POSTERIOR, RunLogger, identity, prepare_run_folder, write_settings
 from bayes_lora.runs.report import Comparison, MethodResult
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
 from bayes_lora.utils.storage import write_json
 
-__all__ = ["build_episodes", "cache", "compare", "divide", "fit_posterior", "with_language_model"]
+__all__ = ["build_episodes", "cache", "compare", "split_tasks", "fit_posterior", "with_language_model"]
 
 
 def fit_posterior(
@@ -50,7 +50,7 @@ def fit_posterior(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Posterior, FitState]:
-    """Meta-learn on training tasks: hold some back, fit on the others, return the best checkpoint.
+    """Meta-learn on training tasks: hold some out, fit on the others, return the best checkpoint.
 
     Args:
         lm: the language model.
@@ -60,7 +60,7 @@ def fit_posterior(
         guide: a guide of your own, in place of the recipe's: a :class:`bayes_lora.guides.TaskGuide`. If only a guide is
             passed, the model is the guide's.
         run: a folder for checkpoints, the curve (``curve.json``), the names of the tasks (``tasks.json``) and the
-            posterior (``posterior/``), the held-back NLL at each width (``widths.json``) or temperature; None writes
+            posterior (``posterior/``), the held-out NLL at each width (``widths.json``) or temperature; None writes
             none.
         resume: go on from the folder's checkpoint, if there is one. ``fit.steps`` and ``fit.patience`` may be larger
             than they were: a run that had ended then goes on. The learning rate decays over ``fit.steps``, so it rises
@@ -75,8 +75,8 @@ def fit_posterior(
     """
     config = with_language_model(config or RunConfig(), lm)
     run = None if run is None else Path(run)
-    kept, held = divide(tasks, config)
-    sampler, held_back = build_episodes(lm, tasks, config)
+    kept, held = split_tasks(tasks, config)
+    sampler, held_out = build_episodes(lm, tasks, config)
     if model is None and isinstance(guide, TaskGuide):
         model = guide.model
     objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
@@ -87,7 +87,7 @@ def fit_posterior(
     if not steps:
         warn_of_no_fit(config)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
-    journal = Journal(run, objective, optimizer, [*identity(config, tasks), parts], progress)
+    journal = RunLogger(run, objective, optimizer, [*identity(config, tasks), parts], progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
     state = journal.resumed()
@@ -99,22 +99,22 @@ def fit_posterior(
         state = fit(
             objective,
             sampler,
-            held_back,
+            held_out,
             config.fit,
             state=state,
             optimizer=optimizer,
             on_step=journal.on_step,
-            on_look=journal.on_look,
+            on_evaluate=journal.on_evaluate,
         )
     journal.close_bar(state)
     posterior = Posterior.from_objective(lm, objective)
     calibration = recipe_of(config).calibrate if guide is None else "width"
-    if not held_back or (calibration == "width" and not has_width(objective, held_back[0])):
+    if not held_out or (calibration == "width" and not has_width(objective, held_out[0])):
         calibration = "none"
     if calibration == "width":
-        posterior.width, curve = _choose_width(objective, held_back, config, progress)
+        posterior.width, curve = _choose_width(objective, held_out, config, progress)
     elif calibration == "temperature":
-        posterior.temperature, curve = choose_temperature(objective, held_back, seed=config.seed)
+        posterior.temperature, curve = choose_temperature(objective, held_out, seed=config.seed)
     if run is not None:
         posterior.save(run / POSTERIOR, overwrite=True)
         write_json(run / CURVE, state.history)
@@ -137,7 +137,7 @@ def warn_of_no_fit(config: RunConfig) -> None:
 
 
 def _choose_width(
-    objective: BetaELBO, held_back: Sequence[Episode], config: RunConfig, progress: Progress | None
+    objective: BetaELBO, held_out: Sequence[Episode], config: RunConfig, progress: Progress | None
 ) -> tuple[float, dict[float, float]]:
     bar = progress.add_task("choosing the width", total=len(WIDTHS)) if progress else None
 
@@ -145,7 +145,7 @@ def _choose_width(
         if progress is not None and bar is not None:
             progress.advance(bar)
 
-    return choose_width(objective, held_back, widths=WIDTHS, seed=config.seed, on_width=advance)
+    return choose_width(objective, held_out, widths=WIDTHS, seed=config.seed, on_width=advance)
 
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
@@ -153,8 +153,8 @@ def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
     return replace(config, language_model=config.language_model.matching(lm))
 
 
-def divide(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
-    """Tasks to train on, and those held back, split into support and query; each cut to what the settings take."""
+def split_tasks(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
+    """Tasks to train on, and those held out, split into support and query; each cut to what the settings take."""
     settings = config.episodes
     limit = settings.examples_per_task
     if settings.shuffle_options:
@@ -163,17 +163,17 @@ def divide(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
         task if limit is None or len(task) <= limit else task.split(limit, seed=config.seed, num_query=0)
         for task in tasks.values()
     )
-    if not settings.held_back:
+    if not settings.held_out:
         return drawn, TaskSet([])
-    share = settings.held_back
+    share = settings.held_out
     kept, back = drawn.split(max(1, round(share * len(drawn))) if share < 1 else int(share), seed=config.seed)
-    return kept, TaskSet(_split_held_back(task, settings.held_back_shots, config.seed) for task in back.values())
+    return kept, TaskSet(_split_held_back(task, settings.held_out_shots, config.seed) for task in back.values())
 
 
 def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tuple[EpisodeSampler, list[Episode]]:
-    """Divide a collection into a sampler of training episodes and one episode per held-back task."""
+    """Divide a collection into a sampler of training episodes and one episode per held-out task."""
     settings = config.episodes
-    kept, held = divide(tasks, config)
+    kept, held = split_tasks(tasks, config)
     # One warning counts what is cut.
     lm.encoder([example for task in (*kept.values(), *held.values()) for example in task.examples])
     sampler = EpisodeSampler(
@@ -190,14 +190,14 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
     episodes = [
         collate([lm.encoder(task.query, task.support[:shown])], [lm.encoder(task.support)]) for task in held.values()
     ]
-    return sampler, [episode.unseen().to(lm.device) for episode in episodes]
+    return sampler, [episode.without_task_ids().to(lm.device) for episode in episodes]
 
 
 def _split_held_back(task: Task, shots: int, seed: int) -> Task:
     if len(task) <= shots:
         raise TaskError(
-            f"held-back task {task.name!r} has {len(task)} examples, but episodes.held_back_shots={shots} of them are "
-            "support and at least one more is needed. Lower it, or set episodes.held_back=0."
+            f"held-out task {task.name!r} has {len(task)} examples, but episodes.held_out_shots={shots} of them are "
+            "support and at least one more is needed. Lower it, or set episodes.held_out=0."
         )
     return task.split(shots, seed=seed, num_query=min(2 * shots, len(task) - shots))
 

@@ -31,7 +31,7 @@ from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.utils.storage import read_json, write_json
 
 __all__ = [
-    "Journal",
+    "RunLogger",
     "check_run_folder",
     "identity",
     "load_language_model_of",
@@ -46,7 +46,7 @@ __all__ = [
 
 CONFIG, CHECKPOINT, CURVE, TASKS, POSTERIOR = "config.json", "checkpoint", "curve.json", "tasks.json", "posterior"
 HOME = "run.json"  # of an adapted folder: names the run from which its posterior comes
-HALVES = ("training", "held_back")
+HALVES = ("training", "held_out")
 
 
 def prepare_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -80,14 +80,14 @@ def check_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False
         raise RunFolderError(f"{run} exists already. {cure}")
 
 
-def write_settings(run: Path, config: RunConfig, training: Sequence[str], held_back: Sequence[str]) -> None:
+def write_settings(run: Path, config: RunConfig, training: Sequence[str], held_out: Sequence[str]) -> None:
     """Write a run's settings, and the names of the tasks that it trains on and that choose its checkpoint."""
     write_json(run / CONFIG, config.to_dict())
-    write_json(run / TASKS, dict(zip(HALVES, (list(training), list(held_back)), strict=True)))
+    write_json(run / TASKS, dict(zip(HALVES, (list(training), list(held_out)), strict=True)))
 
 
 def read_fitted_tasks(run: Path) -> list[str]:
-    """The names of the tasks that a run trained on or held back; none, with a warning, where its folder has no list.
+    """The names of the tasks that a run trained on or held out; none, with a warning, where its folder has no list.
 
     Raises:
         PosteriorError: the file that tells is damaged.
@@ -195,7 +195,7 @@ def _digest(task: Task) -> str:
 
 
 @dataclass
-class Journal:
+class RunLogger:
     """What a fit writes to its folder and shows on its way.
 
     Attributes:
@@ -230,7 +230,7 @@ class Journal:
         if self.progress is not None and self.bar is not None:
             self.progress.update(self.bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
 
-    def on_look(self, state: FitState) -> None:
+    def on_evaluate(self, state: FitState) -> None:
         """Show the look; write a checkpoint and the curve."""
         if self.progress is not None:
             values = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in state.history[-1].items())

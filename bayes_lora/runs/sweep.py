@@ -1,4 +1,4 @@
-"""Choosing beta: a fit for each value, compared on the held-back tasks."""
+"""Choosing beta: a fit for each value, compared on the held-out tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.objective import evaluating
-from bayes_lora.infer.predictive import held_back_nll
+from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
@@ -28,10 +28,10 @@ class BetaPoint:
 
     Attributes:
         beta: the value.
-        nll: predictive NLL of the held-back tasks' query, nats per example, of draws from q(phi | support) as fitted.
+        nll: predictive NLL of the held-out tasks' query, nats per example, of draws from q(phi | support) as fitted.
         width: factor on its standard deviations that suits those tasks best.
         nll_at_width: the NLL there.
-        divergence: KL(q(phi | support) || p(phi | theta)), nats per held-back task.
+        divergence: KL(q(phi | support) || p(phi | theta)), nats per held-out task.
         posterior: what was fitted.
     """
 
@@ -52,14 +52,14 @@ def sweep_beta(
     num_draws: int = 5,
     progress: Progress | None = None,
 ) -> list[BetaPoint]:
-    """Fit once for each beta, everything else alike: the same held-back tasks, episodes and seeds.
+    """Fit once for each beta, everything else alike: the same held-out tasks, episodes and seeds.
 
     The training loss cannot choose beta, for it contains it. A beta is too small where ``width`` is well above 1 (the
     posterior is too sure of itself), and too large where ``divergence`` is near zero (it does not leave the prior).
 
     Args:
         lm: the language model.
-        tasks: training tasks, some of which the settings hold back.
+        tasks: training tasks, some of which the settings hold out.
         betas: the values.
         config: the other settings.
         num_draws: S of the NLL.
@@ -69,9 +69,9 @@ def sweep_beta(
         ConfigError: no value is given, or the settings hold no task back.
     """
     config = config or RunConfig()
-    if not betas or not config.episodes.held_back:
-        got = f"betas={list(betas)}, episodes.held_back={config.episodes.held_back}"
-        raise ConfigError(f"expected values of beta, and held-back tasks to compare them on; got {got}.")
+    if not betas or not config.episodes.held_out:
+        got = f"betas={list(betas)}, episodes.held_out={config.episodes.held_out}"
+        raise ConfigError(f"expected values of beta, and held-out tasks to compare them on; got {got}.")
     return [_point(lm, tasks, beta, config, num_draws, progress) for beta in betas]
 
 
@@ -80,13 +80,13 @@ def _point(
 ) -> BetaPoint:
     config = replace(config, objective=replace(config.objective, beta=beta))
     posterior, _ = fit_posterior(lm, tasks, config, progress=progress)
-    _, held_back = build_episodes(lm, tasks, config)
+    _, held_out = build_episodes(lm, tasks, config)
     objective, nll = posterior.objective, {}
     for width in (1.0, posterior.width):
         with seeded(config.seed, lm.device):
-            nll[width] = held_back_nll(objective, held_back, num_draws, width)
+            nll[width] = held_out_nll(objective, held_out, num_draws, width)
     with evaluating(objective):
-        divergence = fmean(objective.terms(episode)["kl"] for episode in held_back)
+        divergence = fmean(objective.terms(episode)["kl"] for episode in held_out)
     return BetaPoint(beta, nll[1.0], posterior.width, nll[posterior.width], divergence, posterior)
 
 

@@ -62,11 +62,11 @@ class TaskSet(Mapping[str, Task]):
             raise TaskError(f"no such task among the {len(self)} at hand: {', '.join(unknown)}")
         return TaskSet(self._tasks[name] for name in names)
 
-    def split(self, held_back: float | int, *, seed: int) -> tuple[TaskSet, TaskSet]:
+    def split(self, held_out: float | int, *, seed: int) -> tuple[TaskSet, TaskSet]:
         """Hold out whole tasks at random, for instance to validate on tasks not trained on.
 
         Args:
-            held_back: Number of tasks to hold out (an int), or their fraction (a float in (0, 1), rounded to
+            held_out: Number of tasks to hold out (an int), or their fraction (a float in (0, 1), rounded to
                 the nearest whole number of tasks).
             seed: Seed of the draw.
 
@@ -76,10 +76,10 @@ class TaskSet(Mapping[str, Task]):
         Raises:
             TaskError: The request would leave either part empty.
         """
-        count = held_back if isinstance(held_back, int) else round(held_back * len(self))
+        count = held_out if isinstance(held_out, int) else round(held_out * len(self))
         if not 0 < count < len(self):
             raise TaskError(
-                f"`held_back`={held_back} would hold back {count} of {len(self)} tasks, but both "
+                f"`held_out`={held_out} would hold out {count} of {len(self)} tasks, but both "
                 "parts need at least one; pass a whole number of tasks, or a fraction in (0, 1)"
             )
         held = set(random.Random(seed).sample(list(self._tasks), count))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Blocks", "linear"]
+__all__ = ["RowGroups", "linear"]
 
 
-class Blocks(NamedTuple):
+class RowGroups(NamedTuple):
     """Groups of unequal size into which the rows of a batch fall, in order.
 
     Attributes:
@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
     group: Tensor
 
     @classmethod
-    def of(cls, sizes: Sequence[int], device: torch.device) -> Blocks | None:
+    def of(cls, sizes: Sequence[int], device: torch.device) -> RowGroups | None:
         """None where all are equally large."""
         if len(set(sizes)) <= 1:
             return None
@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
         return cls(tuple(sizes), group.to(device, non_blocking=True))
 
 
-def linear(x: Tensor, weight: Tensor, blocks: Blocks | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, blocks: RowGroups | None = None) -> Tensor:
     """``x W^T``: ``(rows, ..., in)`` to ``(rows, ..., out)``.
 
     A 3-D weight ``(groups, out, in)`` takes the rows in order as groups, each with its own matrix: of equal size, or

@@ -41,7 +41,7 @@ STEPS = 40  # episodes of meta-learning; the demo takes 70
 DRAWS = 12  # models drawn from each posterior
 
 # %% [markdown]
-# Fit on 16 small tasks, two of them held back to choose the checkpoint and the posterior's width. Then adapt
+# Fit on 16 small tasks, two of them held out to choose the checkpoint and the posterior's width. Then adapt
 # to five unseen tasks, from 16 examples each.
 
 # %%
@@ -51,7 +51,7 @@ config = demo_config()
 config = replace(config, fit=replace(config.fit, steps=STEPS, eval_every=max(1, STEPS // 4)))
 posterior, state = bayes_lora.fit_posterior(lm, training, config)
 adapted = posterior.adapt(unseen)
-print(f"held-back NLL: {[round(row['held_back_nll'], 3) for row in state.history]} nats; width {posterior.width:g}")
+print(f"held-out NLL: {[round(row['held_out_nll'], 3) for row in state.history]} nats; width {posterior.width:g}")
 
 # %% [markdown]
 # ## Draws
