@@ -12,7 +12,7 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import draw_phi, held_out_nll
-from bayes_lora.infer.training import FitConfig, NonFiniteLoss, fit
+from bayes_lora.infer.training import FitConfig, NonFiniteLoss, _evaluate_held_out, fit
 
 CONFIG = FitConfig(steps=12, learning_rate=0.02, eval_every=3, warmup=4, patience=100)
 
