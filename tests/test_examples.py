@@ -22,7 +22,7 @@ SHOWS = {
     "any_pair.py": "ClusterMixture with SWAG, 8 draws: Metrics(",
     "icl_plus_adaptation.py": "adapted + 1 shown",
     "own_data.py": "adapted to 16 rows: Metrics(",
-    "paper.py": "ours, one pass",
+    "paper.py": "ABMLL (amortized)",
     "quickstart.py": "one pass + 10 steps: Metrics(",
     "svi_script.py": "unseen tasks: NLL ",
     "swap_guide.py": "low rank, Pyro's, step 2: ",
