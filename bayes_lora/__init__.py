@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bayes_lora.posterior.posterior import Posterior as Posterior
     from bayes_lora.posterior.task_posterior import TaskPosterior as TaskPosterior
     from bayes_lora.recipes.config import RunConfig as RunConfig
-    from bayes_lora.runs.fit import compare as compare
+    from bayes_lora.runs.compare import compare as compare
     from bayes_lora.runs.fit import fit_posterior as fit_posterior
     from bayes_lora.runs.folder import load_posterior as load_posterior
     from bayes_lora.tasks import load_split as load_split
@@ -29,7 +29,7 @@ _MODULES = {
     "Posterior": "posterior.posterior",
     "RunConfig": "recipes.config",
     "TaskPosterior": "posterior.task_posterior",
-    "compare": "runs.fit",
+    "compare": "runs.compare",
     "demo_tasks": "runs.demo",
     "fit_posterior": "runs.fit",
     "from_peft": "lm.loading",

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.runs.fit import compare
+from bayes_lora.runs.compare import compare
 from bayes_lora.tasks import Task, load_tasks
 from bayes_lora.utils.progress import bars
 from bayes_lora.utils.storage import write_json

@@ -15,7 +15,8 @@ from rich import print
 import bayes_lora
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
-from bayes_lora.runs.fit import compare, fit_posterior
+from bayes_lora.runs.compare import compare
+from bayes_lora.runs.fit import fit_posterior
 
 # As in the paper: rank 8, alpha 16, attention and MLP; but for k_proj, which it leaves alone.
 MODULES = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

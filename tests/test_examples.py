@@ -22,7 +22,7 @@ SHOWS = {
     "icl_plus_adaptation.py": "adapted + 1 shown",
     "own_data.py": "adapted to 16 rows: Metrics(",
     "own_prior_and_guide.py": "predictions: (48, 2)\nSVI: ",
-    "paper.py": "ours, one pass",
+    "paper.py": "ABMLL (amortized)",
     "quickstart.py": "one pass + 10 steps: Metrics(",
     "svi_script.py": "unseen tasks: NLL ",
 }

@@ -145,7 +145,7 @@ def evaluate(
     Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`, or `--tasks tickets.csv`
     """
     from bayes_lora.cli.task_source import TaskSource, unseen_tasks
-    from bayes_lora.runs.fit import compare
+    from bayes_lora.runs.compare import compare
     from bayes_lora.runs.folder import load_posterior, read_fitted_tasks
     from bayes_lora.runs.report import check_report_folder
     from bayes_lora.tasks import TaskSet

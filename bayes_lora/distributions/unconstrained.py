@@ -20,6 +20,7 @@ from bayes_lora.distributions.weight_distribution import Noise, Parameters, Weig
 
 __all__ = [
     "Parameters",
+    "common_noise",
     "constrained",
     "drawn",
     "has_parameters",
@@ -115,6 +116,15 @@ def drawn(fn: Any, count: int, noise: Noise) -> Tensor:
     if isinstance(base, torch.distributions.Normal):
         return base.loc + base.scale * noise(torch.Size((count, *base.loc.shape)))
     raise NotImplementedError(f"{fn} is not drawn from given noise: expected a Normal, Delta or WeightDistribution.")
+
+
+def common_noise(noise: Noise, axis: int) -> Noise:
+    """The same noise all along an axis of the shapes that are asked for."""
+
+    def common(shape: torch.Size) -> Tensor:
+        return noise(torch.Size((*shape[:axis], 1, *shape[axis + 1 :]))).expand(shape)
+
+    return common
 
 
 def has_parameters(fn: Any) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import pyro
+import torch
 from pyro.distributions import Unit
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
@@ -14,10 +15,19 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
 from bayes_lora.distributions.factored_normal import FactoredNormal
-from bayes_lora.distributions.unconstrained import scaled
+from bayes_lora.distributions.unconstrained import common_noise, drawn, has_parameters, parameters, scaled
 from bayes_lora.errors import ConfigError
 
-__all__ = ["AtMean", "LastSite", "LocalReparameterization", "ModuleParameters", "ScaleLatents", "Widened", "isolated"]
+__all__ = [
+    "AtMean",
+    "CommonNoise",
+    "LastSite",
+    "LocalReparameterization",
+    "ModuleParameters",
+    "ScaleLatents",
+    "Widened",
+    "isolated",
+]
 
 
 class LocalReparameterization(Messenger):
@@ -33,6 +43,26 @@ class LocalReparameterization(Messenger):
             return
         if isinstance(msg["fn"], FactoredNormal):
             msg["value"], msg["done"] = msg["fn"].deferred(), True
+
+
+class CommonNoise(Messenger):
+    """Effect handler: the draws of ``phi.*`` are made of the same noise for every task of an episode.
+
+    Then the noise of a task is what it would be alone, whichever tasks share its episode. It reaches into gradient
+    steps. Distributions of components, and noise that is drawn elsewhere (at activations), stay as they are.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if not msg["name"].startswith("phi.") or msg["is_observed"] or msg["done"] or not has_parameters(fn):
+            return
+        like = next(iter(parameters(fn).values()))
+
+        def noise(shape: torch.Size) -> Tensor:
+            return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+        # Behind the one draw, the tasks are the second dimension of the batch from the right.
+        msg["value"], msg["done"] = drawn(fn, 1, common_noise(noise, len(fn.batch_shape) - 1))[0], True
 
 
 class ScaleLatents(Messenger):
@@ -142,12 +172,14 @@ class LastSite(Messenger):
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Inside the block Pyro is as if no model, guide or plate were running around it; local reparameterisation stays.
+    """Inside the block Pyro is as if no model, guide or plate were running around it; handlers of noise stay.
 
     ``poutine.block`` hides sites, but the names and dimensions of the plates around it would stay taken.
     """
     handlers, plates = list(runtime._PYRO_STACK), runtime._DIM_ALLOCATOR._stack
-    runtime._PYRO_STACK[:] = [handler for handler in handlers if isinstance(handler, LocalReparameterization)]
+    runtime._PYRO_STACK[:] = [
+        handler for handler in handlers if isinstance(handler, LocalReparameterization | CommonNoise)
+    ]
     runtime._DIM_ALLOCATOR._stack = []
     try:
         yield

@@ -11,6 +11,7 @@ by side, with a key-value cache each. ``S`` draws, ``N`` prompts, ``V`` the voca
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,22 +106,29 @@ def decode(tokenizer: Any, rows: Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def generate(lm: LanguageModel, phi: Sites, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generated]:
-    """Answer each prompt; those of like length share a forward.
+def generate(
+    lm: LanguageModel, phi: Sites, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int
+) -> list[list[Generated]]:
+    """Answer the prompts of each task; those of like length share a forward, whatever their task.
 
     Args:
         lm: the language model.
-        phi: ``(S or 1, 1, 1, layers, out, in)``, of one task.
-        prompts: token ids.
+        phi: ``(S or 1, T or 1, 1, layers, out, in)``.
+        prompts: token ids, per task.
         max_new_tokens: at most.
     """
-    draws = max(len(value) for value in phi.values())
-    values = {site: value.expand(draws, *value.shape[1:]).flatten(1, 2) for site, value in phi.items()}
-    answers: dict[int, Generated] = {}
-    with lm.bound(values):
-        for batch in by_tokens([len(ids) + max_new_tokens for ids in prompts], lm.budget.per_item(draws)):
-            answers |= zip(batch, _answers(lm, [prompts[i] for i in batch], draws, max_new_tokens), strict=True)
-    return [answers[i] for i in range(len(prompts))]
+    draws, tasks = max(len(value) for value in phi.values()), len(prompts)
+    values = {site: value.expand(draws, tasks, *value.shape[2:])[:, :, 0] for site, value in phi.items()}
+    places = [(t, i) for t, own in enumerate(prompts) for i in range(len(own))]
+    lengths = [len(prompts[t][i]) + max_new_tokens for t, i in places]
+    answers: dict[tuple[int, int], Generated] = {}
+    for batch in by_tokens(lengths, lm.budget.per_item(draws)):
+        chosen = sorted(places[k] for k in batch)
+        counts = Counter(t for t, _ in chosen)  # in the order of tasks
+        rows = list(counts.values()) * draws if len(counts) > 1 else None
+        with lm.bound({site: value[:, list(counts)] for site, value in values.items()}, rows):
+            answers |= zip(chosen, _answers(lm, [prompts[t][i] for t, i in chosen], draws, max_new_tokens), strict=True)
+    return [[answers[t, i] for i in range(len(own))] for t, own in enumerate(prompts)]
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, most: int) -> list[Generated]:

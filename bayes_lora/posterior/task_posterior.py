@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from pyro.distributions import Delta
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_lora.distributions.deferred_weight import DeferredWeight
 from bayes_lora.distributions.factored_normal import FactoredNormal
-from bayes_lora.distributions.unconstrained import drawn, has_parameters, map_parameters, parameters
+from bayes_lora.distributions.unconstrained import common_noise, drawn, has_parameters, map_parameters, parameters
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.infer.components import Components
 from bayes_lora.lm.generation import Generated, generate
@@ -24,7 +24,7 @@ from bayes_lora.lm.sites import factor_sites
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
-from bayes_lora.posterior.predict import predict_rows, score, score_text, task_of
+from bayes_lora.posterior.predict import predict_tasks, score, score_text
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.types import Distributions, Sites
 from bayes_lora.utils.seeding import seeded
@@ -105,25 +105,27 @@ class TaskPosterior:
             loc = {site: value.mean(0) for site, value in loc.items()}
         return {site: value.mean(0) for site, value in self.shared.items()} | loc
 
-    def draw(self, num_draws: int, *, seed: int = 0) -> Sites:
+    def draw(self, num_draws: int, *, seed: int = 0, common_noise: bool = False) -> Sites:
         """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed.
 
         Components take turns. Whole updates are not drawn but deferred: noise enters where they meet activations.
+
+        Args:
+            num_draws: S.
+            seed: of the draws.
+            common_noise: whether the draws of all tasks are made of the same noise: that which each would have alone.
         """
         if num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
         chosen = self._turns(num_draws, generator)
         phi = {site: v if len(v) == 1 else v[chosen.to(v.device)] for site, v in self.shared.items()}
+        taken = self.phi.take(chosen) if isinstance(self.phi, Components) else self.phi
+        count = 1 if isinstance(self.phi, Components) else num_draws
         # In the order of the model's sites, for files keep none, and a seed must mean the same after loading.
-        for site in (site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in self.phi):
-            fn = self.phi[site]
-            if isinstance(self.phi, Components):
-                fn = map_parameters(fn, lambda value: value[chosen.to(value.device)])
-                phi[site] = drawn_or_deferred(fn, 1, generator)
-                phi[site] = tree_map(lambda value: value[0], phi[site])
-            else:
-                phi[site] = drawn_or_deferred(fn, num_draws, generator)
+        for site in (site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in taken):
+            values = draw_site(taken[site], count, generator, common_noise)
+            phi[site] = tree_map(lambda value: value[0], values) if isinstance(self.phi, Components) else values
         return phi
 
     def _turns(self, num_draws: int, generator: torch.Generator) -> Tensor:
@@ -135,67 +137,120 @@ class TaskPosterior:
         first = torch.randint(count, (), generator=generator)
         return (turns * count // num_draws + first) % count
 
-    @torch.no_grad()
+    @overload
+    def predict(
+        self,
+        queries: Sequence[Example],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_tokens: int | None = None,
+        common_noise: bool = False,
+    ) -> Tensor: ...
+
+    @overload
     def predict(
         self,
         queries: Sequence[Sequence[Example]],
         *,
         num_draws: int = 10,
         seed: int = 0,
-        demonstrations: Sequence[Sequence[Example]] | None = None,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
         max_tokens: int | None = None,
-    ) -> list[Tensor]:
-        """Posterior predictive log-probabilities of each task's query examples, nats.
+        common_noise: bool = False,
+    ) -> list[Tensor]: ...
+
+    @torch.no_grad()
+    def predict(
+        self,
+        queries: Sequence[Example] | Sequence[Sequence[Example]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_tokens: int | None = None,
+        common_noise: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Posterior predictive log-probabilities of query examples, nats. Examples of all tasks share forwards.
 
         Args:
-            queries: per task, its examples (their gold answers are not used).
+            queries: per task, its examples (their gold answers are not used); or those of the only task.
             num_draws: S; 0 predicts with the posterior mean.
             seed: of the draws, which are the same for all examples: a draw is one coherent model.
-            demonstrations: per task, solved examples that stand before each query (in-context learning, on top of the
+            demonstrations: likewise, solved examples that stand before each query (in-context learning, on top of the
                 posterior); a forward reads them once for many queries.
             max_tokens: of queries per forward, times the draws that fit the language model's token budget; by default
                 so many that all draws fit.
+            common_noise: as for :meth:`draw`.
 
         Returns:
-            Per task ``(len(query), K)``, with :func:`absent_score` where an option is absent.
+            Per task ``(len(query), K)``, with :func:`absent_score` where an option is absent; of examples of the only
+            task one tensor.
 
         Raises:
             TaskError: queries or demonstrations are of other tasks, or demonstrations do not fit into the context.
         """
-        phi, shown = self._checked(queries, demonstrations, num_draws, seed)
+        asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
+        phi = self._draws_or_mean(num_draws, seed, common_noise)
+        rows = [self.lm.encoder(own, before) for own, before in zip(asked, shown, strict=True)]
         count = max(len(value) for value in tree_leaves(phi))
         # Deferred weights draw while they are used.
         with seeded(seed, self.lm.device) if self.is_deferred else nullcontext():
-            return [
-                predict_rows(
-                    self.lm,
-                    task_of(phi, i),
-                    self.lm.encoder(query, shown[i]),
-                    self.temperature,
-                    lambda: max_tokens or self.lm.budget.per_item(count),
-                )
-                for i, query in enumerate(queries)
-            ]
+            found = predict_tasks(
+                self.lm, phi, rows, self.temperature, lambda: max_tokens or self.lm.budget.per_item(count)
+            )
+        return found[0] if is_of_one_task(queries) else found
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        queries: Sequence[Example | str],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+    ) -> list[Generated]: ...
+
+    @overload
     def generate(
         self,
         queries: Sequence[Sequence[Example | str]],
         *,
         num_draws: int = 10,
         seed: int = 0,
-        demonstrations: Sequence[Sequence[Example]] | None = None,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
         max_new_tokens: int = 32,
-    ) -> list[list[Generated]]:
-        """Answer each task's questions with free text: greedy decoding, each token's probability averaged over draws.
+        common_noise: bool = False,
+    ) -> list[list[Generated]]: ...
 
-        See :mod:`bayes_lora.lm.generation`. The temperature is one of options, and is not used.
+    def generate(
+        self,
+        queries: Sequence[Example | str] | Sequence[Sequence[Example | str]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+    ) -> list[Generated] | list[list[Generated]]:
+        """Answer questions with free text: greedy decoding, each token's probability averaged over draws.
+
+        Questions of all tasks share forwards, see :mod:`bayes_lora.lm.generation`. The temperature is one of options,
+        and is not used.
 
         Args:
-            queries: per task, its examples (their gold answers are not used), or texts.
+            queries: per task, its examples (their gold answers are not used), or texts; or those of the only task.
             num_draws: S; 0 decodes with the posterior mean.
             seed: of the draws.
             demonstrations: as for :meth:`predict`.
             max_new_tokens: after so many an answer ends.
+            common_noise: as for :meth:`draw`.
+
+        Returns:
+            Per task a list of answers; of questions of the only task one list.
 
         Raises:
             TaskError: as :meth:`predict`.
@@ -203,29 +258,28 @@ class TaskPosterior:
         """
         if self.is_deferred and num_draws:
             raise ConfigError("generate: a draw of whole updates is not one model over several forwards. num_draws=0.")
-        phi, shown = self._checked(queries, demonstrations, num_draws, seed)
-        return [
-            generate(self.lm, task_of(phi, i), self.lm.encoder.prompts(query, shown[i]), max_new_tokens)
-            for i, query in enumerate(queries)
-        ]
+        asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
+        phi = self._draws_or_mean(num_draws, seed, common_noise)
+        prompts = [self.lm.encoder.prompts(own, before) for own, before in zip(asked, shown, strict=True)]
+        found = generate(self.lm, phi, prompts, max_new_tokens)
+        return found[0] if is_of_one_task(queries) else found
 
-    def _checked(
-        self,
-        queries: Sequence[Sequence[Example | str]],
-        demonstrations: Sequence[Sequence[Example]] | None,
-        num_draws: int,
-        seed: int,
-    ) -> tuple[Sites, Sequence[Sequence[Example]]]:
-        """The draws to predict with, or the mean, and each task's demonstrations."""
-        for name, given in (("queries", queries), ("demonstrations", demonstrations)):
-            if given is not None and len(given) != len(self.names):
-                raise TaskError(
-                    f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(given)}."
-                )
-        if self.is_point:
-            num_draws = 0
-        phi = self.draw(num_draws, seed=seed) if num_draws else {site: v[None] for site, v in self.mean().items()}
-        return phi, demonstrations or [()] * len(queries)
+    def _by_task(self, name: str, given: Any) -> Sequence[Sequence[Any]]:
+        """A list of examples for each task; None stands for no examples."""
+        if given is None:
+            return [()] * len(self.names)
+        listed = [given] if is_of_one_task(given) else given
+        if len(listed) != len(self.names):
+            raise TaskError(
+                f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(listed)}."
+            )
+        return listed  # type: ignore[no-any-return]
+
+    def _draws_or_mean(self, num_draws: int, seed: int, common_noise: bool) -> Sites:
+        """Draws to predict with, or the mean ``(1, ...)``."""
+        if self.is_point or not num_draws:
+            return {site: value[None] for site, value in self.mean().items()}
+        return self.draw(num_draws, seed=seed, common_noise=common_noise)
 
     def evaluate(
         self,
@@ -300,7 +354,12 @@ class TaskPosterior:
         export_adapter(self, Path(path), draw, overwrite=overwrite)
 
 
-def drawn_or_deferred(fn: Any, count: int, generator: torch.Generator) -> Any:
+def is_of_one_task(examples: Sequence[object]) -> bool:
+    """Whether these are examples or texts, not lists of them."""
+    return len(examples) > 0 and isinstance(examples[0], Example | str)
+
+
+def draw_site(fn: Any, count: int, generator: torch.Generator, common: bool) -> Any:
     """Draws ``(count, *batch, layers, out, in)`` of one site; a whole update's are left to the activations."""
     if isinstance(fn, FactoredNormal):
         return DeferredWeight(*(value.expand(count, *value.shape) for value in fn.deferred()))
@@ -310,4 +369,5 @@ def drawn_or_deferred(fn: Any, count: int, generator: torch.Generator) -> Any:
         # Drawn on the CPU, so that a seed means the same on every device.
         return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
 
-    return drawn(fn, count, noise)
+    # Behind the draws, the tasks are the second dimension of the batch from the right.
+    return drawn(fn, count, common_noise(noise, len(fn.batch_shape) - 1) if common else noise)

@@ -10,7 +10,8 @@ from rich.console import Console
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model
-from bayes_lora.runs.fit import compare, fit_posterior
+from bayes_lora.runs.compare import compare
+from bayes_lora.runs.fit import fit_posterior
 from bayes_lora.runs.folder import check_run_folder
 from bayes_lora.runs.report import Comparison
 from bayes_lora.tasks.shipped import demo_tasks

@@ -1,9 +1,9 @@
-"""The main job in two calls: fit a posterior on a collection of tasks, and compare it with baselines on unseen ones."""
+"""Fit a posterior on a collection of tasks."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,25 +17,20 @@ from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitConfig, FitState, fit
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.metrics.options import Metrics, top_confidence
-from bayes_lora.metrics.text import TextMetrics
-from bayes_lora.posterior.baselines import finetune_lora, pretrained
 from bayes_lora.posterior.calibrate import WIDTHS, choose_width, has_width
 from bayes_lora.posterior.classes import describe
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.posterior.predict import score, score_text
-from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.posterior.temperature import choose_temperature
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
+from bayes_lora.runs.compare import cache
 from bayes_lora.runs.folder import CURVE, POSTERIOR, RunLogger, identity, prepare_run_folder, write_settings
-from bayes_lora.runs.report import Comparison, MethodResult
-from bayes_lora.tasks.task import Example, Task
+from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
 from bayes_lora.utils.storage import write_json
 
-__all__ = ["build_episodes", "cache", "compare", "split_tasks", "fit_posterior", "with_language_model"]
+__all__ = ["build_episodes", "fit_posterior", "split_tasks", "with_language_model"]
 
 
 def fit_posterior(
@@ -200,92 +195,3 @@ def _split_held_back(task: Task, shots: int, seed: int) -> Task:
             "support and at least one more is needed. Lower it, or set episodes.held_out=0."
         )
     return task.split(shots, seed=seed, num_query=min(2 * shots, len(task) - shots))
-
-
-def cache(lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None) -> None:
-    """Run the frozen part of the language model over examples once, with a bar."""
-    rows = lm.encoder([example for group in groups for example in group])
-    bar = progress.add_task(what, total=len(rows)) if progress else None
-    size = 64
-    for start in range(0, len(rows), size):
-        lm.features(collate([rows[start : start + size]]).to(lm.device))
-        if progress is not None and bar is not None:
-            progress.update(bar, advance=min(size, len(rows) - start))
-
-
-Method = Callable[[Task], tuple[TaskPosterior, int]]
-
-
-def compare(
-    posterior: Posterior,
-    tasks: Sequence[Task],
-    *,
-    steps: Sequence[int] = (0, 10),
-    learning_rate: float = 2e-3,
-    num_draws: int = 10,
-    lora_steps: int = 10,
-    lora_learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
-    num_demonstrations: int = 0,
-    progress: Progress | None = None,
-) -> Comparison:
-    """Evaluate on unseen tasks: the pretrained model, a LoRA fine-tuned at each step size, and the posterior.
-
-    Args:
-        posterior: a fitted posterior.
-        tasks: ``support`` is adapted to, ``query`` is predicted.
-        steps: gradient steps after the guide's one pass; a row each.
-        learning_rate: of these steps.
-        num_draws: S, of the posterior predictive.
-        lora_steps: Adam steps of the LoRA baseline.
-        lora_learning_rates: its step sizes, a row each.
-        num_demonstrations: of each task's support, how many examples stand solved before every query, whatever the
-            method: the pretrained model then learns in context.
-        progress: shows a bar.
-    """
-    lm = posterior.lm
-    methods: dict[str, Method] = {"pretrained": lambda task: (pretrained(lm, [task]), 0)}
-    for rate in lora_learning_rates:
-        methods[f"LoRA, {lora_steps} steps of {rate:g}"] = lambda task, rate=rate: (  # type: ignore[misc]
-            finetune_lora(lm, [task], steps=lora_steps, learning_rate=rate),
-            0,
-        )
-    for count in steps:
-        name = "ours, one pass" + (f" + {count} steps" if count else "")
-        methods[name] = lambda task, count=count: (  # type: ignore[misc]
-            posterior.adapt(task, steps=count, learning_rate=learning_rate),
-            num_draws,
-        )
-    cache(lm, [task.examples for task in tasks], "reading unseen tasks", progress)
-    bar = progress.add_task("adapting and predicting", total=len(methods) * len(tasks)) if progress else None
-
-    def advance() -> None:
-        if progress is not None and bar is not None:
-            progress.update(bar, advance=1)
-
-    results = {}
-    for name, method in methods.items():
-        if progress is not None and bar is not None:
-            progress.update(bar, description=name)
-        results[name] = _evaluate(method, tasks, num_demonstrations, advance)
-    return Comparison(results)
-
-
-def _evaluate(method: Method, tasks: Sequence[Task], shown: int, advance: Callable[[], None]) -> MethodResult:
-    metrics: dict[str, Metrics | TextMetrics] = {}
-    confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
-    for task in tasks:
-        adapted, num_draws = method(task)
-        demonstrations = [task.support[:shown]]
-        [log_probs] = adapted.predict([task.query], num_draws=num_draws, demonstrations=demonstrations)
-        if task.free_form:
-            draws = 0 if adapted.is_deferred else num_draws
-            [answers] = adapted.generate([task.query], num_draws=draws, demonstrations=demonstrations)
-            metrics[task.name] = score_text(task.query, log_probs, answers)
-        else:
-            metrics[task.name] = score(task.query, log_probs)
-            answer = torch.tensor([example.answer for example in task.query])
-            sure, right = top_confidence(log_probs.cpu(), answer)
-            confidence.append(sure)
-            correct.append(right)
-        advance()
-    return MethodResult(metrics, torch.cat(confidence), torch.cat(correct))

@@ -1,0 +1,127 @@
+"""Compare a posterior with baselines on unseen tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.progress import Progress
+
+from bayes_lora.episodes.episode import collate
+from bayes_lora.infer.handlers import CommonNoise
+from bayes_lora.lm.generation import Generated
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.metrics.options import Metrics, top_confidence
+from bayes_lora.metrics.text import TextMetrics
+from bayes_lora.posterior.baselines import finetune_lora, pretrained
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.predict import score, score_text
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.runs.report import Comparison, MethodResult
+from bayes_lora.tasks.task import Example, Task
+
+__all__ = ["cache", "compare"]
+
+Method = Callable[[Sequence[Task]], tuple[TaskPosterior, int]]
+"""From tasks to a posterior of each, and how many draws it predicts with."""
+
+
+def compare(
+    posterior: Posterior,
+    tasks: Sequence[Task],
+    *,
+    steps: Sequence[int] = (0, 10),
+    learning_rate: float = 2e-3,
+    num_draws: int = 10,
+    lora_steps: int = 10,
+    lora_learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    num_demonstrations: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate on unseen tasks: the pretrained model, a LoRA fine-tuned at each step size, and the posterior.
+
+    Tasks are adapted to and predicted together, ``config.episodes.tasks_per_episode`` at a time. Normals draw the same
+    noise for each of them, in the steps and in the predictions: that which each would have by itself.
+
+    Args:
+        posterior: a fitted posterior.
+        tasks: ``support`` is adapted to, ``query`` is predicted.
+        steps: gradient steps after the guide's one pass; a row each.
+        learning_rate: of these steps.
+        num_draws: S, of the posterior predictive.
+        lora_steps: Adam steps of the LoRA baseline.
+        lora_learning_rates: its step sizes, a row each.
+        num_demonstrations: of each task's support, how many examples stand solved before every query, whatever the
+            method: the pretrained model then learns in context.
+        progress: shows a bar.
+    """
+    lm, amortized = posterior.lm, "ABMLL (amortized)"
+    methods: dict[str, Method] = {"pretrained": lambda group: (pretrained(lm, group), 0)}
+    for rate in lora_learning_rates:
+        methods[f"LoRA, {lora_steps} steps of {rate:g}"] = lambda group, rate=rate: (  # type: ignore[misc]
+            finetune_lora(lm, group, steps=lora_steps, learning_rate=rate),
+            0,
+        )
+    for count in steps:
+        methods[f"{amortized} + {count} steps" if count else amortized] = lambda group, count=count: (  # type: ignore[misc]
+            posterior.adapt(group, steps=count, learning_rate=learning_rate),
+            num_draws,
+        )
+    cache(lm, [task.examples for task in tasks], "reading unseen tasks", progress)
+    bar = progress.add_task("adapting and predicting", total=len(methods) * len(tasks)) if progress else None
+
+    def advance(count: int) -> None:
+        if progress is not None and bar is not None:
+            progress.update(bar, advance=count)
+
+    # As many tasks share a forward as in training, for so many fit into memory.
+    size = posterior.config.episodes.tasks_per_episode
+    groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    results = {}
+    for name, method in methods.items():
+        if progress is not None and bar is not None:
+            progress.update(bar, description=name)
+        results[name] = _evaluate(method, groups, num_demonstrations, advance)
+    return Comparison(results)
+
+
+def _evaluate(
+    method: Method, groups: Sequence[Sequence[Task]], num_demonstrations: int, advance: Callable[[int], None]
+) -> MethodResult:
+    """Adapt to the tasks of a group together, and predict them together; a task's noise is what it would be alone."""
+    metrics: dict[str, Metrics | TextMetrics] = {}
+    confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    for group in groups:
+        with CommonNoise():
+            adapted, num_draws = method(group)
+        shown = [task.support[:num_demonstrations] for task in group]
+        predictions = adapted.predict(
+            [task.query for task in group], num_draws=num_draws, demonstrations=shown, common_noise=True
+        )
+        answers: Sequence[Sequence[Generated]] = [()] * len(group)
+        if any(task.free_form for task in group):
+            asked: list[Sequence[Example]] = [task.query if task.free_form else () for task in group]
+            draws = 0 if adapted.is_deferred else num_draws
+            answers = adapted.generate(asked, num_draws=draws, demonstrations=shown, common_noise=True)
+        for task, log_probs, texts in zip(group, predictions, answers, strict=True):
+            if task.free_form:
+                metrics[task.name] = score_text(task.query, log_probs, texts)
+                continue
+            metrics[task.name] = score(task.query, log_probs)
+            answer = torch.tensor([example.answer for example in task.query])
+            sure, right = top_confidence(log_probs.cpu(), answer)
+            confidence.append(sure)
+            correct.append(right)
+        advance(len(group))
+    return MethodResult(metrics, torch.cat(confidence), torch.cat(correct))
+
+
+def cache(lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None) -> None:
+    """Run the frozen part of the language model over examples once, with a bar."""
+    rows = lm.encoder([example for group in groups for example in group])
+    bar = progress.add_task(what, total=len(rows)) if progress else None
+    size = 64
+    for start in range(0, len(rows), size):
+        lm.features(collate([rows[start : start + size]]).to(lm.device))
+        if progress is not None and bar is not None:
+            progress.update(bar, advance=min(size, len(rows) - start))
