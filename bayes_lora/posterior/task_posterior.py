@@ -273,7 +273,7 @@ class TaskPosterior:
             raise TaskError(
                 f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(listed)}."
             )
-        return listed  # type: ignore[no-any-return]
+        return listed
 
     def _draws_or_mean(self, num_draws: int, seed: int, common_noise: bool) -> Sites:
         """Draws to predict with, or the mean ``(1, ...)``."""

@@ -36,11 +36,12 @@ def compare(
     lora_steps: int = 10,
     lora_learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
     num_demonstrations: int = 0,
+    tasks_per_forward: int = 4,
     progress: Progress | None = None,
 ) -> Comparison:
     """Evaluate on unseen tasks: the pretrained model, a LoRA fine-tuned at each step size, and the posterior.
 
-    Tasks are adapted to and predicted together, ``config.episodes.tasks_per_episode`` at a time. Normals draw the same
+    Tasks are adapted to and predicted together, ``tasks_per_forward`` at a time. Normals draw the same
     noise for each of them, in the steps and in the predictions: that which each would have by itself.
 
     Args:
@@ -53,6 +54,7 @@ def compare(
         lora_learning_rates: its step sizes, a row each.
         num_demonstrations: of each task's support, how many examples stand solved before every query, whatever the
             method: the pretrained model then learns in context.
+        tasks_per_forward: how many tasks share a forward and backward pass of adaptation; bounds its memory.
         progress: shows a bar.
     """
     lm, amortized = posterior.lm, "ABMLL (amortized)"
@@ -74,9 +76,7 @@ def compare(
         if progress is not None and bar is not None:
             progress.update(bar, advance=count)
 
-    # As many tasks share a forward as in training, for so many fit into memory.
-    size = posterior.config.episodes.tasks_per_episode
-    groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    groups = [tasks[start : start + tasks_per_forward] for start in range(0, len(tasks), tasks_per_forward)]
     results = {}
     for name, method in methods.items():
         if progress is not None and bar is not None:
