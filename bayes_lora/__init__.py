@@ -30,7 +30,7 @@ _MODULES = {
     "RunConfig": "recipes.config",
     "TaskPosterior": "posterior.task_posterior",
     "compare": "runs.compare",
-    "demo_tasks": "runs.demo",
+    "demo_tasks": "tasks.shipped",
     "fit_posterior": "runs.fit",
     "from_peft": "lm.loading",
     "load_language_model": "lm.loading",
