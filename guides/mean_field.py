@@ -65,9 +65,9 @@ class SharedMeanField(TaskGuide):
 class MeanField(SharedMeanField):
     """q(theta) prod_i q(phi_i), with parameters for each task of a collection.
 
-    Tasks that the collection does not have (``Episode.without_task_ids()``) stay at p(phi | theta). Memory grows with the
-    number of tasks: two numbers for every LoRA weight of each, for normals. The parameters stay on the CPU wherever the
-    guide is moved; only those of an episode's tasks are copied to its device.
+    Tasks that the collection does not have (``Episode.without_task_ids()``) stay at p(phi | theta). Memory grows with
+    the number of tasks: two numbers for every LoRA weight of each, for normals. The parameters stay on the CPU wherever
+    the guide is moved; only those of an episode's tasks are copied to its device.
 
     Args:
         model: as in :class:`SharedMeanField`.

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_lora.cli import main as cli
 from bayes_lora.cli.task_source import TaskSource, one_task, support_of, unseen_tasks
+from bayes_lora.recipes.registry import GUIDES, PRIORS
 from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
@@ -125,11 +126,47 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
     words += ("--demonstrations", 1)
     code, out, _ = call("evaluate", "--run", run, *words, "--output", out_folder)
     assert code == 0
-    for word in ("task-4", "task-5", "mean", "pretrained", "ours, one pass + 1 steps"):
+    for word in ("task-4", "task-5", "mean", "pretrained", "ABMLL (amortized) + 1 steps"):
         assert word in out
     read = json.loads((out_folder / "metrics.json").read_text())
     assert len(read) == 6 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
     assert names(out_folder) == ["metrics.json", "reliability.png"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("prior", "guide", "more"),
+    [
+        ("rank-ard", "swag", ["guide.steps=4", "guide.burn_in=1", "guide.rank=3", "prior.random=B"]),
+        ("regularized-horseshoe", "mean-field", ["guide.family={name: low-rank, rank: 2}"]),
+        ("weight-space", "shared-mean-field", ["guide.theta_guide=normal"]),
+    ],
+)
+def test_fit_with_another_prior_and_guide(call, data, model_folder, tmp_path, prior, guide, more):
+    """They are fitted, evaluated and adapted by their names, from files alone."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    small = [setting for setting in SMALL if not setting.startswith("guide=")]
+    kept = [word for setting in (*small, *more) for word in ("--set", setting)]
+    words = ("--tasks", data / "training", "--run", run, "--model", model_folder, "--prior", prior, "--guide", guide)
+    code, out, _ = call("fit", *words, *kept)
+    assert code == 0 and "kept step" in out
+    facts = json.loads((run / "posterior" / "posterior.json").read_text())
+    assert facts["model"]["class"] == PRIORS[prior].__name__ and facts["guide"]["class"] == GUIDES[guide].__name__
+    unseen = ("--tasks", data / "unseen", "--shots", 4, "--queries", 5, "--steps", 0, "--draws", 2)
+    code, out, _ = call("evaluate", "--run", run, *unseen)
+    assert code == 0 and "ABMLL (amortized)" in out
+    code, out, _ = call("adapt", "--run", run, "--examples", data / "unseen" / "task-4.jsonl", "--output", mine)
+    assert code == 0 and names(mine) == ["adapter", "posterior", "run.json"]
+
+
+def test_a_prior_or_guide_that_does_not_exist(refuse, data, model_folder, tmp_path):
+    """Said before the language model is loaded, with near names."""
+    words = ("--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder)
+    assert "unknown prior 'rank_ard' (did you mean 'rank-ard'" in refuse("fit", *words, "--prior", "rank_ard")
+    assert "unknown guide 'swagg' (did you mean 'swag'" in refuse("fit", *words, "--guide", "swagg")
+    wrong = refuse("fit", *words, "--set", "guide.hiden=4")
+    assert "unknown key 'guide.hiden': no setting of guide-network (did you mean 'hidden'" in wrong
+    assert not (tmp_path / "run").exists()
 
 
 def check_adapter(adapter, model_folder):

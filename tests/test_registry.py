@@ -40,6 +40,17 @@ def test_settings_are_keyword_arguments_with_their_defaults(cls):
         assert "hidden" in known
 
 
+@pytest.mark.parametrize("name", PRIORS)
+def test_every_prior_is_made_of_its_name(lm, name):
+    assert type(build_prior({"name": name}, lm)) is PRIORS[name]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_guide_is_made_of_its_name(lm, name):
+    guide = build_guide({"name": name}, HierarchicalNormal(lm), num_tasks=4, beta=0.1)
+    assert type(guide) is GUIDES[name]
+
+
 def test_settings_of_a_prior_reach_it(lm):
     model = build_prior({"name": "rank-ard", "random": "B", "initial_scale": [0.2, "3e-1"], "rate": 2}, lm)
     assert isinstance(model, RankARD) and all(".lora_B" in site for site in model.random_sites)

@@ -82,14 +82,14 @@ def fit_posterior(
     if not steps:
         warn_of_no_fit(config)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
-    journal = RunLogger(run, objective, optimizer, [*identity(config, tasks), parts], progress)
+    logger = RunLogger(run, objective, optimizer, [*identity(config, tasks), parts], progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
-    state = journal.resumed()
+    state = logger.resumed()
     if run is not None:
         write_settings(run, config, list(kept), list(held))
     cache(lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress)
-    journal.open_bar(state, steps)
+    logger.open_bar(state, steps)
     if steps:
         state = fit(
             objective,
@@ -98,10 +98,10 @@ def fit_posterior(
             config.fit,
             state=state,
             optimizer=optimizer,
-            on_step=journal.on_step,
-            on_evaluate=journal.on_evaluate,
+            on_step=logger.on_step,
+            on_evaluate=logger.on_evaluate,
         )
-    journal.close_bar(state)
+    logger.close_bar(state)
     posterior = Posterior.from_objective(lm, objective)
     calibration = recipe_of(config).calibrate if guide is None else "width"
     if not held_out or (calibration == "width" and not has_width(objective, held_out[0])):
@@ -161,8 +161,8 @@ def split_tasks(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
     if not settings.held_out:
         return drawn, TaskSet([])
     share = settings.held_out
-    kept, back = drawn.split(max(1, round(share * len(drawn))) if share < 1 else int(share), seed=config.seed)
-    return kept, TaskSet(_split_held_back(task, settings.held_out_shots, config.seed) for task in back.values())
+    kept, rest = drawn.split(max(1, round(share * len(drawn))) if share < 1 else int(share), seed=config.seed)
+    return kept, TaskSet(_split_held_out(task, settings.held_out_shots, config.seed) for task in rest.values())
 
 
 def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tuple[EpisodeSampler, list[Episode]]:
@@ -188,7 +188,7 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
     return sampler, [episode.without_task_ids().to(lm.device) for episode in episodes]
 
 
-def _split_held_back(task: Task, shots: int, seed: int) -> Task:
+def _split_held_out(task: Task, shots: int, seed: int) -> Task:
     if len(task) <= shots:
         raise TaskError(
             f"held-out task {task.name!r} has {len(task)} examples, but episodes.held_out_shots={shots} of them are "

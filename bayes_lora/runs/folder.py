@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,8 @@ def load_language_model_of(run: Path) -> LanguageModel:
     facts = read_json(path)
     if not isinstance(facts, dict):
         raise PosteriorError(f"{path} is damaged: expected settings, got {facts!r}. Restore it, or run again.")
-    return build_language_model(RunConfig.from_dict(facts, str(path)).language_model)
+    settings = RunConfig.from_dict(facts, str(path)).language_model
+    return build_language_model(replace(settings, cache_folder=None))  # the folder is of the machine that fitted
 
 
 def load_posterior(
