@@ -45,7 +45,7 @@ class TaskPosterior:
             in)``. They are kept as ``(1 or K, 1, 1, layers, out, in)``.
         names: the tasks' names.
         temperature: by which scores of options, but not those of free answers, are divided, see
-            :mod:`bayes_lora.posterior.temperature`.
+            :mod:`bayes_lora.posterior.calibrate`.
 
     Raises:
         ConfigError: a distribution is of another family.
@@ -273,7 +273,7 @@ class TaskPosterior:
             raise TaskError(
                 f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(listed)}."
             )
-        return listed  # type: ignore[no-any-return]
+        return listed
 
     def _draws_or_mean(self, num_draws: int, seed: int, common_noise: bool) -> Sites:
         """Draws to predict with, or the mean ``(1, ...)``."""

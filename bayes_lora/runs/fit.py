@@ -15,9 +15,8 @@ from bayes_lora.errors import TaskError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitState, fit
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.posterior.calibrate import WIDTHS, choose_width
+from bayes_lora.posterior.calibrate import WIDTHS, choose_temperature, choose_width
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.posterior.temperature import choose_temperature
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import CALIBRATION, build_objective
 from bayes_lora.recipes.settings_read import warn_of_no_fit
