@@ -10,8 +10,8 @@ from runs import small
 from bayes_lora.episodes import collate
 from bayes_lora.errors import PosteriorError
 from bayes_lora.infer.predictive import draw_phi
+from bayes_lora.posterior.calibrate import TEMPERATURES, choose_temperature
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.posterior.temperature import TEMPERATURES, choose_temperature
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs.fit import build_episodes, fit_posterior
 from bayes_lora.tasks import Example, Task

@@ -1,28 +1,40 @@
-r"""How wide the posterior should be: one factor on the standard deviations of q(phi | S), chosen on held-out tasks.
+r"""Calibration on held-out tasks: how wide the posterior should be, or how sure a point.
+
+The **width** is one factor on the standard deviations of q(phi | S):
 
 .. math:: w^* = \arg\min_w \; -\sum_{ij} \log \tfrac1S \sum_s p(y_{ij} \mid x_{ij}, \mu_i + w\, \sigma_i \epsilon_{is})
 
 in nats. The ELBO averages log-probabilities over draws, which punishes every draw that is wrong; predictions average
 probabilities, which rewards draws that disagree where the support says little. A posterior fitted by the one is
 therefore too narrow for the other, the more so where beta is below 1.
+
+The **temperature** is one divisor of the option scores (Guo et al., arXiv 1706.04599):
+
+.. math:: \tau^* = \arg\min_\tau \; -\sum_{ij} \log \tfrac1S \sum_s \mathrm{softmax}(\ell_{ijs} / \tau)_{y_{ij}}
+
+in nats. A point has no width; a temperature is what can make it less sure of itself, of all questions alike. Free
+answers have none: see :func:`bayes_lora.infer.predictive.tempered`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import Delta
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.infer.objective import BetaELBO, evaluating
-from bayes_lora.infer.predictive import held_out_nll
+from bayes_lora.infer.predictive import draw_phi, held_out_nll, predictive, tempered
 from bayes_lora.types import Guide
 from bayes_lora.utils.seeding import seeded
 
-__all__ = ["WIDTHS", "choose_width", "has_width"]
+__all__ = ["TEMPERATURES", "WIDTHS", "choose_temperature", "choose_width", "has_width"]
 
 WIDTHS = (1.0, 1.4, 2.0, 2.8)
+TEMPERATURES = tuple(round(0.7 * 1.05**i, 4) for i in range(50))  # to 7.6; scores of absent options stay finite
 
 
 def choose_width(
@@ -61,3 +73,31 @@ def has_width(objective: BetaELBO, episode: Episode) -> bool:
     with objective.running(), evaluating(objective), torch.no_grad(), seeded(0, episode.mask.device):
         _, posterior = guide.amortized(episode.support)
     return any(not isinstance(fn, Delta) for fn in posterior.values())
+
+
+@torch.no_grad()
+def choose_temperature(
+    objective: BetaELBO, episodes: Sequence[Episode], *, num_draws: int = 1, seed: int = 0
+) -> tuple[float, dict[float, float]]:
+    """The temperature of least predictive NLL on held-out tasks, and the NLL (nats) of each, averaged over tasks.
+
+    Args:
+        objective: the fitted model and guide; adaptation is the guide's one pass.
+        episodes: of tasks that were not trained on.
+        num_draws: S.
+        seed: of the draws.
+    """
+    model: Any = objective.model
+    totals, count = torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0
+    for episode in episodes:
+        with objective.running(), evaluating(objective), seeded(seed, episode.input_ids.device):
+            scores = model.likelihood(draw_phi(model, objective.guide, episode, num_draws), episode)
+        ways = torch.tensor(TEMPERATURES, dtype=scores.dtype, device=scores.device).view(1, -1, 1, 1, 1)
+        log_probs = predictive(tempered(scores[:, None], episode, ways))  # (temperatures, T, N, K)
+        answer = episode.answer.expand(log_probs.shape[:-1])[..., None]
+        nll = -log_probs.gather(-1, answer)[..., 0] * episode.mask
+        totals += (nll.sum(-1) / episode.mask.sum(-1)).sum(-1).double().cpu()
+        count += len(episode.mask)
+    curve = dict(zip(TEMPERATURES, (totals / count).tolist(), strict=True))
+    # Where all held-out tasks have free answers, one is as good as another.
+    return min(curve, key=lambda one: (curve[one], abs(math.log(one)))), curve

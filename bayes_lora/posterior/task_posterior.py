@@ -45,7 +45,7 @@ class TaskPosterior:
             in)``. They are kept as ``(1 or K, 1, 1, layers, out, in)``.
         names: the tasks' names.
         temperature: by which scores of options, but not those of free answers, are divided, see
-            :mod:`bayes_lora.posterior.temperature`.
+            :mod:`bayes_lora.posterior.calibrate`.
 
     Raises:
         ConfigError: a distribution is of another family.

@@ -17,10 +17,9 @@ from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitConfig, FitState, fit
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.posterior.calibrate import WIDTHS, choose_width, has_width
+from bayes_lora.posterior.calibrate import WIDTHS, choose_temperature, choose_width, has_width
 from bayes_lora.posterior.classes import describe
 from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.posterior.temperature import choose_temperature
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
 from bayes_lora.runs.compare import cache
