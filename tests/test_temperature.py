@@ -93,6 +93,6 @@ def test_free_answers_have_no_temperature(lm):
     of_free = {tau: (count + 1) * curve[tau] - count * alone[tau] for tau in curve}
     assert both == chosen and list(of_free.values()) == pytest.approx([of_free[chosen]] * len(curve))
     assert choose_temperature(objective, [episode])[0] == min(TEMPERATURES, key=lambda tau: abs(math.log(tau)))
-    task, posterior = free.split(4, seed=0), Posterior(lm, objective, CONFIG, temperature=4.0)
+    task, posterior = free.split(4, seed=0), Posterior.from_objective(lm, objective, temperature=4.0)
     hot, cold = (posterior.adapt(task).predict([task.query]) for posterior.temperature in (4.0, 1.0))
     assert torch.equal(hot[0], cold[0]) and bool((cold[0][:, 0] < -1).all())
