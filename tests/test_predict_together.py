@@ -1,7 +1,5 @@
 """Predictions of several tasks in shared forwards: against one task at a time, on a tiny language model."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import build_lm, make_tasks
@@ -16,7 +14,6 @@ from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.predict import batches, predict_tasks
 from bayes_lora.posterior.task_posterior import TaskPosterior
-from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.runs.compare import compare
 from bayes_lora.tasks import Example, Task
 
@@ -147,8 +144,8 @@ def test_a_comparison_of_tasks_together_is_that_of_tasks_alone(lm, tasks):
     settings = dict(steps=(0, 3), learning_rate=0.01, num_draws=3, lora_steps=2, lora_learning_rates=(1e-3,))
     found = []
     for size in (3, 1):
-        config = RunConfig(episodes=replace(EpisodeConfig(), tasks_per_episode=size))
-        found.append(compare(Posterior(lm, objective, config), [*tasks[:3], free], **settings).to_dict())
+        posterior = Posterior.from_objective(lm, objective)
+        found.append(compare(posterior, [*tasks[:3], free], tasks_per_forward=size, **settings).to_dict())
     assert list(found[0]) == [
         "pretrained",
         "LoRA, 2 steps of 0.001",

@@ -172,10 +172,13 @@ def load_posterior(
         guide: likewise.
 
     Raises:
-        PosteriorError: as ``Posterior.load``.
+        PosteriorError: there is no posterior; or as ``Posterior.load``.
     """
+    folder = Path(run) / POSTERIOR
+    if not folder.is_dir():
+        raise PosteriorError(f"{folder} is missing: expected the folder of a run that has ended. Fit first.")
     lm = lm or load_language_model_of(Path(run))
-    return Posterior.load(Path(run) / POSTERIOR, lm, model=model, guide=guide)
+    return Posterior.load(folder, lm, model=model, guide=guide)
 
 
 def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
