@@ -46,7 +46,7 @@ class Laplace(TaskGuide):
         learning_rate: of the steps.
         optimizer: ``"sgd"`` or ``"adam"``.
         beta: tempers the likelihood by 1 / beta, as the objective's does.
-        num_samples: answers drawn for every example to average the Fisher information over; a backward pass each.
+        num_fisher_samples: answers sampled per example to estimate the Fisher information; one backward pass each.
         curvature: ``"diagonal"``, or ``"kronecker"``: weights of a layer are correlated.
         prior_precision: lambda: ``"prior"`` keeps the prior's precision, ``"marginal-likelihood"`` scales it.
         largest: sides of a layer's matrix longer than this have a diagonal factor (Kronecker).
@@ -65,17 +65,17 @@ class Laplace(TaskGuide):
         learning_rate: Positive = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
         beta: Positive = 1.0,
-        num_samples: Count = 1,
+        num_fisher_samples: Count = 1,
         curvature: Literal["diagonal", "kronecker"] = "diagonal",
         prior_precision: Literal["prior", "marginal-likelihood"] = "prior",
         largest: Count = 64,
         batch_size: Count = 4,
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
-        if steps < 0 or min(num_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:
+        if steps < 0 or min(num_fisher_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:
             raise ConfigError(
-                "expected steps of at least 0, num_samples and batch_size of at least 1, positive learning_rate and "
-                f"beta; got steps={steps}, num_samples={num_samples}, batch_size={batch_size}, "
+                "expected steps of at least 0, num_fisher_samples and batch_size of at least 1, positive learning_rate "
+                f"and beta; got steps={steps}, num_fisher_samples={num_fisher_samples}, batch_size={batch_size}, "
                 f"learning_rate={learning_rate}, beta={beta}."
             )
         if optimizer not in ("sgd", "adam"):
@@ -86,7 +86,7 @@ class Laplace(TaskGuide):
             raise ConfigError(f"prior_precision: expected 'prior' or 'marginal-likelihood', got {prior_precision!r}.")
         check_moments(model, "Laplace")
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
-        self.beta, self.num_samples, self.curvature = beta, num_samples, curvature
+        self.beta, self.num_fisher_samples, self.curvature = beta, num_fisher_samples, curvature
         self.prior_precision, self.largest, self.batch_size = prior_precision, largest, batch_size
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
@@ -114,11 +114,11 @@ class Laplace(TaskGuide):
 
     def fisher(self, support: Episode, theta: Sites, phi: Sites) -> Sites:
         """Diagonal of the Fisher information of each task's support, ``(T, 1, layers, out, in)`` per random site."""
-        return diagonal(self._passes(support, theta, phi), phi, self.num_samples)
+        return diagonal(self._passes(support, theta, phi), phi, self.num_fisher_samples)
 
     def _passes(self, support: Episode, theta: Sites, phi: Sites) -> Any:
         model = self.model
-        return gradients_of_examples(model, support, theta, phi, self.num_samples, self.batch_size)
+        return gradients_of_examples(model, support, theta, phi, self.num_fisher_samples, self.batch_size)
 
     def _diagonal(self, support: Any, mean: Any, mode: Any, moved: Any, unit: Any, here: Any) -> Distributions:
         fisher = self.fisher(support, mean, mode)
@@ -130,7 +130,7 @@ class Laplace(TaskGuide):
         return posterior
 
     def _kronecker(self, support: Any, mean: Any, mode: Any, moved: Any, unit: Any, here: Any) -> Distributions:
-        sides = kronecker(self._passes(support, mean, mode), unit, self.num_samples, self.largest)
+        sides = kronecker(self._passes(support, mean, mode), unit, self.num_fisher_samples, self.largest)
         posterior: Distributions = {}
         for site, prior in here.items():
             left, right, values = sides[site].eigen()
