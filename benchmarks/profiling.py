@@ -25,7 +25,7 @@ class Clock:
         synchronize(self.device)
         self.at[name] = time.perf_counter()
 
-    def sandwich(self, start: str, end: str) -> float:
+    def between(self, start: str, end: str) -> float:
         return self.at[end] - self.at[start]
 
 
