@@ -1,4 +1,4 @@
-"""The cases of training: each takes a setup, measures both sides in turn, and returns its lines."""
+"""The training cases: each takes a setup, measures both sides in turn, and returns its results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 
 
-class OurStep:
-    """A whole training step as the README has it: model, guide, ELBO, backward, Adam."""
+class TrainingStep:
+    """A whole training step, as in the README: model, guide, ELBO, backward, Adam."""
 
     def __init__(self, objective: BetaELBO) -> None:
         self.objective = objective.train()
@@ -36,26 +36,26 @@ class OurStep:
 
 
 def training_step(setup: Setup) -> tuple[list[Result], dict[str, Any]]:
-    """A step on T tasks with weights of their own, against one PEFT LoRA, and against PEFT task by task.
+    """A step on T tasks, each with its own weights, against one PEFT LoRA, and against PEFT task by task.
 
-    The headline step is that of the default recipe, guide network and all, with the support's features cached, as
-    they are after an example's first visit. Also returned: where that step's time goes.
+    The step is that of the default recipe, guide network included, with the support's features cached, as they are
+    after an example's first use. A profile of the step is returned as well.
     """
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     lm.features(episode)
-    network = OurStep(build_objective(lm, RunConfig()))
+    network = TrainingStep(build_objective(lm, RunConfig()))
     model = HierarchicalNormal(lm, lm.sites.initial())
-    mean_field = OurStep(BetaELBO(model, SharedMeanField(model), beta=1e-3).to(setup.device))
+    mean_field = TrainingStep(BetaELBO(model, SharedMeanField(model), beta=1e-3).to(setup.device))
     plain, by_task = Stock(setup.base, lm.lora_config), Stock(setup.base, lm.lora_config, len(tasks))
-    ours = {"ours": lambda: network(episode)}
-    sides = {"plain PEFT": lambda: plain.packed_step(episode)} | ours
-    sides |= {"ours, mean-field guide": lambda: mean_field(episode)}
-    # Twice the rounds: a ratio near one that may exceed it by a tenth.
+    whole = {"bayes-lora": lambda: network(episode)}
+    sides = {"plain PEFT": lambda: plain.packed_step(episode)} | whole
+    sides |= {"bayes-lora, mean-field guide": lambda: mean_field(episode)}
+    # Twice the rounds, because the target is a ratio of 1.1.
     budget, (least, most) = setup.sizes.budget, setup.sizes.rounds
     twice = (2 * least, max(2 * least, most))
     seconds = interleave(sides, setup.device, budget=2 * budget, rounds=twice, warm_up=True)
-    stock = ours | {"stock PEFT, task by task": lambda: by_task.tasks_step(tasks)}
+    stock = whole | {"stock PEFT, task by task": lambda: by_task.tasks_step(tasks)}
     stock_seconds = interleave(stock, setup.device, budget=budget, rounds=(least, most))
     results = [
         _step_time(setup, seconds, episode, tasks),
@@ -68,11 +68,11 @@ def training_step(setup: Setup) -> tuple[list[Result], dict[str, Any]]:
 def _step_time(setup: Setup, seconds: dict[str, list[float]], episode: Episode, tasks: list[Rows]) -> Result:
     work, _ = _step_flops(setup, episode, tasks)
     rows, length = episode.input_ids.shape
-    pair = ("ours", "plain PEFT")
+    pair = ("bayes-lora", "plain PEFT")
     details = rates(setup, seconds, dict.fromkeys(pair, work))
     details |= {"guide": "guide network, features cached", "rows": rows, "row_tokens": length}
     details |= {"range": spread(seconds, *pair), "ratio_of_fastest": ratio_of_fastest(seconds, *pair)}
-    details["mean_field_ratio"] = ratio(seconds, "ours, mean-field guide", "plain PEFT")
+    details["mean_field_ratio"] = ratio(seconds, "bayes-lora, mean-field guide", "plain PEFT")
     what = f"training step, {len(tasks)} tasks x {setup.sizes.examples} examples, time against one plain PEFT LoRA"
     return Result("step_time", what, ratio(seconds, *pair), "x", "<=", 1.10, 1.0, seconds, details)
 
@@ -81,8 +81,8 @@ def _step_stock(
     setup: Setup, lm: LanguageModel, seconds: dict[str, list[float]], episode: Episode, tasks: list[Rows]
 ) -> Result:
     work, stock_work = _step_flops(setup, episode, tasks)
-    pair = ("stock PEFT, task by task", "ours")
-    details = rates(setup, seconds, {"ours": work, "stock PEFT, task by task": stock_work})
+    pair = ("stock PEFT, task by task", "bayes-lora")
+    details = rates(setup, seconds, {"bayes-lora": work, "stock PEFT, task by task": stock_work})
     details |= {"range": spread(seconds, *pair), "ratio_of_fastest": ratio_of_fastest(seconds, *pair)}
     details |= {"options_per_task": setup.sizes.options, "bound_by_options": _bounds_by_options(setup, lm)}
     what = "the same step against stock PEFT, task by task, a row per option, full logits"
@@ -90,7 +90,7 @@ def _step_stock(
 
 
 def training_episode(setup: Setup, lm: LanguageModel) -> tuple[list[Rows], Episode]:
-    """The same examples unpacked for stock PEFT, and packed for us; their own support."""
+    """The same examples unpacked for stock PEFT, and packed for bayes-lora; the support is the query."""
     sizes = setup.sizes
     counts = [sizes.options[i % len(sizes.options)] for i in range(sizes.tasks)]
     encoded = [lm.encoder(setup.task(i, sizes.examples, options=count).support) for i, count in enumerate(counts)]
@@ -98,7 +98,7 @@ def training_episode(setup: Setup, lm: LanguageModel) -> tuple[list[Rows], Episo
 
 
 def _step_flops(setup: Setup, episode: Episode, tasks: list[Rows]) -> tuple[float, float]:
-    """Operations of a step on packed rows, and of stock PEFT's task by task."""
+    """Operations of a step on packed rows, and of stock PEFT task by task."""
 
     def count(tokens: int, length: int, positions: int) -> float:
         return flops(setup.shape, tokens, length, positions, backward_layers=setup.shape.layers)
@@ -108,12 +108,12 @@ def _step_flops(setup: Setup, episode: Episode, tasks: list[Rows]) -> tuple[floa
 
 
 def _bounds_by_options(setup: Setup, lm: LanguageModel) -> dict[str, float]:
-    """How many times fewer operations a packed step takes, if every task has this many options."""
+    """Ratio of stock PEFT's operations to those of a packed step, if every task has this many options."""
     bounds = {}
     for options in (2, 3, 4, 5):
         tasks, episode = training_episode(replace(setup, sizes=replace(setup.sizes, options=(options,))), lm)
-        ours, stock = _step_flops(setup, episode, tasks)
-        bounds[str(options)] = stock / ours
+        packed, stock = _step_flops(setup, episode, tasks)
+        bounds[str(options)] = stock / packed
     return bounds
 
 
@@ -127,13 +127,15 @@ def rates(setup: Setup, seconds: dict[str, list[float]], work: dict[str, float])
     }
 
 
-def _step_memory(setup: Setup, ours: OurStep, plain: Stock, mean_field: OurStep, episode: Episode) -> Result:
-    """Everything but the frozen weights: trained parameters, Adam's moments, activations, gradients."""
+def _step_memory(
+    setup: Setup, network: TrainingStep, plain: Stock, mean_field: TrainingStep, episode: Episode
+) -> Result:
+    """All memory except the frozen weights: trained parameters, Adam's moments, activations, gradients."""
     peaks, states = {}, {}
     for name, optimizer, run in (
-        ("ours", ours.optimizer, lambda: ours(episode)),
+        ("bayes-lora", network.optimizer, lambda: network(episode)),
         ("plain PEFT", plain.optimizer, lambda: plain.packed_step(episode)),
-        ("ours, mean-field guide", mean_field.optimizer, lambda: mean_field(episode)),
+        ("bayes-lora, mean-field guide", mean_field.optimizer, lambda: mean_field(episode)),
     ):
         optimizer.zero_grad()
         states[name] = state_bytes(optimizer)
@@ -143,16 +145,16 @@ def _step_memory(setup: Setup, ours: OurStep, plain: Stock, mean_field: OurStep,
     details = {
         "parameters_and_moments": states,
         "frozen_weights": frozen,
-        "ratio_with_frozen_weights": (peaks["ours"] + frozen) / (peaks["plain PEFT"] + frozen),
-        "mean_field_ratio": peaks["ours, mean-field guide"] / peaks["plain PEFT"],
-        "method": "allocator's record, frozen weights left out",
+        "ratio_with_frozen_weights": (peaks["bayes-lora"] + frozen) / (peaks["plain PEFT"] + frozen),
+        "mean_field_ratio": peaks["bayes-lora, mean-field guide"] / peaks["plain PEFT"],
+        "method": "allocator's record, without frozen weights",
     }
     what = "the same step, peak memory beyond the frozen weights"
-    return Result("step_memory", what, peaks["ours"] / peaks["plain PEFT"], "x", "<=", 1.10, None, peaks, details)
+    return Result("step_memory", what, peaks["bayes-lora"] / peaks["plain PEFT"], "x", "<=", 1.10, None, peaks, details)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's parameters and of what it keeps of them."""
+    """Bytes of an optimizer's parameters and of its state."""
     kept = [p for group in optimizer.param_groups for p in group["params"]]
     kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(value.numel() * value.element_size() for value in kept)

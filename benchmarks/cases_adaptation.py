@@ -1,4 +1,4 @@
-"""The cases of adaptation, of the collection's size, and of Pyro's own overhead."""
+"""The cases of adaptation, of the size of the collection, and of Pyro's overhead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pyro
 import torch
-from cases import OurStep, rates
+from cases import TrainingStep, rates
 from flops import flops
 from harness import Result, interleave, memory, ratio, spread
 from stock import Rows, Stock, option_rows
@@ -32,10 +32,10 @@ DEFAULT_SITES = ("q_proj", "v_proj", "o_proj")
 
 
 def adaptation(setup: Setup) -> list[Result]:
-    """From the text of a new task to its weights: the guide network's pass, against Adam steps of a LoRA.
+    """From the text of a new task to its weights: one pass of the guide network, against Adam steps of a LoRA.
 
     Both start from text, with nothing cached. The LoRA is stock PEFT's on the same sites, those of the default recipe
-    (the top fifth of the layers), trained as is usual: a row per example, transformers' own loss.
+    (the top fifth of the layers), trained in the usual way: one row per example, transformers' own loss.
     """
     shape, sizes = setup.shape, setup.sizes
     top = shape.layers // 5
@@ -44,18 +44,22 @@ def adaptation(setup: Setup) -> list[Result]:
     packed = collate([lm.encoder(known.support)]).to(setup.device)
     rows = option_rows(lm.encoder(known.support), setup.device, gold_only=True)
     sides = _adaptation_sides(setup, lm, known, packed, rows)
-    # Slow sides: two rounds will do where the budget is spent after them.
+    # These sides are slow: two rounds suffice if they use up the budget.
     seconds = interleave(sides, setup.device, budget=sizes.budget, rounds=(2, sizes.rounds[1]))
     sites = dict(lora_layers=top, targets=DEFAULT_SITES)
     tokens, length = packed.input_ids.numel(), packed.input_ids.shape[1]
     one = flops(shape, tokens, length, len(packed.sources), **sites)
     ten = sizes.steps * flops(shape, rows.tokens, rows.input_ids.shape[1], rows.tokens, backward_layers=top, **sites)
-    others = [name for name in sides if name.startswith(("LoRA steps,", "our finetune"))]
-    details = rates(setup, seconds, {"ours": one, "LoRA steps": ten}) | {"range": spread(seconds, "LoRA steps", "ours")}
-    details["ratio_features_cached"] = ratio(seconds, "LoRA steps", "ours, features cached")
-    details["other_ratios"] = {name: ratio(seconds, name, "ours") for name in others}
+    others = [name for name in sides if name.startswith(("LoRA steps,", "bayes-lora finetune"))]
+    details = rates(setup, seconds, {"bayes-lora": one, "LoRA steps": ten}) | {
+        "range": spread(seconds, "LoRA steps", "bayes-lora")
+    }
+    details["ratio_features_cached"] = ratio(seconds, "LoRA steps", "bayes-lora, features cached")
+    details["other_ratios"] = {name: ratio(seconds, name, "bayes-lora") for name in others}
     what = f"adapting to {sizes.support} examples with the guide network, against {sizes.steps} LoRA steps"
-    return [Result("adapt", what, ratio(seconds, "LoRA steps", "ours"), "x", ">=", 15.0, ten / one, seconds, details)]
+    return [
+        Result("adapt", what, ratio(seconds, "LoRA steps", "bayes-lora"), "x", ">=", 15.0, ten / one, seconds, details)
+    ]
 
 
 def _adaptation_sides(
@@ -67,18 +71,18 @@ def _adaptation_sides(
     adapt(objective, lm, [known])  # its features are cached from here on
     return {
         "LoRA steps": lambda: [stock.causal_step(rows) for _ in range(steps)],
-        "ours": lambda: adapt(objective, lm, [next(fresh)]),
-        "ours, features cached": lambda: adapt(objective, lm, [known]),
+        "bayes-lora": lambda: adapt(objective, lm, [next(fresh)]),
+        "bayes-lora, features cached": lambda: adapt(objective, lm, [known]),
         "LoRA steps, packed options": lambda: [stock.packed_step(packed) for _ in range(steps)],
-        "our finetune_lora, trunk cached": lambda: finetune_lora(lm, [known], steps=steps),
+        "bayes-lora finetune_lora, trunk cached": lambda: finetune_lora(lm, [known], steps=steps),
     }
 
 
 def collection_memory(setup: Setup) -> list[Result]:
     """Peak memory of a training step whose tasks come from collections of several sizes; all rows of one length.
 
-    The step draws its episode and computes the support's features anew. What grows with the collection is listed
-    beside it: the encoded rows, and the features that are kept of every example seen.
+    The step draws its episode, and computes the support's features again. The details list what grows with the
+    collection: the encoded rows, and the features cached for every example seen.
     """
     lm = setup.language_model()
     peaks = {str(number): _step_of_collection(setup, lm, number) for number in setup.sizes.collections}
@@ -99,10 +103,10 @@ def _even_task(setup: Setup, seed: int, examples: int) -> Task:
 
 
 def _step_of_collection(setup: Setup, lm: LanguageModel, number: int) -> int:
-    """The peak of one step, in bytes."""
+    """Peak memory of one step, in bytes."""
     sizes, half = setup.sizes, setup.sizes.task_size // 2
     tasks = TaskSet(_even_task(setup, 10_000 * number + i, sizes.task_size) for i in range(number))
-    step = OurStep(build_objective(lm, RunConfig()))
+    step = TrainingStep(build_objective(lm, RunConfig()))
     sampler = EpisodeSampler(
         tasks,
         lm.encoder,
@@ -115,7 +119,7 @@ def _step_of_collection(setup: Setup, lm: LanguageModel, number: int) -> int:
 
 
 class ConstantLikelihood:
-    """Stands in for the language model: every option is as likely, every feature is one."""
+    """Replaces the language model: all options are equally likely, and all features are one."""
 
     hidden_size = 32
 
@@ -128,9 +132,9 @@ class ConstantLikelihood:
 
 
 def pyro_overhead(setup: Setup) -> list[Result]:
-    """Milliseconds of a step in which the language model costs nothing, always on the CPU.
+    """Milliseconds of a step in which the language model takes no time, always on the CPU.
 
-    The sites are Llama-3-8B's, all linear modules of all layers, their sizes a 128th, so that Python is timed.
+    The sites are Llama-3-8B's, all linear modules of all layers, at a 128th of their size, so that Python dominates.
     """
     likelihood: Any = ConstantLikelihood()
     shape = SHAPES["llama-3-8b"]
@@ -153,17 +157,17 @@ def pyro_overhead(setup: Setup) -> list[Result]:
             network(episode).backward()
 
     sides = {
-        "ours": lambda: network(episode).backward(),
-        "ours, Pyro's validation on": validated,
+        "bayes-lora": lambda: network(episode).backward(),
+        "bayes-lora, Pyro's validation on": validated,
         "forward alone": lambda: network(episode),
         "guide alone": lambda: network.guide(episode),
-        "ours, mean-field guide": lambda: mean_field(episode).backward(),
+        "bayes-lora, mean-field guide": lambda: mean_field(episode).backward(),
         "Adam": optimizer.step,
     }
-    # As fit() has it after its first step.
+    # As in fit() after its first step.
     with pyro.validation_enabled(False):
         seconds = interleave(sides, CPU, budget=min(10.0, setup.sizes.budget), rounds=(5, 50))
     milliseconds = {name: 1e3 * median(times) for name, times in seconds.items()}
-    details = {"medians_ms": milliseconds, "sites": len(initial), "rounds": len(seconds["ours"])}
+    details = {"medians_ms": milliseconds, "sites": len(initial), "rounds": len(seconds["bayes-lora"])}
     what = "Pyro's overhead a step: model, guide, ELBO and backward, Llama-3-8B's sites, LM a constant"
-    return [Result("pyro", what, milliseconds["ours"], "ms", "<=", 60.0, None, seconds, details)]
+    return [Result("pyro", what, milliseconds["bayes-lora"], "ms", "<=", 60.0, None, seconds, details)]

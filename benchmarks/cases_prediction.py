@@ -1,4 +1,4 @@
-"""The cases of prediction: draws, options and demonstrations."""
+"""The prediction cases: draws, options and demonstrations."""
 
 from __future__ import annotations
 
@@ -36,23 +36,25 @@ def prediction_draws(setup: Setup) -> list[Result]:
     posterior.predict([examples], num_draws=1)  # fills the trunk's cache
     sides = {
         "one pass": lambda: plain.packed_scores(collate([lm.encoder(examples)]).to(setup.device)),
-        "ours": lambda: posterior.predict([examples], num_draws=draws),
+        "bayes-lora": lambda: posterior.predict([examples], num_draws=draws),
     }
     seconds = interleave(sides, setup.device, budget=setup.sizes.budget, rounds=setup.sizes.rounds)
     episode = collate([lm.encoder(examples)])
     tokens, length, positions = episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)
     one = flops(shape, tokens, length, positions, lora_layers=top)
-    ours = draws * flops(shape, tokens, length, positions, layers=top, lora_layers=top)
-    details = rates(setup, seconds, {"ours": ours, "one pass": one}) | {"range": spread(seconds, "ours", "one pass")}
+    drawn = draws * flops(shape, tokens, length, positions, layers=top, lora_layers=top)
+    details = rates(setup, seconds, {"bayes-lora": drawn, "one pass": one}) | {
+        "range": spread(seconds, "bayes-lora", "one pass")
+    }
     details |= {"layers": top, "draws": draws, "tokens": tokens}
     what = f"prediction with {draws} draws, adapters in the top third, trunk cached, against one pass without cache"
-    value = ratio(seconds, "ours", "one pass")
-    return [Result("predict_draws", what, value, "x", "<=", 4.0, ours / one, seconds, details)]
+    value = ratio(seconds, "bayes-lora", "one pass")
+    return [Result("predict_draws", what, value, "x", "<=", 4.0, drawn / one, seconds, details)]
 
 
 @torch.no_grad()
 def prediction_options(setup: Setup) -> list[Result]:
-    """Packed options against one row per option, both with the head on answer positions only and no cache."""
+    """Packed options against one row per option; both run the head on answer positions only, without a cache."""
     shape, sizes = setup.shape, setup.sizes
     lm = setup.language_model()
     prompt = (sizes.wide_prompt, sizes.wide_prompt)
@@ -61,26 +63,26 @@ def prediction_options(setup: Setup) -> list[Result]:
     encoded = lm.encoder(examples)
     sides = {
         "a row per option": lambda: plain.row_scores(option_rows(encoded, setup.device), full_logits=False),
-        "ours": lambda: posterior.predict([examples], num_draws=0),
+        "bayes-lora": lambda: posterior.predict([examples], num_draws=0),
         "a row per option, full logits": lambda: plain.row_scores(option_rows(encoded, setup.device), full_logits=True),
     }
     seconds = interleave(sides, setup.device, budget=sizes.budget, rounds=sizes.rounds)
     episode, rows = collate([encoded]), option_rows(encoded, setup.device)
     work = {
-        "ours": flops(shape, episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)),
+        "bayes-lora": flops(shape, episode.input_ids.numel(), episode.input_ids.shape[1], len(episode.sources)),
         "a row per option": flops(shape, rows.tokens, rows.input_ids.shape[1], int(rows.scored.sum())),
     }
-    bound = work["a row per option"] / work["ours"]
-    details = rates(setup, seconds, work) | {"range": spread(seconds, "a row per option", "ours")}
-    details["ratio_full_logits"] = ratio(seconds, "a row per option, full logits", "ours")
+    bound = work["a row per option"] / work["bayes-lora"]
+    details = rates(setup, seconds, work) | {"range": spread(seconds, "a row per option", "bayes-lora")}
+    details["ratio_full_logits"] = ratio(seconds, "a row per option, full logits", "bayes-lora")
     what = f"prediction, {sizes.wide_options} options, {sizes.wide_prompt}-token prompts, against a row per option"
-    value = ratio(seconds, "a row per option", "ours")
+    value = ratio(seconds, "a row per option", "bayes-lora")
     return [Result("predict_options", what, value, "x", ">=", 3.0, bound, seconds, details)]
 
 
 @torch.no_grad()
 def prediction_demonstrations(setup: Setup) -> list[Result]:
-    """Demonstrations read once for all queries, against once for each; packed options and no cache on both sides."""
+    """Demonstrations read once for all queries, against once per query; both with packed options and no cache."""
     shape, sizes = setup.shape, setup.sizes
     lm = setup.language_model()
     queries, shown = (setup.task(seed, n).support for seed, n in ((4000, sizes.queries), (4001, sizes.demonstrations)))
@@ -90,17 +92,19 @@ def prediction_demonstrations(setup: Setup) -> list[Result]:
     width = max(one.input_ids.shape[1] for one in alone)
     sides = {
         "demonstrations before each query": lambda: [plain.packed_scores(one) for one in alone],
-        "ours": lambda: posterior.predict([queries], num_draws=0, demonstrations=[shown]),
+        "bayes-lora": lambda: posterior.predict([queries], num_draws=0, demonstrations=[shown]),
     }
     seconds = interleave(sides, setup.device, budget=sizes.budget, rounds=sizes.rounds)
     tokens = sum(one.input_ids.numel() for one in alone)
-    pair = ("demonstrations before each query", "ours")
+    pair = ("demonstrations before each query", "bayes-lora")
     work = {
         pair[0]: flops(shape, tokens, width, len(shared.sources)),
         pair[1]: flops(shape, shared.input_ids.numel(), shared.input_ids.shape[1], len(shared.sources)),
     }
     details: dict[str, Any] = rates(setup, seconds, work) | {"range": spread(seconds, *pair)}
     details |= {"tokens": {pair[0]: tokens, pair[1]: shared.input_ids.numel()}}
-    what = f"prediction, {sizes.queries} queries that share {sizes.demonstrations} demonstrations, against each its own"
+    what = (
+        f"prediction, {sizes.queries} queries that share {sizes.demonstrations} demonstrations, against unshared ones"
+    )
     bound = work[pair[0]] / work[pair[1]]
     return [Result("predict_shots", what, ratio(seconds, *pair), "x", ">=", 3.0, bound, seconds, details)]

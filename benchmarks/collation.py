@@ -1,10 +1,10 @@
-"""What packing episodes costs and saves: time of collation, share of padding, time of a training step.
+"""Costs and savings of packing episodes: time of collation, share of padding, time of a training step.
 
 python benchmarks/collation.py --quick            # the shipped tasks, a word a token, a tiny model
 python benchmarks/collation.py --tasks data/crossfit --split cls-45 --tokenizer \\
     HuggingFaceTB/SmolLM2-135M-Instruct           # results/collation-cpu.json: four minutes on one core
 
-Each episode is packed twice, from the same examples: as it is, and with a row for each example. The step is that of the
+Each episode is packed twice from the same examples: as usual, and with one row per example. The step is that of the
 default recipe on SmolLM2-135M's shape with random weights, adapters in the top third of the layers, trunk and features
 cached.
 """
@@ -20,7 +20,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from cases import OurStep
+from cases import TrainingStep
 from harness import interleave, machine, ratio, ratio_of_fastest, spread
 from workload import SHAPES, Setup, Sizes, build_setup, word_tokenizer
 
@@ -82,7 +82,7 @@ def training_steps(setup: Setup, tasks: TaskSet, encoder: Encoder, count: int) -
     lm = setup.language_model(layers=max(1, setup.shape.layers // 3))
     sampler = EpisodeSampler(tasks, encoder, tasks_per_episode=4, num_support=16, num_query=8, score_support=False)
     drawn = [both(lambda i=i: sampler[i]) for i in range(count)]  # type: ignore[misc]
-    step = OurStep(build_objective(lm, RunConfig()))
+    step = TrainingStep(build_objective(lm, RunConfig()))
 
     def side(name: str) -> Callable[[], None]:
         return lambda: [step(one[name]) for one in drawn] and None
@@ -104,18 +104,18 @@ def training_steps(setup: Setup, tasks: TaskSet, encoder: Encoder, count: int) -
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few episodes, a tiny model: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few episodes and a tiny model, to test that it runs")
     parser.add_argument("--tasks", type=Path, help="a folder in the MetaICL layout; by default the shipped tasks")
-    parser.add_argument("--split", default="cls-45", help="whose training tasks are drawn from")
-    parser.add_argument("--tokenizer", help="hub id or path of a model whose tokenizer counts; by default words count")
-    parser.add_argument("--no-step", action="store_true", help="leave the training step out")
+    parser.add_argument("--split", default="cls-45", help="the split whose training tasks are used")
+    parser.add_argument("--tokenizer", help="hub id or path of a model with a tokenizer; by default a token is a word")
+    parser.add_argument("--no-step", action="store_true", help="do not measure the training step")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "collation-cpu.json")
     return parser.parse_args(given)
 
 
 def main(given: list[str] | None = None) -> None:
     args = arguments(given)
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes of measuring
     torch.set_num_threads(1)
     if args.tasks is None:
         tasks, _ = demo_tasks()

@@ -1,7 +1,7 @@
-"""Floating-point operations, counted from shapes: two per multiply-add, nothing for what is elementwise.
+"""Floating-point operations, counted from shapes: two per multiply-add, none for elementwise operations.
 
-The backward pass of a frozen layer costs its forward once more (gradients of activations; none of frozen weights),
-that of attention twice its forward, and that of a LoRA twice (its weights have gradients).
+The backward pass of a frozen layer costs as much as its forward pass (gradients of activations, none of weights), that
+of attention twice as much, and that of a LoRA twice as much (its weights have gradients).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def flops(
     """Operations of one pass.
 
     Args:
-        shape: of the language model.
-        tokens: all tokens, padding included.
-        length: tokens in a row, each of which attends to a whole row (the block mask is dense).
-        positions: where the head runs.
-        layers: that run forward; by default all.
-        backward_layers: through which the gradient flows; 0 is a pass without gradients.
-        lora_layers: that have LoRA of rank 8; by default all.
-        targets: modules that have it.
+        shape: shape of the language model.
+        tokens: number of tokens, padding included.
+        length: tokens per row; each attends to the whole row (the block mask is dense).
+        positions: number of positions at which the head runs.
+        layers: number of layers that run forward; by default all.
+        backward_layers: number of layers through which the gradient flows; 0 for a pass without gradients.
+        lora_layers: number of layers with a LoRA of rank 8; by default all.
+        targets: modules with a LoRA.
     """
     layers = shape.layers if layers is None else layers
     lora_layers = shape.layers if lora_layers is None else lora_layers

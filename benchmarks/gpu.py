@@ -26,18 +26,18 @@ from workload import SHAPES, Shape, Sizes, build_setup
 
 from bayes_lora.utils.storage import write_json
 
-# Longer prompts than on a CPU, which is what a GPU is for.
+# Longer prompts than on a CPU.
 GPU_SIZES = replace(Sizes(), prompt=(96, 128), queries=32, wide_queries=32, budget=12.0, rounds=(5, 30))
 
 
 def utilisation(results: list[Result], peak: float) -> float | None:
-    """Share of the peak that the training step reached: forward and gradients of activations, no frozen weights'."""
+    """Share of the peak that the training step reached; gradients of frozen weights are not counted."""
     step = next((line for line in results if line.case == "step_time"), None)
-    return None if step is None else float(step.details["flops_per_second"]["ours"]) / peak
+    return None if step is None else float(step.details["flops_per_second"]["bayes-lora"]) / peak
 
 
 def measure(shape: Shape, args: argparse.Namespace, names: list[str], rate: float, console: Console) -> dict[str, Any]:
-    """All cases for one shape, and what they left."""
+    """Run all cases for one shape."""
     device = torch.device(args.device)
     sizes = Sizes.quick() if args.quick else GPU_SIZES
     setup = build_setup(shape, sizes, device, torch.bfloat16, rate)
@@ -55,7 +55,7 @@ def measure(shape: Shape, args: argparse.Namespace, names: list[str], rate: floa
 
 
 def print_shapes(measured: list[dict[str, Any]], console: Console) -> None:
-    """One table: a line per case, a column per shape."""
+    """Print one table: a row per case, a column per shape."""
     table = Table("what", "target", *(one["shape"]["name"] for one in measured))
     for line, *_ in zip(*(one["results"] for one in measured), strict=True):
         cells = []
@@ -73,12 +73,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, RESULTS / "speed-gpu.json")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu together with --quick")
-    parser.add_argument("--shapes", default="llama-3-8b,qwen2-7b", help="with commas between: " + ",".join(SHAPES))
+    parser.add_argument("--shapes", default="llama-3-8b,qwen2-7b", help="separated by commas: " + ",".join(SHAPES))
     args = parser.parse_args(arguments)
     names = chosen_cases(parser, args.only)
     unknown = [name for name in args.shapes.split(",") if name not in SHAPES]
     if unknown:
-        parser.error(f"--shapes: there is no shape {unknown[0]!r}; there are {', '.join(SHAPES)}.")
+        parser.error(f"--shapes: unknown shape {unknown[0]!r}; expected one of {', '.join(SHAPES)}.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("No CUDA device was found. Run this on a machine with a GPU, or try it with --device cpu --quick.")
     console, started, device = Console(), time.perf_counter(), torch.device(args.device)
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_result(path: Path, device: torch.device, rate: float, measured: list[dict[str, Any]], seconds: float) -> None:
-    """Write what there is, after every shape, so that a run that is cut short leaves what it has."""
+    """Write the results so far; called after every shape, so that an interrupted run keeps its results."""
     shapes = [one | {"results": [line.to_dict() for line in one["results"]]} for one in measured]
     facts = machine(device) | {"matmul_flops_per_second": rate}
     write_json(path, {"machine": facts, "shapes": shapes, "seconds": seconds})

@@ -1,4 +1,4 @@
-"""Measuring: seconds of several sides in turn, peak memory, and facts about the machine."""
+"""Measurements: seconds of several sides in turn, peak memory, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 # The profiler writes a line to standard error whenever it starts or stops; this is above all its levels.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-# Dense bf16 operations per second, from the vendors' data sheets; the first name that fits counts.
+# Dense bf16 operations per second, from the vendors' data sheets; the first name that matches is used.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
@@ -31,15 +31,15 @@ class Result:
     """One line of the table.
 
     Attributes:
-        case: its key.
-        what: in words.
-        value: what was measured: a ratio of medians, or milliseconds.
+        case: name of the case.
+        what: a description.
+        value: the measured value: a ratio of medians, or milliseconds.
         unit: ``"x"`` or ``"ms"``.
-        relation: whether the target is a ceiling or a floor.
-        target: of the value.
-        bound: the value that counting operations gives: both sides at the same operations per second, nothing else.
-        sides: what the value was computed of: per side its measurements.
-        details: anything else worth knowing.
+        relation: whether the target is an upper or a lower bound.
+        target: target for the value.
+        bound: the value by operation counts: both sides at the same number of operations per second.
+        sides: the measurements of each side.
+        details: further measurements.
     """
 
     case: str
@@ -63,7 +63,7 @@ class Result:
 
 
 class Memory(NamedTuple):
-    """Bytes of tensors: the most that were alive at once, and what is left, beyond what there was before."""
+    """Bytes of tensors beyond those before the call: the peak, and what is left after it."""
 
     peak: int
     left: int
@@ -71,7 +71,7 @@ class Memory(NamedTuple):
 
 @contextmanager
 def frozen_garbage() -> Iterator[None]:
-    """Inside the block collecting garbage is quick: what was there before is not looked at."""
+    """Make garbage collection fast inside the block: earlier objects are not scanned."""
     gc.collect()
     gc.freeze()
     try:
@@ -94,14 +94,14 @@ def interleave(
     rounds: tuple[int, int],
     warm_up: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each side, measured in turn: A B A B ..., so that a drift of the machine's speed hits both.
+    """Seconds of each side, measured in turn: A B A B ..., so that a drift of the machine's speed affects both.
 
     Args:
-        sides: what to time.
-        device: waited for before the clock is read.
+        sides: the functions to time.
+        device: synchronized before the clock is read.
         budget: seconds after which no further round starts.
-        rounds: least and most rounds.
-        warm_up: whether each side runs once before; on a GPU it always does.
+        rounds: minimum and maximum number of rounds.
+        warm_up: whether each side runs once before timing; on a GPU it always does.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     if warm_up or device.type == "cuda":  # kernels are loaded and tuned in the first call
@@ -132,7 +132,7 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
 
 
 def spread(seconds: Mapping[str, list[float]], over: str, under: str) -> list[float]:
-    """Least and greatest ratio within a round."""
+    """Smallest and largest ratio within a round."""
     ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
     return [min(ratios), max(ratios)]
 
@@ -143,10 +143,9 @@ def ratio_of_fastest(seconds: Mapping[str, list[float]], over: str, under: str) 
 
 
 def memory(run: Callable[[], Any], device: torch.device) -> Memory:
-    """Tensor memory of a call: the CUDA allocator's own count; on a CPU every allocation of the profiler's record.
+    """Tensor memory of a call: the CUDA allocator's own count; on a CPU every allocation in the profiler's record.
 
-    The record holds what operators allocate inside, too. It is the same at every repeat, which the size of the
-    process is not.
+    The record includes allocations inside operators. Unlike the size of the process, it is the same in every run.
     """
     with frozen_garbage():
         return (_cuda_memory if device.type == "cuda" else _cpu_memory)(run, device)
@@ -177,7 +176,7 @@ def _cpu_memory(run: Callable[[], Any], device: torch.device) -> Memory:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 1.0) -> float:
-    """Operations per second of a large matrix product: what the machine can do."""
+    """Operations per second of a large matrix product, as a measure of the machine's speed."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = interleave({"product": lambda: a @ b}, device, budget=seconds, rounds=(3, 1000))
     return 2 * size**3 / median(times["product"])
@@ -208,7 +207,7 @@ def _processor() -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The data sheet's bf16 operations per second of a GPU; None where it is not in the table."""
+    """The data sheet's bf16 operations per second of a GPU; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

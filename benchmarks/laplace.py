@@ -29,11 +29,11 @@ def resident() -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not what it takes")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test that it runs")
     parser.add_argument("--curvature", choices=("diagonal", "kronecker"), default="kronecker")
-    parser.add_argument("--steps", type=int, default=2, help="towards the mode; all 16 examples are in each")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples in a pass for the curvature")
-    parser.add_argument("--prompt", type=int, nargs=2, default=(16, 48), help="shortest and longest, in tokens")
+    parser.add_argument("--steps", type=int, default=2, help="steps towards the mode, on all 16 examples each")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples per pass for the curvature")
+    parser.add_argument("--prompt", type=int, nargs=2, default=(16, 48), help="shortest and longest prompt, in tokens")
     args = parser.parse_args(arguments)
     shape = SHAPES["smollm2-135m"].tiny() if args.quick else SHAPES["smollm2-135m"]
     sizes = Sizes(tasks=1, examples=16, options=(4,), prompt=tuple(args.prompt))

@@ -1,4 +1,4 @@
-"""Where a training step's time goes: by part of the program, and by operator."""
+"""The time of a training step, by part of the program and by operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bayes_lora.infer.objective import BetaELBO
 
 
 class Clock:
-    """Seconds by name; waits for the device at every reading."""
+    """Times by name; synchronizes the device at every reading."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.at = device, dict[str, float]()
@@ -25,12 +25,12 @@ class Clock:
         synchronize(self.device)
         self.at[name] = time.perf_counter()
 
-    def sandwich(self, start: str, end: str) -> float:
+    def between(self, start: str, end: str) -> float:
         return self.at[end] - self.at[start]
 
 
 class Clocked:
-    """A likelihood that notes when its forward and its backward begin and end."""
+    """A likelihood that records when its forward and its backward begin and end."""
 
     def __init__(self, likelihood: Any, clock: Clock) -> None:
         self.likelihood, self.clock = likelihood, clock
@@ -41,7 +41,7 @@ class Clocked:
     def __call__(self, phi: Any, episode: Episode) -> torch.Tensor:
         for value in phi.values():
             if value.requires_grad:
-                # With an analytic divergence only the likelihood has a gradient here; the last one to come counts.
+                # With an analytic divergence only the likelihood has a gradient here; the last call counts.
                 value.register_hook(lambda _: self.clock.mark("lm backward ends"))
         self.clock.mark("lm begins")
         scores: torch.Tensor = self.likelihood(phi, episode)
@@ -52,7 +52,7 @@ class Clocked:
 
 @contextmanager
 def clocked(objective: BetaELBO, clock: Clock) -> Iterator[None]:
-    """Inside the block the objective's likelihood and guide write down when they run."""
+    """Inside the block the objective's likelihood and guide record when they run."""
     model, guide = objective.model, objective.guide
     likelihood = model.likelihood
     hooks = [
@@ -71,7 +71,7 @@ def clocked(objective: BetaELBO, clock: Clock) -> Iterator[None]:
 def profile_step(
     objective: BetaELBO, optimizer: torch.optim.Optimizer, episode: Episode, device: torch.device
 ) -> dict[str, Any]:
-    """Shares of a step's time: language model, guide, Pyro, optimizer; and its ten costliest operators."""
+    """Shares of a step's time: language model, guide, Pyro, optimizer; and its ten slowest operators."""
     clock = Clock(device)
     with clocked(objective, clock):
         optimizer.zero_grad()
@@ -99,7 +99,7 @@ def profile_step(
 def _operators(
     objective: BetaELBO, optimizer: torch.optim.Optimizer, episode: Episode, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The ten operators (kernels, on a GPU) with the most time of their own."""
+    """The ten operators (kernels, on a GPU) with the largest self time."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as record:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The table, the short profile and the picture of the speed benchmarks."""
+"""The table, the profile and the plot of the speed benchmarks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TITLES = {
     "step_stock": "training step, against PEFT task by task",
     "predict_draws": "prediction with draws, against one pass",
     "predict_options": "packed options, against a row each",
-    "predict_shots": "shared demonstrations, against each its own",
-    "adapt": "one pass of the guide, against LoRA steps",
+    "predict_shots": "shared demonstrations, against unshared ones",
+    "adapt": "guide network, against LoRA steps",
     "collection": "memory, larger against smaller collections",
     "pyro": "Pyro's overhead a step",
 }
@@ -33,7 +33,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
-    """One line per result."""
+    """Print one row per result."""
     table = Table("what", "measured", "target", "by operation counts", "")
     for line in results:
         bound = "" if line.bound is None else quantity(line.bound, line.unit)
@@ -43,15 +43,15 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 
 
 def print_profile(profile: dict[str, Any], console: Console) -> None:
-    """The shares of a training step in one paragraph."""
+    """Print the shares of a training step in one paragraph."""
     parts = ", ".join(f"{name} {share:.1%}" for name, share in profile["shares"].items())
     console.print(f"Training step, {profile['seconds']:.3g} s: {parts}.")
     operators = ", ".join(f"{row['name']} {row['share']:.0%}" for row in profile["operators"][:5])
-    console.print(f"Costliest operators: {operators}.")
+    console.print(f"Slowest operators: {operators}.")
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Bars of the share of each target that is used up: what ends left of the line is met."""
+    """Plot measured values relative to their targets; a target is met if its bar ends left of the line."""
     figure = Figure(figsize=(8.5, 0.9 + 0.52 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -68,6 +68,6 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes.set_yticks(places, [TITLES.get(line.case, line.case) for line in results], fontsize=8.5)
     axes.invert_yaxis()
     axes.set_xlim(0, max(1.3, 1.35 * max(used)))
-    axes.set_xlabel("share of the target used up: measured / target, or target / measured for a floor")
+    axes.set_xlabel("measured / target, or target / measured for a lower bound")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

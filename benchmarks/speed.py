@@ -1,6 +1,6 @@
 """Speed and memory on a CPU: the cases of benchmarks/README.md at SmolLM2-135M's shape, with random weights.
 
-python benchmarks/speed.py                # results/speed-cpu.json and .png, a table on the screen
+python benchmarks/speed.py                # writes results/speed-cpu.json and .png, prints a table
 python benchmarks/speed.py --only adapt   # one case
 python benchmarks/speed.py --quick --output /tmp/quick.json
 """
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 def run_cases(
     setup: Setup, names: list[str], console: Console
 ) -> tuple[list[Result], dict[str, Any], dict[str, float]]:
-    """Run some cases: their lines, the profile of the training step, and the seconds that each case took."""
+    """Run some cases; return their results, the profile of the training step, and the seconds per case."""
     results: list[Result] = []
     profile: dict[str, Any] = {}
     took = {}
@@ -55,18 +55,18 @@ def run_cases(
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: Path) -> None:
-    """The flags that both commands have."""
-    parser.add_argument("--only", help="cases to run, with commas between: " + ",".join(CASES))
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
-    parser.add_argument("--output", type=Path, default=output, help="a JSON file; the picture stands beside it")
+    """Add the flags that both commands have."""
+    parser.add_argument("--only", help="cases to run, separated by commas: " + ",".join(CASES))
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test that it runs")
+    parser.add_argument("--output", type=Path, default=output, help="a JSON file; the plot is written next to it")
 
 
 def chosen_cases(parser: argparse.ArgumentParser, only: str | None) -> list[str]:
-    """The cases that the flag names, or all."""
+    """Return the cases that the flag names, or all."""
     names = list(CASES) if only is None else only.split(",")
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        parser.error(f"--only: there is no case {unknown[0]!r}; there are {', '.join(CASES)}.")
+        parser.error(f"--only: unknown case {unknown[0]!r}; expected one of {', '.join(CASES)}.")
     return names
 
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, RESULTS / "speed-cpu.json")
     args = parser.parse_args(arguments)
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes of measuring
     names = chosen_cases(parser, args.only)
     console, started, device = Console(), time.perf_counter(), torch.device("cpu")
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(results, console)
     if profile:
         print_profile(profile, console)
-    console.print(f"{time.perf_counter() - started:.0f} s in all; {args.output} and its .png hold the rest.")
+    console.print(f"{time.perf_counter() - started:.0f} s in total; details are in {args.output} and its .png.")
 
 
 if __name__ == "__main__":

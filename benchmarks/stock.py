@@ -1,4 +1,4 @@
-"""The other side of the comparisons: stock PEFT, without slots, draws or a cache."""
+"""The baseline of the comparisons: stock PEFT, without slots, draws or a cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bayes_lora.episodes.packing import EncodedExample
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Unpacked rows: a prompt and one option each, padded on the right.
+    """Unpacked rows of a prompt and one option each, padded on the right.
 
     Attributes:
         input_ids: ``(R, L)``.
-        attention_mask: ``(R, L)`` 1 where there is a token.
-        scored: ``(R, L)`` true at the option's tokens.
+        attention_mask: ``(R, L)``, 1 at tokens.
+        scored: ``(R, L)``, true at the option's tokens.
         option: ``(R,)`` index into the flattened ``N * K``.
         shape: ``(N, K)``.
         answer: ``(N,)``.
@@ -46,7 +46,7 @@ class Rows:
 
 
 def option_rows(examples: Sequence[EncodedExample], device: torch.device, *, gold_only: bool = False) -> Rows:
-    """A row for each option of each example, or for the gold one alone."""
+    """Make a row for each option of each example, or for the gold options only."""
     texts, starts, places = [], [], []
     width = max(example.num_options for example in examples)
     for i, example in enumerate(examples):
@@ -73,15 +73,15 @@ class Stock:
     """A PEFT model with one LoRA, or one per task, trained by Adam on the cross-entropy of the options.
 
     Args:
-        base: the frozen language model; shared with others, its weights are not copied.
-        config: the LoRA.
-        adapters: how many.
+        base: the frozen language model; its weights are shared, not copied.
+        config: the LoRA config.
+        adapters: number of LoRAs.
     """
 
     def __init__(self, base: Any, config: peft.LoraConfig, adapters: int = 1) -> None:
         self.names = [f"task-{i}" for i in range(adapters)]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute that is to go
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers deprecates
             self.model: Any = peft.get_peft_model(twin(base), config, adapter_name=self.names[0])
         for name in self.names[1:]:
             self.model.add_adapter(name, config)
@@ -132,7 +132,7 @@ class Stock:
         self.optimizer.step()
 
     def tasks_step(self, tasks: Sequence[Rows]) -> None:
-        """One step of each task's own LoRA, task after task, a row for each option, logits of every position."""
+        """One step of one LoRA per task, task by task, with a row per option and logits at every position."""
         self.optimizer.zero_grad()
         for name, rows in zip(self.names, tasks, strict=True):
             self.model.set_adapter(name)

@@ -1,6 +1,6 @@
-"""What the speed benchmarks run on: language models of known shapes with random weights, and made-up tasks.
+"""The workload of the speed benchmarks: language models of known shapes with random weights, and random tasks.
 
-Nothing is downloaded. A word is a token, so lengths are exact.
+Nothing is downloaded. A token is a word, so lengths are exact.
 """
 
 from __future__ import annotations
@@ -66,26 +66,26 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work a case does.
+    """The amount of work of each case.
 
     Attributes:
-        tasks: T of a training step.
+        tasks: T, tasks per training step.
         examples: scored examples per task of a training step.
         prompt: shortest and longest prompt, in tokens; CrossFit's classification tasks have a median of 21 words.
         options: options of each task in turn: a median of 2 and a mean of 3.5, as in CrossFit's classification tasks.
-        support: examples that a new task is adapted to.
-        steps: LoRA steps that adaptation is compared with.
-        draws: S of a prediction.
+        support: support examples of a new task.
+        steps: LoRA steps with which adaptation is compared.
+        draws: S, draws per prediction.
         queries: examples of a prediction with draws, or with demonstrations.
         demonstrations: solved examples before each of them.
         wide_queries: examples of the prediction with many options.
-        wide_options: its options.
-        wide_prompt: its prompts, in tokens.
-        collections: numbers of tasks for which training memory is measured.
-        task_size: examples of each task there.
-        collection_tasks: T of a step there.
+        wide_options: number of options in that prediction.
+        wide_prompt: length of its prompts, in tokens.
+        collections: collection sizes for which training memory is measured.
+        task_size: examples per task in these collections.
+        collection_tasks: tasks per step with these collections.
         budget: seconds after which a case starts no further round.
-        rounds: least and most rounds of a case.
+        rounds: minimum and maximum number of rounds of a case.
     """
 
     tasks: int = 8
@@ -128,11 +128,11 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.base.device  # type: ignore[no-any-return]
 
     def language_model(self, layers: int | None = None, targets: Sequence[str] = ("q_proj", "v_proj")) -> LanguageModel:
-        """Our language model with LoRA on the top layers, or on all."""
+        """A bayes-lora language model with LoRA on the top layers, or on all."""
         lora, model = lora_config(self.shape, layers, targets), twin(self.base)
         inject(lora, model)
         model.to(self.device)
@@ -163,7 +163,7 @@ class Setup:
 
 
 def build_setup(shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.dtype, flops_per_second: float) -> Setup:
-    """Make a model with random weights where it is to run."""
+    """Make a model with random weights on the device on which it runs."""
     settings: dict[str, Any] = dict(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -182,7 +182,7 @@ def build_setup(shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.d
 
 
 def twin(model: nn.Module) -> Any:
-    """A copy with modules of its own, into which PEFT may inject, and the same weights in memory."""
+    """Copy the modules, so that PEFT can inject into them, but share the weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 

@@ -1,6 +1,6 @@
-"""What each prior and each guide costs: trained parameters, time and memory of a step, against one plain PEFT LoRA.
+"""Costs of each prior and guide: trained parameters, time and memory of a step, against one plain PEFT LoRA.
 
-python benchmarks/zoo.py           # results/zoo-cpu.json, and the lines of docs/zoo.md on the screen; 25 minutes
+python benchmarks/zoo.py           # writes results/zoo-cpu.json, prints the rows of docs/zoo.md; 25 minutes
 python benchmarks/zoo.py --only "Laplace;RankARD"
 """
 
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import OurStep, state_bytes, training_episode
+from cases import TrainingStep, state_bytes, training_episode
 from harness import interleave, machine, matmul_rate, memory, ratio
 from stock import Stock
 from workload import SHAPES, Setup, Sizes, build_setup
 
 from bayes_lora import guides, models
 from bayes_lora.episodes import Episode
-from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.utils.storage import read_json, write_json
@@ -33,22 +32,21 @@ def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
     """Each prior with the cheapest guide, and the default prior with each guide."""
     initial = lm.sites.initial()
     priors: dict[str, Callable[..., Any]] = {
-        name: getattr(models, name) for name in models.__all__ if name != "HierarchicalModel"
+        name: getattr(models, name) for name in models.__all__ if name not in ("FactorModel", "HierarchicalModel")
     }
     found = {}
     for name, make in priors.items():
         model = make(lm, initial)
-        handler = {"context": LocalReparameterization} if name == "WeightSpace" else {}
-        found[name] = BetaELBO(model, guides.SharedMeanField(model), beta=1e-3, **handler)
+        found[name] = BetaELBO(model, guides.SharedMeanField(model), beta=1e-3)
     for name, make in makers(tasks).items():
         model = models.HierarchicalNormal(lm, initial)
-        particles = 4 if name == "Ensemble" else 1  # one for each member
-        found[name] = BetaELBO(model, make(model), beta=1e-3, num_particles=particles)
+        guide = make(model)
+        found[name] = BetaELBO(model, guide, beta=1e-3, num_particles=guide.num_members)
     return found
 
 
 def makers(tasks: int) -> dict[str, Callable[[Any], Any]]:
-    """Each guide, and its variants, for a collection of so many tasks."""
+    """Each guide, and its variants, for a collection of ``tasks`` tasks."""
     point = guides.Point()
     return {
         "Ensemble": lambda model: guides.Ensemble(model, num_members=4),
@@ -73,7 +71,7 @@ def makers(tasks: int) -> dict[str, Callable[[Any], Any]]:
 
 @contextmanager
 def counted() -> Iterator[list[float]]:
-    """Collects the rows of every forward of a language model, draws times rows."""
+    """Record the rows of every forward pass of a language model, draws times rows."""
     rows: list[float] = []
     plain = LanguageModel.__call__
 
@@ -90,16 +88,16 @@ def counted() -> Iterator[list[float]]:
 
 
 def passes(device: torch.device) -> dict[str, dict[str, float]]:
-    """Forwards of the language model over as many rows: in a training step, and for what a new task costs.
+    """Forward passes of the language model, in multiples of an episode's rows: of a training step and of a new task.
 
-    They are the same for every shape, so a tiny one is counted.
+    They do not depend on the shape, so they are counted for a tiny one.
     """
     setup = build_setup(SHAPES["smollm2-135m"].tiny(), Sizes.quick(), device, torch.float32, 1.0)
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     found = {}
     for name, objective in objectives(lm, len(tasks)).items():
-        step, guide = OurStep(objective), objective.guide
+        step, guide = TrainingStep(objective), objective.guide
         with counted() as rows:
             step(episode)
         with counted() as of_new, torch.no_grad():
@@ -111,14 +109,14 @@ def passes(device: torch.device) -> dict[str, dict[str, float]]:
 
 
 def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
-    """A line for each prior and guide, or for some."""
+    """Measure each prior and guide, or some."""
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     lm.features(episode)
     lm.features(episode.support)
     plain = Stock(setup.base, lm.lora_config)
     found = objectives(lm, len(tasks))
-    steps = {name: OurStep(one) for name, one in found.items() if not only or name in only}
+    steps = {name: TrainingStep(one) for name, one in found.items() if not only or name in only}
     sides: dict[str, Callable[[], Any]] = {PLAIN: lambda: plain.packed_step(episode)}
     sides |= {name: lambda step=step: step(episode) for name, step in steps.items()}  # type: ignore[misc]
     seconds = interleave(sides, setup.device, budget=100.0, rounds=(2, 5), warm_up=True)
@@ -140,12 +138,12 @@ def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not what it costs")
-    parser.add_argument("--only", default="", help="some names, semicolons between; the output keeps the others")
-    parser.add_argument("--examples", type=int, help="per task, for guides whose steps take many passes")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test that it runs")
+    parser.add_argument("--only", default="", help="names, separated by semicolons; the output keeps the others")
+    parser.add_argument("--examples", type=int, help="examples per task, for guides whose steps take many passes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "zoo-cpu.json")
     args = parser.parse_args(arguments)
-    args.output.parent.mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes of measuring
     device = torch.device("cpu")
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
     if args.examples:

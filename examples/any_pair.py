@@ -1,4 +1,4 @@
-"""Any prior with any guide: fit it on the shipped tasks, adapt to an unseen one, and see what its posterior is worth.
+"""Any prior with any guide: fit it on the shipped tasks, adapt to an unseen task, and evaluate its predictions.
 
 python examples/any_pair.py --prior RankARD --guide Laplace     # about three minutes on two CPU cores
 python examples/any_pair.py --list
@@ -12,23 +12,22 @@ import bayes_lora
 from bayes_lora import guides, models
 from bayes_lora.episodes import EpisodeSampler
 from bayes_lora.guides import LowRank, MatrixNormal, Point
-from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.posterior.adapt import adapt
 
 BETA = 1e-3
-# Each is made of a language model and PEFT's initial LoRA.
+# Each is made from a language model.
 PRIORS = {
-    "ActivationSpace": lambda lm, start: models.ActivationSpace(lm, start, offset=-8.0),
-    "ClusterMixture": lambda lm, start: models.ClusterMixture(lm, start, num_clusters=3),
-    "HierarchicalNormal": lambda lm, start: models.HierarchicalNormal(lm, start, random="B"),
-    "IndependentNormal": lambda lm, start: models.IndependentNormal(lm, start, random="A"),
+    "ActivationSpace": lambda lm: models.ActivationSpace(lm, offset=-8.0),
+    "ClusterMixture": lambda lm: models.ClusterMixture(lm, num_clusters=3),
+    "HierarchicalNormal": lambda lm: models.HierarchicalNormal(lm, random="B"),
+    "IndependentNormal": lambda lm: models.IndependentNormal(lm, random="A"),
     "LayerwiseScale": models.LayerwiseScale,
     "RankARD": models.RankARD,
     "RegularizedHorseshoe": models.RegularizedHorseshoe,
     "WeightSpace": models.WeightSpace,
 }
-# Each is made of a model; what stands after a comma is a variant of the same class.
+# Each is made from a model; a name after a comma is a variant of the same class.
 GUIDES = {
     "Ensemble": lambda model: guides.Ensemble(model, num_members=2),
     "FlowNetwork": guides.FlowNetwork,
@@ -53,11 +52,10 @@ def main(model: str | None, prior: str, guide: str, steps: int) -> None:
     torch.manual_seed(0)
     lm = bayes_lora.load_language_model(*([model] if model else []))
     training, unseen = bayes_lora.demo_tasks()
-    p = PRIORS[prior](lm, lm.sites.initial())
+    p = PRIORS[prior](lm)
     q = GUIDES[guide](p)
-    handler = {"context": LocalReparameterization} if prior == "WeightSpace" else {}
-    particles = len(getattr(q, "members", [q]))  # an ensemble takes one for each member
-    objective = BetaELBO(p, q, beta=BETA, num_particles=particles, **handler).to(lm.device)
+    # An ensemble takes one particle per member.
+    objective = BetaELBO(p, q, beta=BETA, num_particles=q.num_members).to(lm.device)
     optimizer = torch.optim.Adam(objective.parameters(), lr=2e-3)
     episodes = EpisodeSampler(
         training, lm.encoder, tasks_per_episode=2, num_support=8, num_query=8, score_support=False

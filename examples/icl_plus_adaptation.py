@@ -1,7 +1,7 @@
 """Demonstrations in the prompt, adaptation of the weights, and both: four ways to use the same few examples.
 
 python examples/icl_plus_adaptation.py                    # meta-learns first; about eight minutes on two CPU cores
-python examples/icl_plus_adaptation.py --run runs/demo    # with what `bayes-lora demo` has learnt
+python examples/icl_plus_adaptation.py --run runs/demo    # with the posterior of `bayes-lora demo`
 python examples/icl_plus_adaptation.py --steps 4 --demonstrations 2
 """
 
@@ -18,9 +18,9 @@ from bayes_lora.runs.report import metrics_table
 
 
 def fitted_posterior(model: str | None, steps: int, run: Path | None, demonstrations: int) -> bayes_lora.Posterior:
-    """What a run has learnt, or what is learnt now, from episodes that show as many demonstrations."""
+    """Load the posterior of a run, or fit one on episodes with this number of demonstrations."""
     if run is not None:
-        return bayes_lora.Posterior.load(run / "posterior")
+        return bayes_lora.load_posterior(run)
     lm = bayes_lora.load_language_model(model) if model else bayes_lora.load_language_model()
     training, _ = bayes_lora.demo_tasks()
     config = demo_config()
@@ -37,7 +37,7 @@ def main(
     tasks = [task.subset(num_query=queries, seed=0) for task in unseen.values()]
     posterior = fitted_posterior(model, steps, run, demonstrations)
 
-    # Both see the same support: the model without adaptation at most as demonstrations, the posterior in its weights.
+    # Both use the same support: the pretrained model only as demonstrations, the posterior in its weights.
     methods = {"pretrained": pretrained(posterior.lm, tasks), "adapted": posterior.adapt(tasks, steps=gradient_steps)}
     results = {}
     for name, adapted in methods.items():
@@ -51,9 +51,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=demo_config().fit.steps, help="episodes of meta-learning")
-    parser.add_argument("--run", type=Path, help="a run folder, whose posterior is taken instead of learning one")
+    parser.add_argument("--run", type=Path, help="a run folder; its posterior is used, and none is fitted")
     parser.add_argument("--demonstrations", type=int, default=4, help="solved examples before every question")
     parser.add_argument("--shots", type=int, default=16, help="examples per task to adapt to")
     parser.add_argument("--queries", type=int, default=24, help="examples per task to predict")
-    parser.add_argument("--gradient-steps", type=int, default=0, help="steps of adaptation after the guide's one pass")
+    parser.add_argument("--gradient-steps", type=int, default=0, help="gradient steps after the amortized posterior")
     main(**vars(parser.parse_args()))

@@ -1,7 +1,7 @@
-"""A spreadsheet of one's own: load it in one line, look at it, adapt a posterior, evaluate it, predict what is new.
+"""Your own spreadsheet: load it, check it, adapt a posterior to it, evaluate it, and predict new rows.
 
 python examples/own_data.py                       # meta-learns first; about six minutes on two CPU cores
-python examples/own_data.py --run runs/demo       # with what `bayes-lora demo` has learnt; about one minute
+python examples/own_data.py --run runs/demo       # with the posterior of `bayes-lora demo`; about one minute
 python examples/own_data.py --table mine.csv --new new.csv --label verdict
 """
 
@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 
 
 def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_lora.Posterior:
-    """What a run has learnt, or what is learnt now on the shipped tasks; none of them is about tickets."""
+    """Load the posterior of a run, or fit one on the shipped tasks, none of which is about tickets."""
     if run is not None:
-        return bayes_lora.Posterior.load(run / "posterior")
+        return bayes_lora.load_posterior(run)
     lm = bayes_lora.load_language_model(model) if model else bayes_lora.load_language_model()
     training, _ = bayes_lora.demo_tasks()
     config = demo_config()
@@ -34,15 +34,15 @@ def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_l
 def main(
     model: str | None, steps: int, run: Path | None, table: Path, new: Path, label: str | None, shots: int
 ) -> None:
-    # One row is one ticket. The column `category` is guessed to be the answer; the input is made of the other texts.
+    # A row is a ticket. The column `category` is detected as the answer; the other texts are the input.
     [task] = load_tasks(table, format="table", label=label).values()
     statistics = task_statistics([task])
     show(statistics_table(statistics))
     for warning in statistics.warnings[task.name]:
-        print("look:", warning)
+        print("warning:", warning)
     print(f"the first of {len(task)}: {task.support[0].input!r} is {task.support[0].output!r}")
 
-    # A few rows to adapt to, and all others to find out how good that is.
+    # Adapt to a few rows, and evaluate on all others.
     task = task.split(shots, seed=13)
     posterior = fitted_posterior(model, steps, run)
     before = pretrained(posterior.lm, [task])
@@ -50,12 +50,12 @@ def main(
     for name, method, draws in (("pretrained", before, 0), (f"adapted to {shots} rows", adapted, 10)):
         print(f"{name}: {method.evaluate([task], num_draws=draws)[task.name]}")
 
-    # New rows have no answers. What is unsure is for a person to read.
+    # New rows have no answers. Uncertain rows are left to a person.
     questions = read_table_questions(new, question_card(task))
     [log_probs] = adapted.predict([questions], num_draws=10)
     for question, row in zip(questions, log_probs.exp(), strict=True):
         share, best = row.max(-1)
-        verdict = question.options[best] if share > 0.5 else "ask somebody"
+        verdict = question.options[best] if share > 0.5 else "ask a person"
         print(f"{verdict} ({question.options[best]} {share:.0%}): {question.input!r}")
 
 
@@ -63,9 +63,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=demo_config().fit.steps, help="episodes of meta-learning")
-    parser.add_argument("--run", type=Path, help="a run folder, whose posterior is taken instead of learning one")
+    parser.add_argument("--run", type=Path, help="a run folder; its posterior is used, and none is fitted")
     parser.add_argument("--table", type=Path, default=HERE / "tickets.csv", help="rows with answers")
     parser.add_argument("--new", type=Path, default=HERE / "new_tickets.csv", help="rows without answers")
-    parser.add_argument("--label", help="the column of the answers; by default guessed from its name")
-    parser.add_argument("--shots", type=int, default=16, help="how many rows to adapt to")
+    parser.add_argument("--label", help="the column of the answers; by default detected from its name")
+    parser.add_argument("--shots", type=int, default=16, help="number of rows to adapt to")
     main(**vars(parser.parse_args()))

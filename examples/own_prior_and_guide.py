@@ -1,4 +1,4 @@
-"""A prior and a guide of your own, from fit to export; and a plain Pyro function with one of Pyro's autoguides."""
+"""Write your own prior and guide, from fit to export; and a plain Pyro model with one of Pyro's autoguides."""
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +19,7 @@ class HeavyTailed(FactorModel):  # some tasks lie far from the others
         return {s: dist.StudentT(4.0, theta[f"theta.loc.{s}"], 0.02).to_event(3) for s in self.random_sites}
 
 
-class Directions(TaskGuide):  # the prior's normal, moved by the mean output embedding of the gold options
+class Directions(TaskGuide):  # the prior's normal, shifted along the mean output embedding of the gold options
     def __init__(self, model, **settings):
         super().__init__(model, **settings)
         self.directions = torch.nn.Parameter(1e-3 * torch.randn(model.likelihood.hidden_size, self.num_random))

@@ -1,7 +1,7 @@
-"""Meta-learn on the shipped tasks, adapt to one that was not seen, predict with uncertainty, keep what was learned.
+"""Meta-learn on the shipped tasks, adapt to an unseen task, predict with uncertainty, and save the posterior.
 
 python examples/quickstart.py                     # about six minutes on two CPU cores
-python examples/quickstart.py --steps 4           # a look at how it works; too short to learn much
+python examples/quickstart.py --steps 4           # a quick test; too short to learn much
 """
 
 import argparse
@@ -24,9 +24,9 @@ def main(model: str | None, steps: int, run: Path) -> None:
     task = unseen["film-opinion"]  # 16 support examples, 48 to predict
     for gradient_steps in (0, 10):
         adapted = posterior.adapt(task, steps=gradient_steps)
-        print(f"one pass + {gradient_steps} steps:", adapted.evaluate([task])[task.name])
+        print(f"amortized + {gradient_steps} steps:", adapted.evaluate([task])[task.name])
 
-    # How much of the uncertainty is about the weights? Predict with each draw alone, and see how far they disagree.
+    # How much of the uncertainty is about the weights? Compare the predictions of single draws.
     [mean] = adapted.predict([task.query], num_draws=10)
     draws = [adapted.predict([task.query], num_draws=1, seed=seed)[0].exp() for seed in range(10)]
     spread = sum((draw - mean.exp()).abs().max(-1).values for draw in draws) / len(draws)
@@ -42,5 +42,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=demo_config().fit.steps, help="episodes of meta-learning")
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of what is learned")
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder for the run")
     main(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""The script that a Pyro user would write: a model, a guide, ``pyro.infer.SVI``, and beta as an effect handler.
+"""Plain Pyro: a model, a guide, ``pyro.infer.SVI``, and beta as an effect handler.
 
 python examples/svi_script.py                     # about six minutes on two CPU cores
 """
@@ -12,7 +12,7 @@ from pyro.optim import ClippedAdam
 import bayes_lora
 from bayes_lora.episodes import EpisodeSampler, collate
 from bayes_lora.guides import GuideNetwork
-from bayes_lora.infer.objective import ScaleLatents
+from bayes_lora.infer import ScaleLatents
 from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.infer.schedules import linear_warmup
 from bayes_lora.models import HierarchicalNormal
@@ -26,18 +26,18 @@ def main(model: str | None, steps: int, beta: float) -> None:
     pairs = [([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in unseen.values()]
     held_out = [collate(*pair).to(lm.device) for pair in pairs]
 
-    prior = HierarchicalNormal(lm, lm.sites.initial(), random="B")  # p(theta) p(phi | theta) p(answer | x, phi)
+    prior = HierarchicalNormal(lm, random="B")  # p(theta) p(phi | theta) p(answer | x, phi)
     guide = GuideNetwork(prior)  # q(theta) q(phi | support)
     prior.to(lm.device), guide.to(lm.device)
     svi = SVI(prior, guide, ClippedAdam({"lr": 2e-3, "clip_norm": 1e4}), loss=TraceMeanField_ELBO())
     num_examples = sum(len(task) for task in training.values())
     for step, episode in zip(range(steps), episodes, strict=False):
-        warm = beta * linear_warmup(step, 20)
-        with ScaleLatents(beta=warm, gamma=warm):  # weighs the divergences of phi and of theta
+        annealed = beta * linear_warmup(step, 20)
+        with ScaleLatents(beta=annealed):  # the weight of the divergences of phi and theta
             loss = svi.step(episode.to(lm.device))
         print(f"step {step + 1}: {loss / num_examples:.3f} nats an example")
 
-    # The posterior predictive of tasks that were not seen, after one pass over their 16 examples.
+    # The posterior predictive of unseen tasks, after one pass over their 16 support examples.
     objective = bayes_lora.BetaELBO(prior, guide, beta=beta)
     print(f"unseen tasks: NLL {held_out_nll(objective, held_out, num_draws=4):.3f} nats")
 

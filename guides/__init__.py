@@ -1,4 +1,4 @@
-"""Pyro guides: q(theta) q(phi | support)."""
+"""Pyro guides, q(theta) q(phi | support). To write a new one, start from :class:`TaskGuide`."""
 
 from bayes_lora.guides.ensemble import Ensemble
 from bayes_lora.guides.family import Dropout, LowRank, MatrixNormal, Point

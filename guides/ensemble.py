@@ -1,11 +1,11 @@
-r"""Deep ensemble: several guides fitted beside one another (Lakshminarayanan et al., arXiv 1612.01474).
+r"""Deep ensemble: several guides, fitted in parallel (Lakshminarayanan et al., arXiv 1612.01474).
 
 .. math:: q(\theta) \prod_i q(\phi_i \mid S_i) = \tfrac1K \textstyle\sum_k
     q_k(\theta) \prod_i q_k(\phi_i \mid S_i)
 
-A draw is of one member. In training the particles are shared out among the members, whose parameters do not touch one
-another: with ``BetaELBO(..., num_particles=K)`` each is trained in every step. The mean of the members' ELBOs is a
-lower bound on the mixture's.
+A draw comes from one member. In training the particles are divided among the members, which share no parameters: with
+``BetaELBO(..., num_particles=K)`` every member is trained in every step. The mean of the members' ELBOs is a lower
+bound on the ELBO of the mixture.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ Members: Any = PyroModule[nn.ModuleList]
 
 
 class Ensemble(TaskGuide):
-    """K members, each with a q(theta) and a q(phi | support) of its own.
+    """A uniform mixture of K guides, each with its own q(theta) and q(phi | support).
 
     Args:
         model: a hierarchical model.
         theta_guide: makes q(theta) of each member from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        make: makes a member, ``make(model, theta_guide=...)``; by default one LoRA for all tasks. Members differ by
-            what is random in it.
+        make: makes one member, ``make(model, theta_guide=...)``; by default :class:`bayes_lora.guides.SharedPoint`, one
+            LoRA for all tasks. Members differ by their random initialization.
         num_members: K, at least 2.
-        spread: how far from the prior's mean the default members start, in standard deviations of the prior.
+        spread: distance from the prior's mean at which the default members start, in prior standard deviations.
 
     Raises:
-        ConfigError: there are fewer than two members; when called, a member has several components itself.
+        ConfigError: there are fewer than two members, or, when called, a member has several components itself.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Ensemble(TaskGuide):
         self.members, self.num_members = Members(members), num_members
 
     def amortized(self, support: Episode) -> tuple[Sites, Components]:
-        """Each member's mean of q(theta), ``(K, 1, 1, ...)``, and q(phi | support) there, batch ``(K, T, 1)``."""
+        """Return each member's mean of q(theta), ``(K, 1, 1, ...)``, and its q(phi | support), batch ``(K, T, 1)``."""
         thetas = [member.theta_mean() for member in self.members]
         theta = {site: torch.stack([one[site] for one in thetas])[:, None, None] for site in thetas[0]}
         return theta, self.posterior(support, theta)
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
-        """q(phi | support) of each member at its own theta ``(K, 1, 1, ...)``: batch ``(K, T, 1)``."""
+        """Return q(phi | support) of each member at its own theta ``(K, 1, 1, ...)``: batch ``(K, T, 1)``."""
         found = []
         for k, member in enumerate(self.members):
             found.append(self._one_component(k, member.posterior(support, {s: v[k, 0, 0] for s, v in theta.items()})))
@@ -84,11 +84,13 @@ class Ensemble(TaskGuide):
 
     def _one_component(self, k: int, posterior: Distributions) -> Distributions:
         if isinstance(posterior, Components):
-            raise ConfigError(f"make: {type(self.members[k]).__name__} has several components, a member has one.")
+            raise ConfigError(
+                f"make: expected members with one component, but {type(self.members[k]).__name__} has several."
+            )
         return posterior
 
     def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi, each draw of a member of its own."""
+        """Sample theta and phi; the draws are divided among the members."""
         chosen = choose_components(len(self.members))
         if draws_around() is None:
             member: Any = self.members[int(chosen)]
@@ -100,25 +102,25 @@ class Ensemble(TaskGuide):
             member = self.members[k]
             draws = order[chosen[order] == k]
             fns = {site: member.theta.distribution(site) for site in member.theta.positive}
-            parts.append({site: wide(fn, len(draws), 1, 1) for site, fn in fns.items()})
+            parts.append({site: expand_batch(fn, len(draws), 1, 1) for site, fn in fns.items()})
             places.append(draws)
-        theta = {site: pyro.sample(site, concatenated(parts, site, places)) for site in parts[0]}
+        theta = {site: pyro.sample(site, concatenate_members(parts, site, places)) for site in parts[0]}
         found = []
         for k, draws in zip(chosen.unique().tolist(), places, strict=True):
             own = {site: value[draws] for site, value in theta.items()}
             posterior = self._one_component(k, self.members[k].posterior(episode.support, own))
             tasks = len(episode.support.task_index)
-            found.append({site: wide(fn, len(draws), tasks, 1) for site, fn in posterior.items()})
-        return sample_phi(episode, {site: concatenated(found, site, places) for site in found[0]})
+            found.append({site: expand_batch(fn, len(draws), tasks, 1) for site, fn in posterior.items()})
+        return sample_phi(episode, {site: concatenate_members(found, site, places) for site in found[0]})
 
 
-def wide(fn: Any, *batch: int) -> Any:
-    """The distribution for a batch of draws, tasks and examples."""
+def expand_batch(fn: Any, *batch: int) -> Any:
+    """Expand a distribution to a batch of draws, tasks and examples."""
     return fn.expand(batch)
 
 
-def concatenated(parts: list[dict[str, Any]], site: str, places: list[Tensor]) -> Any:
-    """One distribution of several members' draws, each at its place."""
+def concatenate_members(parts: list[dict[str, Any]], site: str, places: list[Tensor]) -> Any:
+    """Join the members' distributions of one site into one batch, in the order of the draws."""
     tensors = [parameters(part[site]) for part in parts]
     back = torch.cat(places).argsort()
     whole = {name: torch.cat([own[name] for own in tensors])[back.to(tensors[0][name].device)] for name in tensors[0]}

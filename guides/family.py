@@ -1,4 +1,6 @@
-"""The family of q(phi): what a guide that moves free parameters makes of a normal p(phi | theta).
+"""The family of q(phi), for guides that optimise its parameters directly.
+
+A family maps p(phi | theta) of one site to the initial q(phi) of that site.
 
 Usage::
 
@@ -26,30 +28,32 @@ from bayes_lora.errors import ConfigError
 __all__ = ["Dropout", "Family", "LowRank", "MatrixNormal", "Point", "same_as_prior"]
 
 Family = Callable[[str, Any], Any]
-"""Site name and p(phi | theta) to a distribution of another family that starts there."""
+"""Maps a site name and its p(phi | theta) to the initial q(phi) of the site."""
 
 
 def same_as_prior(site: str, prior: Any) -> Any:
-    """The prior itself, if it is of a family that steps can move; of any other, normals with its mean and scale."""
+    """Return the prior if gradient steps can move its family, else normals with its mean and standard deviation."""
     return prior if has_parameters(prior) else moment_matched(prior).to_event(3)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point, at the prior's mean: with it a guide is MAP, and a gradient guide fine-tunes a LoRA."""
+    """A point mass at the prior's mean: q is then MAP estimation, and a gradient guide fine-tunes a LoRA."""
 
     def __call__(self, site: str, prior: Any) -> Any:
-        """Of one site."""
+        """Return the initial q(phi) of one site."""
         return prior if isinstance(prior, dist.Delta) else dist.Delta(_normal(self, site, prior).mean, event_dim=3)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Diagonal plus low rank, see :class:`bayes_lora.distributions.low_rank_normal.LowRankNormal`.
+    """A normal with diagonal plus low-rank covariance.
+
+    See :class:`bayes_lora.distributions.low_rank_normal.LowRankNormal`.
 
     Attributes:
         rank: k.
-        start: size of the factor at the start, in standard deviations of the prior.
+        start: initial scale of the factor, in prior standard deviations.
     """
 
     rank: int = 4
@@ -57,10 +61,13 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.start > 0:
-            raise ConfigError(f"LowRank: expected rank of at least 1 and positive start, got {self}.")
+            raise ConfigError(f"LowRank: expected rank of at least 1 and a positive start, got {self}.")
 
     def __call__(self, site: str, prior: Any) -> Any:
-        """Of one site. Directions start at random, for at zero they would have no gradient; always the same ones."""
+        """Return the initial q(phi) of one site.
+
+        The factor is random, because at zero it has no gradient, and drawn with a fixed seed.
+        """
         normal = _normal(self, site, prior)
         generator = torch.Generator().manual_seed(0)
         shape = (*prior.event_shape, self.rank)
@@ -71,18 +78,18 @@ class LowRank:
 
 @dataclass(frozen=True)
 class MatrixNormal:
-    """Rows correlated with rows, columns with columns.
+    """A matrix normal per layer: correlations between rows and between columns.
 
     See :class:`bayes_lora.distributions.kronecker_normal.KroneckerNormal`.
 
     Attributes:
-        largest: longer sides are left independent, for their matrices would be larger than the weights.
+        largest: sides longer than this stay independent, because their matrices would be larger than the weights.
     """
 
     largest: int = 64
 
     def __call__(self, site: str, prior: Any) -> Any:
-        """Of one site."""
+        """Return the initial q(phi) of one site."""
         normal = _normal(self, site, prior)
         layers, *sides = prior.event_shape
         eyes = (torch.eye(side, dtype=normal.loc.dtype, device=normal.loc.device) for side in sides)
@@ -92,13 +99,13 @@ class MatrixNormal:
 
 @dataclass(frozen=True)
 class Dropout:
-    """A point with dropout of A's columns; B is a point.
+    """A point mass with dropout on the columns of A; a point mass for B.
 
     See :class:`bayes_lora.distributions.dropped_point.DroppedPoint`.
 
     Attributes:
-        rate: share of the columns that is dropped.
-        sites: which sites; by default all of A.
+        rate: probability with which a column is dropped.
+        sites: the sites with dropout; by default every A.
     """
 
     rate: float = 0.1
@@ -109,7 +116,7 @@ class Dropout:
             raise ConfigError(f"Dropout: expected a rate between 0 and 1, got {self.rate}.")
 
     def __call__(self, site: str, prior: Any) -> Any:
-        """Of one site."""
+        """Return the initial q(phi) of one site."""
         mean = _normal(self, site, prior).mean
         if site not in self.sites if self.sites is not None else ".lora_A" not in site:
             return dist.Delta(mean, event_dim=3)

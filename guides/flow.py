@@ -1,17 +1,17 @@
-r"""A normalising flow on the coefficients of the guide network (Rezende and Mohamed, arXiv 1505.05770).
+r"""A guide network with a normalising flow over its coefficients (Rezende and Mohamed, arXiv 1505.05770).
 
 .. math::
     c &= f(\epsilon), \qquad \epsilon \sim \mathcal N(0, I) \\
     q(\phi_i \mid S_i, c) &= \mathcal N\big(\mu_\theta + \sigma_\theta \textstyle\sum_m (c_m(z_i) + s c_m) D_m + \dots,
         (\sigma_\theta e^{\rho + s(z_i)})^2\big)
 
-One vector c holds the coefficients of all sites and layers, so that their weights move together. f are inverse
-autoregressive flows (Kingma et al., arXiv 1606.04934) that see the support's code z. The marginal of phi has no density
-in closed form; the ELBO is bounded with a reverse model r (Ranganath, Tran and Blei, arXiv 1511.02386):
+The vector c holds the coefficients of all sites and layers, so their weights are correlated. f is a composition of
+inverse autoregressive flows (Kingma et al., arXiv 1606.04934) conditioned on the support's code z. The marginal of phi
+has no closed-form density, so the ELBO is bounded with a reverse model r (Ranganath, Tran and Blei, arXiv 1511.02386):
 
 .. math:: \log p(y) \ge \mathbb E\big[\log p(y, \phi) - \log q(\phi \mid c) - \log q(c) + \log r(c \mid \phi)\big]
 
-where r is normal around the coefficients that least squares finds in phi.
+where r is a normal centred on the least-squares estimate of the coefficients from phi.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ Flows: Any = PyroModule[nn.ModuleList]
 
 
 class FlowNetwork(GuideNetwork):
-    """q(theta) q(phi | support), amortised, with weights of all sites correlated and not normal.
+    """An amortised q(theta) q(phi | support) whose weights are correlated across sites and need not be normal.
 
     Args:
         model: as in :class:`bayes_lora.guides.GuideNetwork`.
-        theta_guide: as there.
-        num_flows: how many autoregressive maps f is made of.
-        num_components: draws of c that stand for its distribution once a task is adapted to.
-        start: s, the size of c's effect at the start; learnt for each coefficient.
-        settings: the others of :class:`bayes_lora.guides.GuideNetwork`.
+        theta_guide: as in :class:`bayes_lora.guides.GuideNetwork`.
+        num_flows: number of autoregressive maps in f.
+        num_components: number of draws of c that represent its distribution in a task's posterior.
+        start: initial value of s, the scale of c's effect; learned per coefficient.
+        settings: the other arguments of :class:`bayes_lora.guides.GuideNetwork`.
 
     Raises:
         ConfigError: p(phi | theta) has no mean or no standard deviation, or a setting is out of range.
@@ -67,7 +67,7 @@ class FlowNetwork(GuideNetwork):
     ) -> None:
         if min(num_flows, num_components) < 1 or not start > 0:
             raise ConfigError(
-                "expected num_flows and num_components of at least 1 and positive start; got "
+                "expected num_flows and num_components of at least 1 and a positive start; got "
                 f"num_flows={num_flows}, num_components={num_components}, start={start}."
             )
         super().__init__(model, theta_guide=theta_guide, **settings)
@@ -91,19 +91,19 @@ class FlowNetwork(GuideNetwork):
                 site: pyro.sample(f"phi.{site}", self.normal(site, prior, code, added[site]))
                 for site, prior in priors.items()
             }
-            # A factor of a guide is taken from the ELBO; log r belongs to it.
+            # The ELBO subtracts a guide's factors, and log r must be added.
             pyro.factor("phi.reverse", -self.log_reverse_density(drawn, phi, priors, code), has_rsample=True)
         return phi
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
-        """Normals given draws of the coefficients: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
+        """Return normals, one per draw of the coefficients: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
         code = self.code(support)
         added = self.split(self.flow(code).rsample((self.num_components,))[..., 0, :])
         priors = self.prior(theta)
         return Components({site: self.normal(site, prior, code, added[site]) for site, prior in priors.items()})
 
     def flow(self, code: Code) -> dist.TorchDistribution:
-        """q(c | S), a batch ``(T, 1)`` of vectors."""
+        """Return q(c | S), of batch ``(T, 1)`` and event ``(coefficients,)``."""
         context = code.pooled[:, None]
         count = len(self.log_size)
         base = dist.Normal(context.new_zeros(()), 1.0).expand([*context.shape[:-1], count]).to_event(1)
@@ -114,17 +114,17 @@ class FlowNetwork(GuideNetwork):
         return made
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector's effect on the coefficients of each site, ``(..., layers, m)``."""
+        """Split c into what is added to the coefficients of each site, ``(..., layers, m)``."""
         sizes = [layers * m for layers, m in self.splits.values()]
         parts = (vector * self.log_size.exp()).split(sizes, -1)
         return {site: part.unflatten(-1, self.splits[site]) for part, site in zip(parts, self.splits, strict=True)}
 
     def log_reverse_density(self, drawn: Tensor, phi: Sites, priors: dict[str, Any], code: Code) -> Tensor:
-        """Log r(c | phi), ``(..., T, 1)`` nats."""
+        """Return log r(c | phi), ``(..., T, 1)`` nats."""
         found = []
         for site, prior in priors.items():
             normal, basis = moment_matched(prior), self._get("directions", site).flatten(-2)
-            # Of phi in the prior's units what directions and coefficients have to explain.
+            # The part of phi, in prior standard deviations, that the directions have to explain.
             rest = ((phi[site] - normal.loc) / normal.scale).squeeze(-4) - self.residual_write(site, code)
             gram = basis @ basis.mT + 1e-6 * torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
             projected = torch.einsum("lmw,...lw->...lm", basis, rest.flatten(-2))

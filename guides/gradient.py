@@ -8,9 +8,10 @@ As in arXiv 2508.14285:
         + \beta\, \mathrm{KL}(q_\lambda(\phi) \,\|\, p(\phi \mid \theta)) \big\} \\
     q(\phi_i \mid S_i) &= \mathcal N\big(\mathrm{loc}(\lambda_i^K), \mathrm{scale}(\lambda_i^K)^2\big)
 
-in nats, the log-likelihood summed over the support. All tasks of an episode take their steps in one batched forward and
-backward. For theta's gradient the displacement :math:`\lambda^K - \lambda^0` is a constant (first order), or is
-differentiated through (second order). With K = 0 it is the prior, and :math:`\lambda^0` may come from another guide.
+in nats, with the log-likelihood summed over the support. All tasks of an episode take their steps in one batched
+forward and backward pass. For theta's gradient the displacement :math:`\lambda^K - \lambda^0` is a constant (first
+order), or is differentiated through (second order). With K = 0, q is the prior. :math:`\lambda^0` may also come from
+another guide.
 """
 
 from __future__ import annotations
@@ -40,24 +41,25 @@ class GradientGuide(TaskGuide):
 
     Args:
         model: a hierarchical model with ``random_sites``, ``theta()`` and ``phi_prior(theta)``.
-        start: a guide with ``theta`` and ``posterior(support, theta)`` at which the steps begin; by default they
-            begin at p(phi | theta).
-        theta_guide: makes q(theta) from the model, if ``start`` has none: :class:`PointTheta` or :class:`NormalTheta`.
+        start: a guide whose ``posterior(support, theta)`` the steps start from, and whose q(theta) is used; by default
+            the steps start from p(phi | theta).
+        theta_guide: makes q(theta) from the model if ``start`` is None: :class:`PointTheta` or :class:`NormalTheta`.
         steps: K.
-        learning_rate: alpha; one for each part of the family, ``{"loc": 2e-3, "log_scale": 0.1}``, or one for all. Few
-            steps change a scale only where its own rate is large.
-        optimizer: ``"sgd"``, or ``"adam"`` (each task's and element's own moments, none kept between episodes).
-        beta: weight of the divergence inside; independent of the objective's.
-        num_particles: draws of phi per step, in one forward.
-        batch_size: examples of each support set per step, in turn; their likelihood stands for the whole set's. None
-            takes all.
-        second_order: whether theta's gradient flows through the steps. For small models: every step keeps its graph,
-            and attention takes its plain form, the only one that can be differentiated twice.
-        learn_rates: whether alpha is learnt, one for each part of each site (its loc, its log scale).
+        learning_rate: alpha; one value, or one per parameter of the family: ``{"loc": 2e-3, "log_scale": 0.1}``. A few
+            steps change a scale only if its rate is large.
+        optimizer: ``"sgd"`` or ``"adam"``. Adam's moments are elementwise per task, and start at zero in every episode.
+        beta: weight of the divergence in the steps; independent of the objective's beta.
+        num_particles: draws of phi per step, in one forward pass.
+        batch_size: examples of each support set per step, taken in turn, with their log-likelihood scaled to the whole
+            set. None takes all.
+        second_order: whether theta's gradient flows through the steps. For small models only: the graph of every step
+            is kept, and attention runs in its plain form, the only one that can be differentiated twice.
+        learn_rates: whether alpha is learned, one per parameter and site.
         family: of q(phi), see :mod:`bayes_lora.guides.family`; by default the prior's own. With ``Point()`` the steps
             fine-tune a LoRA for each task, from theta (first-order MAML, arXiv 1703.03400).
-        follow_theta: whether q moves with theta, so that theta learns from the likelihood too. If not, it learns from
-            the divergence alone, and moves towards where the tasks' steps ended (Reptile, arXiv 1803.02999).
+        follow_theta: whether q moves with theta, so that theta gets a gradient from the likelihood too. If False, theta
+            learns from the divergence alone and moves towards the end points of the tasks' steps (Reptile,
+            arXiv 1803.02999).
 
     Raises:
         ConfigError: a setting is out of range.
@@ -93,15 +95,17 @@ class GradientGuide(TaskGuide):
             raise ConfigError(f"optimizer: expected 'sgd' or 'adam', got {optimizer!r}.")
         if isinstance(start, SharedPoint) and not isinstance(family, Point):
             raise ConfigError(
-                "start: SharedPoint has no scale for the steps to begin at. Use SharedMeanField, or family=Point()."
+                "start: SharedPoint has no scale for the steps to start from. Use SharedMeanField, or family=Point()."
             )
         if start is not None and start.num_members > 1:
-            raise ConfigError(f"start: {type(start).__name__} has no theta of its own. Start from one of its members.")
+            raise ConfigError(
+                f"start: {type(start).__name__} has one q(theta) per member. Start from one of its members."
+            )
         if (second_order or learn_rates) and not follow_theta:
-            raise ConfigError("second_order, learn_rates: no gradient flows through steps where follow_theta is False.")
+            raise ConfigError("second_order, learn_rates: no gradient flows through the steps with follow_theta=False.")
         self.start, self.family, self.follow_theta = start, family, follow_theta
         if start is not None:
-            # Not registered a second time: its parameters are those of start.
+            # Not registered as a submodule: start registers its parameters already.
             object.__setattr__(self, "theta", start.theta)
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
         self.beta, self.num_particles, self.second_order = beta, num_particles, second_order
@@ -127,14 +131,14 @@ class GradientGuide(TaskGuide):
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
 
-        The steps are taken at the mean of q(theta), once for all draws of theta: a draw moves where they end by as much
-        as it moves p(phi | theta).
+        The steps are taken once, at the mean of q(theta). A draw of theta shifts their end point by as much as it
+        shifts p(phi | theta).
         """
         tasks = len(support.task_index)
         mean = self.theta_mean()
         start = self._begin(support, mean)
         if not self.steps and self.start is None:
-            start = self._begin(support, theta)  # at the draw of theta, not at its mean
+            start = self._begin(support, theta)  # at the draw of theta, not at the mean
             return constrained_sites(start, unconstrained_sites(start, tasks))
         moved = self.displacement(support, mean, start) if self.steps else {}
         end = {key: value + moved.get(key, 0.0) for key, value in unconstrained_sites(start, tasks).items()}
@@ -147,14 +151,15 @@ class GradientGuide(TaskGuide):
         begin = self.prior(theta) if self.start is None else self.start.posterior(support, theta)
         if isinstance(begin, Components):
             raise ConfigError(
-                f"start: {type(self.start).__name__} has several components, and the steps one beginning."
+                f"start: expected a guide with one component, but {type(self.start).__name__} has several. Use "
+                "SharedMeanField, MeanField or GuideNetwork."
             )
         begin = self._family(begin)
         expected, got = (unconstrained_sites(one).keys() for one in (self._family(self.prior(theta)), begin))
         if expected != got:
             parts = [sorted({part for part, _ in one}) for one in (expected, got)]
             raise ConfigError(
-                f"start: expected a guide of the family of p(phi | theta), with parts {parts[0]}; "
+                f"start: expected a guide of the family of p(phi | theta), with parameters {parts[0]}; "
                 f"{type(self.start).__name__} has {parts[1]}. Use SharedMeanField, MeanField or GuideNetwork."
             )
         return begin
@@ -163,7 +168,7 @@ class GradientGuide(TaskGuide):
         return {site: self.family(site, fn) for site, fn in fns.items()}
 
     def displacement(self, support: Episode, theta: Sites, start: Distributions) -> SiteParameters:
-        """How far K steps move each ``(part, site)`` from ``start``, at one value of theta."""
+        """Return the change of each ``(part, site)`` after K steps from ``start``, at one value of theta."""
         second = self.second_order and torch.is_grad_enabled()
         descent = Descent(
             self.model, self._rate, self.optimizer, self.beta, self.num_particles, second, self.batch_size

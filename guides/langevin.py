@@ -4,8 +4,8 @@ r"""Stochastic-gradient Langevin dynamics for each task's posterior (Welling and
     u^{k+1} = u^k - \tfrac{\epsilon}{2} \nabla_u \big\{-\tfrac1\beta \log p(S_i \mid \mu_\theta + \sigma_\theta u)
         + \tfrac12 \lVert u \rVert^2\big\} + \sqrt\epsilon\, \xi^k, \qquad \xi^k \sim \mathcal N(0, I)
 
-in units of the prior's standard deviations, which precondition the steps. Its samples are those of
-:math:`p(S_i \mid \phi)^{1/\beta}\, p(\phi \mid \theta)` as the step size goes to zero. All tasks walk side by side.
+in units of the prior's standard deviations, which precondition the steps. As the step size goes to zero, its samples
+are distributed as :math:`p(S_i \mid \phi)^{1/\beta}\, p(\phi \mid \theta)`. The chains of all tasks run in one batch.
 Theta learns from the divergence of the samples: its gradient is that of Monte Carlo EM.
 """
 
@@ -28,20 +28,20 @@ __all__ = ["SGLD"]
 
 
 class SGLD(TaskGuide):
-    """q(theta), and samples of phi given the support.
+    """q(theta), and posterior samples of phi given the support.
 
     Args:
         model: a hierarchical model over LoRA factors.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        num_samples: K.
+        num_samples: K, samples per task.
         burn_in: steps before the first sample.
         thinning: steps from one sample to the next.
         step_size: epsilon.
-        batch_size: examples of each support set per step, in turn; None takes all.
-        beta: tempers the likelihood by 1 / beta, as the objective's does.
+        batch_size: examples of each support set per step, taken in turn; None takes all.
+        beta: the likelihood is tempered by 1 / beta, as in the objective.
 
     Raises:
-        ConfigError: a setting is out of range, or phi holds no LoRA factors.
+        ConfigError: a setting is out of range, or phi is not over LoRA factors.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SGLD(TaskGuide):
             or not beta > 0
         ):
             raise ConfigError(
-                "expected num_samples, thinning and batch_size of at least 1, burn_in of at least 0, positive "
+                "expected num_samples, thinning and batch_size of at least 1, burn_in of at least 0, and positive "
                 f"step_size and beta; got num_samples={num_samples}, thinning={thinning}, batch_size={batch_size}, "
                 f"burn_in={burn_in}, step_size={step_size}, beta={beta}."
             )
@@ -74,7 +74,7 @@ class SGLD(TaskGuide):
         self.step_size, self.batch_size, self.beta = step_size, batch_size, beta
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
-        """Samples as points, per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
+        """Return the samples as point masses per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
         model = self.model
         mean = {site: value.detach() for site, value in self.theta_mean().items()}
         tasks, prior = len(support.task_index), model.phi_prior(mean)
@@ -89,7 +89,7 @@ class SGLD(TaskGuide):
                 if step >= self.burn_in and (step - self.burn_in) % self.thinning == 0:
                     kept[site].append(moved[part, site] + start[site])
 
-        # The gradient of -log p(S | phi) - beta log p(phi | theta), over beta.
+        # The rate of the gradient of -log p(S | phi) - beta log p(phi | theta), divided by beta.
         def rate(part: str, site: str) -> Tensor:
             found: Tensor = 0.5 * self.step_size * prior[site].variance / self.beta
             return found

@@ -9,7 +9,7 @@ F is the Fisher information of the support (see :mod:`bayes_lora.infer.curvature
 for each layer, in units of the prior's standard deviations, where the prior's precision is :math:`\lambda I` and the
 sum is exact. :math:`\lambda_i` is 1, or for each layer what maximises the marginal likelihood at the mode (the fixed
 point :math:`\lambda = \sum_k f_k / (f_k + \lambda) / \lVert u \rVert^2`, with u the mode and f the eigenvalues of F /
-beta in these units). Scales follow from one more backward pass, where gradient steps on them need many.
+beta in these units). The scales take one more backward pass, whereas gradient steps need many to fit them.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ __all__ = ["Laplace"]
 class Laplace(TaskGuide):
     """q(theta) q(phi | support), a normal around the most probable phi.
 
-    For theta's gradient the displacement of the steps and the Fisher information are constants, and with a Kronecker
-    Fisher the prior's standard deviations, in whose units it is measured, as well.
+    For theta's gradient the displacement of the steps and the Fisher information are constants. With
+    ``curvature="kronecker"`` so are the prior's standard deviations, in whose units the Fisher information is measured.
 
     Args:
-        model: a hierarchical model whose p(phi | theta) is normal.
+        model: a hierarchical model over LoRA factors whose p(phi | theta) has a finite mean and standard deviation; the
+            mode is the model's own, and scales combine the curvature with the precision of a normal of these moments.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        steps: K.
-        learning_rate: of the steps.
+        steps: K, gradient steps towards the mode.
+        learning_rate: step size.
         optimizer: ``"sgd"`` or ``"adam"``.
-        beta: tempers the likelihood by 1 / beta, as the objective's does.
-        num_samples: answers drawn for every example to average the Fisher information over; a backward pass each.
-        curvature: ``"diagonal"``, or ``"kronecker"``: weights of a layer are correlated.
-        prior_precision: lambda: ``"prior"`` keeps the prior's precision, ``"marginal-likelihood"`` scales it.
-        largest: sides of a layer's matrix longer than this have a diagonal factor (Kronecker).
-        batch_size: examples in a pass for the Fisher information, which bounds its memory.
+        beta: the likelihood is tempered by 1 / beta, as in the objective.
+        num_fisher_samples: answers sampled per example to estimate the Fisher information; one backward pass each.
+        curvature: ``"diagonal"``, or ``"kronecker"``, which correlates the weights of a layer.
+        prior_precision: ``"prior"`` sets lambda to 1; ``"marginal-likelihood"`` maximises the evidence over lambda.
+        largest: with ``curvature="kronecker"``, sides longer than this have a diagonal factor.
+        batch_size: examples per pass for the Fisher information; bounds its memory.
 
     Raises:
-        ConfigError: a setting is out of range, or p(phi | theta) is not normal.
+        ConfigError: a setting is out of range, or p(phi | theta) is not over LoRA factors with finite moments.
     """
 
     def __init__(
@@ -65,17 +66,17 @@ class Laplace(TaskGuide):
         learning_rate: Positive = 2e-3,
         optimizer: Literal["sgd", "adam"] = "adam",
         beta: Positive = 1.0,
-        num_samples: Count = 1,
+        num_fisher_samples: Count = 1,
         curvature: Literal["diagonal", "kronecker"] = "diagonal",
         prior_precision: Literal["prior", "marginal-likelihood"] = "prior",
         largest: Count = 64,
         batch_size: Count = 4,
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
-        if steps < 0 or min(num_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:
+        if steps < 0 or min(num_fisher_samples, batch_size) < 1 or not learning_rate > 0 or not beta > 0:
             raise ConfigError(
-                "expected steps of at least 0, num_samples and batch_size of at least 1, positive learning_rate and "
-                f"beta; got steps={steps}, num_samples={num_samples}, batch_size={batch_size}, "
+                "expected steps of at least 0, num_fisher_samples and batch_size of at least 1, positive learning_rate "
+                f"and beta; got steps={steps}, num_fisher_samples={num_fisher_samples}, batch_size={batch_size}, "
                 f"learning_rate={learning_rate}, beta={beta}."
             )
         if optimizer not in ("sgd", "adam"):
@@ -86,13 +87,13 @@ class Laplace(TaskGuide):
             raise ConfigError(f"prior_precision: expected 'prior' or 'marginal-likelihood', got {prior_precision!r}.")
         check_moments(model, "Laplace")
         self.steps, self.learning_rate, self.optimizer = steps, learning_rate, optimizer
-        self.beta, self.num_samples, self.curvature = beta, num_samples, curvature
+        self.beta, self.num_fisher_samples, self.curvature = beta, num_fisher_samples, curvature
         self.prior_precision, self.largest, self.batch_size = prior_precision, largest, batch_size
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
         """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
 
-        Steps and curvature are those at the mean of q(theta), once for all draws of theta.
+        Steps and curvature are computed once, at the mean of q(theta), for all draws of theta.
         """
         model = self.model
         mean = {site: value.detach() for site, value in self.theta_mean().items()}
@@ -105,7 +106,7 @@ class Laplace(TaskGuide):
         return widths(support, mean, mode, moved, unit, model.phi_prior(theta))  # type: ignore[no-any-return]
 
     def displacement(self, support: Episode, theta: Sites, loc: Sites) -> Sites:
-        """How far K steps move phi from the prior's mean."""
+        """Return the change of phi after K steps from the prior's mean."""
         model = self.model
         points: Distributions = {site: dist.Delta(value, event_dim=3) for site, value in loc.items()}
         descent = Descent(model, lambda part, site: self.learning_rate, self.optimizer, self.beta)
@@ -113,12 +114,12 @@ class Laplace(TaskGuide):
         return {site: v if self.steps else torch.zeros_like(v) for (_, site), v in moved.items()}
 
     def fisher(self, support: Episode, theta: Sites, phi: Sites) -> Sites:
-        """Diagonal of the Fisher information of each task's support, ``(T, 1, layers, out, in)`` per random site."""
-        return diagonal(self._passes(support, theta, phi), phi, self.num_samples)
+        """Return the diagonal Fisher information of each support per random site, ``(T, 1, layers, out, in)``."""
+        return diagonal(self._passes(support, theta, phi), phi, self.num_fisher_samples)
 
     def _passes(self, support: Episode, theta: Sites, phi: Sites) -> Any:
         model = self.model
-        return gradients_of_examples(model, support, theta, phi, self.num_samples, self.batch_size)
+        return gradients_of_examples(model, support, theta, phi, self.num_fisher_samples, self.batch_size)
 
     def _diagonal(self, support: Any, mean: Any, mode: Any, moved: Any, unit: Any, here: Any) -> Distributions:
         fisher = self.fisher(support, mean, mode)
@@ -130,26 +131,26 @@ class Laplace(TaskGuide):
         return posterior
 
     def _kronecker(self, support: Any, mean: Any, mode: Any, moved: Any, unit: Any, here: Any) -> Distributions:
-        sides = kronecker(self._passes(support, mean, mode), unit, self.num_samples, self.largest)
+        sides = kronecker(self._passes(support, mean, mode), unit, self.num_fisher_samples, self.largest)
         posterior: Distributions = {}
         for site, prior in here.items():
             left, right, values = sides[site].eigen()
             precision = self._precision(values / self.beta, moved[site] / unit[site])
             spectrum = (precision + values / self.beta).rsqrt()
-            # Units stay those of theta's mean, in which curvature is measured: a draw of theta moves the mode alone.
+            # The units stay those at the mean of q(theta), where the curvature is: a draw of theta moves the mode only.
             posterior[site] = KroneckerNormal(prior.mean + moved[site], unit[site], left, right, spectrum)
         return posterior
 
     def _precision(self, values: Tensor, mode: Tensor) -> Tensor:
-        """Lambda for each layer, ``(T, 1, layers, 1, 1)``, given eigenvalues and mode in the prior's units."""
+        """Return lambda per layer, ``(T, 1, layers, 1, 1)``, given eigenvalues and mode in the prior's units."""
         precision = torch.ones_like(values[..., :1, :1])
         if self.prior_precision == "prior":
             return precision
         size = mode.square().sum((-2, -1), keepdim=True)
         for _ in range(60):
             determined = (values / (values + precision)).sum((-2, -1), keepdim=True)
-            # Where the data say nothing, or the mode has not moved, any precision will do: it stays within bounds.
+            # If the data carry no information, or the mode has not moved, lambda is arbitrary: keep it within bounds.
             target = (determined / size).clamp(1e-3, 1e3).nan_to_num(1.0)
-            # Half the way in the logarithm: the whole way would go to and fro where data are weaker than the prior.
+            # Half a step in the logarithm, because a full step oscillates if the data are weaker than the prior.
             precision = (precision * target).sqrt()
         return precision

@@ -2,7 +2,7 @@ r"""MC dropout: one LoRA for all tasks, trained and used with dropout (Gal and G
 
 .. math:: A_i = V\, \mathrm{diag}(m / k), \qquad m_j \sim \mathrm{Bernoulli}(k)
 
-for each layer. Steps of adaptation from there fine-tune V, with dropout on, for each task.
+for each layer. Adaptation steps start there and fine-tune V for each task, with dropout on.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ __all__ = ["MCDropout"]
 
 
 class MCDropout(SharedMeanField):
-    """q(theta) q(phi), a point with dropout, the same for every task whatever its support.
+    """q(theta) q(phi) with q(phi) a point mass with dropout, the same for every task and support.
 
-    Columns of A are dropped, that is what a LoRA reads, as PEFT's ``lora_dropout`` drops them; of B (ranks) where A is
-    not random. A mask is constant over tokens, questions and options.
+    Dropout is on the columns of A, the inputs of a LoRA, as with PEFT's ``lora_dropout``; if A is not random, on the
+    columns of B, its ranks. A mask is constant over tokens, questions and options.
 
     Args:
         model: a hierarchical model over LoRA factors.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        rate: share of the columns that is dropped.
+        rate: probability with which a column is dropped.
 
     Raises:
-        ConfigError: the rate is not between 0 and 1, or phi holds no LoRA factors.
+        ConfigError: the rate is not between 0 and 1, or phi is not over LoRA factors.
     """
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, rate: Rate = 0.1) -> None:

@@ -1,9 +1,9 @@
-r"""Free parameters for the posterior, not amortised: for each task its own, or one posterior for all tasks.
+r"""Posteriors with free parameters, not amortised: one per task, or one for all tasks.
 
 .. math:: q(\phi_i) = F_{\lambda_i} \quad\text{or}\quad q(\phi_i) = F_\lambda
 
-F is the family of p(phi | theta): for independent normals, mean field (in BLoB, arXiv 2406.11675, one for all tasks);
-or another, see :mod:`bayes_lora.guides.family`. It starts at the prior.
+F is the family of p(phi | theta), or another one (see :mod:`bayes_lora.guides.family`). With independent normals it is
+mean field; BLoB (arXiv 2406.11675) has one posterior for all tasks. q starts at the prior.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["MeanField", "SharedMeanField"]
 
 
 class SharedMeanField(TaskGuide):
-    """q(theta) q(phi), the same for every task whatever its support.
+    """q(theta) q(phi), the same q(phi) for every task and support.
 
-    A new task gets a posterior of its own by gradient steps from there (``Posterior.adapt(steps=...)``).
+    ``Posterior.adapt(steps=...)`` takes gradient steps from it, to fit a separate posterior to a new task.
 
     Args:
         model: a hierarchical model with ``theta()``, ``initial_theta()`` and ``phi_prior(theta)``.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        family: of q(phi); by default the prior's own.
+        family: the family of q(phi); by default the prior's own.
     """
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, family: Family = same_as_prior) -> None:
@@ -63,20 +63,20 @@ class SharedMeanField(TaskGuide):
 
 
 class MeanField(SharedMeanField):
-    """q(theta) prod_i q(phi_i), with parameters for each task of a collection.
+    """q(theta) prod_i q(phi_i), with separate parameters for each task of a collection.
 
-    Tasks that the collection does not have (``Episode.without_task_ids()``) stay at p(phi | theta). Memory grows with
-    the number of tasks: two numbers for every LoRA weight of each, for normals. The parameters stay on the CPU wherever
-    the guide is moved; only those of an episode's tasks are copied to its device.
+    Tasks outside the collection (``Episode.without_task_ids()``) stay at p(phi | theta). Memory grows with the number
+    of tasks: with normals, two numbers per LoRA weight and task. The parameters stay on the CPU when the guide is
+    moved; those of an episode's tasks are copied to its device.
 
     Args:
         model: as in :class:`SharedMeanField`.
-        num_tasks: size of the collection.
+        num_tasks: number of tasks in the collection.
         theta_guide: as in :class:`SharedMeanField`.
         family: as in :class:`SharedMeanField`.
 
     Raises:
-        ConfigError: ``num_tasks`` is not positive; when called, an episode is of a collection of another size.
+        ConfigError: ``num_tasks`` is not positive, or, when called, an episode comes from a collection of another size.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class MeanField(SharedMeanField):
         known = index >= 0
         if support.num_tasks != self._num_tasks and bool(known.any()):
             raise ConfigError(
-                f"MeanField: made for a collection of {self._num_tasks} tasks, got an episode of one of "
-                f"{support.num_tasks}. Mark tasks that are not of the collection by Episode.without_task_ids()."
+                f"MeanField: made for a collection of {self._num_tasks} tasks, got an episode of a collection of "
+                f"{support.num_tasks}. Mark tasks outside the collection with Episode.without_task_ids()."
             )
         places = index.clamp_min(0).cpu()
         values: SiteParameters = {}
@@ -115,10 +115,10 @@ class MeanField(SharedMeanField):
 
 
 class _OnCPU(PyroModule):
-    """Parameters that change their dtype but not their place."""
+    """Holds parameters that follow changes of dtype, but stay on the CPU."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> _OnCPU:
         for parameter in self.parameters():
-            dtype = fn(parameter.data.new_empty(0)).dtype  # asked of an empty tensor, not to move a whole table
+            dtype = fn(parameter.data.new_empty(0)).dtype  # an empty tensor, so that no table is moved
             parameter.data = parameter.data.to(dtype)
         return self

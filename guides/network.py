@@ -1,17 +1,17 @@
 r"""Guide network: one forward pass from a support set to q(phi | support) (amortization, arXiv 2508.14285).
 
-A permutation-invariant set encoder reads the frozen LM's features of each support example *with its label*; a
-hypernetwork mixes a few learned directions per site, and writes label directions into the residual stream:
+A permutation-invariant set encoder reads the frozen LM's features of each support example *with its label*. A
+hypernetwork mixes a few learned directions per site, and adds label directions to the residual stream:
 
 .. math::
     z &= \tfrac1n \textstyle\sum_j [ f(h_j, e_j, r_j),\; (U h_j) \otimes (V [e_j, r_j]) ] \\
     q(\phi_i \mid S_i) &= \mathcal N\big(\mu_\theta + \sigma_\theta (\textstyle\sum_m c_m(z) D_m + w(z)\, u
         + \tfrac1n \sum_j w_j\, r_j),\; (\sigma_\theta e^{\rho + s(z)})^2\big)
 
-h_j are hidden states, e_j the gold option's output embedding, u the bias of the head's input that a few steps of
-logistic regression on the zero-shot scores find, and r_j the residual of the prediction with that bias. The terms in u
-and r_j are what gradient steps at the head would write; they exist for sites whose rows are coordinates of the residual
-stream (B of ``o_proj`` and ``down_proj``). c, w and s start at zero, and so does rho: at the start
+h_j are hidden states, e_j is the output embedding of the gold option, u is a bias on the head's input, fitted to the
+zero-shot scores by a few steps of logistic regression, and r_j is the residual of the prediction with that bias. The
+terms in u and r_j are the directions of gradient steps at the head; they exist for sites whose rows are coordinates of
+the residual stream (B of ``o_proj`` and ``down_proj``). c, w, s and rho start at zero: initially
 q(phi | S) = p(phi | theta), and the Kullback-Leibler divergence is zero.
 """
 
@@ -44,9 +44,9 @@ class GuideNetwork(TaskGuide):
         model: a hierarchical model over LoRA factors.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
         directions: m, learned directions per site and layer.
-        hidden: width of the encoder.
+        hidden: width of the encoder's hidden layers.
         bilinear: rank of U and V.
-        dropout: on the code z, against over-fitting the training tasks.
+        dropout: dropout rate on the code z, against over-fitting to the training tasks.
 
     Raises:
         ConfigError: p(phi | theta) has no mean or no standard deviation.
@@ -70,7 +70,7 @@ class GuideNetwork(TaskGuide):
         self.left, self.right = (Linear(2 * self.width, bilinear, bias=False) for _ in range(2))
         self.mix = Linear(hidden + bilinear**2, hidden)
         self.dropout = dropout
-        # Step size, decay and inverse temperature of the logistic regression, where it does well on frozen models.
+        # Step size, decay and inverse temperature of the logistic regression; initial values that suit frozen models.
         self.log_rate, self.log_decay, self.log_sharpness = (nn.Parameter(torch.tensor(v)) for v in (1.0, -3.5, -0.7))
         for site in model.random_sites:
             layers, rows, columns = model.initial[site].shape
@@ -100,12 +100,12 @@ class GuideNetwork(TaskGuide):
         return {site: self.normal(site, prior, code) for site, prior in self.prior(theta).items()}
 
     def coefficients(self, site: str, code: Code) -> Tensor:
-        """C of one site, ``(T, layers, m)``, and in the last place the log-scale's correction s."""
+        """Return the coefficients c of one site, ``(T, layers, m + 1)``; the last one is the log-scale correction s."""
         found: Tensor = self._get("head", site)(code.pooled).unflatten(-1, (self.model.initial[site].shape[0], -1))
         return found
 
     def normal(self, site: str, prior: Any, code: Code, added: Tensor | None = None) -> dist.TorchDistribution:
-        """Q of one site; ``added`` to its coefficients, ``(*draws, T, layers, m)``."""
+        """Return q(phi | support) of one site; ``added`` is added to its coefficients, ``(*draws, T, layers, m)``."""
         normal = moment_matched(prior)
         loc, scale = normal.loc, normal.scale
         head = self.coefficients(site, code)
@@ -114,13 +114,13 @@ class GuideNetwork(TaskGuide):
             site, code
         )
         log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
-        # In one exponential and one addcmul, for backward keeps what every other operation returns, for every task.
+        # One exponential and one addcmul, because backward keeps the output of every further operation, per task.
         moved, scale = torch.addcmul(loc, scale, shift.unsqueeze(-4)), (scale.log() + log_ratio).exp()
         found: dist.TorchDistribution = dist.Normal(moved, scale).to_event(3)
         return found
 
     def residual_write(self, site: str, code: Code) -> Tensor | float:
-        """What is written into the residual stream, in the prior's units ``(T, layers, out, in)``."""
+        """Return the terms in u and r_j, in prior standard deviations, ``(T, layers, out, in)``."""
         layers = self.model.initial[site].shape[0]
         if not self._writes(site):
             return 0.0
@@ -129,15 +129,15 @@ class GuideNetwork(TaskGuide):
         return torch.einsum("tli,to->tloi", weight, code.bias) + torch.einsum("tsli,tso->tloi", each, code.residual)
 
     def code(self, support: Episode) -> Code:
-        """Encode a support set, permutation-invariantly."""
+        """Encode a support set; the code does not depend on the order of its examples."""
         features = self.features(support)
-        # Embeddings of unit length on average over a task's options, so that the bias is in nats.
+        # Scaled to unit mean square length over a task's options, so that the bias is in nats.
         squares = features.options.square().sum((-3, -2, -1)) / support.option_mask.sum((-2, -1))
         options = features.options / squares.sqrt()[:, None, None, None]
         places = torch.arange(options.shape[-2], device=options.device)
         gold = ((support.answer[..., None] == places) & support.mask[..., None]).to(options.dtype)
         weight = (support.mask / support.mask.sum(-1, keepdim=True)).to(options.dtype)
-        # Finite where an option is absent, in any dtype: infinity times a zero gradient would be no number.
+        # Finite for absent options in any dtype, because infinity times a zero gradient is NaN.
         log_probs = features.log_probs.masked_fill(~support.option_mask, -1e4)
         bias, error = self._fit_bias(options, log_probs, gold, weight)
         label = torch.stack([(gold[..., None] * options).sum(-2), (error[..., None] * options).sum(-2)], -2)
@@ -150,9 +150,9 @@ class GuideNetwork(TaskGuide):
         return Code(pooled, each, self.width**0.5 * bias, label[..., 1, :] * weight[..., None])
 
     def _fit_bias(self, options: Tensor, log_probs: Tensor, gold: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Logistic regression for a vector u added to the head's input: gradient steps of a learned size and decay.
+        """Fit a vector u, added to the head's input, by logistic regression with a learned step size and decay.
 
-        Returns u ``(T, d)`` and the errors ``1{gold} - p`` ``(T, S, K)`` of the prediction with it.
+        Returns u ``(T, d)`` and the residuals ``1{gold} - p`` ``(T, S, K)`` of the prediction with it.
         """
         bias = options.new_zeros(options.shape[0], options.shape[-1])
         rate, decay, log_probs = self.log_rate.exp(), self.log_decay.exp(), self.log_sharpness.exp() * log_probs
@@ -164,13 +164,13 @@ class GuideNetwork(TaskGuide):
 
 
 class Code(NamedTuple):
-    """What the encoder makes of a support set of S examples.
+    """The encoding of a support set of S examples.
 
     Attributes:
-        pooled: ``(T, hidden)`` z.
-        each: ``(T, S, hidden)``.
-        bias: ``(T, d)`` u, times the root of d.
-        residual: ``(T, S, d)`` r_j / n, times the root of d.
+        pooled: ``(T, hidden)``, the code z of the whole set.
+        each: ``(T, S, hidden)``, the encoding of each example.
+        bias: ``(T, d)``, u times the square root of d.
+        residual: ``(T, S, d)``, r_j / n times the square root of d.
     """
 
     pooled: Tensor
@@ -180,7 +180,7 @@ class Code(NamedTuple):
 
 
 def zero_linear(inputs: int, outputs: int) -> PyroModule:
-    """A linear map that starts at zero."""
+    """Return a linear layer whose weight and bias are zero."""
     linear: PyroModule = Linear(inputs, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

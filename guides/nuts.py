@@ -2,8 +2,8 @@ r"""Hamiltonian Monte Carlo on the model itself, by Pyro's No-U-Turn sampler (Ho
 
 .. math:: \phi_i^{(k)} \sim p(S_i \mid \phi)^{1/\beta}\, p(\phi \mid \theta)
 
-For small problems, and to check what other guides approximate: every sample takes up to ``2^max_tree_depth`` forward
-and backward passes. The tasks of an episode are one chain. Theta learns from the divergence of the samples: its
+For small problems, and as a reference for other guides: every sample takes up to ``2^max_tree_depth`` forward and
+backward passes. One chain samples all tasks of an episode jointly. Theta learns from the divergence of the samples: its
 gradient is that of Monte Carlo EM.
 """
 
@@ -30,18 +30,18 @@ __all__ = ["NUTS"]
 
 
 class NUTS(TaskGuide):
-    """q(theta), and samples of phi given the support.
+    """q(theta), and posterior samples of phi given the support.
 
     Args:
         model: a hierarchical model over LoRA factors.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        num_samples: K.
-        warmup_steps: samples before them, which adapt step size and mass matrix.
-        max_tree_depth: of a trajectory.
-        beta: tempers the likelihood by 1 / beta, as the objective's does.
+        num_samples: K, samples per task.
+        warmup_steps: steps before the first sample, which adapt step size and mass matrix.
+        max_tree_depth: maximum depth of the binary tree of a trajectory.
+        beta: the likelihood is tempered by 1 / beta, as in the objective.
 
     Raises:
-        ConfigError: a setting is out of range, or phi holds no LoRA factors.
+        ConfigError: a setting is out of range, or phi is not over LoRA factors.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class NUTS(TaskGuide):
         super().__init__(model, theta_guide=theta_guide)
         if min(num_samples, warmup_steps, max_tree_depth) < 1 or not beta > 0:
             raise ConfigError(
-                "expected num_samples, warmup_steps and max_tree_depth of at least 1 and positive beta; got "
+                "expected num_samples, warmup_steps and max_tree_depth of at least 1 and a positive beta; got "
                 f"num_samples={num_samples}, warmup_steps={warmup_steps}, max_tree_depth={max_tree_depth}, beta={beta}."
             )
         check_moments(model, "NUTS")
@@ -66,14 +66,14 @@ class NUTS(TaskGuide):
         self.max_tree_depth, self.beta = max_tree_depth, beta
 
     def posterior(self, support: Episode, theta: Sites) -> Components:
-        """Samples as points, per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
+        """Return the samples as point masses per random site: batch ``(K, T, 1)``, event ``(layers, out, in)``."""
         model = self.model
         mean = {site: value.detach() for site, value in self.theta_mean().items()}
         tasks = len(support.task_index)
         start = {f"phi.{s}": fn.mean.expand(tasks, 1, *fn.event_shape) for s, fn in model.phi_prior(mean).items()}
 
         def tempered(episode: Episode) -> None:
-            # All is divided by beta, and the prior multiplied by it.
+            # Everything is divided by beta, and the prior multiplied by it again.
             with pyro.poutine.scale(scale=1.0 / self.beta), ScaleLatents(self.beta, self.beta):
                 pyro.condition(model, data=mean)(episode)
 

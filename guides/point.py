@@ -1,8 +1,8 @@
-r"""A point for all tasks: maximum a posteriori, the ordinary multi-task LoRA.
+r"""One point estimate for all tasks: maximum a posteriori, the ordinary multi-task LoRA.
 
 .. math:: q(\phi_i) = \delta_\lambda, \qquad \mathrm{KL}(q \,\|\, p) = -\log p(\lambda \mid \theta)
 
-Steps of adaptation from there fine-tune a LoRA for each task, held near theta by the prior.
+Adaptation steps start there and fine-tune a LoRA for each task, with the prior as a penalty.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ __all__ = ["SharedPoint"]
 
 
 class SharedPoint(TaskGuide):
-    """q(theta) and one value of phi for every task, whatever its support.
+    """q(theta), and one value of phi for every task and support.
 
     Args:
         model: a hierarchical model with ``theta()``, ``initial_theta()`` and ``phi_prior(theta)``.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        spread: 0 starts at the prior's mean; otherwise at a draw around it, ``spread`` prior standard deviations wide.
+        spread: 0 starts at the prior's mean; a positive value at a normal draw around it, of ``spread`` prior standard
+            deviations.
 
     Raises:
-        ConfigError: phi holds whole weight updates, of which a point is no LoRA.
+        ConfigError: phi holds whole weight updates; a point estimate of those is not a LoRA.
     """
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, spread: NonNegative = 0.0) -> None:
@@ -41,8 +42,8 @@ class SharedPoint(TaskGuide):
         for site in self.sites:
             if ".delta_weight" in site:
                 raise ConfigError(
-                    f"SharedPoint: site {site!r} of {type(model).__name__} is a whole update, of which a point is no "
-                    "LoRA. Use SharedMeanField or GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
+                    f"SharedPoint: site {site!r} of {type(model).__name__} is a whole update, not a LoRA factor. "
+                    "Use SharedMeanField or GradientGuide, or a model of LoRA factors (HierarchicalNormal)."
                 )
         if spread:
             check_moments(model, f"SharedPoint(spread={spread})")
@@ -53,7 +54,7 @@ class SharedPoint(TaskGuide):
             setattr(self, parameter_name("value", site), nn.Parameter(value))
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
-        """A point per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
+        """Return a point mass per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
         values = {site: getattr(self, parameter_name("value", site)) for site in self.sites}
         batch = (len(support.task_index), 1)
         return {site: dist.Delta(value.expand(*batch, *value.shape), event_dim=3) for site, value in values.items()}

@@ -1,4 +1,4 @@
-r"""SWAG: a normal around the average of gradient steps, as wide as they scatter (Maddox et al., arXiv 1902.02476).
+r"""SWAG: a normal with the mean and the spread of gradient steps (Maddox et al., arXiv 1902.02476).
 
 .. math::
     \phi^{k+1} &= \phi^k - \alpha \nabla \big\{-\log p(S_i \mid \phi) - \beta \log p(\phi \mid \theta)\big\},
@@ -6,8 +6,8 @@ r"""SWAG: a normal around the average of gradient steps, as wide as they scatter
     q(\phi_i \mid S_i) &= \mathcal N\big(\bar\phi,\; \tfrac12 \mathrm{diag}(\overline{\phi^2} - \bar\phi^2)
         + \tfrac{1}{2 (r - 1)} D D^\top\big)
 
-over the steps after the first ones; the columns of D are the last r deviations from the average so far. Steps on
-minibatches scatter; the full support leaves only what has not converged.
+where averages run over the steps after the burn-in, and the columns of D are the last r deviations from the running
+average. The spread comes from minibatch noise; steps on the full support show only what has not converged yet.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ __all__ = ["SWAG"]
 class SWAG(TaskGuide):
     """q(theta) q(phi | support), low rank plus diagonal, from the path of gradient steps.
 
-    For theta's gradient the path is a constant displacement.
+    For theta's gradient the path is a constant displacement from the prior's mean.
 
     Args:
         model: a hierarchical model over LoRA factors.
         theta_guide: makes q(theta) from the model: :class:`PointTheta` or :class:`NormalTheta`.
-        steps: in all.
-        burn_in: steps before the average begins.
+        steps: number of gradient steps, burn-in included.
+        burn_in: steps before averaging starts.
         rank: r, at least 2.
         learning_rate: alpha, constant.
         optimizer: ``"sgd"`` or ``"adam"``.
-        batch_size: examples of each support set per step, in turn; None takes all.
-        beta: weight of the prior.
-        floor: least standard deviation, in units of the prior's.
+        batch_size: examples of each support set per step, taken in turn; None takes all.
+        beta: weight of the log-prior.
+        floor: smallest standard deviation, in prior standard deviations.
 
     Raises:
-        ConfigError: a setting is out of range, or phi holds no LoRA factors.
+        ConfigError: a setting is out of range, or phi is not over LoRA factors.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SWAG(TaskGuide):
         super().__init__(model, theta_guide=theta_guide)
         if not 2 <= rank <= steps - burn_in or burn_in < 0:
             raise ConfigError(
-                "expected rank of at least 2, and as many steps after burn_in; got "
+                "expected rank of at least 2, and at least rank steps after burn_in; got "
                 f"rank={rank}, steps={steps}, burn_in={burn_in}."
             )
         if optimizer not in ("sgd", "adam"):
@@ -97,7 +97,7 @@ class SWAG(TaskGuide):
         return posterior
 
     def path(self, support: Episode, theta: Sites) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Per site the mean of the displacements, of their squares, and the last deviations ``(..., r)``."""
+        """Return per site the means of the displacements and of their squares, and the last deviations ``(..., r)``."""
         model = self.model
         tasks = len(support.task_index)
         points: Distributions = {

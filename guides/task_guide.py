@@ -1,4 +1,4 @@
-"""What every guide shares. A guide of your own is a subclass with one method.
+"""The base class of guides. To write a new guide, define one method.
 
 Usage::
 
@@ -33,17 +33,17 @@ __all__ = ["TaskGuide", "check_moments"]
 
 
 class TaskGuide(RecordedSettings, PyroModule):
-    """q(theta) q(phi | support). A subclass defines :meth:`posterior`, and may define nothing else.
+    """A Pyro guide q(theta) q(phi | support). A subclass needs to define :meth:`posterior` only.
 
     Args:
         model: a hierarchical model.
         theta_guide: makes q(theta) from the model: :class:`bayes_lora.guides.PointTheta` or
-            :class:`bayes_lora.guides.NormalTheta`. None makes none; the subclass then gives :attr:`theta`.
+            :class:`bayes_lora.guides.NormalTheta`. With None the subclass must set :attr:`theta` itself.
 
     Attributes:
         theta: q(theta), a guide for the model's theta sites.
-        num_members: how many q(theta) there are: K for an ensemble, else 1.
-        steps: gradient steps on the support that a posterior takes; 0 for one that needs none.
+        num_members: number of q(theta): K for an ensemble, else 1.
+        steps: gradient steps on the support that a posterior takes; 0 if it takes none.
     """
 
     num_members: int = 1
@@ -51,56 +51,56 @@ class TaskGuide(RecordedSettings, PyroModule):
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory | None = PointTheta) -> None:
         super().__init__()
-        # In a tuple: as an attribute the model would become a submodule, and its parameters the guide's.
+        # In a tuple, because as a plain attribute the model would become a submodule of the guide.
         self._model = (model,)
         if theta_guide is not None:
             self.theta = theta_guide(model)
 
     @property
     def model(self) -> Model:
-        """The model that this is a guide of."""
+        """The model that this guide was made for."""
         return self._model[0]
 
     @abstractmethod
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
-        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
+        """Return q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
 
         Args:
-            support: T tasks with their support examples. Nothing else may be read: not the query, not other tasks.
-            theta: values of the theta sites, a draw from q(theta) or its mean.
+            support: T tasks with their support examples. A task's posterior may read its own support only.
+            theta: values of the theta sites: a draw from q(theta), or its mean.
         """
 
     def forward(self, episode: Episode) -> Sites:
-        """Sample theta and phi; reads only ``episode.support``."""
+        """Sample theta and phi, and return phi. Reads only ``episode.support``."""
         register_with_svi(self)
         theta = self.theta()
         return sample_phi(episode, self.posterior(episode.support, theta))
 
     def amortized(self, support: Episode) -> tuple[Sites, Distributions]:
-        """The mean of q(theta), and q(phi | support) there."""
+        """Return the mean of q(theta), and q(phi | support) at this mean."""
         theta = self.theta_mean()
         return theta, self.posterior(support, theta)
 
     def theta_mean(self) -> Sites:
-        """The mean of q(theta) per site."""
+        """Return the mean of q(theta) per site."""
         return {site: self.theta.distribution(site).mean for site in self.theta.positive}
 
     def prior(self, theta: Sites) -> Distributions:
-        """p(phi | theta) of one task, per random site."""
+        """Return p(phi | theta) of one task, per random site."""
         return self.model.phi_prior(theta)
 
     def features(self, support: Episode) -> Features:
-        """What the frozen language model knows of each support example, in the parameters' dtype."""
+        """Return the frozen language model's features of each support example, in the guide's dtype."""
         dtype = next((parameter.dtype for parameter in self.parameters()), torch.get_default_dtype())
         return Features(*(part.to(dtype) for part in self.model.likelihood.features(support)))
 
     @property
     def num_random(self) -> int:
-        """How many random weights a task has."""
+        """Number of random weights per task."""
         return sum(self.model.initial[site].numel() for site in self.model.random_sites)
 
     def unflatten(self, vector: Tensor) -> Sites:
-        """Values ``(T, 1, layers, out, in)`` of the random sites from vectors ``(T, num_random)``."""
+        """Split vectors ``(T, num_random)`` into values ``(T, 1, layers, out, in)`` of the random sites."""
         shapes = {site: self.model.initial[site].shape for site in self.model.random_sites}
         parts = vector.split([shape.numel() for shape in shapes.values()], -1)
         return {
@@ -109,11 +109,12 @@ class TaskGuide(RecordedSettings, PyroModule):
 
 
 def register_with_svi(guide: nn.Module) -> None:
-    """Let ``pyro.infer.SVI`` train a guide's plain parameters, whichever setting ``module_local_params`` has.
+    """Let ``pyro.infer.SVI`` train a guide's plain parameters, with either value of Pyro's ``module_local_params``.
 
-    In Pyro's global store they replace those of another guide that have the same names; Pyro 1.9.2 would silently train
-    the other guide's. With ``module_local_params`` SVI asks every parameter for its unconstrained twin, which Pyro
-    attaches to a PyroParam but not to an ``nn.Parameter``; a real parameter is its own twin.
+    In Pyro's global store they replace parameters of another guide with the same names, because Pyro 1.9.2 would
+    silently train those instead. With ``module_local_params``, SVI reads the attribute ``unconstrained`` of every
+    parameter, which Pyro sets for a ``PyroParam`` but not for an ``nn.Parameter``; a real parameter is its own
+    unconstrained value.
     """
     store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
     for name, parameter in guide.named_parameters():
@@ -128,17 +129,17 @@ def check_moments(model: Model, guide: str) -> None:
 
     Args:
         model: a hierarchical model.
-        guide: name of the guide that uses them, for the message.
+        guide: name of the guide that needs the moments, for the message.
 
     Raises:
-        ConfigError: a site is a whole weight update, or its prior has no mean or no standard deviation.
+        ConfigError: a site is a whole weight update, or its prior has no finite mean or standard deviation.
     """
     with torch.no_grad():
         prior = model.phi_prior(model.initial_theta())
     for site, fn in prior.items():
         problem = None
         if site not in model.initial:
-            problem = "is no LoRA factor"
+            problem = "is not a LoRA factor"
         else:
             try:
                 moments = torch.stack([fn.mean, fn.stddev])

@@ -1,4 +1,4 @@
-"""q(theta): a point, or independent normals. They sample the model's theta sites alone."""
+"""q(theta): a point mass, or independent normals. These guides sample the theta sites only."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["NormalTheta", "PointTheta", "parameter_name"]
 
 
 def parameter_name(prefix: str, site: str) -> str:
-    """The attribute under which a module keeps a site's parameter (module attributes may hold no dots)."""
+    """Return the attribute name for a site's parameter, without dots, which module attributes may not contain."""
     return f"{prefix}_{site}".replace(".", "_")
 
 
 class PointTheta(PyroModule):
-    """q(theta) is a point, as in ABMLL: KL(q || p) = -log p(theta).
+    """q(theta) is a point mass, as in ABMLL: KL(q || p) = -log p(theta).
 
     Args:
-        model: offers ``initial_theta()`` and ``theta()``, the program of p(theta).
-        locations_only: learn the locations (``theta.loc.*``) and leave the other sites where they start.
+        model: a hierarchical model; its ``theta()`` is p(theta), and ``initial_theta()`` gives the initial values.
+        locations_only: learn the locations (``theta.loc.*``) only, and keep the other sites at their initial values.
     """
 
     def __init__(self, model: Model, *, locations_only: bool = False) -> None:
@@ -58,11 +58,11 @@ class PointTheta(PyroModule):
 
 
 class NormalTheta(PointTheta):
-    """q(theta) is Normal for real sites and LogNormal for positive ones, elementwise.
+    """q(theta) is Normal for real sites and LogNormal for positive sites, elementwise.
 
     Args:
         model: as in :class:`PointTheta`.
-        initial_scale: standard deviation at the start (of the logarithm, for positive sites).
+        initial_scale: initial standard deviation; of the logarithm, for positive sites.
     """
 
     def __init__(self, model: Model, *, initial_scale: float = 1e-3) -> None:

@@ -1,4 +1,4 @@
-"""Pyro models: p(theta) p(phi | theta) p(answer | phi)."""
+"""Pyro models, p(theta) p(phi | theta) p(answer | phi). To write a new prior, start from :class:`FactorModel`."""
 
 from bayes_lora.models.activation_space import ActivationSpace
 from bayes_lora.models.cluster_mixture import ClusterMixture

@@ -1,13 +1,14 @@
-r"""Noise at activations under a hierarchy of adapters, the *activation* form of ABMLL (the code of arXiv 2508.14285).
+r"""A hierarchy of adapters with noise on activations, the *activation* form of ABMLL (the code of arXiv 2508.14285).
 
 .. math::
     \theta = (B_\mu, A_\mu, B_v, A_v) &\sim \mathcal N(0, s_0^2), \qquad p(\phi_i \mid \theta) \propto 1 \\
     h \mid x, \theta &\sim \mathcal N(B^\theta_\mu A^\theta_\mu x,\; e^{B^\theta_v A^\theta_v x + c})
-        \quad\text{a priori, and with } \phi_i \text{ a posteriori}
+        \quad\text{a priori, and with } \phi_i \text{ in place of } \theta \text{ a posteriori}
 
-for every token and adapted layer. A task's four factors are points, held near theta's by the divergence of the
-activations they give; it is estimated by the one draw that the language model makes, summed over tokens and layers, and
-scaled from the n examples at hand to the task's N, for activations are an example's own.
+for every token and adapted layer. The four factors of a task are point estimates. They are kept near theta's by the
+divergence between the two distributions of activations, estimated from the language model's single draw, summed over
+tokens and layers, and scaled from the episode's n examples to the task's N, because each example has its own
+activations.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class ActivationSpace(HierarchicalModel):
     """p(theta) p(h | x, theta) p(y | x, h) as a Pyro program.
 
     Sites: ``theta.loc.<site>`` and ``theta.log_variance.<site>`` for every LoRA site, ``phi.<site>`` and
-    ``phi.log_variance.<site>``, ``phi.activations`` (a factor, the divergence); ``answer``. PEFT's scaling multiplies
-    what the adapter adds, its noise included. Predictions take the mean: :meth:`sample_phi` returns plain LoRAs.
+    ``phi.log_variance.<site>``, ``phi.activations`` (a factor, the divergence); ``answer``. PEFT's scaling applies to
+    the noise as well. Predictions use the mean: :meth:`sample_phi` returns plain LoRAs.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
-        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start both pairs (B of variances at 0).
-        offset: c, the log-variance at the start.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start both pairs of
+            factors (B of the log-variances at 0).
+        offset: c, the initial log-variance.
         loc_scale: s_0.
     """
 
@@ -55,7 +57,7 @@ class ActivationSpace(HierarchicalModel):
         self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=like.dtype))
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site."""
+        """Return the value at which guides start each theta site."""
         theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
         for site, value in self.initial.items():
             theta[f"theta.log_variance.{site}"] = torch.zeros_like(value) if ".lora_B" in site else value
@@ -66,22 +68,22 @@ class ActivationSpace(HierarchicalModel):
         return sample_normal(self.initial_theta(), self.loc_scale)
 
     def phi_prior(self, theta: Sites) -> Distributions:
-        """A flat density at theta's own values."""
+        """Return flat densities, whose draws are theta's values."""
         prior: Distributions = {}
         for site in self.random_sites:
             prior[site] = Flat(theta[f"theta.{site}" if site.startswith("log_variance.") else f"theta.loc.{site}"])
         return prior
 
     def render(self, episode: Episode, filename: str | None = None) -> Any:
-        """Not supported: noise enters at every token, which no plate diagram shows.
+        """Not supported: a plate diagram cannot show noise that enters at every token.
 
         Raises:
             ConfigError: always.
         """
-        raise ConfigError("render: in ActivationSpace noise enters at every token, which no plate diagram shows.")
+        raise ConfigError("render: a plate diagram cannot show ActivationSpace, whose noise enters at every token.")
 
     def sample_phi(self, episode: Episode) -> Sites:
-        """Sample theta and phi; returns the LoRA of each task's mean."""
+        """Sample theta and phi, and return the LoRA of each task's mean."""
         _, phi = self._sample(episode)
         return {site: phi[site] for site in self.initial}
 
@@ -91,7 +93,7 @@ class ActivationSpace(HierarchicalModel):
             return prior, {site: pyro.sample(f"phi.{site}", fn) for site, fn in prior.items()}
 
     def forward(self, episode: Episode) -> Tensor:
-        """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
+        """Run the program, and return the option log-likelihoods ``(T, N, K)`` in nats."""
         prior, phi = self._sample(episode)
         updates = {delta_site(site): factor_sites(delta_site(site)) for site in self.initial if ".lora_A" in site}
         deferred: dict[str, Any] = {}

@@ -1,17 +1,17 @@
-r"""Finite mixture over clusters of tasks: which tasks are alike is learnt with what they have in common.
+r"""A finite mixture over clusters of tasks: which tasks are alike is learned together with what they share.
 
 .. math::
     \pi &= \mathrm{softmax}(\ell), \qquad \ell \sim \mathcal N(0, 1), \qquad
         \mu_k \sim \mathcal N(0, s_0^2), \qquad 1 / \sigma_k^2 \sim \mathrm{Gamma}(a_0, b_0) \\
     \phi_i \mid \theta &\sim \textstyle\sum_k \pi_k \prod_s \mathcal N(\mu_{k,s}, \sigma_{k,s}^2)
 
-over K clusters and all sites s of a task together. No site is discrete: by the chain rule the sites are sampled in
-turn, each from a mixture whose weights are the clusters' probabilities given the sites before it,
+with one cluster k for all sites s of a task. There is no discrete sample site: by the chain rule the sites are sampled
+in turn, each from a mixture whose weights are the cluster probabilities given the sites before it,
 
 .. math:: p(\phi_s \mid \phi_{<s}) = \textstyle\sum_k w_k\, \mathcal N(\mu_{k,s}, \sigma_{k,s}^2), \qquad
     w_k \propto \pi_k \textstyle\prod_{s' < s} \mathcal N(\phi_{s'}; \mu_{k,s'}, \sigma_{k,s'}^2)
 
-whose product is the mixture above, so that every ELBO of Pyro is right.
+The product of these densities is the mixture above, so every ELBO of Pyro applies.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ __all__ = ["ClusterMixture"]
 class ClusterMixture(FactorModel):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
-    Sites: ``theta.logits`` ``(K, 1, 1)``; ``theta.loc.<site>`` and ``theta.precision.<site>``, with K before the layers
-    where the site is random; ``phi.<site>``; ``answer``. A precision is that of a cluster and layer: a cluster of few
-    tasks has little to learn more from.
+    Sites: ``theta.logits`` ``(K, 1, 1)``; ``theta.loc.<site>`` and ``theta.precision.<site>``, with a leading dimension
+    K if the site is random; ``phi.<site>``; ``answer``. There is one precision per cluster and layer, because a cluster
+    of a few tasks does not determine more.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
-        initial: a value per LoRA site, ``(layers, out, in)``, around which guides start the clusters' locations.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, around which guides start the clusters' locations; by
+            default the likelihood's own.
         num_clusters: K.
         random: which factors are random: ``"A"``, ``"B"`` or ``"AB"``.
         initial_scale: sigma_k at which guides start, for ``lora_A`` and ``lora_B``.
-        spread: how far apart the clusters start, in units of it.
+        spread: standard deviation of the clusters' initial locations, in units of ``initial_scale``.
         loc_scale: s_0.
         concentration: a_0.
         rate: b_0.
@@ -79,7 +80,10 @@ class ClusterMixture(FactorModel):
         self.set_hyperparameters(concentration=concentration, rate=rate)
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site: clusters apart, always in the same way, or they would stay alike."""
+        """Return the value at which guides start each theta site.
+
+        The clusters start at different locations, drawn with a fixed seed, because equal ones would stay equal.
+        """
         generator = torch.Generator().manual_seed(0)
         like, shapes = next(iter(self.initial.values())), self.theta_shapes()
         theta = {"theta.logits": like.new_zeros(shapes["theta.logits"])}
@@ -94,7 +98,7 @@ class ClusterMixture(FactorModel):
         return theta
 
     def theta_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Event shape of each theta site, without the noise of their start, which costs as much as a draw of phi."""
+        """Return the event shape of each theta site; cheaper than :meth:`initial_theta`, which samples noise."""
         shapes: dict[str, tuple[int, ...]] = {"theta.logits": (self.num_clusters, 1, 1)}
         for site, value in self.initial.items():
             shapes[f"theta.loc.{site}"] = tuple(value.shape)
@@ -116,51 +120,53 @@ class ClusterMixture(FactorModel):
         return theta
 
     def components(self, theta: Sites) -> dict[str, Any]:
-        """The clusters' normals per random site: batch ``(*draws, K)``, event ``(layers, out, in)``."""
+        """Return the clusters' normals per random site: batch ``(*draws, K)``, event ``(layers, out, in)``."""
         return {
             site: dist.Normal(theta[f"theta.loc.{site}"], theta[f"theta.precision.{site}"].rsqrt()).to_event(3)
             for site in self.random_sites
         }
 
     def phi_prior(self, theta: Sites) -> Distributions:
-        """p(phi | theta) of one task, per random site by itself: its weights are pi."""
+        """Return the marginal p(phi | theta) of one task per random site, a mixture with weights pi."""
         logits = self.log_weights(theta)
         return {site: Mixture(logits, fn) for site, fn in self.components(theta).items()}
 
     def log_weights(self, theta: Sites) -> Tensor:
-        """Log pi, ``(*draws, K)``."""
+        """Return log pi, ``(*draws, K)``."""
         return theta["theta.logits"][..., 0, 0].log_softmax(-1)
 
     def sample_phi(self, episode: Episode) -> Sites:
-        """Sample theta and phi, site after site, each from a mixture whose weights are given those before."""
+        """Sample theta and phi; each site is a mixture with the cluster probabilities given the sites before it."""
         theta = self.theta()
         phi, log_weights = self.shared(theta), self.log_weights(theta)
         with task_plate(episode):
             for site, fn in self.components(theta).items():
                 phi[site] = value = pyro.sample(f"phi.{site}", Mixture(log_weights, fn))
-                # What a cluster's normals say of the site, for every draw and task.
+                # Log-density of the value under each cluster, for every draw and task.
                 log_weights = (log_weights + fn.log_prob(value.unsqueeze(-4))).log_softmax(-1)
         return phi
 
     def cluster_probs(self, q: dict[str, Any], theta: Sites) -> Tensor:
-        r"""Each task's cluster probabilities under its posterior, ``(T, K)``; leading draws or components are kept.
+        r"""Return the cluster probabilities under each task's posterior, ``(T, K)``; keeps leading draws or components.
 
         .. math:: r_{ik} \propto \pi_k \exp\big(-\textstyle\sum_s \mathrm{KL}(q_i(\phi_s) \,\|\, p_k(\phi_s))\big)
 
-        The weights that make the bound: up to their sum, p(k | data) times exp(-KL(q || p(phi | data, k))). They are
-        exact where q is as far from the posteriors given each cluster, as with many examples or clusters far apart.
+        These are the weights at which the bound on the divergence is attained; they are proportional to p(k | data)
+        times exp(-KL(q || p(phi | data, k))), and equal p(k | data) if q is equally far from every p(phi | data, k).
 
         Args:
             q: per random site a distribution with batch ``(T, 1)``, such as ``TaskPosterior.distributions()``.
             theta: values of the theta sites.
 
         Raises:
-            SiteError: q lacks a site, as a point does, which has no divergence.
+            SiteError: q lacks a site, as a point estimate does, because it has no divergence.
         """
         prior = self.phi_prior(theta)
         missing = [site for site in prior if site not in q]
         if missing:
-            raise SiteError(f"cluster_probs: expected q of {list(prior)}, got none of {missing}. A point has none.")
+            raise SiteError(
+                f"cluster_probs: expected q of {list(prior)}, but {missing} are missing. A point has no density."
+            )
         total: Any = sum(-fn.divergences(q[site]) for site, fn in prior.items())
         probs: Tensor = (self.log_weights(theta) + total).softmax(-1)
-        return probs.squeeze(-2)  # of the examples' dimension
+        return probs.squeeze(-2)  # the dimension of examples

@@ -1,4 +1,4 @@
-r"""A prior over LoRA factors. A prior of your own is a subclass with one method.
+r"""The base class of priors over LoRA factors. To write a new prior, define one method.
 
 .. math:: p(\theta) \prod_i p(\phi_i \mid \theta) \prod_j p(y_{ij} \mid x_{ij}, \phi_i), \qquad
     \mu_\theta \sim \mathcal N(0, s_0^2)
@@ -25,20 +25,20 @@ __all__ = ["FactorModel"]
 
 
 class FactorModel(HierarchicalModel):
-    """p(theta) p(phi_i | theta) p(y | x, phi_i) over the factors A and B of LoRA. A subclass defines ``phi_prior``.
+    """p(theta) p(phi_i | theta) p(y | x, phi_i) over the LoRA factors A and B. A subclass defines ``phi_prior``.
 
-    Theta is a location for every LoRA site, ``theta.loc.<site>``, unless a subclass overrides ``initial_theta`` and
-    ``theta``. With A or B alone random, the other factor is shared by all tasks: ``phi = theta.loc``.
+    Theta is a location per LoRA site, ``theta.loc.<site>``, unless a subclass overrides ``initial_theta`` and
+    ``theta``. If only A or only B is random, all tasks share the other factor: ``phi = theta.loc``.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
         initial: a value per LoRA site, ``(layers, out, in)``, at which guides start ``theta.loc``; by default the
-            likelihood's own.
+            initial values of the likelihood.
         random: which factors are random: ``"A"``, ``"B"`` or ``"AB"``.
         loc_scale: s_0.
 
     Raises:
-        ConfigError: ``random`` is another text, or ``loc_scale`` is not positive.
+        ConfigError: ``random`` is none of these values, or ``loc_scale`` is not positive.
         SiteError: ``initial`` does not fit the likelihood's sites.
     """
 
@@ -59,10 +59,10 @@ class FactorModel(HierarchicalModel):
         self.set_hyperparameters(loc_scale=loc_scale)
 
     def set_hyperparameters(self, **values: float) -> None:
-        """Keep hyperparameters as buffers, so that they follow the module to its device and dtype, and are saved.
+        """Register positive hyperparameters as buffers, which are saved and follow the module's device and dtype.
 
         Raises:
-            ConfigError: a value is not positive; names it.
+            ConfigError: a value is not positive.
         """
         for name, value in values.items():
             if not value > 0:
@@ -70,7 +70,7 @@ class FactorModel(HierarchicalModel):
             self.register_buffer(name, torch.tensor(value, dtype=next(iter(self.initial.values())).dtype))
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site: locations at ``initial``."""
+        """Return the value at which guides start each theta site: ``initial`` for locations."""
         return {f"theta.loc.{site}": value for site, value in self.initial.items()}
 
     def theta(self) -> Sites:
@@ -78,5 +78,5 @@ class FactorModel(HierarchicalModel):
         return sample_normal(self.initial_theta(), self.loc_scale)
 
     def shared(self, theta: Sites) -> Sites:
-        """The factor that is not random."""
+        """Return the values of the factor that is not random."""
         return {site: theta[f"theta.loc.{site}"] for site in self.initial if site not in self.random_sites}

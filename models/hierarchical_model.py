@@ -1,8 +1,8 @@
-r"""What every hierarchical model shares: plates, and the likelihood of the answers.
+r"""The base class of models: plates, and the likelihood of the answers.
 
 .. math:: p(\theta) \prod_i p(\phi_i \mid \theta) \prod_j p(y_{ij} \mid x_{ij}, \phi_i)
 
-A model says what theta is and how phi depends on it.
+A subclass defines theta, and how phi depends on it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ __all__ = ["HierarchicalModel", "sample_normal"]
 class HierarchicalModel(RecordedSettings, PyroModule):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
-    A subclass defines ``initial_theta``, ``theta`` and ``phi_prior``, and sets ``random_sites``. For priors over LoRA
-    factors, :class:`bayes_lora.models.FactorModel` leaves only ``phi_prior``.
+    A subclass defines ``initial_theta``, ``theta`` and ``phi_prior``, and sets ``random_sites``. For a prior over LoRA
+    factors start from :class:`bayes_lora.models.FactorModel`, which leaves only ``phi_prior`` to define.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
         initial: a value per LoRA site, ``(layers, out, in)``, at which guides start; by default the likelihood's own.
 
     Attributes:
-        random_sites: the sites of phi.
-        context: makes the context, such as an effect handler, inside which model and guide run.
+        random_sites: names of the sites of phi.
+        context: returns a context manager, such as an effect handler, inside which model and guide run.
 
     Raises:
-        SiteError: ``initial`` has a site that the language model lacks, or lacks one, or has another event shape.
+        ConfigError: ``initial`` is None, and the likelihood has no initial values either.
+        SiteError: the sites or event shapes of ``initial`` differ from those of the language model.
     """
 
     random_sites: list[str]
@@ -51,19 +52,19 @@ class HierarchicalModel(RecordedSettings, PyroModule):
 
     def __init__(self, likelihood: Likelihood, initial: Sites | None = None) -> None:
         super().__init__()
-        sites = getattr(likelihood, "sites", None)  # a likelihood without any needs initial values
+        sites = getattr(likelihood, "sites", None)  # without them, initial values are required
         if initial is None:
             if sites is None:
                 raise ConfigError(f"initial: expected values for {type(likelihood).__name__}, which has no sites.")
             initial = sites.initial()
-        elif sites is not None:  # before a first forward, which may be far off
+        elif sites is not None:  # now, because the first forward may come much later
             sites.check(initial)
         self.likelihood: Likelihood = likelihood
         self.initial: Sites = initial
 
     @abstractmethod
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site."""
+        """Return the value at which guides start each theta site."""
 
     @abstractmethod
     def theta(self) -> Sites:
@@ -71,14 +72,14 @@ class HierarchicalModel(RecordedSettings, PyroModule):
 
     @abstractmethod
     def phi_prior(self, theta: Sites) -> Distributions:
-        """p(phi | theta) of one task, per random site; event ``(layers, out, in)``."""
+        """Return p(phi | theta) of one task, per random site; event ``(layers, out, in)``."""
 
     def shared(self, theta: Sites) -> Sites:
-        """Values of the LoRA sites that all tasks share."""
+        """Return the values of the LoRA sites that all tasks share."""
         return {}
 
     def sample_phi(self, episode: Episode) -> Sites:
-        """Sample theta and phi; returns phi for every LoRA site, ``(T, 1, layers, out, in)`` where it is random."""
+        """Sample theta and phi, and return phi per LoRA site; ``(T, 1, layers, out, in)`` for random sites."""
         theta = self.theta()
         phi = self.shared(theta)
         with task_plate(episode):
@@ -87,7 +88,7 @@ class HierarchicalModel(RecordedSettings, PyroModule):
         return phi
 
     def forward(self, episode: Episode) -> Tensor:
-        """Run the program; returns the option log-likelihoods ``(T, N, K)``, nats."""
+        """Run the program, and return the option log-likelihoods ``(T, N, K)`` in nats."""
         log_lik = self.likelihood(self.sample_phi(episode), episode)
         self.observe(log_lik, episode)
         return log_lik
@@ -97,11 +98,11 @@ class HierarchicalModel(RecordedSettings, PyroModule):
         observe_answers(log_lik, episode, answer=self.answer(log_lik), observed=self.answered(episode))
 
     def render(self, episode: Episode, filename: str | None = None) -> Any:
-        """The plate diagram, a ``graphviz.Digraph``; written to ``filename`` as an image where one is given.
+        """Return the plate diagram, a ``graphviz.Digraph``, and write it to ``filename`` if one is given.
 
         Args:
-            episode: any, for its shapes; the language model is not run.
-            filename: ``model.png``, ``model.pdf``, ...; needs the program ``dot`` as well.
+            episode: any episode; only its shapes are used, and the language model does not run.
+            filename: ``model.png``, ``model.pdf``, ...; requires the program ``dot`` as well.
 
         Raises:
             ConfigError: the Python package graphviz is missing.
@@ -116,17 +117,17 @@ class HierarchicalModel(RecordedSettings, PyroModule):
             self.likelihood = likelihood
 
     def answer(self, log_lik: Tensor) -> dist.TorchDistribution:
-        """p(y | x, phi), a batch of ``(T, N)``."""
+        """Return p(y | x, phi), of batch ``(T, N)``."""
         answer: dist.TorchDistribution = dist.Categorical(logits=log_lik)
         return answer
 
     def answered(self, episode: Episode) -> Tensor:
-        """What was observed, ``(T, N)``."""
+        """Return the observed values, ``(T, N)``."""
         return episode.answer
 
 
 def _depends_on_phi(phi: Sites, episode: Episode) -> Tensor:
-    """Option scores without a language model."""
+    """Return option scores that depend on phi, without a language model."""
     total: Any = sum(value.sum((-3, -2, -1)) for value in phi.values())
     zeros: Tensor = torch.zeros(episode.shape, device=episode.mask.device)
     return zeros + total[..., None]  # type: ignore[no-any-return]

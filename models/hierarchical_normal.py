@@ -28,10 +28,10 @@ class HierarchicalNormal(FactorModel):
     """p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
     Sites: ``theta.loc.<site>`` for every LoRA site; ``theta.precision.<site>`` and ``phi.<site>`` for the random ones;
-    ``answer``. With A or B alone random, the other factor is shared by all tasks: ``phi = theta.loc``.
+    ``answer``. If only A or only B is random, all tasks share the other factor: ``phi = theta.loc``.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
         initial: a value per LoRA site, ``(layers, out, in)``, at which guides start ``theta.loc``.
         random: which factors are random: ``"A"``, ``"B"`` or ``"AB"``.
         initial_scale: sigma_theta at which guides start, for ``lora_A`` and ``lora_B``.
@@ -58,7 +58,7 @@ class HierarchicalNormal(FactorModel):
         self.set_hyperparameters(concentration=concentration, rate=rate)
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site."""
+        """Return the value at which guides start each theta site."""
         theta = super().initial_theta()
         for site in self.random_sites:
             scale = self.initial_scale[".lora_B" in site]
@@ -66,11 +66,11 @@ class HierarchicalNormal(FactorModel):
         return theta
 
     def precision_shape(self, site: str) -> tuple[int, ...]:
-        """Of ``theta.precision.<site>``; what broadcasts to the site's event shape."""
+        """Return the event shape of ``theta.precision.<site>``, which broadcasts to that of the site."""
         return tuple(self.initial[site].shape)
 
     def theta(self) -> Sites:
-        """Sample p(theta): locations and, for random sites, precisions."""
+        """Sample p(theta): locations, and precisions of the random sites."""
         theta: Sites = {}
         for site, value in self.initial.items():
             prior = dist.Normal(torch.zeros_like(self.loc_scale), self.loc_scale).expand(value.shape).to_event(3)
@@ -81,7 +81,7 @@ class HierarchicalNormal(FactorModel):
         return theta
 
     def phi_prior(self, theta: Sites) -> Distributions:
-        """p(phi | theta) of one task, per random site."""
+        """Return p(phi | theta) of one task, per random site."""
         prior: Distributions = {}
         for site in self.random_sites:
             loc, precision = theta[f"theta.loc.{site}"], theta[f"theta.precision.{site}"]

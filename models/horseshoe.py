@@ -1,4 +1,4 @@
-r"""Regularised horseshoe: few weights differ between tasks, and those may differ a lot (arXiv 1707.01694).
+r"""Regularised horseshoe: most weights differ little between tasks, and a few differ a lot (arXiv 1707.01694).
 
 .. math::
     \mu_\theta &\sim \mathcal N(0, s_0^2), \qquad \tau_l \sim \mathrm{C}^+(0, \tau_0), \qquad
@@ -6,8 +6,8 @@ r"""Regularised horseshoe: few weights differ between tasks, and those may diffe
     \phi_i \mid \theta &\sim \mathcal N(\mu_\theta, \tau_l^2 \tilde\lambda^2), \qquad
     \tilde\lambda^2 = \frac{c^2 \lambda^2}{c^2 + \tau_l^2 \lambda^2}
 
-with one global scale for each layer l of a site and a local one for each weight. c is the slab's width: the largest
-standard deviation that a weight can have.
+with a global scale tau per layer l of a site, and a local scale lambda per weight. c is the width of the slab, an upper
+bound on the standard deviation of a weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RegularizedHorseshoe(FactorModel):
     ``(layers, 1, 1)``) and ``phi.<site>`` for the random ones; ``answer``.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
         initial: a value per LoRA site, ``(layers, out, in)``, at which guides start ``theta.loc``.
         random: which factors are random: ``"A"``, ``"B"`` or ``"AB"``.
         global_scale: tau_0, at which guides start tau, for ``lora_A`` and ``lora_B``.
@@ -57,7 +57,7 @@ class RegularizedHorseshoe(FactorModel):
         self.global_scale, self.slab = global_scale, slab
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site."""
+        """Return the value at which guides start each theta site."""
         theta = super().initial_theta()
         for site in self.random_sites:
             value = self.initial[site]
@@ -78,7 +78,7 @@ class RegularizedHorseshoe(FactorModel):
         return theta
 
     def phi_prior(self, theta: Sites) -> Distributions:
-        """p(phi | theta) of one task, per random site."""
+        """Return p(phi | theta) of one task, per random site."""
         prior: Distributions = {}
         for site in self.random_sites:
             free = theta[f"theta.global.{site}"] * theta[f"theta.local.{site}"]

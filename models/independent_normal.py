@@ -1,9 +1,9 @@
-r"""Independent normal prior, the same for all tasks and not learnt: no hierarchy (BLoB, arXiv 2406.11675).
+r"""Independent normal prior without a hierarchy: fixed, and equal for all tasks (BLoB, arXiv 2406.11675).
 
 .. math:: \phi_i \sim \mathcal N(\phi_0, s^2) \quad\text{for each task } i
 
-elementwise, around PEFT's initial values: A random, B zero. What the factor that is not random has in common for all
-tasks is theta.
+elementwise, around PEFT's initial values: A random, B zero. If only A or only B is random, theta is the other factor,
+which all tasks share.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class IndependentNormal(FactorModel):
     Sites: ``theta.loc.<site>`` for LoRA sites that are not random; ``phi.<site>`` for those that are; ``answer``.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
-        initial: a value per LoRA site, ``(layers, out, in)``: phi_0, and where theta starts.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``: phi_0, and the initial value of theta.
         random: which factors are random: ``"A"`` (BLoB), ``"B"`` or ``"AB"``.
         scale: s, for ``lora_A`` and ``lora_B``.
-        loc_scale: standard deviation of theta around zero.
+        loc_scale: prior standard deviation of theta around zero.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class IndependentNormal(FactorModel):
         if min(scale) <= 0:
             raise ConfigError(f"scale: expected two positive numbers (for A and B), got {scale}.")
         for site in self.random_sites:
-            # Buffers, so that they follow the module to its device and are saved; under names that attributes may have.
+            # Buffers are saved and follow the module's device; their names may not contain dots.
             self.register_buffer(f"at_{site}".replace(".", "_"), self.initial[site].clone())
         self.scale = scale
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site."""
+        """Return the value at which guides start each theta site."""
         return {f"theta.loc.{site}": value for site, value in self.initial.items() if site not in self.random_sites}
 
     def phi_prior(self, theta: Sites) -> Distributions:
-        """p(phi) of one task, per random site."""
+        """Return p(phi) of one task, per random site."""
         prior: Distributions = {}
         for site in self.random_sites:
             loc = getattr(self, f"at_{site}".replace(".", "_"))

@@ -4,9 +4,9 @@ r"""Hierarchical normal prior with one scale per layer and module kind.
     \mu_\theta \sim \mathcal N(0, s_0^2), \qquad 1 / \sigma_{\theta,l}^2 \sim \mathrm{Gamma}(a_0, b_0), \qquad
     \phi_{i,l} \mid \theta \sim \mathcal N(\mu_{\theta,l}, \sigma_{\theta,l}^2)
 
-for layer l of each site: all entries of a factor vary between tasks by as much, and the fit says in which layers and
-modules tasks differ. Scales are learnt from thousands of weights each, where the elementwise prior has one weight per
-task to learn one from.
+for layer l of each site. All entries of a factor have the same standard deviation between tasks, and the fit shows in
+which layers and modules tasks differ. Each scale is estimated from thousands of weights, whereas the elementwise prior
+estimates each scale from one weight per task.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class LayerwiseScale(HierarchicalNormal):
     """
 
     def precision_shape(self, site: str) -> tuple[int, ...]:
-        """One for each layer."""
+        """Return the event shape of the precisions: one per layer."""
         return (len(self.initial[site]), 1, 1)
 
     def scales(self, theta: Sites) -> dict[str, Tensor]:
-        """Standard deviation between tasks, ``(layers,)`` per random site."""
+        """Return the standard deviations between tasks, ``(layers,)`` per random site."""
         return {site: theta[f"theta.precision.{site}"].rsqrt().flatten() for site in self.random_sites}

@@ -5,8 +5,8 @@ r"""Automatic relevance determination over ranks (MacKay 1995; for factorisation
     \mu_{B,\cdot k} &\sim \mathcal N(0, 1 / \tau_{l,k}), \qquad
     B_{i,\cdot k} \mid \theta \sim \mathcal N(\mu_{B,\cdot k}, 1 / \tau_{l,k})
 
-for the columns of B, and likewise for the rows of A where they are random. A rank that helps no task has nothing to set
-against the prior of its precision, which grows; its mean and its variance between tasks then go to zero together.
+for the columns of B, and in the same way for the rows of A if they are random. If a rank helps no task, only the prior
+acts on its precision, which then grows; the mean of the rank and its variance between tasks go to zero together.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ["RankARD"]
 class RankARD(HierarchicalNormal):
     """p(theta) p(phi_i | theta) p(y | x, phi_i), precisions ``(layers, 1, r)`` for B and ``(layers, r, 1)`` for A.
 
-    Sites and arguments are those of :class:`bayes_lora.models.HierarchicalNormal`; ``loc_scale`` is for the factor that
-    is not random.
+    Sites and arguments are those of :class:`bayes_lora.models.HierarchicalNormal`; ``loc_scale`` applies to the
+    factor that is not random.
     """
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site, in the order of :meth:`theta`."""
+        """Return the value at which guides start each theta site, in the order of :meth:`theta`."""
         theta = super().initial_theta()
         return dict(sorted(theta.items(), key=lambda item: not item[0].startswith("theta.precision.")))
 
     def precision_shape(self, site: str) -> tuple[int, ...]:
-        """One for each rank of each layer."""
+        """Return the event shape of the precisions: one per layer and rank."""
         layers, rows, columns = self.initial[site].shape
         return (layers, 1, columns) if ".lora_B" in site else (layers, rows, 1)
 
     def theta(self) -> Sites:
-        """Sample p(theta): precisions first, for locations depend on them."""
+        """Sample p(theta): precisions first, because locations depend on them."""
         theta: Sites = {}
         for site in self.random_sites:
             gamma = dist.Gamma(self.concentration, self.rate).expand(self.precision_shape(site)).to_event(3)
@@ -55,7 +55,7 @@ class RankARD(HierarchicalNormal):
         return theta
 
     def energies(self, theta: Sites) -> dict[str, Tensor]:
-        r"""Expected squared size of each rank's part of the update, ``(layers, r)`` per module kind.
+        r"""Return the expected squared norm of each rank's part of the update, ``(layers, r)`` per module kind.
 
         .. math:: \mathbb E \lVert B_{\cdot k} \rVert^2\; \mathbb E \lVert A_{k \cdot} \rVert^2
 
@@ -72,17 +72,17 @@ class RankARD(HierarchicalNormal):
         return found
 
     def effective_rank(self, theta: Sites) -> dict[str, Tensor]:
-        r"""How many ranks each layer uses, ``(layers,)`` per module kind, between 1 and r.
+        r"""Return the number of ranks that each layer uses, between 1 and r, ``(layers,)`` per module kind.
 
         .. math:: \exp\big(-\textstyle\sum_k p_k \log p_k\big), \qquad p_k = e_k / \textstyle\sum_k e_k
 
-        of the energies e (Roy and Vetterli, EUSIPCO 2007).
+        where e are the energies (Roy and Vetterli, EUSIPCO 2007).
         """
         shares = {update: e / e.sum(-1, keepdim=True) for update, e in self.energies(theta).items()}
         return {update: torch.special.entr(share).sum(-1).exp() for update, share in shares.items()}
 
     def prune(self, phi: Sites, theta: Sites, share: float = 0.01) -> Sites:
-        """Phi with zeros for ranks whose energy under theta is below ``share`` of their layer's largest."""
+        """Return phi with ranks set to zero whose energy under theta is below ``share`` of the largest in the layer."""
         pruned = dict(phi)
         for update, energies in self.energies(theta).items():
             keep = energies >= share * energies.amax(-1, keepdim=True)

@@ -7,8 +7,8 @@ r"""Hierarchical prior over whole weight updates, the *weight* form of ABMLL (ar
     \sigma_\theta = B^\theta_\sigma A^\theta_\sigma + c \\
     y_{ij} \mid x_{ij}, \Delta W_i &\sim \mathrm{Categorical}(p_{W_0 + \Delta W_i}(\cdot \mid x_{ij}))
 
-elementwise over the update of every adapted layer. Two pairs of LoRA factors describe theta, and two more each task's
-posterior. Entries are normal here, where in the *factor* form they are sums of products of normals.
+elementwise over the update of every adapted layer. Two pairs of LoRA factors parametrise theta, and two more each
+task's posterior. Entries are normal, whereas in the *factor* form they are sums of products of normals.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ class WeightSpace(HierarchicalModel):
     """p(theta) p(dW_i | theta) p(y | x, dW_i) as a Pyro program.
 
     Sites: ``theta.loc.<site>`` and ``theta.scale.<site>`` for every LoRA site, ``theta.precision.<update>`` (a factor);
-    ``phi.<update>`` for every update, ``q_proj.delta_weight``; ``answer``. PEFT's scaling multiplies what the update
-    adds, its noise included. It runs under :class:`bayes_lora.infer.handlers.LocalReparameterization`; otherwise every
-    task would have matrices of its own in memory.
+        ``phi.<update>`` for every update, ``q_proj.delta_weight``; ``answer``. PEFT's scaling applies to the noise as
+        well. The model's ``context`` is :class:`bayes_lora.infer.handlers.LocalReparameterization`, so that no task has
+        full
+    matrices in memory.
 
     Args:
-        likelihood: the language model; a plain object, so that Pyro cannot reach its parameters.
-        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start both pairs (B of scales at zero).
-        offset: c, the standard deviation of every entry at the start.
+        likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
+        initial: a value per LoRA site, ``(layers, out, in)``, at which guides start both pairs of
+            factors (B of the scales at zero).
+        offset: c, the initial standard deviation of every entry.
         loc_scale: s_0.
         concentration: a_0.
-        rate: b_0; the Gamma density of each entry's precision, at what the factors make of it, weighs p(theta). By
-            default a scale of 1e-3 is typical; the paper's 0.01, that of 0.1, goes with its gamma of 1e-8.
+        rate: b_0. The Gamma density of each entry's precision, evaluated at the precision that the factors give, is a
+            factor of p(theta). The default makes a scale of 1e-3 typical; the paper's 0.01 makes 0.1 typical, and
+            belongs to its gamma of 1e-8.
     """
 
     context = LocalReparameterization
@@ -67,7 +70,7 @@ class WeightSpace(HierarchicalModel):
         self.register_buffer("loc_scale", torch.tensor(loc_scale, dtype=next(iter(self.initial.values())).dtype))
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site."""
+        """Return the value at which guides start each theta site."""
         theta = {f"theta.loc.{site}": value for site, value in self.initial.items()}
         for site, value in self.initial.items():
             theta[f"theta.scale.{site}"] = torch.zeros_like(value) if ".lora_B" in site else value
@@ -81,7 +84,7 @@ class WeightSpace(HierarchicalModel):
         return theta
 
     def _log_gamma(self, prior: FactoredNormal) -> Tensor:
-        """Log-density of each entry's precision up to a constant, summed; nats."""
+        """Return the log-density of each entry's precision, up to a constant, summed over entries; nats."""
 
         def log_density(entries: Tensor) -> Tensor:
             variance = entries.square()
@@ -90,7 +93,7 @@ class WeightSpace(HierarchicalModel):
         return sum_in_chunks(lambda q: log_density(q.scale_B @ q.scale_A + self.offset), prior).sum(-1)
 
     def phi_prior(self, theta: Sites) -> Distributions:
-        """p(dW | theta) of one task, per update."""
+        """Return p(dW | theta) of one task, per update."""
         prior: Distributions = {}
         for site in self.random_sites:
             a, b = factor_sites(site)

@@ -212,7 +212,7 @@ def test_a_key_value_cache_is_refused(tokenizer, monkeypatch):
     lm = bloom(tokenizer, monkeypatch)
     with pytest.warns(UserWarning, match="key-value cache"):
         lm.features(make_episode(lm))
-    with pytest.raises(ConfigError, match="activation-space noise: expected activations of rows"):
+    with pytest.raises(ConfigError, match="activation-space noise: expected activations of packed rows"):
         build(lm)(make_episode(lm))
 
 

@@ -314,7 +314,7 @@ def test_what_is_refused(lm):
         (lambda: SGLD(model, batch_size=0), "batch_size=0"),
         (lambda: SWAG(model, batch_size=0), "batch_size=0"),
         (lambda: SWAG(model, optimizer="Adam"), "optimizer: expected 'sgd' or 'adam', got 'Adam'"),
-        (lambda: GradientGuide(model, learn_rates=True, follow_theta=False), "no gradient flows through steps"),
+        (lambda: GradientGuide(model, learn_rates=True, follow_theta=False), "no gradient flows through the steps"),
         (lambda: LowRank(0), r"LowRank: expected rank of at least 1 .* got LowRank\(rank=0"),
         (lambda: GradientGuide(model, start=SharedPoint(model)), r"Use SharedMeanField, or family=Point\(\)"),
         (
@@ -335,10 +335,10 @@ def test_what_is_refused(lm):
             make()
     support = episodes(lm)[0].support
     of_several = GradientGuide(model, start=GUIDES["SGLD"](model))
-    with pytest.raises(ConfigError, match="start: SGLD has several components"):
+    with pytest.raises(ConfigError, match="start: expected a guide with one component, but SGLD has several"):
         of_several.posterior(support, of_several.theta())
     ensemble = Ensemble(model, num_members=2, make=lambda model, theta_guide: SGLD(model, theta_guide=theta_guide))
-    with pytest.raises(ConfigError, match="make: SGLD has several components, a member has one"):
+    with pytest.raises(ConfigError, match="make: expected members with one component, but SGLD has several"):
         draw_phi(model, ensemble, episodes(lm)[0], 2)
 
 
@@ -348,9 +348,9 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
     support = episodes(lm)[0].support
     for other in (SharedMeanField(model, family=LowRank(2)), SWAG(model), GUIDES["Laplace, Kronecker"](model)):
         guide = GradientGuide(model, start=other)
-        with pytest.raises(ConfigError, match=r"with parts \['loc', 'log_scale'\]; .* Use SharedMeanField"):
+        with pytest.raises(ConfigError, match=r"with parameters \['loc', 'log_scale'\]; .* Use SharedMeanField"):
             guide.posterior(support, guide.theta())
-    with pytest.raises(ConfigError, match="start: Ensemble has no theta of its own"):
+    with pytest.raises(ConfigError, match="start: Ensemble has one q"):
         GradientGuide(model, start=Ensemble(model, num_members=2))
     inner = lambda model, theta_guide: Ensemble(model, theta_guide=theta_guide, num_members=2)  # noqa: E731
     with pytest.raises(ConfigError, match="make: an ensemble cannot be a member"):
@@ -358,7 +358,7 @@ def test_guides_that_do_not_fit_into_one_another(lm, split):
     samplers = Ensemble(
         model, num_members=2, make=lambda model, theta_guide: SGLD(model, theta_guide=theta_guide, burn_in=0)
     )
-    with pytest.raises(ConfigError, match="make: SGLD has several components"):
+    with pytest.raises(ConfigError, match="make: expected members with one component, but SGLD has several"):
         adapt(BetaELBO(model, samplers), lm, split)
 
 

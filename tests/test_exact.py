@@ -45,7 +45,7 @@ def network(model):
 
 def laplace(model):
     """The mode, and as many answers as its curvature needs here."""
-    return Laplace(model, steps=150, learning_rate=0.03, optimizer="sgd", num_samples=2000)
+    return Laplace(model, steps=150, learning_rate=0.03, optimizer="sgd", num_fisher_samples=2000)
 
 
 def of_updates(model):

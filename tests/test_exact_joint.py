@@ -72,7 +72,7 @@ def kronecker_laplace(model, **kwargs):
         steps=400,
         learning_rate=0.02,
         optimizer="sgd",
-        num_samples=4000,
+        num_fisher_samples=4000,
         batch_size=7,
         curvature="kronecker",
         **kwargs,
@@ -230,7 +230,7 @@ def test_ranks_are_uniform(name):
     if name.startswith("gradient"):
         guide.steps, guide.num_particles = 200, 16
     else:
-        guide.num_samples, guide.batch_size = 200, 3600
+        guide.num_fisher_samples, guide.batch_size = 200, 3600
     with torch.no_grad():
         phi = draw_phi(model, guide, episode, 19)[SITE][:, :, 0, 0, 0]
     mix = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, -1.0]], dtype=b.dtype)

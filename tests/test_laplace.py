@@ -16,7 +16,7 @@ def test_the_fisher_information_is_that_of_a_loop(lm):
     """Over tasks, examples and options, each weighed by its probability; draws within 6 standard errors."""
     rows = [lm.encoder(task.examples[: 2 + t]) for t, task in enumerate(make_tasks(2).values())]
     support = collate(rows)
-    model, guide = laplace(lm, num_samples=1)
+    model, guide = laplace(lm, num_fisher_samples=1)
     theta = mean_theta(guide)
     phi = {site: fn.expand((2, 1)).sample() for site, fn in model.phi_prior(theta).items()}
     expected = {site: torch.zeros_like(value) for site, value in phi.items()}
@@ -39,7 +39,7 @@ def test_the_fisher_information_is_that_of_a_loop(lm):
 
 def test_it_stands_at_the_mode_with_the_prior_s_and_the_data_s_precision(lm):
     """At the end of many steps the gradient of log p(S, phi | theta), tempered, is nearly zero."""
-    model, guide = laplace(lm, steps=300, learning_rate=0.02, num_samples=4)
+    model, guide = laplace(lm, steps=300, learning_rate=0.02, num_fisher_samples=4)
     theta, support = mean_theta(guide), make_episode(lm).support
     torch.manual_seed(0)
     found = guide.posterior(support, theta)
@@ -60,7 +60,7 @@ def test_it_stands_at_the_mode_with_the_prior_s_and_the_data_s_precision(lm):
 
 
 def test_more_examples_leave_less_variance(lm):
-    model, guide = laplace(lm, num_samples=8)
+    model, guide = laplace(lm, num_fisher_samples=8)
     task = next(iter(make_tasks(1).values()))
     few, many = (guide.posterior(collate([lm.encoder(task.examples[:count])]), mean_theta(guide)) for count in (2, 10))
     for site, prior in model.phi_prior(mean_theta(guide)).items():
@@ -83,7 +83,7 @@ def test_theta_moves_the_posterior_as_it_moves_the_prior(lm):
 
 
 def test_what_is_refused(lm):
-    for wrong in (dict(steps=-1), dict(num_samples=0), dict(learning_rate=0.0), dict(beta=0.0)):
+    for wrong in (dict(steps=-1), dict(num_fisher_samples=0), dict(learning_rate=0.0), dict(beta=0.0)):
         with pytest.raises(ConfigError, match=f"got .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
             laplace(lm, **wrong)
     with pytest.raises(ConfigError, match="Laplace: expected p.phi | theta. to be normal, got .* of WeightSpace"):

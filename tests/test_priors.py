@@ -181,9 +181,9 @@ def test_the_independent_normal_is_fixed(lm, random):
     ("make", "message"),
     [
         (lambda lm: IndependentNormal(lm, lm.sites.initial(), random="C"), "random: expected 'A', 'B' or 'AB'"),
-        (lambda lm: IndependentNormal(lm, lm.sites.initial(), scale=(0.1, 0.0)), "positive scale and loc_scale"),
+        (lambda lm: IndependentNormal(lm, lm.sites.initial(), scale=(0.1, 0.0)), "scale: expected two positive"),
         (lambda lm: RegularizedHorseshoe(lm, lm.sites.initial(), random="C"), "random: expected 'A', 'B' or 'AB'"),
-        (lambda lm: RegularizedHorseshoe(lm, lm.sites.initial(), slab=0.0), "positive global_scale, slab and loc_"),
+        (lambda lm: RegularizedHorseshoe(lm, lm.sites.initial(), slab=0.0), "positive global_scale and slab"),
         (lambda lm: RankARD(lm, lm.sites.initial(), initial_scale=(0.1, -1.0)), "initial_scale: expected two positive"),
     ],
 )

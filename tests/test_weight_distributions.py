@@ -187,7 +187,7 @@ def test_directions_that_are_nearly_alike_in_32_bits():
 
 
 def test_what_does_not_fit(prior):
-    with pytest.raises(ValueError, match="LowRankNormal: expected tensors with .* dimensions behind the batch"):
+    with pytest.raises(ValueError, match="LowRankNormal: expected tensors with .* dimensions after the batch"):
         LowRankNormal(noise(2, 3), noise(2, 3), noise(2, 3, 2))
     for fn in (low_rank(), kronecker(), DroppedPoint(noise(*SHAPE), torch.tensor(0.5))):
         with pytest.raises(NotImplementedError, match=f"{type(fn).__name__} from .* has no closed form"):

@@ -48,7 +48,7 @@ GUIDES = {
     "GuideNetwork": lambda model: GuideNetwork(
         model, theta_guide=NormalTheta, directions=2, hidden=6, bilinear=2
     ).double(),
-    "Laplace": lambda model: Laplace(model, steps=2, learning_rate=0.01, num_samples=2),
+    "Laplace": lambda model: Laplace(model, steps=2, learning_rate=0.01, num_fisher_samples=2),
     "Laplace, Kronecker": lambda model: Laplace(
         model, steps=2, learning_rate=0.01, curvature="kronecker", prior_precision="marginal-likelihood", largest=8
     ),

@@ -1,1 +1,1 @@
-"""Distributions over LoRA weights, and what they share."""
+"""Distributions over LoRA weights, and operations on their parameters."""

@@ -1,9 +1,9 @@
-"""Random weight matrices that stay unsampled: local reparameterisation as an effect handler.
+"""Random weight matrices that are never sampled: local reparameterisation.
 
 Usage::
 
     with LocalReparameterization():
-        loss = objective(episode)  # noise enters at activations; without it, whole matrices are drawn
+        loss = objective(episode)  # samples activations; without it, whole matrices are sampled
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["DeferredWeight"]
 
 
 class DeferredWeight(NamedTuple):
-    r"""A random weight matrix that stays unsampled: what it makes of activations is (local reparameterisation).
+    r"""A random weight matrix whose products with activations are sampled, not the matrix itself.
 
     .. math::
         \Delta W x \sim \mathcal N\big(B_\mu A_\mu x,\; \textstyle\sum_j \sigma_{oj}^2 x_j^2\big), \qquad
         \sigma = B_\sigma A_\sigma
 
-    for every x on its own (Kingma, Salimans and Welling, arXiv 1506.02557). :math:`\sigma` is of rank R; its square, of
-    rank R (R + 1) / 2, is applied as such.
+    independently for every x (local reparameterisation: Kingma, Salimans and Welling, arXiv 1506.02557).
+    :math:`\sigma` has rank R, so its elementwise square has rank at most R (R + 1) / 2 and is applied in factored form.
 
     Attributes:
         loc_A, loc_B: ``(*batch, layers, r, in)`` and ``(*batch, layers, out, r)``.
-        scale_A, scale_B: likewise with R for r, a constant offset among them (a row of ones in A).
+        scale_A, scale_B: the same with R in place of r; a constant offset is one of the R (a row of ones in A).
     """
 
     loc_A: Tensor
@@ -40,15 +40,15 @@ class DeferredWeight(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """That of the matrices, batch and layers before it."""
+        """Shape of the matrices, ``(*batch, layers, out, in)``."""
         return torch.Size((*self.loc_A.shape[:-2], self.loc_B.shape[-2], self.loc_A.shape[-1]))
 
     def layers(self) -> list[DeferredWeight]:
-        """Each layer's."""
+        """Split into one function of activations per layer."""
         return [DeferredWeight(*parts) for parts in zip(*(value.unbind(-3) for value in self), strict=True)]
 
     def variance(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
-        """Of each entry of ``dW x``, by the factors of the squared scale; ``(rows, ..., out)``."""
+        """Return the variance of each entry of ``dW x``, ``(rows, ..., out)``, from factors of the squared scale."""
         first, second = torch.triu_indices(*[self.scale_A.shape[-2]] * 2, device=x.device)
         into = self.scale_A[..., first, :] * self.scale_A[..., second, :]
         weight = torch.where(first == second, 1.0, 2.0).to(x.dtype)
@@ -56,9 +56,9 @@ class DeferredWeight(NamedTuple):
         return linear(linear(x.square(), into, blocks), out, blocks)
 
     def __call__(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
-        """Draw ``dW x``, ``(rows, ..., in)`` to ``(rows, ..., out)``; noise is independent for every place."""
+        """Draw ``dW x``, ``(rows, ..., in)`` to ``(rows, ..., out)``; the noise is independent per position."""
         mean = linear(linear(x, self.loc_A, blocks), self.loc_B, blocks)
         variance = self.variance(x, blocks)
-        # Where it is zero, or rounding makes it less, the root has no derivative.
+        # The square root has no derivative at zero, and rounding can make the variance negative.
         scale = variance.clamp_min(torch.finfo(x.dtype).tiny).sqrt() * (variance > 0)
         return mean + scale * torch.randn_like(mean)

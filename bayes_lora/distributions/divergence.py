@@ -13,17 +13,17 @@ __all__ = ["divergence"]
 
 
 def divergence(q: Any, p: Any) -> Tensor:
-    """KL(q || p) in nats, of the batch shape; of normals (to any event) it keeps their parameters alone for backward.
+    """Return KL(q || p) in nats, of the batch shape. For normals, backward keeps only their parameters.
 
-    Where p has none in closed form, but a bound of its own, ``divergence_from(q)``, it is that.
+    If p has a method ``divergence_from(q)``, an upper bound on the divergence, its result is returned.
 
     Raises:
-        NotImplementedError: it has no closed form.
+        NotImplementedError: there is neither a closed form nor a bound.
     """
     if hasattr(p, "divergence_from"):
         bound: Tensor = p.divergence_from(q)
         return bound
-    # Independent alone is unwrapped: what masks or transforms a normal has another divergence.
+    # Only Independent is unwrapped, because a masked or transformed normal has another divergence.
     normals = [fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn for fn in (q, p)]
     if all(type(fn) is Normal for fn in normals) and len(q.event_shape) == len(p.event_shape):
         (one, other), events = normals, len(q.event_shape)
@@ -33,7 +33,7 @@ def divergence(q: Any, p: Any) -> Tensor:
 
 
 class _NormalDivergence(torch.autograd.Function):
-    """KL of normals, elementwise: backward computes anew what torch's own would have kept of it, eight tensors."""
+    """KL of normals, elementwise; backward recomputes the eight intermediate tensors that torch's own KL keeps."""
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, scale: Tensor, prior_loc: Tensor, prior_scale: Tensor) -> Tensor:

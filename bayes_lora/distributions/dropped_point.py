@@ -1,8 +1,8 @@
-r"""A point with dropout on what a LoRA reads (Gal and Ghahramani, arXiv 1506.02142; PEFT: ``lora_dropout``).
+r"""A point mass with dropout on the inputs of a LoRA (Gal and Ghahramani, arXiv 1506.02142; PEFT: ``lora_dropout``).
 
 .. math:: W = V\, \mathrm{diag}(m / k), \qquad m_j \sim \mathrm{Bernoulli}(k)
 
-for each layer: whole columns are dropped, for all tokens of all questions, so that a draw is one model.
+for each layer. Whole columns are dropped, for all tokens of all questions, so that a draw is one model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["DroppedPoint"]
 
 
 class DroppedPoint(WeightDistribution):
-    """The distribution above. It has no density.
+    """A point mass whose columns are dropped at random, see above. It has no density.
 
     Args:
         value: V, ``(*batch, layers, out, in)``; the mean.
@@ -35,28 +35,28 @@ class DroppedPoint(WeightDistribution):
         super().__init__(value=value, keep=keep, validate_args=validate_args)
 
     def drawn(self, count: int, noise: Noise) -> Tensor:
-        """Draws ``(count, *batch, layers, out, in)``."""
+        """Sample ``(count, *batch, layers, out, in)``."""
         keep = self.keep[..., None, None, None]
         uniform = torch.special.ndtr(noise(torch.Size((count, *self.value[..., :1, :].shape))))
         mask: Tensor = (uniform < keep).to(self.value.dtype) / keep
         return self.value * mask
 
     def scaled(self, factor: float) -> DroppedPoint:
-        """Itself: dropout has no scale."""
+        """Return self, because dropout has no scale."""
         return self
 
     def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
-        """-E[log p], as the divergence of a point is -log p: what is left out does not depend on V."""
+        """Return -E[log p], in nats; the entropy of the mask does not depend on V and is left out."""
         constant = 0.5 * math.log(2 * math.pi)
         return (0.5 * self.squared_distance(normal) + normal.scale.log() + constant).sum((-3, -2, -1))
 
     @property
     def mean(self) -> Tensor:
-        """V."""
+        """The mean, V."""
         return self.value
 
     @property
     def variance(self) -> Tensor:
-        """Of each weight by itself."""
+        """Marginal variance of each weight."""
         keep = self.keep[..., None, None, None]
         return self.value.square() * (1.0 - keep) / keep

@@ -1,9 +1,9 @@
-r"""Independent normals over the entries of a weight matrix, whose means and scales are low-rank (arXiv 2508.14285).
+r"""Independent normals over the entries of a weight matrix, with low-rank means and scales (arXiv 2508.14285).
 
 .. math:: \Delta W \sim \mathcal N\big(B_\mu A_\mu,\; (B_\sigma A_\sigma + c)^2\big) \quad\text{elementwise}
 
-Sums over entries are taken some rows at a time, and
-:class:`bayes_lora.distributions.deferred_weight.DeferredWeight` maps activations without the matrix.
+Sums over entries are computed in chunks of rows, and
+:class:`bayes_lora.distributions.deferred_weight.DeferredWeight` maps activations without forming the matrix.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FACTORS = DeferredWeight._fields
 
 
 class FactoredNormal(WeightDistribution):
-    """The distribution of a weight matrix for each layer, of event shape ``(layers, out, in)``; see above.
+    """The distribution of one weight matrix per layer, of event shape ``(layers, out, in)``; see above.
 
-    The sign of the scale does not matter. Samples, mean and variance are whole matrices: ask for :meth:`deferred` where
-    these are too large.
+    The sign of the scale does not matter. Samples, mean and variance are full matrices; use :meth:`deferred` if these
+    are too large.
 
     Args:
         loc_A: ``(*batch, layers, r, in)``.
@@ -43,7 +43,7 @@ class FactoredNormal(WeightDistribution):
         validate_args: whether to check values.
 
     Raises:
-        ValueError: the factors do not fit one another.
+        ValueError: the shapes of the factors do not match, or the offset is negative.
     """
 
     dims = {"loc_A": 3, "loc_B": 3, "scale_A": 3, "scale_B": 3, "offset": 0}
@@ -78,65 +78,65 @@ class FactoredNormal(WeightDistribution):
 
     @classmethod
     def shape_of(cls, tensors: Mapping[str, Tensor]) -> torch.Size:
-        """``(layers, out, in)``."""
+        """Return the event shape ``(layers, out, in)``."""
         a, b = tensors["loc_A"], tensors["loc_B"]
         return torch.Size((*torch.broadcast_shapes(a.shape[-3:-2], b.shape[-3:-2]), b.shape[-2], a.shape[-1]))
 
     @property
     def _offset(self) -> Tensor:
-        """Beside the entries of a matrix."""
+        """The offset with dimensions that broadcast over a matrix."""
         return self.offset[..., None, None, None]
 
     def deferred(self) -> DeferredWeight:
-        """Its draw, left to the activations."""
+        """Return a draw in deferred form: the language model samples its products with activations."""
         scale_A = torch.cat([self.scale_A, torch.ones_like(self.scale_A[..., :1, :])], -2)
         scale_B = torch.cat([self.scale_B, self._offset.expand_as(self.scale_B[..., :1])], -1)
         return DeferredWeight(self.loc_A, self.loc_B, scale_A, scale_B)
 
     @property
     def mean(self) -> Tensor:
-        """``B_mu A_mu``."""
+        """The mean, ``B_mu A_mu``."""
         return self.loc_B @ self.loc_A
 
     @property
     def stddev(self) -> Tensor:
-        """``|B_sigma A_sigma + c|``."""
+        """The standard deviation, ``|B_sigma A_sigma + c|``."""
         return (self.scale_B @ self.scale_A + self._offset).abs()
 
     @property
     def variance(self) -> Tensor:
-        """Its square."""
+        """The variance, elementwise."""
         return self.stddev.square()
 
     def mean_stddev(self) -> Tensor:
-        """The mean of all standard deviations; never as whole matrices."""
+        """Return the mean of all standard deviations, without forming full matrices."""
         total = sum_in_chunks(lambda q: (q.scale_B @ q.scale_A + self._offset).abs(), self)
         return total.mean() / self.event_shape[1:].numel()
 
     def drawn(self, count: int, noise: Noise) -> Tensor:
-        """Whole matrices, ``(count, *batch, layers, out, in)``."""
+        """Sample full matrices, ``(count, *batch, layers, out, in)``."""
         return self.mean + self.stddev * noise(torch.Size((count, *self.batch_shape, *self.event_shape)))
 
     def scaled(self, factor: float) -> FactoredNormal:
-        """The same with the factor of scales and c times ``factor``."""
+        """Return the distribution with ``B_sigma`` and c multiplied by ``factor``."""
         scale_B, offset = factor * self.scale_B, factor * self.offset
         return FactoredNormal(self.loc_A, self.loc_B, self.scale_A, scale_B, offset=offset, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of whole matrices, nats."""
+        """Return the log-density of full matrices, in nats."""
         each: Tensor = torch.distributions.Normal(self.mean, self.stddev, validate_args=False).log_prob(value)
         return each.sum((-3, -2, -1))
 
     def entropy(self) -> Tensor:
-        """In nats."""
+        """Return the entropy, in nats."""
         logs = sum_in_chunks(lambda q: (q.scale_B @ q.scale_A + self._offset).abs().log(), self).sum(-1)
         return logs + 0.5 * self.event_shape.numel() * math.log(2 * math.pi * math.e)
 
 
 def sum_in_chunks(summand: Any, *normals: FactoredNormal) -> Tensor:
-    """Sum ``summand(*factors)``, a function of entries, over those of each layer's matrix; some rows at a time.
+    """Sum ``summand(*factors)`` over the entries of each layer's matrix, in chunks of rows.
 
-    Returns ``(*batch, layers)``. Where there is more than one piece, backward computes it anew.
+    Returns ``(*batch, layers)``. If there is more than one chunk, backward computes each chunk again.
     """
     batch = torch.broadcast_shapes(*(normal.batch_shape for normal in normals))
     layers, out, inside = normals[0].event_shape

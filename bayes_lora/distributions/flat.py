@@ -12,7 +12,7 @@ __all__ = ["Flat"]
 
 
 class Flat(WeightDistribution):
-    """An improper flat density over ``(layers, out, in)``; what it draws is ``value``. Steps move a point from there.
+    """An improper flat density over ``(layers, out, in)``, whose draws are ``value``. Gradient steps start there.
 
     Args:
         value: ``(*batch, layers, out, in)``.
@@ -26,23 +26,23 @@ class Flat(WeightDistribution):
         super().__init__(value=value, validate_args=validate_args)
 
     def constrained(self, values: Parameters) -> dist.TorchDistribution:
-        """A point."""
+        """Return a point mass."""
         return dist.Delta(values["value"], event_dim=3)
 
     def drawn(self, count: int, noise: Noise) -> Tensor:
-        """``value``, ``(count, *batch, layers, out, in)``."""
+        """Repeat ``value``, ``(count, *batch, layers, out, in)``."""
         return self.value.expand(count, *self.value.shape)
 
     def scaled(self, factor: float) -> Flat:
-        """Itself: it has no scale."""
+        """Return self, because a flat density has no scale."""
         return self
 
     @property
     def mean(self) -> Tensor:
-        """``value``."""
+        """The point ``value``, which stands in for the mean."""
         return self.value
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Zero."""
+        """Return zero: the density is constant."""
         shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-3])
         return value.new_zeros(()).expand(shape)

@@ -1,10 +1,10 @@
-r"""A matrix normal for each layer: rows are correlated with rows, columns with columns.
+r"""A matrix normal per layer: correlations between rows and between columns.
 
 .. math:: W = M + \sigma \circ \big(L\, (S \circ E)\, R^\top\big), \qquad E_{ij} \sim \mathcal N(0, 1)
 
-of covariance :math:`\mathrm{diag}(\sigma) (R \otimes L) \mathrm{diag}(S^2) (R \otimes L)^\top \mathrm{diag}(\sigma)`
+with covariance :math:`\mathrm{diag}(\sigma) (R \otimes L) \mathrm{diag}(S^2) (R \otimes L)^\top \mathrm{diag}(\sigma)`
 (Louizos and Welling, arXiv 1603.04733, for S = 1; George et al., arXiv 1806.03884, for orthogonal L and R). A side
-that is too long to be correlated has no matrix.
+without a matrix is uncorrelated.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["KroneckerNormal"]
 
 
 class KroneckerNormal(WeightDistribution):
-    """The distribution above.
+    """A matrix normal per layer, see above.
 
     Args:
         loc: M, ``(*batch, layers, out, in)``.
-        scale: sigma, likewise.
+        scale: sigma, of the same shape.
         left: L, any invertible matrix, ``(*batch, layers, out, out)``; None for the identity.
-        right: R, likewise ``(*batch, layers, in, in)``.
+        right: R, any invertible matrix, ``(*batch, layers, in, in)``; None for the identity.
         spectrum: S, ``(*batch, layers, out, in)``; None for ones.
         validate_args: whether to check values.
     """
@@ -53,7 +53,7 @@ class KroneckerNormal(WeightDistribution):
         super().__init__(validate_args=validate_args, **tensors)
 
     def drawn(self, count: int, noise: Noise) -> Tensor:
-        """``M + sigma o (L (S o E) R^T)``, ``(count, *batch, layers, out, in)``."""
+        """Sample ``M + sigma o (L (S o E) R^T)``, ``(count, *batch, layers, out, in)``."""
         inside = noise(torch.Size((count, *self.loc.shape)))
         if self.spectrum is not None:
             inside = self.spectrum * inside
@@ -64,29 +64,29 @@ class KroneckerNormal(WeightDistribution):
         return self.loc + self.scale * inside
 
     def scaled(self, factor: float) -> KroneckerNormal:
-        """The same with sigma times ``factor``."""
+        """Return the distribution with sigma multiplied by ``factor``."""
         return self.map(lambda name, value: factor * value if name == "scale" else value)
 
     def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
-        """KL(self || normal), nats."""
+        """Return KL(self || normal), in nats."""
         each = 0.5 * (self.squared_distance(normal) - 1.0) + normal.scale.log()
         return each.sum((-3, -2, -1)) - self.log_det()
 
     @property
     def mean(self) -> Tensor:
-        """M."""
+        """The mean, ``M``."""
         return self.loc
 
     @property
     def variance(self) -> Tensor:
-        """Of each weight by itself."""
+        """Marginal variance of each weight."""
         inside = torch.ones_like(self.loc) if self.spectrum is None else self.spectrum.square()
         sides = (None if side is None else side.square() for side in (self.left, self.right))
         left, right = sides
         return self.scale.square() * sandwich(left, inside, right)
 
     def log_det(self) -> Tensor:
-        """Log-determinant of the map from E to W, ``(*batch,)``."""
+        """Return the log-determinant of the map from E to W, ``(*batch,)``."""
         out, inside = self.event_shape[-2:]
         total = self.scale.log().sum((-3, -2, -1))
         if self.spectrum is not None:
@@ -97,7 +97,7 @@ class KroneckerNormal(WeightDistribution):
         return total
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density, nats."""
+        """Return the log-density, in nats."""
         noise = (value - self.loc) / self.scale
         if self.left is not None:
             noise = torch.linalg.solve(self.left, noise)
@@ -109,11 +109,11 @@ class KroneckerNormal(WeightDistribution):
         return -0.5 * noise.square().sum((-3, -2, -1)) - constant - self.log_det()
 
     def entropy(self) -> Tensor:
-        """In nats."""
+        """Return the entropy, in nats."""
         return 0.5 * self.event_shape.numel() * math.log(2 * math.pi * math.e) + self.log_det()
 
 
 def sandwich(left: Tensor | None, inside: Tensor, right: Tensor | None) -> Tensor:
-    """``L X R^T``, where None stands for the identity."""
+    """Return ``L X R^T``; None is the identity."""
     inside = inside if left is None else left @ inside
     return inside if right is None else inside @ right.mT

@@ -15,7 +15,7 @@ __all__ = ["Mixture"]
 
 
 class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
-    """A mixture of independent normals over one site, with the bound on a divergence from it.
+    """A mixture of independent normals over one site, with an upper bound on the KL divergence from it.
 
     Args:
         logits: log-weights ``(*batch, K)``.
@@ -23,7 +23,7 @@ class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
         validate_args: whether to check values.
     """
 
-    support = constraints.independent(constraints.real, 3)  # torch's own is of no bijection, which NUTS asks for
+    support = constraints.independent(constraints.real, 3)  # torch's own has no bijection, which NUTS needs
 
     def __init__(self, logits: Tensor, components: Any, validate_args: bool | None = None) -> None:
         batch = torch.broadcast_shapes(logits.shape, components.batch_shape)
@@ -31,7 +31,7 @@ class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
         super().__init__(weights, components.expand(batch), validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
-        """The same for a larger batch."""
+        """Return the mixture expanded to a larger batch."""
         batch = (*batch_shape, self.logits.shape[-1])
         components = self.component_distribution.expand(batch)
         return Mixture(self.logits.expand(batch), components, validate_args=self._validate_args)
@@ -43,20 +43,20 @@ class Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
         return found
 
     def component(self, k: int) -> Any:
-        """The normals of one cluster, without the mixture's last batch dimension."""
+        """Return the normals of component k, without the batch dimension of components."""
         base = self.component_distribution.base_dist
         where = (..., k, slice(None), slice(None), slice(None))
         return dist.Normal(base.loc[where], base.scale[where]).to_event(3)
 
     def divergences(self, q: Any) -> Tensor:
-        """KL(q || each component), ``(*batch, K)`` nats."""
+        """Return KL(q || component) for each component, ``(*batch, K)`` nats."""
         return torch.stack([divergence(q, self.component(k)) for k in range(self.logits.shape[-1])], -1)
 
     def divergence_from(self, q: Any) -> Tensor:
-        r"""An upper bound on KL(q || mixture), nats: :math:`-\log \sum_k w_k e^{-\mathrm{KL}(q \| p_k)}`.
+        r"""Return an upper bound on KL(q || mixture), nats: :math:`-\log \sum_k w_k e^{-\mathrm{KL}(q \| p_k)}`.
 
-        For every r over clusters, :math:`-\log \sum_k w_k p_k \le \sum_k r_k \log (r_k / (w_k p_k))` (Jensen); averaged
-        over q and minimised over r it is this (Hershey and Olsen, ICASSP 2007). It holds for each site given those
-        before it, so the sum over sites bounds the joint divergence.
+        For every r over clusters, :math:`-\log \sum_k w_k p_k \le \sum_k r_k \log (r_k / (w_k p_k))` (Jensen).
+        The expectation over q, minimised over r, is this bound (Hershey and Olsen, ICASSP 2007). It holds for each site
+        given the sites before it, so the sum over sites bounds the joint divergence.
         """
         return -torch.logsumexp(self.logits - self.divergences(q), -1)

@@ -1,4 +1,4 @@
-"""Moment matching: the independent normals with a distribution's means and standard deviations."""
+"""Moment matching: independent normals with the means and standard deviations of a distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["moment_matched"]
 
 
 def moment_matched(fn: TorchDistribution) -> Normal:
-    """Elementwise normals with the mean and standard deviation of each weight, of batch ``(*batch, layers, out, in)``.
+    """Return elementwise normals with the moments of each weight, of batch ``(*batch, layers, out, in)``.
 
     Independent normals are returned as they are.
     """

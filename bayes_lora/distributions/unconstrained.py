@@ -1,8 +1,8 @@
-"""The parameters of a distribution: as its constructor takes them, and unconstrained, as gradient steps move them.
+"""The parameters of a distribution: constrained, as its constructor takes them, and unconstrained, for gradient steps.
 
-Torch's own distributions declare theirs (``arg_constraints``), and a
-:class:`bayes_lora.distributions.weight_distribution.WeightDistribution` does by its attributes. A distribution of your
-own that steps should move is a subclass of the latter.
+Torch's distributions declare their parameters in ``arg_constraints``, a
+:class:`bayes_lora.distributions.weight_distribution.WeightDistribution` in its class attributes. For gradient steps on
+a new family, make it a subclass of the latter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def parameters(fn: Any) -> Parameters:
-    """The tensors that a distribution is made of, by the names that its constructor has for them."""
+    """Return the tensors that define a distribution, by the names of its constructor's arguments."""
     base = _base(fn)
     if isinstance(base, WeightDistribution):
         return base.tensors()
@@ -43,7 +43,7 @@ def parameters(fn: Any) -> Parameters:
 
 
 def with_parameters(fn: Any, values: Parameters) -> Any:
-    """A distribution of the family of ``fn`` made of other tensors, named as by :func:`parameters`."""
+    """Return a distribution of the family of ``fn`` with other tensors, named as by :func:`parameters`."""
     if isinstance(fn, torch.distributions.Independent):
         return dist.Independent(with_parameters(fn.base_dist, values), fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.Delta):
@@ -52,14 +52,14 @@ def with_parameters(fn: Any, values: Parameters) -> Any:
 
 
 def map_parameters(fn: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A distribution of the family of ``fn``, made of what the function makes of each of its tensors."""
+    """Return ``fn`` with a function applied to each of its tensors."""
     return with_parameters(fn, {name: function(value) for name, value in parameters(fn).items()})
 
 
 def unconstrained(fn: Any) -> Parameters:
-    """The parameters of a distribution without constraints: ``"loc"`` and ``"log_scale"`` of a normal.
+    """Return the unconstrained parameters of a distribution: ``"loc"`` and ``"log_scale"`` for a normal.
 
-    A positive parameter is its logarithm, ``log_<name>``; of a point the only one is its ``"value"``.
+    A positive parameter is represented by its logarithm, ``log_<name>``; a point mass has only its ``"value"``.
     """
     base = _base(fn)
     if isinstance(base, WeightDistribution):
@@ -73,9 +73,9 @@ def unconstrained(fn: Any) -> Parameters:
 
 
 def constrained(fn: Any, values: Parameters) -> Any:
-    """The inverse of :func:`unconstrained`: the family of ``fn`` with these unconstrained parameters.
+    """Invert :func:`unconstrained`: return the family of ``fn`` with these unconstrained parameters.
 
-    An improper flat density becomes a point.
+    An improper flat density becomes a point mass.
     """
     if isinstance(fn, torch.distributions.Independent):
         return dist.Independent(constrained(fn.base_dist, values), fn.reinterpreted_batch_ndims)
@@ -88,9 +88,9 @@ def constrained(fn: Any, values: Parameters) -> Any:
 
 
 def scaled(fn: Any, factor: float) -> Any:
-    """The same distribution with its standard deviations multiplied by ``factor``.
+    """Return the distribution with its standard deviations multiplied by ``factor``.
 
-    Normals and weight distributions alone are scaled; others, points among them, stay as they are.
+    Only normals and weight distributions are scaled; other families, such as point masses, are returned unchanged.
     """
     if isinstance(fn, torch.distributions.Independent):
         return dist.Independent(scaled(fn.base_dist, factor), fn.reinterpreted_batch_ndims)
@@ -102,10 +102,10 @@ def scaled(fn: Any, factor: float) -> Any:
 
 
 def drawn(fn: Any, count: int, noise: Noise) -> Tensor:
-    """Draws ``(count, *batch, *event)`` of a normal, a point or a weight distribution, made of the noise alone.
+    """Sample ``(count, *batch, *event)`` from a normal, a point mass or a weight distribution, using the given noise.
 
     Raises:
-        NotImplementedError: it is of another family.
+        NotImplementedError: the distribution is of another family.
     """
     base = _base(fn)
     if isinstance(base, WeightDistribution):
@@ -115,7 +115,7 @@ def drawn(fn: Any, count: int, noise: Noise) -> Tensor:
         return value.expand(count, *value.shape)
     if isinstance(base, torch.distributions.Normal):
         return base.loc + base.scale * noise(torch.Size((count, *base.loc.shape)))
-    raise NotImplementedError(f"{fn} is not drawn from given noise: expected a Normal, Delta or WeightDistribution.")
+    raise NotImplementedError(f"cannot sample {fn} from given noise: expected a Normal, Delta or WeightDistribution.")
 
 
 def common_noise(noise: Noise, axis: int) -> Noise:
@@ -128,7 +128,7 @@ def common_noise(noise: Noise, axis: int) -> Noise:
 
 
 def has_parameters(fn: Any) -> bool:
-    """Whether a distribution is of a family that gradient steps move: normals, points and weight distributions."""
+    """Return whether gradient steps can move the family: normals, point masses and weight distributions."""
     return isinstance(_base(fn), torch.distributions.Normal | dist.Delta | WeightDistribution)
 
 
@@ -141,5 +141,5 @@ def _free_name(name: str, constraint: Any) -> str:
 
 
 def _transform(constraint: Any) -> Any:
-    """From the real numbers. For positive ones torch has an exponential with an affine map behind it, for nothing."""
+    """Return the map from the reals; for positive parameters exp, because torch's adds a useless affine map."""
     return ExpTransform() if constraint is constraints.positive else biject_to(constraint)

@@ -1,4 +1,4 @@
-"""Distributions of one LoRA site that are more than independent normals, as tensors with names."""
+"""The base class of distributions over one LoRA site, defined by named tensors."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.distributions.utils import _standard_normal
 __all__ = ["Noise", "Parameters", "WeightDistribution"]
 
 Noise = Callable[[torch.Size], Tensor]
-"""Standard normal noise of a shape."""
+"""Returns standard normal noise of the given shape."""
 
 Parameters = dict[str, Tensor]
-"""Name of a distribution's parameter to its value, whose first dimensions are the distribution's whole batch."""
+"""Name of a distribution's parameter to its value, of shape ``(*batch, ...)``."""
 
 
 class WeightDistribution(TorchDistribution):
-    """A distribution of event shape ``(layers, out, in)``; a subclass says what it is made of, and how it is drawn.
+    """A distribution of event shape ``(layers, out, in)``. A subclass defines its tensors and how to sample from them.
 
     Attributes:
-        dims: for each tensor of the constructor, in its order, how many of its dimensions are no batch.
-        positive: the tensors that are positive; gradient steps move their logarithms.
-        fixed: the tensors that gradient steps leave as they are.
+        dims: number of non-batch dimensions of each tensor, in the order of the constructor's arguments.
+        positive: names of the positive tensors; gradient steps move their logarithms.
+        fixed: names of the tensors that gradient steps do not move.
 
     Args:
-        tensors: by name; None where a subclass can do without one.
+        tensors: the tensors by name; None if a subclass does not need one.
         validate_args: whether to check values.
 
     Raises:
@@ -49,7 +49,7 @@ class WeightDistribution(TorchDistribution):
         short = {name: tuple(value.shape) for name, value in given.items() if value.ndim < self.dims[name]}
         if short or next(iter(self.dims)) not in given:
             raise ValueError(
-                f"{type(self).__name__}: expected tensors with {self.dims} dimensions behind the batch; got {short}."
+                f"{type(self).__name__}: expected tensors with {self.dims} dimensions after the batch; got {short}."
             )
         batch = torch.broadcast_shapes(*(v.shape[: v.ndim - self.dims[name]] for name, v in given.items()))
         for name, dims in self.dims.items():
@@ -59,16 +59,16 @@ class WeightDistribution(TorchDistribution):
 
     @classmethod
     def shape_of(cls, tensors: Mapping[str, Tensor]) -> torch.Size:
-        """The event shape ``(layers, out, in)``; by default that of the constructor's first tensor."""
+        """Return the event shape ``(layers, out, in)``; by default that of the constructor's first tensor."""
         return tensors[next(iter(cls.dims))].shape[-3:]
 
     def tensors(self) -> Parameters:
-        """What it is made of, ``(*batch, ...)`` each."""
+        """Return the tensors that define the distribution, ``(*batch, ...)`` each."""
         found = {name: getattr(self, name) for name in self.dims}
         return {name: value for name, value in found.items() if value is not None}
 
     def unconstrained(self) -> Parameters:
-        """What gradient steps move: its tensors, or ``log_<name>`` of those that are positive."""
+        """Return the tensors that gradient steps move; positive ones as their logarithm, ``log_<name>``."""
         moved = {name: value for name, value in self.tensors().items() if name not in self.fixed}
         return {
             f"log_{name}" if name in self.positive else name: value.log() if name in self.positive else value
@@ -76,59 +76,59 @@ class WeightDistribution(TorchDistribution):
         }
 
     def constrained(self, values: Parameters) -> TorchDistribution:
-        """The inverse of :meth:`unconstrained`: the same family with these unconstrained parameters."""
+        """Invert :meth:`unconstrained`: return the same family with these unconstrained parameters."""
         tensors = self.tensors()
         for name in tensors.keys() - self.fixed:
             tensors[name] = values[f"log_{name}"].exp() if name in self.positive else values[name]
         return type(self)(validate_args=None, **tensors)
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Self:
-        """The same family, made of what the function makes of each name and tensor."""
+        """Return the distribution with a function of name and tensor applied to each of its tensors."""
         made = {name: function(name, value) for name, value in self.tensors().items()}
         return type(self)(validate_args=False, **made)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        """The same distribution for a larger batch."""
+        """Return the distribution expanded to a larger batch."""
         return self.map(lambda name, value: value.expand((*batch_shape, *value.shape[value.ndim - self.dims[name] :])))
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws ``(*sample, *batch, layers, out, in)``."""
+        """Sample ``(*sample, *batch, layers, out, in)``."""
         like, count = next(iter(self.tensors().values())), torch.Size(sample_shape).numel()
         draws = self.drawn(count, lambda shape: _standard_normal(shape, dtype=like.dtype, device=like.device))
         return draws.view(*sample_shape, *draws.shape[1:])
 
     def drawn(self, count: int, noise: Noise) -> Tensor:
-        """Draws ``(count, *batch, layers, out, in)``, made of the noise alone; no tensor is repeated for them."""
+        """Sample ``(count, *batch, layers, out, in)`` from the given noise; no tensor is repeated for the draws."""
         raise NotImplementedError
 
     def scaled(self, factor: float) -> Self:
-        """The same distribution with its standard deviations multiplied by ``factor``."""
+        """Return the distribution with its standard deviations multiplied by ``factor``."""
         raise NotImplementedError
 
     def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
-        """KL(self || normal), nats, ``(*batch,)``; the normal is of each weight by itself.
+        """Return KL(self || normal) in nats, ``(*batch,)``, for independent normals.
 
         Raises:
-            NotImplementedError: it has no closed form.
+            NotImplementedError: there is no closed form.
         """
         raise NotImplementedError(f"KL of {type(self).__name__} from {normal} has no closed form.")
 
     def squared_distance(self, normal: torch.distributions.Normal) -> Tensor:
-        """E[(w - m)^2] / s^2 of each weight, for a normal with mean m and standard deviation s."""
+        """Return E[(w - m)^2] / s^2 per weight, for a normal with mean m and standard deviation s."""
         return (self.variance + (self.mean - normal.loc).square()) / normal.scale.square()
 
     @property
     def variance(self) -> Tensor:
-        """Of each weight by itself."""
+        """Marginal variance of each weight."""
         raise NotImplementedError
 
     @property
     def stddev(self) -> Tensor:
-        """Of each weight by itself."""
+        """Marginal standard deviation of each weight."""
         return self.variance.sqrt()
 
     def mean_stddev(self) -> Tensor:
-        """The mean of all standard deviations, a scalar."""
+        """Return the mean of all standard deviations, a scalar."""
         return self.stddev.mean()
 
 

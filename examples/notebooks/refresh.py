@@ -1,9 +1,9 @@
-"""Run the notebooks again: from each script (``<name>.py``) to its notebook with outputs (``<name>.ipynb``).
+"""Run the notebooks again: each script (``<name>.py``) becomes a notebook with outputs (``<name>.ipynb``).
 
 python examples/notebooks/refresh.py                       # all of them; about twenty minutes on two CPU cores
 python examples/notebooks/refresh.py uncertainty_analysis
 
-The scripts are the source: edit those (jupytext's percent format), then refresh. Nothing of the machine is kept.
+The scripts are the source, in jupytext's percent format: edit them, then refresh. No facts about the machine are kept.
 """
 
 import argparse
@@ -22,24 +22,24 @@ NAMES = sorted(path.stem for path in HERE.glob("*.ipynb"))
 
 
 class ThisPython(AsyncKernelManager):
-    """Starts kernels with the interpreter that runs this, whichever kernels are installed."""
+    """Starts kernels with the interpreter that runs this script, whichever kernels are installed."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs, kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
 
 
 def read(name: str, parameters: str | None = None) -> NotebookNode:
-    """The notebook of a script, without outputs; ``parameters`` is put in place of the cell with that tag."""
+    """Read a script as a notebook without outputs; ``parameters`` replaces the cell with that tag."""
     notebook = jupytext.read(HERE / f"{name}.py")
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number:02}"  # not a random one, which would change with every run
+        cell.id = f"cell-{number:02}"  # not random, because a random id changes with every run
         if parameters is not None and "parameters" in cell.metadata.get("tags", []):
             cell.source = parameters
     return notebook
 
 
 def execute(notebook: NotebookNode, folder: Path, timeout: int = 1800) -> NotebookNode:
-    """Run all cells in ``folder``; an error in one is raised."""
+    """Run all cells in ``folder``; raise if a cell fails."""
     client = NotebookClient(
         notebook,
         timeout=timeout,
@@ -52,7 +52,7 @@ def execute(notebook: NotebookNode, folder: Path, timeout: int = 1800) -> Notebo
 
 
 def cleaned(notebook: NotebookNode) -> NotebookNode:
-    """Without what differs from machine to machine: progress bars and versions."""
+    """Remove what differs between machines: progress bars and versions."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]

@@ -15,9 +15,9 @@
 # %% [markdown]
 # # Two priors, three guides
 #
-# A *prior* says how tasks may differ, a *guide* turns the examples of a task into a posterior over its LoRA
-# weights. Here two priors meet three guides: six pairs, trained on the same episodes. What changes in the
-# posterior, in calibration, and in cost?
+# A *prior* says how tasks may differ, and a *guide* turns the examples of a task into a posterior over its
+# LoRA weights. This notebook trains two priors with three guides, six pairs, on the same episodes, and compares
+# their posteriors, calibration and cost.
 #
 # Ten to fifteen minutes on two CPU cores.
 
@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 
 import bayes_lora
-from bayes_lora.episodes import EpisodeSampler
+from bayes_lora.episodes import EpisodeSampler, collate
 from bayes_lora.guides import GradientGuide, GuideNetwork, SharedMeanField
 from bayes_lora.infer.training import FitConfig, fit
 from bayes_lora.metrics.options import mean_metrics
@@ -40,7 +40,6 @@ from bayes_lora.models import HierarchicalNormal, RankARD
 from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.baselines import pretrained
 from bayes_lora.posterior.diagnose import diagnose
-from bayes_lora.runs.fit import cache
 
 # %% tags=["parameters"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -50,7 +49,7 @@ BETA = 1e-3  # weight of the divergence
 DRAWS = 5  # models averaged in a prediction
 
 # %% [markdown]
-# A small language model with LoRA on its top three layers, 16 tasks to train on, and 5 that are kept for the
+# A small language model with LoRA on its top three layers, 16 tasks for training, and 5 unseen tasks for the
 # comparison.
 
 # %%
@@ -61,19 +60,20 @@ print(f"{len(training)} training tasks; unseen: {', '.join(unseen)}")
 print(f"{lm.sites.num_parameters:,} LoRA weights: {', '.join(lm.sites.shapes)}")
 
 # %% [markdown]
-# What lies below the adapted layers never changes: it runs once per example and is kept. Doing that first
-# leaves it out of everyone's timings.
+# The layers below the adapted ones never change: they run once per example, and their output is cached. Doing
+# that first keeps it out of all timings.
 
 # %%
-cache(lm, [task.examples for task in [*training.values(), *tasks]], "", None)
+for task in [*training.values(), *tasks]:
+    lm.features(collate([lm.encoder(task.examples)]).to(lm.device))
 sampler = EpisodeSampler(training, lm.encoder, tasks_per_episode=4, num_support=8, num_query=8, score_support=False)
 
 # %% [markdown]
 # ## The six pairs
 #
-# `HierarchicalNormal` gives every weight its own spread between tasks; `RankARD` one to each of the LoRA's
-# ranks. `GuideNetwork` reads the support set in one pass, `GradientGuide` takes gradient steps on it, and
-# `SharedMeanField` ignores it: one posterior for all tasks.
+# `HierarchicalNormal` has a scale between tasks for every weight, `RankARD` one for each rank of a LoRA.
+# `GuideNetwork` reads the support set in one pass, `GradientGuide` takes gradient steps on it, and
+# `SharedMeanField` ignores it: it has one posterior for all tasks.
 
 # %%
 priors = {"HierarchicalNormal": HierarchicalNormal, "RankARD": RankARD}
@@ -84,14 +84,14 @@ guides = {
 }
 
 # %% [markdown]
-# A pair becomes an objective, and `fit` minimises it. The fastest step is kept, for other programs slow some
-# of them down.
+# A pair becomes an objective, and `fit` minimises it. The fastest step is reported, because other programs slow
+# some of them down.
 
 
 # %%
 def train(prior, guide):
     torch.manual_seed(0)
-    model = prior(lm, lm.sites.initial())
+    model = prior(lm)
     objective = bayes_lora.BetaELBO(model, guide(model), beta=BETA).to(lm.device)
     ticks = [time.perf_counter()]
     config = FitConfig(steps=STEPS, learning_rate=2e-3, eval_every=STEPS)
@@ -108,10 +108,10 @@ for name, guide in guides.items():
         print(f"{prior} with {name}: {fitted[prior, name][1]:.2f} s a step")
 
 # %% [markdown]
-# ## What comes of them on unseen tasks
+# ## Results on unseen tasks
 #
-# Each pair gets 16 examples of each unseen task, and predicts the other 48. `diagnose` says how wide each
-# site is.
+# Each pair adapts to 16 examples of each unseen task, and predicts the other 48. `diagnose` measures the width of
+# each site.
 
 
 # %%
@@ -132,9 +132,9 @@ table = pd.DataFrame.from_dict({pair: row for pair, (row, _) in measured.items()
 table.drop(columns=["brier", "num_examples"]).round(3)
 
 # %% [markdown]
-# ## The posterior: how wide?
+# ## The width of the posterior
 #
-# Standard deviation of the posterior, in units of the prior's, for each LoRA factor: 1 is as wide as the
+# Standard deviation of the posterior in units of the prior's, for each LoRA factor: at 1 it is as wide as the
 # prior.
 
 # %%
@@ -162,7 +162,7 @@ plt.show()
 # %% [markdown]
 # ## Calibration and cost
 #
-# The next pictures have the same form: a row for each guide, a colour for each prior.
+# The next figures have the same form: a row per guide, and a colour per prior.
 
 
 # %%
@@ -176,7 +176,7 @@ def dots(axes, values, xlabel, **settings):
 
 
 # %% [markdown]
-# How far does the posterior of a task lie from the prior?
+# How far is the posterior of a task from the prior?
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
@@ -186,12 +186,12 @@ figure.legend(loc="outside right upper", frameon=False)
 plt.show()
 
 # %% [markdown]
-# With the widths alike, this is a distance of means. `GuideNetwork` goes farthest, 520 and 426 nats;
-# `GradientGuide` goes 91 nats in three steps, whichever the prior. `SharedMeanField`, the same for all tasks,
-# stays within 20.
+# Because the widths are nearly equal, this is a distance of means. `GuideNetwork` moves farthest, 520 and 426
+# nats; `GradientGuide` moves 91 nats in three steps with either prior. `SharedMeanField`, the same for all
+# tasks, stays within 20.
 
 # %% [markdown]
-# Are the predictions right, and as sure as they should be? The dashed line is the pretrained model.
+# Are the predictions accurate and calibrated? The dashed line is the pretrained model.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True, layout="constrained")
@@ -208,9 +208,9 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# The guide matters and, after 30 episodes, the prior hardly does. Both guides that read the support set lower
+# After 30 episodes the guide matters, and the prior hardly does. Both guides that read the support set lower
 # NLL and ECE: `GradientGuide` has the lowest NLL (0.995), `GuideNetwork` the lowest ECE (0.233 and 0.240).
-# `SharedMeanField` ends where the pretrained model stands. Accuracies over 240 questions have a standard
+# `SharedMeanField` predicts like the pretrained model. Accuracies over 240 questions have a standard
 # error of about 0.03, as large as their differences here.
 
 # %% [markdown]
@@ -227,14 +227,14 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# A step of `GradientGuide` takes about three times as long, for its gradient steps come on top. For a new
-# task it takes them again, seconds where the others take a tenth of one or less; `GuideNetwork` pays in
-# parameters. `RankARD` has fewer than `HierarchicalNormal`: a precision for each rank, not each weight. The
-# times are of one run beside other work on the machine, so small differences mean nothing.
+# A step of `GradientGuide` takes about three times as long, because it includes the gradient steps. A new task
+# needs them again, which takes seconds; the other guides take a tenth of a second or less. `GuideNetwork` has
+# more parameters. `RankARD` has fewer than `HierarchicalNormal`: a precision per rank, not per weight. The times
+# are of one run next to other work on the machine, so small differences are noise.
 
 # %% [markdown]
-# ## What to take from it
+# ## Conclusion
 #
-# Choose the guide first: one that reads the support set, by what it costs for a new task. The two priors
-# begin with the same widths, so telling them apart is a question for longer fits: raise `STEPS`. Any other
-# prior or guide fits into the two dictionaries in the same way.
+# Choose the guide first: one that reads the support set, at the cost for a new task that you can afford. The two
+# priors start with the same widths, so a comparison of priors needs longer fits: raise `STEPS`. Any other prior
+# or guide can be added to the two dictionaries in the same way.

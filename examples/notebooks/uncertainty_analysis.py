@@ -13,11 +13,11 @@
 # ---
 
 # %% [markdown]
-# # What a posterior is unsure of
+# # Uncertainty of a posterior
 #
-# One fitted posterior, five unseen tasks. Can its probabilities be trusted, is it unsure because the question
-# is open or because its weights are, which questions are these, and how far did each task move it from the
-# prior?
+# One fitted posterior and five unseen tasks. Are its probabilities calibrated? Is a prediction uncertain because
+# of the question or because of the weights, and for which questions? How far did each task move the posterior
+# from the prior?
 #
 # Five to ten minutes on two CPU cores.
 
@@ -37,12 +37,12 @@ from bayes_lora.runs.demo import demo_config
 
 # %% tags=["parameters"]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-STEPS = 40  # episodes of meta-learning; the demo takes 70
+STEPS = 40  # episodes of meta-learning; the demo uses 70
 DRAWS = 12  # models drawn from each posterior
 
 # %% [markdown]
-# Fit on 16 small tasks, two of them held out to choose the checkpoint and the posterior's width. Then adapt
-# to five unseen tasks, from 16 examples each.
+# Fit on 16 small tasks, two of which are held out to choose the checkpoint and the posterior's width. Then adapt
+# to five unseen tasks with 16 examples each.
 
 # %%
 lm = bayes_lora.load_language_model(MODEL)
@@ -56,8 +56,8 @@ print(f"held-out NLL: {[round(row['held_out_nll'], 3) for row in state.history]}
 # %% [markdown]
 # ## Draws
 #
-# A draw is one whole model. With `num_draws=1` and a seed, `predict` answers all questions with that one
-# alone; the average over draws is the prediction.
+# A draw is one whole model. With `num_draws=1` and a seed, `predict` answers all questions with that draw only;
+# the prediction is the average over draws.
 
 # %%
 tasks = list(unseen.values())
@@ -67,10 +67,10 @@ each = [adapted.predict(queries, num_draws=1, seed=seed) for seed in range(DRAWS
 probs = [torch.stack(draws).exp() for draws in zip(*each, strict=True)]  # per task (draws, questions, options)
 
 # %% [markdown]
-# ## Can its probabilities be trusted?
+# ## Calibration
 #
-# Of the answers given with 80 % confidence, 80 % should be right. All 240 questions of the five tasks
-# together, for the model without any LoRA, for the posterior's mean alone, and for the average over draws.
+# Of the answers given with 80 % confidence, 80 % should be right. The diagrams pool all 240 questions of the five
+# tasks, for the model without a LoRA, for the posterior's mean, and for the average over draws.
 
 
 # %%
@@ -87,17 +87,17 @@ curves = {
 reliability_diagram(curves)
 
 # %% [markdown]
-# The pretrained model is right half of the time and says 78 %: it is overconfident almost everywhere.
-# Adaptation brings ECE from 0.278 to 0.149, mostly by lower confidence, and averaging over draws to 0.127.
-# All three claim too much where they are surest, at the right of their panels. A point stands for a few to a
-# few dozen questions, so a single one says little.
+# The pretrained model is right half of the time with a mean confidence of 78 %: it is overconfident almost
+# everywhere. Adaptation reduces ECE from 0.278 to 0.149, mostly by lower confidence, and averaging over draws to
+# 0.127. All three are overconfident at high confidence, at the right of their panels. A point represents a few
+# to a few dozen questions, so single points are noisy.
 
 # %% [markdown]
-# ## Is the question open, or are the weights?
+# ## Aleatoric and epistemic uncertainty
 #
-# The entropy of the average prediction is the *total* uncertainty. What is left on average once the weights
-# are known is *aleatoric*; the difference is *epistemic*, the mutual information of answer and weights: what
-# draws disagree about.
+# The entropy of the average prediction is the *total* uncertainty. The mean entropy given the weights is the
+# *aleatoric* uncertainty. The difference is the *epistemic* uncertainty, the mutual information of answer and
+# weights: the disagreement between draws.
 #
 # $$H\big[\tfrac1S \textstyle\sum_s p_s\big] = \tfrac1S \textstyle\sum_s H[p_s] + I$$
 
@@ -123,12 +123,11 @@ figure.legend(loc="outside lower center", ncols=3, frameon=False)
 plt.show()
 
 # %% [markdown]
-# Nearly all of it is aleatoric: whichever model is drawn, it finds most questions open. The weights' share is
-# largest in `word-relation`, where it is 8 %, and where the prediction comes closest to all options alike.
+# Nearly all of it is aleatoric: every draw is uncertain about most questions. The share of the weights is largest
+# in `word-relation`, 8 %, where the prediction is also closest to uniform.
 
 # %% [markdown]
-# If the uncertainty is worth something, wrong answers have more of it, and the mean NLL is about the mean
-# entropy.
+# If the uncertainty is informative, wrong answers have more of it, and the mean NLL is close to the mean entropy.
 
 # %%
 for task, draws, answer, nats in zip(tasks, probs, answers, total, strict=True):
@@ -139,15 +138,15 @@ for task, draws, answer, nats in zip(tasks, probs, answers, total, strict=True):
     )
 
 # %% [markdown]
-# Wrong answers are clearly less sure in `library-shelf` and somewhat in `right-tool`; in the other three the
-# entropy is no help to find the mistakes. `right-tool` has 0.50 nats of entropy and an NLL of 1.65: there the
-# posterior is sure and wrong. In `library-shelf` it is the other way round, 0.95 and 0.62: it could be surer
-# than it is.
+# Wrong answers are clearly less certain in `library-shelf` and somewhat in `right-tool`; in the other three tasks
+# the entropy does not help to find mistakes. `right-tool` has 0.50 nats of entropy and an NLL of 1.65: there the
+# posterior is certain and wrong. In `library-shelf` it is the opposite, 0.95 and 0.62: the posterior is
+# underconfident.
 
 # %% [markdown]
-# ## Which questions is it unsure of?
+# ## The most uncertain questions
 #
-# Of each task the question with the largest total uncertainty, with the probability of every option.
+# For each task, the question with the largest total uncertainty, with the probability of every option.
 
 
 # %%
@@ -163,9 +162,9 @@ def show_largest(uncertainty):
 show_largest(total)
 
 # %% [markdown]
-# Some of them are hard for readers too: a surgeon's cakes belong on two shelves, and the film is praised by
-# what it lacks. And the questions about which the draws disagree the most, which more examples of the task
-# could settle:
+# Some of them are hard for people too: a surgeon's cakes belong on two shelves, and the film is praised for what
+# it lacks. Below are the questions with the largest disagreement between draws, which more examples of the task
+# could reduce:
 
 # %%
 show_largest(epistemic)
@@ -173,9 +172,8 @@ show_largest(epistemic)
 # %% [markdown]
 # ## How far did each task move from the prior?
 #
-# The distance of a task's posterior mean from the prior's, in units of the prior's standard deviation (root
-# mean square over the LoRA weights). A draw from the prior would be at 1; a task at 0 is shrunk all the way
-# to what tasks have in common.
+# The distance of a task's posterior mean from the prior's mean, in prior standard deviations (root mean square
+# over the LoRA weights). A draw from the prior is at 1; a task at 0 is fully shrunk to the prior's mean.
 
 # %%
 everyone = [*(task.split(16, seed=0) for task in training.values()), *tasks]
@@ -201,16 +199,15 @@ axes.legend(loc="lower right", frameon=False)
 plt.show()
 
 # %% [markdown]
-# All tasks stay near theta, at 0.07 to 0.26 of a standard deviation; the unseen ones lie among those that
-# were trained on. `short-entailment` moves the most, and of the unseen ones `right-tool`. By the numbers
-# above the picture the moves are largest in `o_proj.lora_B`, where the guide network writes the directions of
-# the labels.
+# All tasks stay near theta, at 0.07 to 0.26 standard deviations, and unseen tasks move about as far as training
+# tasks. `short-entailment` moves the most, and `right-tool` among the unseen tasks. The numbers above the figure
+# show that the moves are largest in `o_proj.lora_B`, where the guide network adds the label directions.
 
 # %% [markdown]
-# ## Where is it wide?
+# ## The width of the posterior
 #
-# The posterior's standard deviation, averaged over the weights of each layer and LoRA factor and over the
-# five tasks, beside the prior's.
+# The posterior's standard deviation relative to the prior's, averaged over the weights of each layer and LoRA
+# factor and over the five tasks.
 
 # %%
 with torch.no_grad():
@@ -233,6 +230,6 @@ figure.colorbar(image, label="posterior sd / prior sd")
 plt.show()
 
 # %% [markdown]
-# The prior's standard deviations are printed above the picture: about 0.1 for A and 0.05 for B, where they
-# began. The posterior is about as wide, from 0.89 to 1.05 of it: 16 examples of a task move the mean of its
-# weights, and after so short a fit hardly their spread.
+# The prior's standard deviations are printed above the figure: about 0.1 for A and 0.05 for B, as at the start.
+# The posterior is about as wide, at 0.89 to 1.05 of the prior: after this short fit, 16 examples of a task move the
+# mean of its weights, and hardly their spread.
