@@ -79,7 +79,7 @@ def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder):
     command += ["--names", "task-0,task-1", "--queries", "3", "--steps", "0,1", "--draws", "2", "--output", "out.json"]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     result = json.loads((tmp_path / "out.json").read_text())
-    method = "ours, one pass + 1 steps"
+    method = "ABMLL (amortized) + 1 steps"
     values = [result["seeds"][seed][method]["mean"]["nll"] for seed in ("13", "21")]
     mean, error = result["summary"][method]["nll"]
     assert abs(mean - sum(values) / 2) < 1e-12
