@@ -111,10 +111,10 @@ class LoraSites:
             raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for every site alike, got {got}.")
         if rows is not None and groups != {(len(rows),)}:
             raise SiteError(f"got values for {[*next(iter(groups), ())]} groups, but rows for {len(rows)}.")
-        blocks = None
+        row_groups = None
         if rows is not None:
-            blocks = RowGroups.of(rows, next(iter(self._slots.values()))[0].initial.device)
-        with self._bound(self._by_slot(values), blocks):
+            row_groups = RowGroups.of(rows, next(iter(self._slots.values()))[0].initial.device)
+        with self._bound(self._by_slot(values), row_groups):
             yield
 
     def _by_slot(self, values: Sites) -> dict[str, Sequence[Bound]]:
@@ -133,29 +133,29 @@ class LoraSites:
         return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
     def _bound(
-        self, weights: Mapping[str, Sequence[Bound]], blocks: RowGroups | None = None
+        self, weights: Mapping[str, Sequence[Bound]], row_groups: RowGroups | None = None
     ) -> AbstractContextManager[None]:
-        return _Binding(self, weights, blocks)
+        return _Binding(self, weights, row_groups)
 
     def _current(self) -> tuple[dict[str, list[Bound]], RowGroups | None]:
         weights = {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
-        return weights, next((slots[0].blocks for slots in self._slots.values()), None)
+        return weights, next((slots[0].row_groups for slots in self._slots.values()), None)
 
-    def _assign(self, weights: Mapping[str, Sequence[Bound]], blocks: RowGroups | None) -> None:
+    def _assign(self, weights: Mapping[str, Sequence[Bound]], row_groups: RowGroups | None) -> None:
         for site, slots in self._slots.items():
             for slot, weight in zip(slots, weights[site], strict=True):
-                slot.bound, slot.blocks = weight, blocks
+                slot.bound, slot.row_groups = weight, row_groups
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The ``context_fn`` of ``torch.utils.checkpoint``: backward recomputes under the forward's binding.
 
         Gradient checkpointing runs the forward again inside ``backward``, when :meth:`bind` has been left.
         """
-        current, blocks = self._current()
+        current, row_groups = self._current()
         bound = [value for values in current.values() for value in values]
         draws = any(value is not None and not isinstance(value, Tensor) for value in bound)
         device = next(iter(self._slots.values()))[0].initial.device
-        return nullcontext(), _Binding(self, current, blocks, same_noise(device) if draws else nullcontext)
+        return nullcontext(), _Binding(self, current, row_groups, same_noise(device) if draws else nullcontext)
 
     def unstack(self, values: Sites) -> dict[str, Tensor]:
         """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``."""
@@ -193,17 +193,17 @@ class _Binding(AbstractContextManager[None]):
         self,
         sites: LoraSites,
         weights: Mapping[str, Sequence[Bound]],
-        blocks: RowGroups | None,
+        row_groups: RowGroups | None,
         noise: Noise = nullcontext,
     ) -> None:
-        self.sites, self.weights, self.blocks, self.noise = sites, weights, blocks, noise
+        self.sites, self.weights, self.row_groups, self.noise = sites, weights, row_groups, noise
         self.before: list[tuple[tuple[dict[str, list[Bound]], RowGroups | None], ExitStack]] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()
         stack.enter_context(self.noise())
         self.before.append((self.sites._current(), stack))
-        self.sites._assign(self.weights, self.blocks)
+        self.sites._assign(self.weights, self.row_groups)
 
     def __exit__(self, *_: object) -> None:
         before, stack = self.before.pop()
