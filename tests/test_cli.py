@@ -342,9 +342,9 @@ def test_adapt_replaces_only_what_it_wrote(call, refuse, data, fitted, tmp_path)
     other.mkdir()
     (other / "thesis.tex").write_text("")
     assert call("adapt", *words, output)[0] == 0
-    assert "exists already" in refuse("adapt", *words, output)
+    assert "already exists" in refuse("adapt", *words, output)
     assert call("adapt", *words, output, "--overwrite")[0] == 0
-    assert "holds no run.json" in refuse("adapt", *words, other, "--overwrite")
+    assert "has no run.json" in refuse("adapt", *words, other, "--overwrite")
     assert names(other) == ["thesis.tex"] and names(tmp_path) == ["other", "out"]
 
 

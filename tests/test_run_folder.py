@@ -145,7 +145,7 @@ def test_prepare_run_folder(tmp_path):
     for _ in range(2):  # an empty folder may be used
         assert prepare_run_folder(run) == run and names(run) == []
     (run / "config.json").write_text("{}")
-    with pytest.raises(RunFolderError, match="exists already.*--resume.*--overwrite"):
+    with pytest.raises(RunFolderError, match="already exists.*--resume.*--overwrite"):
         prepare_run_folder(run)
     prepare_run_folder(run, resume=True)
     assert names(run) == ["config.json"]

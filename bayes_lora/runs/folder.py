@@ -77,7 +77,7 @@ def check_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False
         raise RunFolderError(f"{run} exists and is no run folder. Give another name.")
     if not (resume or overwrite):
         cure = "Use --resume to go on, --overwrite to start again, or another --run."
-        raise RunFolderError(f"{run} exists already. {cure}")
+        raise RunFolderError(f"{run} already exists. {cure}")
 
 
 def write_settings(run: Path, config: RunConfig, training: Sequence[str], held_out: Sequence[str]) -> None:
