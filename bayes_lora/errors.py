@@ -40,7 +40,7 @@ class NonFiniteLoss(BayesLoraError, ArithmeticError):
 
 
 class PosteriorError(BayesLoraError, ValueError):
-    """A saved posterior is corrupted, or belongs to another model."""
+    """A saved posterior is damaged, or belongs to another model."""
 
 
 class RunFolderError(BayesLoraError, OSError):

@@ -278,7 +278,7 @@ def test_a_scale_that_is_not_positive_is_placed(lm, bad, where):
                 scale = torch.full_like(fn.mean, -0.1 if i == bad else 0.1)
                 pyro.sample(f"phi.{site}", dist.Normal(fn.mean, scale).to_event(3))
 
-    with pytest.raises(SiteError, match=f"{where}: Expected parameter scale .* A scale must be positive: take"):
+    with pytest.raises(SiteError, match=f"{where}: Expected parameter scale .* A scale must be positive: apply"):
         BetaELBO(model, narrow)(make_episode(lm))
 
 

@@ -245,7 +245,7 @@ def test_tasks_of_other_sizes(encoder: Encoder) -> None:
         ({"num_support": 13, "num_query": 0}, "'task-0' has 12 examples, but 13 were asked for"),
         ({"num_support": 0}, "num_support=0, num_query=2: expected at least 1 support example"),
         ({"num_support": 0, "score_support": False}, "num_support=0"),
-        ({"num_query": 0, "score_support": False}, "num_query=0: .*1 query example where score_support is false"),
+        ({"num_query": 0, "score_support": False}, "num_query=0: .*1 query example if score_support is false"),
         ({"num_query": -1}, "num_query=-1"),
     ],
 )
