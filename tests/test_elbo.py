@@ -248,7 +248,7 @@ def test_misplaced_plates_are_named(lm):
         ),
         (
             lambda q: q | {"phi.q_proj.lora_B": dist.Normal(torch.zeros(2, 3, 16), torch.ones(2, 3, 16)).to_event(3)},
-            r"'q_proj.lora_B': expected event shape \(2, 16, 3\) .*, got \(2, 3, 16\). Did you pass it transposed",
+            r"'q_proj.lora_B': expected event shape \(2, 16, 3\) .*, got \(2, 3, 16\). Is it transposed",
         ),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_prior_on_modules_that_the_language_model_lacks(lm):
         IndependentNormal(lm, wrong)
     with pytest.raises(SiteError, match="site 'q_proj.lora_A': no value given"):
         IndependentNormal(lm, {site: value for site, value in initial.items() if site != "q_proj.lora_A"})
-    with pytest.raises(SiteError, match="site 'q_proj.lora_B': expected event shape .* Did you pass it transposed"):
+    with pytest.raises(SiteError, match="site 'q_proj.lora_B': expected event shape .* Is it transposed"):
         IndependentNormal(lm, initial | {"q_proj.lora_B": initial["q_proj.lora_B"].mT})
 
 
@@ -317,5 +317,5 @@ def test_pyro_s_autoguides_are_weighed_by_beta(lm):
         ConfigError, match="adapt: expected a HierarchicalModel, and a guide that samples each phi site"
     ):
         adapt(BetaELBO(model, guide, beta=0.01), lm, tasks)
-    with pytest.raises(ConfigError, match="gamma: expected beta, 0.01, for site '_AutoLowRank.*; got 0.5"):
+    with pytest.raises(ConfigError, match="gamma: expected beta, 0.01, because site '_AutoLowRank.*; got 0.5"):
         BetaELBO(model, guide, beta=0.01, gamma=0.5)(episode)

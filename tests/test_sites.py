@@ -204,10 +204,10 @@ def test_layers_of_other_shapes_become_sites_of_their_own(tokenizer):
             r"site 'q_proj.lora_A': no value given. Expected one of event shape \(2, 3, 16\)",
         ),
         (lambda v: v.update({"q_prj.lora_A": v["q_proj.lora_A"]}), r"no such site \(did you mean 'q_proj.lora_A' or"),
-        (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"].mT}), r"got \(2, 16, 3\). Did you pass it transposed"),
+        (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"].mT}), r"got \(2, 16, 3\). Is it transposed"),
         (
             lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"][None]}),
-            r"\(groups, layers, out, in\) for every site alike",
+            r"\(groups, layers, out, in\) for all sites",
         ),
     ],
 )
