@@ -280,7 +280,7 @@ def test_a_run_folder_that_exists(refuse, data, fitted, tmp_path, command):
     assert names(fitted) == before
     (tmp_path / "thesis.tex").write_text("")
     for flags in ([], ["--overwrite"], ["--resume"]):
-        assert "is no run folder" in refuse(command, *tasks, "--run", tmp_path, *flags)
+        assert "is not a run folder" in refuse(command, *tasks, "--run", tmp_path, *flags)
     assert names(tmp_path) == ["thesis.tex"]
 
 

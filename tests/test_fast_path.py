@@ -150,7 +150,7 @@ def test_checkpointing_and_a_key_value_cache_exclude_each_other(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = bloom(tokenizer, monkeypatch, gradient_checkpointing=True)
-    with pytest.raises(ConfigError, match="gradient_checkpointing: BloomForCausalLM needs a key-value cache"):
+    with pytest.raises(ConfigError, match="gradient_checkpointing: BloomForCausalLM requires a key-value cache"):
         lm.features(query_episode(lm)[0])
 
 

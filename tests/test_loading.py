@@ -46,7 +46,7 @@ DAMAGE = {
     ),
     "weights of another width": (
         lambda p: configure(p, intermediate_size=32),
-        r"12 weights are missing or of another shape .* such as model\.layers\.0\.mlp",
+        r"12 weights are missing or have another shape .* such as model\.layers\.0\.mlp",
     ),
     "no JSON": (lambda p: (p / "config.json").write_text("{"), "the config.json cannot be read .*valid JSON"),
     "no object": (lambda p: (p / "config.json").write_text("[]"), "the config.json cannot be read"),

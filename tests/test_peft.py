@@ -374,7 +374,7 @@ def test_contradictions_are_refused(model_folder, adapter):
         load(model_folder, lora_config(), r=3, top_layers=1)
     with pytest.raises(ConfigError, match=r"adapter, target_modules: adapter already defines the LoRA"):
         load(model_folder, adapter=adapter, target_modules=["q_proj"])
-    with pytest.raises(ConfigError, match=r"lora_config, adapter: lora_config defines"):
+    with pytest.raises(ConfigError, match=r"lora_config, adapter: lora_config already defines"):
         load(model_folder, lora_config(), adapter=adapter)
 
 

@@ -212,12 +212,12 @@ def test_a_comparison_of_both_kinds(lm, tasks, tmp_path):
     both = compare(posterior, [choice, FREE, replace(FREE, name="again")], num_demonstrations=1, **settings)
     ours = both.results["ours, one pass"]
     assert ours.metrics["free"] == posterior.adapt(FREE).evaluate([FREE], num_draws=3, num_demonstrations=1)["free"]
-    assert ours.metrics["free"].nll == pytest.approx(ours.means["mean, free answers"].nll)
+    assert ours.metrics["free"].nll == pytest.approx(ours.means["mean, generated answers"].nll)
     assert len(ours.confidence) == len(choice.query)
     read = both.to_dict()["ours, one pass"]
-    assert read.keys() == {"tasks", "mean", "mean, free answers", "pooled"}
+    assert read.keys() == {"tasks", "mean", "mean, generated answers", "pooled"}
     text = table_text({name: result.metrics for name, result in both.results.items()})
-    for word in ("accuracy", "EM", "F1", "NLL", "Brier", "ECE", "mean, free answers"):
+    for word in ("accuracy", "EM", "F1", "NLL", "Brier", "ECE", "mean, generated answers"):
         assert word in text
     both.write(tmp_path / "both")
     assert names(tmp_path / "both") == ["metrics.json", "reliability.png"]
