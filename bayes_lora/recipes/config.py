@@ -119,9 +119,9 @@ class EpisodeConfig:
         score_support: whether the likelihood is computed on support and query, or on the query alone.
         num_demonstrations: number of support examples that precede every query with their answers.
         examples_per_task: maximum number of examples of a training task, sampled once; None takes all.
-        held_out: share (below 1) or number of training tasks held out to choose the checkpoint; 0 holds out none.
+        held_out: share (below 1) or number of training tasks held out to choose the checkpoint; 0 means none.
         held_out_shots: support and query size of a held-out task.
-        shuffle_options: shuffle the options of each example once, to counter position bias in prompts that list options.
+        shuffle_options: shuffle the options of each example once, to counter position bias if prompts list options.
     """
 
     tasks_per_episode: Count = 4

@@ -97,7 +97,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise PosteriorError(f"{path} is missing: {path.parent} does not hold what was asked for.") from error
+        raise PosteriorError(f"{path} is missing. Check that {path.parent} is the right folder.") from error
     except (OSError, ValueError) as error:
         raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error
 
@@ -111,6 +111,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise PosteriorError(f"{path} is missing: {path.parent} does not hold what was asked for.") from error
+        raise PosteriorError(f"{path} is missing. Check that {path.parent} is the right folder.") from error
     except (OSError, SafetensorError) as error:
         raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error
