@@ -226,7 +226,7 @@ def test_demonstrations_stand_before_every_query(tasks: TaskSet, encoder: Encode
 
 
 def test_tasks_of_other_sizes(encoder: Encoder) -> None:
-    """Each task's N is its own, and support given with the task is drawn anew."""
+    """Each task has its own N, and support given with the task is sampled again."""
     examples = [Example(f"film {i}", ("yes", "no"), i % 2) for i in range(20)]
     tasks = TaskSet([Task("a", examples[:6], examples[6:9]), Task("b", examples[9:])])
     sampler = EpisodeSampler(tasks, encoder, tasks_per_episode=2, num_support=4, num_query=4)
