@@ -13,9 +13,11 @@ BENCH_ARGS ?=
 NUMERICAL := $(patsubst %,tests/test_%.py,curvature elbo exact factored_normal fast_path language_model laplace \
   scoring sites storage weight_distributions)
 CHECKED := bayes_lora models guides tests examples benchmarks
+# Phrases that are not standard technical English; CONTRIBUTING.md says what to write instead.
+PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-isa test-quantized bench lint format types installed wheel clean
+.PHONY: help setup demo test test-all test-isa test-quantized bench lint phrases format types installed wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -58,12 +60,16 @@ test-quantized: setup  ## install bitsandbytes, and run the tests that need it
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
-lint: installed  ## check style, formatting, and which module may import which
+lint: installed phrases  ## check style, formatting, phrases, and which module may import which
 	$(BIN)/ruff check $(wildcard $(CHECKED))
 	$(BIN)/ruff format --check $(wildcard $(CHECKED))
 	cd $(INSTALLED) && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache $(abspath pyproject.toml)
 
-format: setup  ## format, and mend what ruff can mend
+phrases:
+	@git grep -nEiw '$(PHRASES)' -- '*.py' '*.md' ':!CHANGELOG.md' ':!tests/fixtures*'; test $$? -eq 1 || \
+	  { echo "error: phrases that are not standard English; see Style in CONTRIBUTING.md" >&2; exit 1; }
+
+format: setup  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix $(wildcard $(CHECKED))
 	$(BIN)/ruff format $(wildcard $(CHECKED))
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line turns each into one line and exit code 2."""
+"""Errors that the user can fix. The command line prints each as one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = [
 
 
 class BayesLoraError(Exception):
-    """Base class: says what was expected, what came, and the cure."""
+    """Base class. The message states what was expected, what was given, and how to fix it."""
 
 
 class ConfigError(BayesLoraError, ValueError):
-    """A setting is unknown, of the wrong type or out of range."""
+    """A setting is unknown, has the wrong type or is out of range."""
 
 
 class ModelError(BayesLoraError, ValueError):
-    """The language model is of an architecture that cannot be used."""
+    """The architecture of the language model is not supported."""
 
 
 class ModelFileError(BayesLoraError, OSError):
-    """The language model's files cannot be had."""
+    """The language model's files are missing, unreadable or cannot be downloaded."""
 
 
 class NonFiniteLoss(BayesLoraError, ArithmeticError):
@@ -40,11 +40,11 @@ class NonFiniteLoss(BayesLoraError, ArithmeticError):
 
 
 class PosteriorError(BayesLoraError, ValueError):
-    """A saved posterior is damaged, or fits another model."""
+    """A saved posterior is damaged, or belongs to another model."""
 
 
 class RunFolderError(BayesLoraError, OSError):
-    """The run folder exists already, or does not hold a run."""
+    """The run folder already exists, or does not hold a run."""
 
 
 class SiteError(BayesLoraError, ValueError):
@@ -52,16 +52,16 @@ class SiteError(BayesLoraError, ValueError):
 
 
 class TaskError(BayesLoraError, ValueError):
-    """A task file is malformed, or a task is too small for what is asked of it."""
+    """A task file is malformed, or a task has too few examples."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, list_all: bool = False) -> str:
-    """Return ``" (did you mean 'a' or 'b'?)"`` for the known names nearest to ``name``, to end a message with.
+    """Return ``" (did you mean 'a' or 'b'?)"`` with the known names closest to ``name``, as the end of a message.
 
     Args:
-        name: what came.
-        known: what was expected.
-        list_all: where nothing is near, return all known names, ``" (known: 'a', 'b')"``, instead of nothing.
+        name: the name that was given.
+        known: the valid names.
+        list_all: if no known name is close, return all of them, ``" (known: 'a', 'b')"``, instead of an empty string.
     """
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -1,8 +1,8 @@
-"""The contracts that every other module is written against.
+"""Protocols and type aliases shared by all modules.
 
 Batch dimensions follow Pyro's convention and are counted from the right: ``task`` is dimension -2 and ``example``
-dimension -1 of every log-probability, so a value that is constant over a task's examples has size 1 there. Leading
-dimensions, if any, are draws.
+dimension -1 of every log-probability, so a value that is constant over a task's examples has size 1 in the latter.
+Leading dimensions, if any, are draws.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ __all__ = [
 ]
 
 Sites = dict[str, Tensor]
-"""Site name (``"q_proj.lora_A"``) to value of shape ``(*batch, layers, out, in)``."""
+"""From site name (``"q_proj.lora_A"``) to value of shape ``(*batch, layers, out, in)``."""
 
 SiteShapes = dict[str, tuple[int, int, int]]
-"""Site name to event shape ``(layers, out, in)``."""
+"""From site name to event shape ``(layers, out, in)``."""
 
 Distributions = dict[str, TorchDistribution]
-"""Site name to a distribution with event shape ``(layers, out, in)``, and batch ``(T, 1)`` or what broadcasts to it."""
+"""From site name to a distribution with event shape ``(layers, out, in)`` and a batch shape that broadcasts to
+``(T, 1)``."""
 
 
 class Features(NamedTuple):
-    """What the frozen LM knows of examples: the input of a guide's encoder; hidden and options are 0 where absent.
+    """Features of examples from the frozen LM: the input of a guide's encoder.
+
+    ``hidden`` and ``options`` are 0 for absent examples and options.
 
     Attributes:
         hidden: ``(T, N, 2, d)`` hidden states at the end of the prompt: at the first adapted layer, and at the head.
         options: ``(T, N, K, d)`` output embedding of each option, averaged over its tokens.
-        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats; of absent ones
-            :func:`absent_score`.
+        log_probs: ``(T, N, K)`` zero-shot log-probabilities of the options, nats; :func:`absent_score` for absent ones.
     """
 
     hidden: Tensor
@@ -65,11 +67,11 @@ class LikelihoodSites(Protocol):
     shapes: SiteShapes
 
     def initial(self) -> Sites:
-        """Values at which the likelihood starts, ``(layers, out, in)`` per site; PEFT's for a new adapter."""
+        """Initial values, ``(layers, out, in)`` per site; those of PEFT for a new adapter."""
         ...
 
     def check(self, values: Sites) -> None:
-        """Raise :class:`bayes_lora.errors.SiteError` unless these are values of all sites, of their event shapes."""
+        """Raise :class:`bayes_lora.errors.SiteError` unless all sites have a value of their event shape."""
         ...
 
 
@@ -79,7 +81,7 @@ class Likelihood(Protocol):
 
     @property
     def sites(self) -> LikelihoodSites:
-        """Its LoRA sites."""
+        """The LoRA sites."""
         ...
 
     @property
@@ -89,11 +91,11 @@ class Likelihood(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which the likelihood is computed."""
         ...
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
-        """Return option log-likelihoods in nats, ``(*draws, T, N, options)``; :func:`absent_score` of absent options.
+        """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; :func:`absent_score` for absent options.
 
         Args:
             phi: values of shape ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)`` for one draw
@@ -103,7 +105,7 @@ class Likelihood(Protocol):
         ...
 
     def features(self, episode: Episode) -> Features:
-        """What the frozen LM knows of each example, whatever its label."""
+        """Return the features of each example, which do not depend on its label."""
         ...
 
 
@@ -111,7 +113,7 @@ class Likelihood(Protocol):
 class Model(Protocol):
     """A hierarchical Pyro model: p(theta) p(phi | theta) p(answer | phi).
 
-    A subclass of :class:`bayes_lora.models.HierarchicalModel` is one.
+    Subclasses of :class:`bayes_lora.models.HierarchicalModel` implement it.
     """
 
     @property
@@ -121,17 +123,17 @@ class Model(Protocol):
 
     @property
     def initial(self) -> Sites:
-        """A value per LoRA site, ``(layers, out, in)``, at which guides start."""
+        """Initial values for guides, ``(layers, out, in)`` per LoRA site."""
         ...
 
     @property
     def random_sites(self) -> Sequence[str]:
-        """The sites of phi."""
+        """The LoRA sites that are random, which make up phi."""
         ...
 
     @property
     def context(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Makes the context, such as an effect handler, inside which model and guide run."""
+        """A function that makes the context manager, such as an effect handler, inside which model and guide run."""
         ...
 
     def __call__(self, episode: Episode) -> Any:
@@ -143,23 +145,23 @@ class Model(Protocol):
         ...
 
     def initial_theta(self) -> Sites:
-        """Where guides start each theta site."""
+        """Initial values for guides, per theta site."""
         ...
 
     def phi_prior(self, theta: Sites) -> Distributions:
-        """p(phi | theta) of one task, per random site."""
+        """Return p(phi | theta) of one task, per random site."""
         ...
 
     def shared(self, theta: Sites) -> Sites:
-        """Values of the LoRA sites that all tasks share."""
+        """Return the values of the LoRA sites that all tasks share."""
         ...
 
     def sample_phi(self, episode: Episode) -> Sites:
-        """Sample theta and phi; returns values of every LoRA site."""
+        """Sample theta and phi, and return values of every LoRA site."""
         ...
 
     def answer(self, log_lik: Tensor) -> TorchDistribution:
-        """p(y | x, phi), a batch of ``(T, N)``."""
+        """Return p(y | x, phi), with batch shape ``(T, N)``."""
         ...
 
 
@@ -169,33 +171,33 @@ class ThetaGuide(Protocol):
 
     @property
     def positive(self) -> Mapping[str, bool]:
-        """Theta site to whether its values are positive."""
+        """From theta site to whether its values are positive."""
         ...
 
     def __call__(self) -> Sites:
-        """Sample every theta site."""
+        """Sample all theta sites."""
         ...
 
     def distribution(self, site: str) -> TorchDistribution:
-        """q(theta) of one site."""
+        """Return q(theta) of one site."""
         ...
 
 
 @runtime_checkable
 class Guide(Protocol):
-    """A Pyro guide with a posterior for any task: q(theta) q(phi | support). Reads only the support half of an episode.
+    """A Pyro guide with a posterior for any task: q(theta) q(phi | support). Reads only the support of an episode.
 
-    A subclass of :class:`bayes_lora.guides.TaskGuide` is one.
+    Subclasses of :class:`bayes_lora.guides.TaskGuide` implement it.
     """
 
     @property
     def num_members(self) -> int:
-        """How many q(theta) there are: K for an ensemble, else 1."""
+        """Number of q(theta): K for an ensemble, otherwise 1."""
         ...
 
     @property
     def steps(self) -> int:
-        """Gradient steps on the support that a posterior takes; 0 for one that needs none."""
+        """Number of gradient steps on the support that compute a posterior; 0 if there are none."""
         ...
 
     def __call__(self, episode: Episode) -> Sites:
@@ -203,32 +205,32 @@ class Guide(Protocol):
         ...
 
     def posterior(self, support: Episode, theta: Sites) -> Distributions:
-        """q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
+        """Return q(phi | support) per random site: batch ``(T, 1)``, event ``(layers, out, in)``."""
         ...
 
     def amortized(self, support: Episode) -> tuple[Sites, Distributions]:
-        """The mean of q(theta), and q(phi | support) there."""
+        """Return the mean of q(theta), and q(phi | support) at that mean."""
         ...
 
 
 ThetaFactory = Callable[[Model], ThetaGuide]
-"""Makes q(theta) from a model, as a class of :mod:`bayes_lora.guides.theta` does."""
+"""A function that makes q(theta) from a model, such as a class of :mod:`bayes_lora.guides.theta`."""
 
 
 def absent_score(dtype: torch.dtype) -> float:
-    """Score of an option that is not there: finite, and so low that it has no probability beside any real option.
+    """Score of an absent option: finite, and low enough to have zero probability next to any real option.
 
-    It is *half* the dtype's lowest value, which leaves room to subtract from it: the lowest value itself would overflow
-    to -inf in a ``log_softmax``, or when a score is subtracted, and inf - inf is NaN.
+    It is *half* the lowest value of the dtype. The lowest value itself would overflow to -inf in a ``log_softmax`` or
+    when a score is subtracted, and inf - inf is NaN.
     """
     return torch.finfo(dtype).min / 2
 
 
 def delta_site(site: str) -> str:
-    """The name of the whole update of which a site is a factor."""
+    """Return the name of the whole update of which a site is a factor."""
     return re.sub(r"\.lora_[AB]", ".delta_weight", site)
 
 
 def factor_sites(site: str) -> tuple[str, str]:
-    """The names of an update's factors A and B."""
+    """Return the names of the factors A and B of an update."""
     return site.replace(".delta_weight", ".lora_A"), site.replace(".delta_weight", ".lora_B")

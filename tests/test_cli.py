@@ -317,7 +317,7 @@ def test_a_run_folder_that_exists(refuse, data, fitted, tmp_path, command):
     assert names(fitted) == before
     (tmp_path / "thesis.tex").write_text("")
     for flags in ([], ["--overwrite"], ["--resume"]):
-        assert "is no run folder" in refuse(command, *tasks, "--run", tmp_path, *flags)
+        assert "is not a run folder" in refuse(command, *tasks, "--run", tmp_path, *flags)
     assert names(tmp_path) == ["thesis.tex"]
 
 
@@ -379,9 +379,9 @@ def test_adapt_replaces_only_what_it_wrote(call, refuse, data, fitted, tmp_path)
     other.mkdir()
     (other / "thesis.tex").write_text("")
     assert call("adapt", *words, output)[0] == 0
-    assert "exists already" in refuse("adapt", *words, output)
+    assert "already exists" in refuse("adapt", *words, output)
     assert call("adapt", *words, output, "--overwrite")[0] == 0
-    assert "holds no run.json" in refuse("adapt", *words, other, "--overwrite")
+    assert "has no run.json" in refuse("adapt", *words, other, "--overwrite")
     assert names(other) == ["thesis.tex"] and names(tmp_path) == ["other", "out"]
 
 

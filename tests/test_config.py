@@ -72,7 +72,7 @@ BAD = {
     "fit.fit=1": ["unknown key 'fit.fit'"],
     "objective=3": ["objective: expected a section with ['beta', 'gamma', 'num_particles'], got 3"],
     "objective=": ["objective: expected a section"],
-    "language_model.template=x": ["language_model.template 'x' is no template's name", "chat-letters"],
+    "language_model.template=x": ["language_model.template 'x' is not the name of a template", "chat-letters"],
     "objective.beta=much": ["objective.beta: ", "valid number", "got 'much'"],
     "objective.beta=[1]": ["objective.beta: ", "[1]"],
     "objective.beta=0": ["objective.beta: ", "greater than 0", "got 0"],
@@ -106,8 +106,8 @@ BAD = {
     "=3": ["--set '=3': expected section.key=value"],
     "objective.=3": ["expected section.key=value"],
     ".beta=3": ["expected section.key=value"],
-    "fit.steps=[1": ["--set 'fit.steps=[1'", "no YAML value"],
-    "fit.steps=2001-13-45": ["--set 'fit.steps=2001-13-45'", "no YAML value"],
+    "fit.steps=[1": ["--set 'fit.steps=[1'", "not a YAML value"],
+    "fit.steps=2001-13-45": ["--set 'fit.steps=2001-13-45'", "not a YAML value"],
 }
 
 
@@ -200,7 +200,9 @@ def test_a_template_by_its_name(tmp_path):
     assert config.language_model.max_length == 64
     assert RunConfig.load(None, ["language_model.template=letters"]).language_model.template == TEMPLATES["letters"]
     assert RunConfig.from_dict({"language_model": {"template": "plain"}}) == RunConfig()
-    with pytest.raises(ConfigError, match="--set: language_model.template 'chatt' is no template's name.*'chat'"):
+    with pytest.raises(
+        ConfigError, match="--set: language_model.template 'chatt' is not the name of a template.*'chat'"
+    ):
         RunConfig.load(None, ["language_model.template=chatt"])
 
 

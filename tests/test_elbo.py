@@ -237,15 +237,18 @@ def test_misplaced_plates_are_named(lm):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q | {"phi.o_proj.lora_C": q["phi.o_proj.lora_B"]}, r"'phi.o_proj.lora_C': the guide samples it"),
-        (lambda q: {n: fn for n, fn in q.items() if "phi.v_" not in n}, r"'phi.v_proj.lora_B': the model samples it"),
+        (lambda q: q | {"phi.o_proj.lora_C": q["phi.o_proj.lora_B"]}, r"'phi.o_proj.lora_C': sampled by the guide"),
+        (
+            lambda q: {n: fn for n, fn in q.items() if "phi.v_" not in n},
+            r"'phi.v_proj.lora_B': sampled by the model but not by the guide",
+        ),
         (
             lambda q: q | {"theta.loc.q_proj.lora_A": dist.Delta(q["theta.loc.q_proj.lora_A"].v, event_dim=2)},
-            r"'theta.loc.q_proj.lora_A': expected event shape \(2, 3, 16\) as in the model, the guide has \(3, 16\)",
+            r"'theta.loc.q_proj.lora_A': expected event shape \(2, 3, 16\) .*, got \(3, 16\) from the guide",
         ),
         (
             lambda q: q | {"phi.q_proj.lora_B": dist.Normal(torch.zeros(2, 3, 16), torch.ones(2, 3, 16)).to_event(3)},
-            r"'q_proj.lora_B': expected event shape \(2, 16, 3\) .*, got \(2, 3, 16\). Did you pass it transposed",
+            r"'q_proj.lora_B': expected event shape \(2, 16, 3\) .*, got \(2, 3, 16\). Is it transposed",
         ),
     ],
 )
@@ -275,7 +278,7 @@ def test_a_scale_that_is_not_positive_is_placed(lm, bad, where):
                 scale = torch.full_like(fn.mean, -0.1 if i == bad else 0.1)
                 pyro.sample(f"phi.{site}", dist.Normal(fn.mean, scale).to_event(3))
 
-    with pytest.raises(SiteError, match=f"{where}: Expected parameter scale .* A scale must be positive: take"):
+    with pytest.raises(SiteError, match=f"{where}: Expected parameter scale .* A scale must be positive: apply"):
         BetaELBO(model, narrow)(make_episode(lm))
 
 
@@ -290,7 +293,7 @@ def test_a_prior_on_modules_that_the_language_model_lacks(lm):
         IndependentNormal(lm, wrong)
     with pytest.raises(SiteError, match="site 'q_proj.lora_A': no value given"):
         IndependentNormal(lm, {site: value for site, value in initial.items() if site != "q_proj.lora_A"})
-    with pytest.raises(SiteError, match="site 'q_proj.lora_B': expected event shape .* Did you pass it transposed"):
+    with pytest.raises(SiteError, match="site 'q_proj.lora_B': expected event shape .* Is it transposed"):
         IndependentNormal(lm, initial | {"q_proj.lora_B": initial["q_proj.lora_B"].mT})
 
 
@@ -314,5 +317,5 @@ def test_pyro_s_autoguides_are_weighed_by_beta(lm):
         ConfigError, match="adapt: expected a HierarchicalModel, and a guide that samples each phi site"
     ):
         adapt(BetaELBO(model, guide, beta=0.01), lm, tasks)
-    with pytest.raises(ConfigError, match="gamma: expected beta, 0.01, for site '_AutoLowRank.*; got 0.5"):
+    with pytest.raises(ConfigError, match="gamma: expected beta, 0.01, because site '_AutoLowRank.*; got 0.5"):
         BetaELBO(model, guide, beta=0.01, gamma=0.5)(episode)

@@ -226,7 +226,7 @@ def test_demonstrations_stand_before_every_query(tasks: TaskSet, encoder: Encode
 
 
 def test_tasks_of_other_sizes(encoder: Encoder) -> None:
-    """Each task's N is its own, and support given with the task is drawn anew."""
+    """Each task has its own N, and support given with the task is sampled again."""
     examples = [Example(f"film {i}", ("yes", "no"), i % 2) for i in range(20)]
     tasks = TaskSet([Task("a", examples[:6], examples[6:9]), Task("b", examples[9:])])
     sampler = EpisodeSampler(tasks, encoder, tasks_per_episode=2, num_support=4, num_query=4)
@@ -245,7 +245,7 @@ def test_tasks_of_other_sizes(encoder: Encoder) -> None:
         ({"num_support": 13, "num_query": 0}, "'task-0' has 12 examples, but 13 were asked for"),
         ({"num_support": 0}, "num_support=0, num_query=2: expected at least 1 support example"),
         ({"num_support": 0, "score_support": False}, "num_support=0"),
-        ({"num_query": 0, "score_support": False}, "num_query=0: .*1 query example where score_support is false"),
+        ({"num_query": 0, "score_support": False}, "num_query=0: .*1 query example if score_support is false"),
         ({"num_query": -1}, "num_query=-1"),
     ],
 )

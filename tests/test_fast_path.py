@@ -150,7 +150,7 @@ def test_checkpointing_and_a_key_value_cache_exclude_each_other(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = bloom(tokenizer, monkeypatch, gradient_checkpointing=True)
-    with pytest.raises(ConfigError, match="gradient_checkpointing: BloomForCausalLM needs a key-value cache"):
+    with pytest.raises(ConfigError, match="gradient_checkpointing: BloomForCausalLM requires a key-value cache"):
         lm.features(query_episode(lm)[0])
 
 
@@ -158,7 +158,7 @@ def test_a_model_without_checkpointing_refuses_it(tokenizer: Any, monkeypatch: p
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM does not support it"):
+    with pytest.raises(ConfigError, match="not supported by LlamaForCausalLM"):
         build_lm("llama", tokenizer, gradient_checkpointing=True)
 
 
@@ -201,7 +201,7 @@ def test_a_wrong_trunk_is_noticed_and_left_out(lm: Any, monkeypatch: pytest.Monk
     """One warning; scores are then those of the full forward."""
     monkeypatch.setattr(Trunk, "skipped", shifted)
     episode, _ = query_episode(lm)
-    with pytest.warns(UserWarning, match="starting at layer 2 from kept hidden states, its scores are off by"):
+    with pytest.warns(UserWarning, match="with cached hidden states at layer 2, its scores are off by"):
         lm.features(episode)
     assert lm.trunk.depth == 0
     check_against_plain(lm, episode)

@@ -220,7 +220,7 @@ def test_text_metrics_by_hand():
     assert found.f1 == pytest.approx((1 + 2 / 3 + 0 + 2 / 3) / 4, abs=1e-6)
     mean = mean_metrics([found, TextMetrics(0.75, 0.5, 1.0, 2)])
     assert (mean.exact_match, mean.nll, mean.num_examples) == (0.5, 2.0, 6)
-    with pytest.raises(ValueError, match="a reference for each; got 1, 1 and 1"):
+    with pytest.raises(ValueError, match="a reference for each text; got 1, 1 and 1"):
         text_metrics(["a"], [()], torch.zeros(1))
     with pytest.raises(ValueError, match="`metrics` is empty"):
         mean_metrics([])

@@ -15,7 +15,7 @@ from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 
-DIFFERENT = "fitted on other base weights than those of llama: .* matrices differ, such as .*pass lm= loaded from"
+DIFFERENT = "fitted on base weights other than those of llama: .* matrices differ, such as .*Pass lm= loaded from"
 
 
 def through_json(facts):
@@ -86,7 +86,7 @@ def test_saved_posteriors_are_compared_when_they_are_loaded(saved, lm, tmp_path,
     folder, load = tmp_path / kind, saved[kind]
     other, templated = (build_lm("llama", tokenizer, **k) for k in ({}, {"template": PromptTemplate("{input}:")}))
     load(folder, other)
-    with pytest.raises(PosteriorError, match=r"fitted with {'template'.*Pass lm= made like that"):
+    with pytest.raises(PosteriorError, match=r"fitted with {'template'.*Pass lm= with these values"):
         load(folder, templated)
     other_seed(other)
     with pytest.raises(PosteriorError, match=f"{kind}: {DIFFERENT}"):

@@ -59,7 +59,7 @@ def test_trunk_runs_once_per_example(lm, monkeypatch):
     lm.features(episode)
     assert len(calls) == 1
     lm.trunk.cache = TensorCache(0)
-    torch.testing.assert_close(lm(random_phi(lm, 2, 1), episode), first)  # past the budget: anew, with equal numbers
+    torch.testing.assert_close(lm(random_phi(lm, 2, 1), episode), first)  # past the budget: computed again, equal
     assert len(calls) == 2 and len(lm.trunk.cache) == 0
 
 

@@ -30,7 +30,7 @@ def no_tokenizer(folder):
 DAMAGE = {
     "truncated weights": (
         lambda p: truncate(p / "model.safetensors", -1000),
-        r"the weights cannot be read \(SafetensorError: .*Copy or save the model anew",
+        r"the weights cannot be read \(SafetensorError: .*Copy or save the model again",
     ),
     "a pointer instead of weights": (
         lambda p: (p / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
@@ -42,11 +42,11 @@ DAMAGE = {
     ),
     "weights of fewer layers": (
         lambda p: configure(p, num_hidden_layers=6),
-        r"18 weights are missing or .* such as model\.layers\.4\..*Copy or save the model anew",
+        r"18 weights are missing or .* such as model\.layers\.4\..*Copy or save the model again",
     ),
     "weights of another width": (
         lambda p: configure(p, intermediate_size=32),
-        r"12 weights are missing or of another shape .* such as model\.layers\.0\.mlp",
+        r"12 weights are missing or have another shape .* such as model\.layers\.0\.mlp",
     ),
     "no JSON": (lambda p: (p / "config.json").write_text("{"), "the config.json cannot be read .*valid JSON"),
     "no object": (lambda p: (p / "config.json").write_text("[]"), "the config.json cannot be read"),
@@ -84,8 +84,8 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
     ("name", "folder", "cure"),
     [
         (DEFAULT_MODEL, CONVERTED_FOLDER, "Delete this folder, then run: bayes-lora fetch"),
-        (DEFAULT_MODEL, "snapshot", f"anew: hf download --force-download {DEFAULT_MODEL}"),
-        ("some/model", "snapshot", "anew: hf download --force-download some/model"),
+        (DEFAULT_MODEL, "snapshot", f"again: hf download --force-download {DEFAULT_MODEL}"),
+        ("some/model", "snapshot", "again: hf download --force-download some/model"),
     ],
 )
 def test_the_cure_depends_on_where_the_files_are_from(tmp_path, monkeypatch, name, folder, cure):

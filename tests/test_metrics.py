@@ -191,7 +191,7 @@ def test_mean_metrics() -> None:
             torch.full((1, 2), 0.5).log(),
             torch.tensor([1]),
             torch.tensor([[True, False]]),
-            "points at a padded option",
+            "is the index of a padded option",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_local_paths_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="has no config.json and 0 .gguf files"):
         find_model(tmp_path)
     (tmp_path / "model.txt").write_text("")
-    with pytest.raises(ModelFileError, match="another kind of file"):
+    with pytest.raises(ModelFileError, match="is not a model"):
         find_model(tmp_path / "model.txt")
 
 
@@ -175,7 +175,7 @@ def test_download_and_conversion_say_how_far_they_are(
 
 
 def test_a_command_is_looked_at_while_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(packaged_model, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(packaged_model, "POLL_SECONDS", 0.01)
     file, sizes = tmp_path / "a.whl", []
     code = "import os, sys; open(os.environ['FILE'], 'w').write('12345'); sys.exit('no\\nway')"
 

@@ -269,7 +269,7 @@ def test_what_is_refused(kind, tokenizer):
 def test_a_model_that_is_taken_over_is_refused(tokenizer):
     model = trained()
     ours(model, tokenizer)
-    with pytest.raises(SiteError, match=r"q_proj': its LoRA belongs to a LanguageModel already. Load the model anew"):
+    with pytest.raises(SiteError, match=r"q_proj': its LoRA already belongs to a LanguageModel. Load the model again"):
         ours(model, tokenizer)
 
 
@@ -280,7 +280,7 @@ def test_an_unknown_adapter_is_refused(tokenizer):
 
 def test_another_active_adapter_is_refused_by_find_sites(tokenizer):
     model = both_active()
-    with pytest.raises(SiteError, match=r"adapters \['other'\] are active beside 'default'"):
+    with pytest.raises(SiteError, match=r"adapters \['other'\] are active in addition to 'default'"):
         LanguageModel(model.get_base_model(), tokenizer, model.peft_config["default"])
 
 
@@ -330,7 +330,7 @@ def test_a_saved_adapter_that_does_not_fit_is_refused(model_folder, adapter, tmp
     with pytest.raises(ModelFileError, match=r"adapter': 1 weights are missing, such as model\.layers\.2.*lora_A"):
         load(model_folder, adapter=adapter)
     save_file(weights | {first.replace("layers.2", "layers.1"): weights[first].clone()}, file)
-    with pytest.raises(ModelFileError, match=r"1 weights fit no adapted module, such as .*layers\.1"):
+    with pytest.raises(ModelFileError, match=r"1 weights match no adapted module, such as .*layers\.1"):
         load(model_folder, adapter=adapter)
     save_file(weights | {first: weights[first][:, :5].contiguous()}, file)
     with pytest.raises(ModelFileError, match="the adapter cannot be read .*size mismatch"):
@@ -370,11 +370,11 @@ def test_contradictions_are_refused(model_folder, adapter):
         load(model_folder, layers_to_transform=[1], top_layers=2)
     with pytest.raises(ConfigError, match=r"expected some of the model's layers 0 to 3, got \[2, 4\]"):
         load(model_folder, layers_to_transform=[2, 4])
-    with pytest.raises(ConfigError, match=r"lora_config, r, top_layers: lora_config defines the LoRA already"):
+    with pytest.raises(ConfigError, match=r"lora_config, r, top_layers: lora_config already defines the LoRA"):
         load(model_folder, lora_config(), r=3, top_layers=1)
-    with pytest.raises(ConfigError, match=r"adapter, target_modules: adapter defines the LoRA already"):
+    with pytest.raises(ConfigError, match=r"adapter, target_modules: adapter already defines the LoRA"):
         load(model_folder, adapter=adapter, target_modules=["q_proj"])
-    with pytest.raises(ConfigError, match=r"lora_config, adapter: lora_config defines"):
+    with pytest.raises(ConfigError, match=r"lora_config, adapter: lora_config already defines"):
         load(model_folder, lora_config(), adapter=adapter)
 
 
@@ -430,7 +430,7 @@ def test_a_posterior_is_refused_on_another_adapter(kind, tokenizer, tmp_path):
     if kind == "posterior":
         loaded = loaded.adapt([make_tasks(2)["task-1"].split(3, seed=0)])
     assert torch.equal(loaded.predict([EXAMPLES], num_draws=2)[0], expected)
-    with pytest.raises(PosteriorError, match=r"fitted on another adapter than that of llama: 6 of 6 sampled sites"):
+    with pytest.raises(PosteriorError, match=r"fitted on an adapter other than that of llama: 6 of 6 sampled sites"):
         read(folder, other)
     with pytest.raises(
         PosteriorError, match=r"starts at a trained adapter, but that of llama starts at PEFT's initial"

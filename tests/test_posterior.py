@@ -201,7 +201,7 @@ def test_a_reloaded_task_posterior_predicts_bit_for_bit_the_same(tmp_path, poste
     assert loaded.names == adapted.names
     queries = [t.query for t in unseen]
     assert all(torch.equal(a, b) for a, b in zip(adapted.predict(queries), loaded.predict(queries), strict=True))
-    with pytest.raises(RunFolderError, match="exists already"):
+    with pytest.raises(RunFolderError, match="already exists"):
         adapted.save(tmp_path / "t")
 
 

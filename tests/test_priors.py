@@ -203,7 +203,7 @@ def test_gradient_steps_keep_an_elementwise_scale(lm):
 
 
 def test_what_a_fixed_prior_is_centred_on_is_saved(lm):
-    """A posterior may be loaded beside a LoRA that PEFT has drawn anew."""
+    """A posterior may be loaded with a LoRA whose initial values PEFT has drawn again."""
     model, initial = IndependentNormal(lm, lm.sites.initial()), lm.sites.initial()
     other = IndependentNormal(lm, {site: value + 1.0 for site, value in initial.items()})
     other.load_state_dict(model.state_dict())

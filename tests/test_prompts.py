@@ -272,7 +272,7 @@ def test_letters_stand_for_the_options() -> None:
     template = PromptTemplate("{input}\n{options}\nAnswer:", separator="\n", letters=True)
     example = Example("Is it?", ("yes", "{input}", "no way"), 2)
     assert template.render(example) == ("Is it?\nA. yes\nB. {input}\nC. no way\nAnswer:", [" A", " B", " C"])
-    with pytest.raises(ConfigError, match="expected the placeholder {options} in it, for letters mean nothing"):
+    with pytest.raises(ConfigError, match="expected the placeholder {options}, because letters are meaningless"):
         PromptTemplate("{input}\nAnswer:", letters=True)
     many = Example("Which?", tuple(map(str, range(27))), 0)
     with pytest.raises(TaskError, match="at most 26 options for as many letters, got 27"):
@@ -290,9 +290,9 @@ def test_template_refuses() -> None:
 def test_texts_without_tokens_are_refused(sentencepiece: Any) -> None:
     """An option or a prompt of which the tokenizer makes nothing cannot be scored."""
     encoder = Encoder(sentencepiece, PromptTemplate("{input}", "{option}"))
-    with pytest.raises(TaskError, match=r"option '\\u200b': the tokenizer makes no token of it\. Give"):
+    with pytest.raises(TaskError, match=r"option '\\u200b': the tokenizer returns no tokens for it\. Change"):
         encoder([Example("film", ("yes", "\u200b"), 0)])
-    with pytest.raises(TaskError, match=r"example '\\u200b': the tokenizer makes no token of its prompt"):
+    with pytest.raises(TaskError, match=r"example '\\u200b': the tokenizer returns no tokens for its prompt"):
         encoder([Example("\u200b", ("yes", "no"), 0)])
 
 
@@ -345,13 +345,13 @@ def test_demonstrations_that_do_not_fit_are_left_out(tokenizer: Any) -> None:
     """The first ones go, with one warning; none at all is an error."""
     long = Example("word " * 8, ("yes", "no"), 0)
     encoder = Encoder(tokenizer, max_length=80, max_positions=140)
-    with pytest.warns(UserWarning, match="2 of 3 demonstrations were left out: the model reads 140 tokens") as record:
+    with pytest.warns(UserWarning, match="2 of 3 demonstrations were left out: the model has 140 positions") as record:
         [row] = encoder([QUERY], [long, long, DEMONSTRATIONS[1]])
     assert len([w for w in record if "left out" in str(w.message)]) == 1
     assert row.context is not None
     assert len(row.context) + 80 <= 140
     assert row.key == encoder([QUERY], [DEMONSTRATIONS[1]])[0].key
-    with pytest.raises(TaskError, match="the last one has .* tokens, but the model reads 90"):
+    with pytest.raises(TaskError, match="the last one has .* tokens, but the model has 90 positions"):
         Encoder(tokenizer, max_length=80, max_positions=90)([QUERY], DEMONSTRATIONS)
 
 
@@ -374,7 +374,9 @@ def test_a_long_free_answer_loses_its_end(tokenizer: Any) -> None:
     """It takes half a row at most, and then is not ended."""
     long = Example("film?", references=("good and bad " * 20,))
     encoder = Encoder(tokenizer, PromptTemplate(free_prompt="{input}:"), max_length=40)
-    with pytest.warns(UserWarning, match="1 of 1 prompts are longer than max_length=40 .* of a longer answer its end"):
+    with pytest.warns(
+        UserWarning, match="1 of 1 prompts are longer than max_length=40 .* or the end of a longer answer"
+    ):
         [row] = encoder([long])
     assert len(row.gold) == 20 and len(row) <= 40
     assert (" " + long.output).startswith(tokenizer.decode(row.gold))

@@ -204,7 +204,7 @@ def test_n_enters_in_one_place():
 
 
 def test_parameters_that_no_module_holds_are_refused(lm):
-    """They would be made anew in every step, and never trained."""
+    """They would be initialised again in every step, and never trained."""
     model = small(lm)
 
     def guide(episode):

@@ -38,7 +38,9 @@ def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstra
 
 def test_a_recipe_with_nothing_to_learn_says_that_it_does_not_fit(lm):
     config = small("lora", fit=FitConfig(steps=3, learning_rate=0.1))
-    with pytest.warns(UserWarning, match="recipe 'lora' has nothing to fit: fit.steps, fit.learning_rate change"):
+    with pytest.warns(
+        UserWarning, match="recipe 'lora' has nothing to fit: fit.steps, fit.learning_rate have no effect"
+    ):
         fit_posterior(lm, make_tasks(4), config)
 
 

@@ -211,15 +211,17 @@ def test_a_comparison_of_both_kinds(lm, tasks, tmp_path):
     choice = list(make_tasks(num_tasks=6).values())[5].split(4, seed=0)
     settings = dict(steps=(0,), num_draws=3, lora_steps=1, lora_learning_rates=(1e-3,))
     both = compare(posterior, [choice, FREE, replace(FREE, name="again")], num_demonstrations=1, **settings)
-    ours = both.results["ABMLL (amortized)"]
+    amortized = both.results["ABMLL (amortized)"]
     alone = posterior.adapt(FREE).evaluate([FREE], num_draws=3, num_demonstrations=1)["free"]
-    assert ours.metrics["free"].to_dict() == pytest.approx(alone.to_dict())  # beside others a row is padded otherwise
-    assert ours.metrics["free"].nll == pytest.approx(ours.means["mean, free answers"].nll)
-    assert len(ours.confidence) == len(choice.query)
+    assert amortized.metrics["free"].to_dict() == pytest.approx(
+        alone.to_dict()
+    )  # rows are padded differently next to others
+    assert amortized.metrics["free"].nll == pytest.approx(amortized.means["mean, generated answers"].nll)
+    assert len(amortized.confidence) == len(choice.query)
     read = both.to_dict()["ABMLL (amortized)"]
-    assert read.keys() == {"tasks", "mean", "mean, free answers", "pooled"}
+    assert read.keys() == {"tasks", "mean", "mean, generated answers", "pooled"}
     text = table_text({name: result.metrics for name, result in both.results.items()})
-    for word in ("accuracy", "EM", "F1", "NLL", "Brier", "ECE", "mean, free answers"):
+    for word in ("accuracy", "EM", "F1", "NLL", "Brier", "ECE", "mean, generated answers"):
         assert word in text
     both.write(tmp_path / "both")
     assert names(tmp_path / "both") == ["metrics.json", "reliability.png"]

@@ -145,7 +145,7 @@ def test_prepare_run_folder(tmp_path):
     for _ in range(2):  # an empty folder may be used
         assert prepare_run_folder(run) == run and names(run) == []
     (run / "config.json").write_text("{}")
-    with pytest.raises(RunFolderError, match="exists already.*--resume.*--overwrite"):
+    with pytest.raises(RunFolderError, match="already exists.*--resume.*--overwrite"):
         prepare_run_folder(run)
     prepare_run_folder(run, resume=True)
     assert names(run) == ["config.json"]
@@ -161,7 +161,7 @@ def test_what_is_no_run_folder_is_never_touched(tmp_path, flags):
     (tmp_path / "thesis" / "a.tex").write_text("text")
     (tmp_path / "file").write_text("text")
     for name in ("thesis", "file"):
-        with pytest.raises(RunFolderError, match="no run folder"):
+        with pytest.raises(RunFolderError, match="not a run folder"):
             prepare_run_folder(tmp_path / name, **flags)
     with pytest.raises(RunFolderError, match="cannot be written"):
         prepare_run_folder(tmp_path / "file" / "run", **flags)

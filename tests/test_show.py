@@ -233,7 +233,7 @@ def test_show_command_in_colour(monkeypatch, capsys, folder, model_folder) -> No
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["data"], ["holds 2 tasks, such as one, two", "--task"]),
+        (["data"], ["has 2 tasks, such as one, two", "--task"]),
         (["data", "--task", "ones"], ["'ones' (did you mean 'one'?)"]),
         (["data/two.jsonl", "--task", "one"], ["1 of 1 tasks are missing", "'one'"]),
         (["data/two.jsonl", "--example", "1"], ["'two' has examples 0 to 0, got --example 1"]),

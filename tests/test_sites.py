@@ -45,17 +45,17 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
     x = torch.randn(6, length, 4, dtype=torch.float64, requires_grad=True)
     shapes = [(2, 4), (5, 2), (2, 4), (5, 2)] if deferred else [(5, 4)]
     parts = [torch.randn(3, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    blocks = RowGroups.of(sizes, torch.device("cpu"))
+    row_groups = RowGroups.of(sizes, torch.device("cpu"))
     found, expected = [], []
     if deferred:
         weight = DeferredWeight(*parts)
-        found.append(weight.variance(x, blocks))
+        found.append(weight.variance(x, row_groups))
         for group, rows in enumerate(x.split(sizes)):
             expected.append(DeferredWeight(*(part[group] for part in parts)).variance(rows))
         parts = parts[2:]  # of which the variance is made
     else:
         slot = Slot(torch.zeros(5, 4, dtype=torch.float64))
-        slot.bound, slot.blocks = parts[0], blocks
+        slot.bound, slot.row_groups = parts[0], row_groups
         found.append(slot(x))
         expected = [rows @ own.T for rows, own in zip(x.split(sizes), parts[0], strict=True)]
     found, expected = found[0], torch.cat(expected)
@@ -70,7 +70,7 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
 def test_groups_of_unequal_size_have_second_derivatives(of_x):
     """As second-order steps need them, and one alone where only the weight is random."""
     torch.manual_seed(0)
-    blocks = RowGroups.of((1, 3, 2), torch.device("cpu"))
+    row_groups = RowGroups.of((1, 3, 2), torch.device("cpu"))
     x = torch.randn(6, 24, 4, dtype=torch.float64, requires_grad=of_x)
     weight = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     chosen = [x, weight] if of_x else [weight]
@@ -79,7 +79,7 @@ def test_groups_of_unequal_size_have_second_derivatives(of_x):
         first = torch.autograd.grad(multiply(x, weight).pow(3).sum(), chosen, create_graph=True)
         return [*first, *torch.autograd.grad(sum((g * g).sum() for g in first), chosen)]
 
-    found = twice(lambda x, w: linear(x, w, blocks))
+    found = twice(lambda x, w: linear(x, w, row_groups))
     expected = twice(lambda x, w: torch.cat([part @ own.T for part, own in zip(x.split((1, 3, 2)), w, strict=True)]))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -99,7 +99,7 @@ def test_rows_of_other_groups_are_refused(lm):
             pass
 
 
-def test_blocks_are_restored_with_what_was_bound(lm):
+def test_row_groups_are_restored_with_what_was_bound(lm):
     ids = torch.tensor([[5, 9, 2], [1, 1, 8], [7, 3, 2]])
     values = random_values(lm.sites, 2)
     with lm.sites.bind(values, (2, 1)):
@@ -109,7 +109,7 @@ def test_blocks_are_restored_with_what_was_bound(lm):
         torch.testing.assert_close(lm.model(input_ids=ids).logits, before, rtol=0, atol=0)
     torch.testing.assert_close(before[:2], first[:2])
     assert (before[2] - first[2]).abs().max() > 1e-3
-    assert all(slot.blocks is None for slots in lm.sites._slots.values() for slot in slots)
+    assert all(slot.row_groups is None for slots in lm.sites._slots.values() for slot in slots)
 
 
 @pytest.mark.parametrize("kind", list(BUILDERS))
@@ -204,10 +204,10 @@ def test_layers_of_other_shapes_become_sites_of_their_own(tokenizer):
             r"site 'q_proj.lora_A': no value given. Expected one of event shape \(2, 3, 16\)",
         ),
         (lambda v: v.update({"q_prj.lora_A": v["q_proj.lora_A"]}), r"no such site \(did you mean 'q_proj.lora_A' or"),
-        (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"].mT}), r"got \(2, 16, 3\). Did you pass it transposed"),
+        (lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"].mT}), r"got \(2, 16, 3\). Is it transposed"),
         (
             lambda v: v.update({"q_proj.lora_A": v["q_proj.lora_A"][None]}),
-            r"\(groups, layers, out, in\) for every site alike",
+            r"\(groups, layers, out, in\) for all sites",
         ),
     ],
 )

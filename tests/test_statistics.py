@@ -247,7 +247,7 @@ def test_tasks_command_tells_overlap(monkeypatch, capsys, folder) -> None:
     [
         (["nowhere"], ["nowhere", "no such file"]),
         (["bad"], ["bad.jsonl:1: ", "broken JSON"]),
-        (["good.jsonl", "--seed", 13], ["good.jsonl", "a file has no seeds"]),
+        (["good.jsonl", "--seed", 13], ["good.jsonl", "a single file has no support sets by seed"]),
         (["meta", "--seed", 7], ["no train file of seed 7", "13, 21"]),
         ([".", "--split", "t"], ["splits.json", "'t' is unknown", "known splits: s, r", "abmll/cls-45"]),
         (["good.jsonl", "--max-length", 9], ["--max-length 9", "--model or --run"]),

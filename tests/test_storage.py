@@ -41,7 +41,7 @@ def test_new_folder_refuses_and_replaces(tmp_path):
     path = tmp_path / "a"
     with new_folder(path) as folder:
         (folder / "old").write_text("1")
-    with pytest.raises(RunFolderError, match="exists already"), new_folder(path):
+    with pytest.raises(RunFolderError, match="already exists"), new_folder(path):
         raise AssertionError("not reached")
     with new_folder(path, overwrite=True) as folder:
         (folder / "new").write_text("1")
@@ -77,7 +77,7 @@ def test_a_marker_guards_other_folders(tmp_path):
             (folder / content).write_text("{}")
     file.write_text("")
     for path in (other, file):
-        with pytest.raises(RunFolderError, match="holds no run.json"):
+        with pytest.raises(RunFolderError, match="has no run.json"):
             check_new_folder(path, overwrite=True, marker="run.json")
         with pytest.raises(RunFolderError), new_folder(path, overwrite=True, marker="run.json"):
             raise AssertionError("not reached")

@@ -30,7 +30,7 @@ def made(encoder, examples=EXAMPLES, begins=True):
 
 
 def refuse(*_):
-    raise AssertionError("tokenised anew")
+    raise AssertionError("tokenised again")
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -99,7 +99,7 @@ def test_tokenizers_are_told_apart(tokenizer):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing column"])
-def test_a_damaged_entry_is_made_anew(tokenizer, store, damage):
+def test_a_damaged_entry_is_rebuilt(tokenizer, store, damage):
     expected = made(Encoder(tokenizer, store=store))
     [entry] = store.folder.iterdir()
     [arrow] = entry.glob("*.arrow")
@@ -114,7 +114,7 @@ def test_a_damaged_entry_is_made_anew(tokenizer, store, damage):
         (store.folder / "other").rmdir()
     else:
         arrow.write_bytes(arrow.read_bytes()[:300] if damage == "cut" else b"")
-    with pytest.warns(UserWarning, match="is damaged .* and is made anew"):
+    with pytest.warns(UserWarning, match="is damaged and is rebuilt"):
         found = made(Encoder(tokenizer, store=store))
     assert [row.key for row in found] == [row.key for row in expected]
     assert [row.key for row in made(Encoder(tokenizer, store=store))] == [row.key for row in expected]
@@ -135,5 +135,5 @@ def test_what_was_used_longest_ago_is_deleted(tokenizer, store):
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="tokens are not kept: .*file"):
+    with pytest.warns(UserWarning, match="tokens are not stored: .*file"):
         assert len(made(Encoder(tokenizer, store=TokenStore(tmp_path / "file" / "tokens", fewest=3)))) == 4

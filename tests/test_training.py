@@ -27,7 +27,7 @@ def test_fit_learns(lm):
     assert not pyro.get_param_store().keys()
 
 
-def test_the_kept_parameters_are_those_of_the_best_look(lm):
+def test_the_kept_parameters_are_those_of_the_best_evaluation(lm):
     objective, sampler, held_out = network_run(lm)
     state = fit(objective, sampler, held_out, CONFIG)
     curve = [row["held_out_nll"] for row in state.history]
@@ -113,7 +113,7 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(lm, learning_rate):
     with pytest.raises(CutOff):
         fit(parts, sampler, held_out, CONFIG, optimizer=optimizer, on_step=cut)
     assert kept[-1].step == 6
-    # The look after step 6 was cut off with it; take it now, as a checkpoint would have held it.
+    # The evaluation after step 6 was cut off too; run it now, as a checkpoint would contain it.
     state = kept[-1]
     _evaluate_held_out(parts, held_out, CONFIG, state, [0.0])
     again = groups_of(parts, learning_rate)
@@ -139,13 +139,13 @@ def test_the_kept_parameters_are_the_running_average(lm, decay):
         assert torch.allclose(p, expected[name], rtol=1e-12, atol=1e-14)
 
 
-def test_a_look_leaves_the_parameters_alone(lm):
+def test_an_evaluation_does_not_change_the_parameters(lm):
     objective, sampler, held_out = network_run(lm)
-    looked, plain = [], []
-    fit(objective, sampler, held_out, CONFIG, on_step=lambda *_: looked.append(first_parameter(objective)))
+    evaluated, plain = [], []
+    fit(objective, sampler, held_out, CONFIG, on_step=lambda *_: evaluated.append(first_parameter(objective)))
     objective, sampler, _ = network_run(lm)
     fit(objective, sampler, [], CONFIG, on_step=lambda *_: plain.append(first_parameter(objective)))
-    assert all(torch.equal(a, b) for a, b in zip(looked, plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(evaluated, plain, strict=True))
 
 
 def first_parameter(objective):
@@ -214,7 +214,7 @@ def test_gradients_are_clipped(lm, monkeypatch):
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="steps: expected a positive number, got 0"):
         FitConfig(steps=0)
-    with pytest.raises(ConfigError, match="average: expected a decay of at least 0 and below 1, got 1.0"):
+    with pytest.raises(ConfigError, match=r"average: expected a decay in \[0, 1\), got 1.0"):
         FitConfig(average=1.0)
 
 

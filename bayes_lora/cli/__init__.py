@@ -1,1 +1,1 @@
-"""The command line: parses arguments, calls a job, prints."""
+"""The command line: parses arguments, runs a job and prints its results."""

@@ -1,4 +1,4 @@
-"""The command line's way with one task: bayes-lora adapt | predict."""
+"""The commands for a single task: bayes-lora adapt | predict."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayes_lora.cli.console import say
+from bayes_lora.cli.console import print_line
 from bayes_lora.cli.options import DATA, Draws, Format, Input, Label, Overwrite, Run, Steps, Task
 
 if TYPE_CHECKING:
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.tasks import Example
 
-# Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
+# Heavy imports (torch, transformers) are inside the commands, so that --help is fast.
 
 __all__ = ["adapt", "predict"]
 
@@ -31,9 +31,10 @@ def adapt(
     input: Input = None,
     label: Label = None,
     shots: Annotated[
-        int | None, typer.Option(help="So many examples, drawn as by evaluate; by default all.", min=1)
+        int | None,
+        typer.Option(help="Number of support examples, sampled as in `evaluate`; by default all.", min=1),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw, as for evaluate; or which support set.")] = 13,
+    seed: Annotated[int, typer.Option(help="Seed of the sample, as in `evaluate`, or of the support set.")] = 13,
     steps: Steps = 10,
     overwrite: Overwrite = False,
 ) -> None:
@@ -58,20 +59,20 @@ def adapt(
         adapted.export_peft(folder / "adapter")
         write_home(folder / HOME, run, output, source.card(chosen))
     places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
-    say(f"adapted to {len(support)} examples: {places}")
+    print_line(f"adapted to {len(support)} examples: {places}")
 
 
 def predict(
-    adapted: Annotated[Path, typer.Option(help="A folder that `adapt` wrote.")],
+    adapted: Annotated[Path, typer.Option(help="A folder written by `adapt`.")],
     examples: Annotated[
         Path, typer.Option(help="A table without answers, or a .jsonl file with `input` and `options` per line.")
     ],
     draws: Draws = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest free answer, in tokens.", min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a generated answer.", min=1)] = 32,
 ) -> None:
-    """Predict with a task's posterior; prints one JSON object per example.
+    """Predict with a task's posterior, and print one JSON object per example.
 
-    Columns of a table, and the options, are those that `adapt` was given. Without options the answer is free text.
+    The columns of a table and the options are those given to `adapt`. Without options the answer is free text.
 
     Example: `bayes-lora predict --adapted runs/tickets --examples questions.csv > answers.jsonl`
     """
@@ -91,13 +92,13 @@ def predict(
 def _answers(
     posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """What is predicted of each question: an option with the probabilities of all, or a text with its own."""
+    """Yield the prediction of each question: an option with the probabilities of all, or a text with its own."""
     choices = [one for one in questions if not isinstance(one, str) and not one.free_form]
     if not choices:
         [texts] = posterior.generate([questions], num_draws=draws, max_new_tokens=max_new_tokens)
-        for question, said in zip(questions, texts, strict=True):
+        for question, answer in zip(questions, texts, strict=True):
             asked = question if isinstance(question, str) else question.input
-            yield {"input": asked, "prediction": said.text, "log_prob": round(said.log_prob, 6)}
+            yield {"input": asked, "prediction": answer.text, "log_prob": round(answer.log_prob, 6)}
         return
     [log_probs] = posterior.predict([choices], num_draws=draws)
     for choice, row in zip(choices, log_probs.exp().tolist(), strict=True):

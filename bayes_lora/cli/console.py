@@ -1,34 +1,34 @@
-"""What the command line says: results on standard output; notes, warnings and errors on standard error, a line each."""
+"""Output of the command line: results on standard output; status, warnings and errors as lines on standard error."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
-__all__ = ["err", "fail", "note", "out", "say", "warn"]
+__all__ = ["err", "error", "out", "print_line", "status", "warn"]
 
 out, err = Console(), Console(stderr=True)
 
 
-def say(text: str) -> None:
-    """Print a line of a result as it is."""
+def print_line(text: str) -> None:
+    """Print a line of a result without formatting it."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def note(text: str) -> None:
-    """Print what was taken for granted, which is no part of a result."""
+def status(text: str) -> None:
+    """Print a status message, which is not part of a result."""
     err.print(_line(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning, in the place of ``warnings.showwarning``."""
+    """Print a warning; replaces ``warnings.showwarning``."""
     err.print(f"warning: {_line(message)}", style="yellow", markup=False, soft_wrap=True)
 
 
-def fail(error: Exception | str) -> None:
+def error(message: Exception | str) -> None:
     """Print an error."""
-    err.print(f"error: {_line(error)}", style="red", markup=False, soft_wrap=True)
+    err.print(f"error: {_line(message)}", style="red", markup=False, soft_wrap=True)
 
 
 def _line(text: object) -> str:
-    """Some messages quote another library's, which may have several lines."""
+    """Join the lines of a text: messages may quote those of other libraries, which can have several lines."""
     return " ".join(str(text).split())

@@ -12,7 +12,7 @@ import typer
 
 from bayes_lora.cli import adapt as cli_adapt
 from bayes_lora.cli import tasks as cli_tasks
-from bayes_lora.cli.console import err, fail, out, say, warn
+from bayes_lora.cli.console import err, error, out, print_line, warn
 from bayes_lora.cli.options import (
     Config,
     Draws,
@@ -38,13 +38,13 @@ from bayes_lora.errors import BayesLoraError, ConfigError
 if TYPE_CHECKING:
     from bayes_lora.recipes.config import RunConfig
 
-# Heavy imports (torch, transformers) stand inside the commands, so that --help answers at once.
+# Heavy imports (torch, transformers) are inside the commands, so that --help is fast.
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
 NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
-# Typer has a click of its own or the installed one, as its version is; this is the base class in either.
+# Depending on its version, Typer uses a vendored click or the installed one; this is the base class in both.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 
@@ -56,7 +56,7 @@ def demo(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Meta-learn on the shipped tasks, adapt to unseen ones, and show what came of it.
+    """Meta-learn on the shipped tasks, adapt to unseen tasks, and show the results.
 
     Example: `bayes-lora demo --run runs/demo`
     """
@@ -107,12 +107,13 @@ def fit(
     with bars() as progress:
         _, state = fit_posterior(lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress)
     if not state.history:
-        say(f"nothing to fit: {chosen.recipe} learns nothing between tasks. Posterior in {run / 'posterior'}")
+        print_line(f"nothing to fit: {chosen.recipe} has no parameters to learn. Posterior in {run / 'posterior'}")
         return
     if state.step < chosen.fit.steps:
-        say(f"stopped before step {chosen.fit.steps}: {chosen.fit.patience} looks (fit.patience) found nothing better")
+        evaluations = f"{chosen.fit.patience} evaluations without improvement (fit.patience)"
+        print_line(f"stopped before step {chosen.fit.steps}: {evaluations}")
     best = state.history[state.best] if state.best is not None else state.history[-1]
-    say(f"{state.step} steps; kept step {best['step']}: {_show(best)}. Posterior in {run / 'posterior'}")
+    print_line(f"{state.step} steps; kept step {best['step']}: {_show(best)}. Posterior in {run / 'posterior'}")
 
 
 app.command()(cli_adapt.adapt)
@@ -129,18 +130,20 @@ def evaluate(
     input: Input = None,
     label: Label = None,
     shuffle_options: ShuffleOptions = False,
-    seed: Annotated[int, typer.Option(help="Which support set (MetaICL, CrossFit), or how to draw one.")] = 13,
+    seed: Annotated[int, typer.Option(help="Seed of the support set (MetaICL, CrossFit) or of its sample.")] = 13,
     shots: Shots = 16,
-    queries: Annotated[int, typer.Option(help="At most this many query examples per task.", min=1)] = 200,
-    steps: Annotated[str, typer.Option(help="Gradient steps after the one pass: numbers, commas between.")] = "0,10",
+    queries: Annotated[int, typer.Option(help="Maximum number of query examples per task.", min=1)] = 200,
+    steps: Annotated[
+        str, typer.Option(help="Gradient steps that refine the amortized posterior: comma-separated numbers.")
+    ] = "0,10",
     draws: Draws = 10,
-    demonstrations: Annotated[int, typer.Option(help="Solved support examples before every query.", min=0)] = 0,
+    demonstrations: Annotated[int, typer.Option(help="Number of demonstrations before every query.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and reliability.png.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Adapt to unseen tasks and compare with the pretrained model and a LoRA fine-tuned on the same examples.
 
-    Without --split and --names, these are the folder's tasks but those that the run was fitted on.
+    Without --split and --names, all tasks of the folder are used except those that the run was fitted on.
 
     Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`, or `--tasks tickets.csv`
     """
@@ -161,7 +164,7 @@ def evaluate(
     hide_loading_bar()
     posterior = load_posterior(run)
     if left_out:
-        say(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks, on which the posterior was fitted")
+        print_line(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks: the posterior was fitted on them")
     with bars() as progress:
         comparison = compare(
             posterior,
@@ -178,29 +181,29 @@ def evaluate(
 
 @app.command()
 def fetch() -> None:
-    """Download the default language model, so that everything else works offline.
+    """Download the default language model, so that the other commands work offline.
 
     Example: `bayes-lora fetch`
     """
     from bayes_lora.lm.model_files import fetch_default_model
 
-    say(str(fetch_default_model()))
+    print_line(str(fetch_default_model()))
 
 
 @app.command("dry-run")
 def dry_run(
-    architecture: Annotated[Path, typer.Option(help="The base model's config.json, or one like it.")],
+    architecture: Annotated[Path, typer.Option(help="A config.json of the base model.")],
     config: Config = None,
     settings: Set = None,
 ) -> None:
-    """Show a run's LoRA sites, parameter counts and an estimate of its memory; nothing is loaded or downloaded.
+    """Show a run's LoRA sites, parameter counts and estimated memory, without loading or downloading weights.
 
     Example: `bayes-lora dry-run --config llama-3-8b.yaml --architecture llama-3-8b.json` (both in examples/configs)
     """
-    from bayes_lora.runs.dry_run import dry_run as look
+    from bayes_lora.runs.dry_run import dry_run as estimate
     from bayes_lora.runs.dry_run import read_architecture
 
-    for table in look(_config(config, settings), read_architecture(architecture)).tables():
+    for table in estimate(_config(config, settings), read_architecture(architecture)).tables():
         out.print(table)
 
 
@@ -215,7 +218,7 @@ def _config(
 
     config = RunConfig.load(path, settings or [], base)
     name = model or config.language_model.name
-    # A path is kept whole, so that a later call from another folder finds the model.
+    # An absolute path, so that a later call from another folder finds the model.
     name = str(Path(name).resolve()) if Path(name).exists() else name
     return replace(config, language_model=replace(config.language_model, name=name))
 
@@ -223,7 +226,7 @@ def _config(
 def _integers(text: str, name: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"{name} {text!r}: expected whole numbers with commas between, as in 0,10.")
+        raise ConfigError(f"{name} {text!r}: expected comma-separated integers, such as 0,10.")
     return list(dict.fromkeys(int(part) for part in parts))
 
 
@@ -232,22 +235,22 @@ def _show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the command line; an error a user can mend is one line and exit code 2."""
+    """Run the command line. An error that the user can fix is printed as one line, with exit code 2."""
     warnings.showwarning = warn
     words = sys.argv[1:] or ["--help"]
     try:
         code = app(words, prog_name=NAME, standalone_mode=False)
-    except UsageError as error:
-        command = error.ctx.command_path if error.ctx else " ".join([NAME, *words[:1]])
-        fail(f"{error.format_message().rstrip('.')}. See {command} --help.")
+    except UsageError as raised:
+        command = raised.ctx.command_path if raised.ctx else " ".join([NAME, *words[:1]])
+        error(f"{raised.format_message().rstrip('.')}. See {command} --help.")
         code = USAGE
-    except BayesLoraError as error:
-        fail(error)
+    except BayesLoraError as raised:
+        error(raised)
         code = USAGE
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:  # some versions of Typer return it
-        err.print("interrupted: fit and demo go on with --resume", style="red")
+        err.print("interrupted: use --resume to resume fit or demo", style="red")
     sys.exit(code)
 
 

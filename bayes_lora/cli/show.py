@@ -1,4 +1,4 @@
-"""What the model sees of an example: its packed row turned back into text, and what was cut of it."""
+"""Show what the model reads of an example: its packed row decoded to text, and what was cut."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Part", "ShownExample", "load_encoder", "show_example"]
 
 LOST = 200
-"""Of a long text that was cut so many letters are shown at its beginning and at its end."""
+"""Number of characters shown at the beginning and at the end of a long text that was cut."""
 
 Kind = Literal["demonstration", "prompt", "cut"]
 STYLES = {"demonstration": "cyan", "prompt": "", "cut": "dim italic"}
@@ -30,12 +30,12 @@ OPTION_STYLES = {
     True: ("black on green", "black on bright_green"),
     False: ("black on yellow", "black on bright_yellow"),
 }
-"""Of the gold option's tokens and the others', in turn, so that one is told from the next."""
+"""Alternating styles of the tokens of the gold option and of the others, to distinguish adjacent tokens."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive tokens, as text. The model reads those of every kind but ``cut``."""
+    """Consecutive tokens, as text. The model reads all kinds except ``cut``."""
 
     kind: Kind
     text: str
@@ -44,14 +44,14 @@ class Part:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """An example as the model sees it.
+    """An example as the model reads it.
 
     Attributes:
-        parts: demonstrations and prompt, in order, with what was cut where it would stand.
-        options: of each option the text of each token, all of which the model is scored on.
-        answer: index of the gold option, which the model is not told.
-        num_tokens: tokens of the row, demonstrations included; an option's last token is predicted, never read.
-        max_length: limit on the row without demonstrations.
+        parts: demonstrations and prompt, in order, with the parts that were cut at their original positions.
+        options: text of each token of each option; all of them are scored.
+        answer: index of the gold option, which the model does not read.
+        num_tokens: number of tokens of the row with demonstrations; the last token of an option is not read.
+        max_length: maximum number of tokens of the row without demonstrations.
     """
 
     parts: tuple[Part, ...]
@@ -62,11 +62,11 @@ class ShownExample:
 
     @property
     def num_cut(self) -> int:
-        """Tokens that the model does not see."""
+        """Number of tokens that were cut."""
         return sum(part.num_tokens for part in self.parts if part.kind == "cut")
 
     def summary(self) -> str:
-        """Where the row's tokens are, and how many were cut."""
+        """Return a sentence with the numbers of tokens in each part of the row, and of those that were cut."""
         sizes = {kind: sum(p.num_tokens for p in self.parts if p.kind == kind) for kind in ("demonstration", "prompt")}
         scored, read = sum(map(len, self.options)), self.num_tokens - sum(sizes.values())
         places = [f"{sizes['demonstration']} in demonstrations"] if sizes["demonstration"] else []
@@ -78,7 +78,7 @@ class ShownExample:
         )
 
     def render(self, colour: bool) -> Text:
-        """The text, with the answer positions in colour, or each of their tokens in brackets."""
+        """Return the text, with option tokens in colour, or each in brackets."""
         text = Text()
         for part in self.parts:
             if part.kind == "cut":
@@ -98,15 +98,15 @@ class ShownExample:
 
 
 def show_example(encoder: Encoder, example: Example, demonstrations: Sequence[Example] = ()) -> ShownExample:
-    """Encode an example as for the model, and turn the token ids back into text.
+    """Encode an example as for the model, and decode its tokens to text.
 
     Args:
-        encoder: its own rows are shown; rows without a limit tell what it cut.
-        example: to show.
-        demonstrations: solved examples that stand before it.
+        encoder: the encoder of the model.
+        example: the example to show.
+        demonstrations: solved examples before it.
 
     Raises:
-        TaskError: as :class:`Encoder`.
+        TaskError: see :class:`Encoder`.
     """
     [row] = encoder([example], demonstrations)
     uncut = Encoder(encoder.tokenizer, encoder.template, UNCUT)
@@ -132,18 +132,18 @@ def show_example(encoder: Encoder, example: Example, demonstrations: Sequence[Ex
 def _demonstrations(
     encoder: Encoder, uncut: Encoder, row: EncodedExample, demonstrations: Sequence[Example]
 ) -> list[tuple[Kind, list[int]]]:
-    """The tokens of a row's context, and those of what was cut of each demonstration or left out whole."""
+    """Return the tokens of a row's context, and those that were cut from demonstrations or left out with them."""
     assert row.context is not None
     room = len(row.context)
     left_out = len(demonstrations)
-    while left_out and room > 0:  # those that do not fit are left out from the first on
+    while left_out and room > 0:  # the first ones are left out if they do not fit
         left_out -= 1
         begins = len(encoder.solved(demonstrations[left_out], True)) == room
         room -= len(encoder.solved(demonstrations[left_out], begins))
     first, *others = demonstrations[left_out:]
     kept, whole = encoder.solved(first, True), uncut.solved(first, True)
     before = [token for i, one in enumerate(demonstrations[: left_out + 1]) for token in uncut.solved(one, i == 0)]
-    # What stands at the beginning of every text is no part of a demonstration.
+    # The tokens at the beginning of every text are not part of a demonstration.
     begin = encoder.prefix or encoder.tokenizer(encoder.frame.first, add_special_tokens=False)["input_ids"]
     head = next((i for i, (a, b) in enumerate(zip(begin, kept, strict=False)) if a != b), len(begin))
     pieces: list[tuple[Kind, list[int]]] = [
@@ -157,7 +157,7 @@ def _demonstrations(
 
 
 def _divide(kind: Kind, kept: list[int], whole: list[int]) -> list[tuple[Kind, list[int]]]:
-    """Part what was kept of a text around the one run of tokens that was cut, if any."""
+    """Divide the kept tokens of a text at the run of tokens that was cut, if any."""
     lost = len(whole) - len(kept)
     if not lost:
         return [(kind, kept)]
@@ -166,12 +166,12 @@ def _divide(kind: Kind, kept: list[int], whole: list[int]) -> list[tuple[Kind, l
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """Text of tokens behind others: alone, SentencePiece would lose a space at the beginning."""
+    """Return the text of tokens after others: decoded alone, SentencePiece would lose a leading space."""
     first, both, alone = (
         str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for part in (before, before + ids, ids)
     )
-    return both[len(first) :] if both.startswith(first) else alone  # half of a letter changes with the other half
+    return both[len(first) :] if both.startswith(first) else alone  # a token may be part of a character
 
 
 def _shorten(text: str) -> str:
@@ -179,22 +179,22 @@ def _shorten(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Write out control characters, with which a text could play tricks on a terminal."""
+    """Escape control characters, which could manipulate the terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def load_encoder(
     name_or_path: str | Path = DEFAULT_MODEL, template: PromptTemplate | None = None, max_length: int = 128
 ) -> Encoder:
-    """Load a model's tokenizer, and the limits that its configuration sets, but not its weights.
+    """Load the encoder of :func:`bayes_lora.load_language_model` without the weights of the model.
 
     Args:
-        name_or_path: as in :func:`bayes_lora.load_language_model`, whose encoder this is.
-        template: how an example becomes text.
-        max_length: the longest row in tokens.
+        name_or_path: a hub id, a local folder, or a GGUF file.
+        template: prompt template.
+        max_length: maximum number of tokens of a row.
 
     Raises:
-        ModelFileError: the files cannot be had, or are damaged.
+        ModelFileError: the files cannot be found or downloaded, or are damaged.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -208,7 +208,7 @@ def load_encoder(
         config = AutoConfig.from_pretrained(source, **options)
     with reading("file" if gguf else "tokenizer", name_or_path, found):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    # As LanguageModel has it: a row must fit into the window beyond which some models do not look back.
+    # As in LanguageModel: rows must fit into the sliding window of models that have one.
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
     longest = min((limit for limit in limits if limit), default=None)
     return Encoder(tokenizer, template, max_length if longest is None else min(max_length, longest), longest)

@@ -1,4 +1,4 @@
-"""The tasks that the options of the command line select."""
+"""Load the tasks that the options of the command line select."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bayes_lora.cli.console import note
+from bayes_lora.cli.console import status
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Card, Example, Task, TaskSet, load_split, load_tasks, read_questions
 from bayes_lora.tasks.readers.formats import Found, find_tasks, look_at
@@ -20,19 +20,19 @@ from bayes_lora.tasks.readers.table_rows import TABLES, Table
 __all__ = ["TaskSource", "one_task", "questions", "support_of", "training_tasks", "unseen_tasks"]
 
 MANY_ROWS = 1_000
-"""A gradient step uses all of the support at once; more rows than this must be asked for."""
+"""Maximum number of support examples by default; a gradient step uses all of them, so more must be requested."""
 
 
 @dataclass
 class TaskSource:
-    """Where tasks are, and how they are read; prints which columns of a table were chosen.
+    """Location and format of tasks. Prints which columns of a table are used.
 
     Attributes:
-        path: a file, a task's folder or a folder of tasks.
-        format: of `load_tasks`; None detects it, or means ``table`` if columns are given.
-        input: column or template of a table's input; None guesses it.
-        label: column of a table's answers; None guesses it.
-        cards: by which tasks were read, by the names of the tasks.
+        path: a file, the folder of a task, or a folder of tasks.
+        format: a format of `load_tasks`; None detects it, or means ``table`` if columns are given.
+        input: input column of a table, or a template; None detects it.
+        label: answer column of a table; None detects it.
+        cards: cards of the loaded tasks, by task name.
     """
 
     path: Path
@@ -42,21 +42,21 @@ class TaskSource:
     cards: dict[str, Card] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        r"""Read ``\n`` in a template as a line end, which is hard to type in a shell."""
+        r"""Replace ``\n`` in a template by a newline, which is hard to type in a shell."""
         self.input = self.input and self.input.replace("\\n", "\n")
         if self.format is None and (self.input or self.label):
             self.format = "table"
 
     @cached_property
     def found(self) -> Found:
-        """The tasks there, of one format."""
+        """The tasks at ``path``, of one format."""
         return find_tasks(self.path, self.format)
 
     def load(self, names: list[str] | None = None, seed: int | None = None) -> TaskSet:
-        """Load tasks; with a seed, those that have support sets by seed have this one.
+        """Load tasks. ``seed`` selects the support set of tasks that have one per seed.
 
         Raises:
-            TaskError: as `load_tasks`.
+            TaskError: see `load_tasks`.
         """
         loaded = self._load(self.found, names)
         if seed is None or "seed" not in format_options(self.found.format):
@@ -64,7 +64,7 @@ class TaskSource:
         return TaskSet(self._seeded(task, seed) for task in loaded.values())
 
     def card(self, task: Task) -> Card:
-        """Return the card by which questions of a task that was loaded are read from a table."""
+        """Return the card that reads questions of a loaded task from a table."""
         cards = {one.content.name: one.content for one in self.found.places.values() if isinstance(one.content, Card)}
         return (cards | self.cards).get(task.name) or question_card(task)
 
@@ -73,7 +73,7 @@ class TaskSource:
         if "merge_duplicates" in known:
             options["merge_duplicates"] = True
         if "on_card" in known:
-            options["on_card"] = self._tell
+            options["on_card"] = self._record_card
         options |= {name: value for name, value in (("input", self.input), ("label", self.label)) if value}
         return load_tasks(found, names=names, **options)
 
@@ -81,13 +81,13 @@ class TaskSource:
         folder = self.found.places[task.name].path
         return self._load(find_tasks(folder, self.format), None, seed=seed)[task.name] if folder.is_dir() else task
 
-    def _tell(self, card: Card, description: str) -> None:
+    def _record_card(self, card: Card, description: str) -> None:
         self.cards[card.name] = card
-        note(f"{card.files}: {description}")
+        status(f"{card.files}: {description}")
 
 
 def training_tasks(source: TaskSource, split: str | None, names: str | None) -> TaskSet:
-    """The tasks of these names (commas between), or a split's training tasks, or all there are."""
+    """Return the tasks of these comma-separated names, or the training tasks of a split, or all tasks."""
     wanted = None if split is None else load_split(source.path, split, allow_missing=True)[0]
     return source.load(_names(names) if names else wanted)
 
@@ -101,22 +101,22 @@ def unseen_tasks(
     queries: int,
     fitted: Collection[str] = (),
 ) -> tuple[TaskSet, list[str]]:
-    """The tasks of these names, or a split's unseen tasks, or all that there are but those of ``fitted``.
+    """Return the tasks of these names, or the unseen tasks of a split, or all tasks except those of ``fitted``.
 
     Args:
-        source: of the tasks.
-        split: of the folder's splits.
-        names: commas between.
-        seed: which support set, or how to draw one.
+        source: location of the tasks.
+        split: name of a split of the folder.
+        names: comma-separated names.
+        seed: seed of the support set, or of its sample.
         shots: support examples per task.
-        queries: at most this many query examples per task.
-        fitted: tasks that a posterior was fitted on. Those asked for by name or split are taken, with a warning.
+        queries: maximum number of query examples per task.
+        fitted: tasks that a posterior was fitted on. If selected by name or split, they are used, with a warning.
 
     Returns:
         The tasks, and the names of those left out.
 
     Raises:
-        TaskError: no task is left, or one is too small.
+        TaskError: no task is left, or a task is too small.
     """
     wanted = None if split is None else load_split(source.path, split, allow_missing=True)[1]
     wanted = _names(names) if names else wanted
@@ -124,8 +124,8 @@ def unseen_tasks(
     known = [name for name in loaded if name in fitted]
     if wanted is None and len(known) == len(loaded):
         raise TaskError(
-            f"{source.path}: the posterior was fitted on all {len(loaded)} tasks here, so none is unseen. Give another "
-            "--tasks, or name with --names those to evaluate on all the same."
+            f"{source.path}: the posterior was fitted on all {len(loaded)} tasks here, so none is unseen. Use another "
+            "--tasks, or select tasks with --names to evaluate on them anyway."
         )
     if wanted is None:
         loaded = loaded.select([name for name in loaded if name not in known])
@@ -136,28 +136,28 @@ def unseen_tasks(
 
 
 def one_task(source: TaskSource, name: str | None, seed: int | None = None) -> Task:
-    """The task of this name, or the only one.
+    """Return the task of this name, or the only one.
 
     Raises:
-        TaskError: there are several, and no name says which.
+        TaskError: there are several tasks and no name.
     """
     loaded = source.load(None if name is None else [name], seed)
     if name is None and len(loaded) > 1:
         some = ", ".join(list(loaded)[:5])
-        raise TaskError(f"{source.path}: holds {len(loaded)} tasks, such as {some}. Say with --task which.")
+        raise TaskError(f"{source.path}: has {len(loaded)} tasks, such as {some}. Choose one with --task.")
     return next(iter(loaded.values()))
 
 
 def support_of(task: Task, seed: int, shots: int | None) -> Task:
-    """What to adapt to: the support, or as many of its examples as :func:`unseen_tasks` draws with the same seed.
+    """Return the support to adapt to: all of it, or the sample of :func:`unseen_tasks` with the same seed.
 
     Raises:
-        TaskError: there are fewer examples, or too many to take them all without having been asked to.
+        TaskError: there are fewer examples than ``shots``, or more than ``MANY_ROWS`` without ``shots``.
     """
     if shots is None and len(task.support) > MANY_ROWS:
         raise TaskError(
-            f"task {task.name!r} has {len(task.support):,} examples, and a step takes all at once. Say with --shots "
-            f"how many to adapt to, as in --shots 64, or --shots {len(task.support)} for all."
+            f"task {task.name!r} has {len(task.support):,} examples, and a gradient step uses all of them. Choose a "
+            f"number with --shots, such as --shots 64, or --shots {len(task.support)} for all."
         )
     if shots is None:
         return Task(task.name, task.support)
@@ -165,7 +165,7 @@ def support_of(task: Task, seed: int, shots: int | None) -> Task:
 
 
 def questions(path: Path, card: Card) -> Sequence[Example | str]:
-    """Read what to predict: lines in the MetaICL form, or a table by the card of the task.
+    """Read questions to predict: lines in the MetaICL format, or a table with the card of the task.
 
     Raises:
         TaskError: the file cannot be read, or a line or a row is malformed.
@@ -178,7 +178,7 @@ def questions(path: Path, card: Card) -> Sequence[Example | str]:
 
 
 def _drawn(task: Task, seed: int, shots: int) -> Task:
-    """The task's own halves, or a draw."""
+    """Return the task with its own support and query, or with a random split if it has no query."""
     return task if task.query else task.split(shots, seed=seed)
 
 
@@ -186,7 +186,7 @@ def _unseen_task(task: Task, seed: int, shots: int, queries: int) -> Task:
     task = _drawn(task, seed, shots)
     if not task.query:
         raise TaskError(
-            f"task {task.name!r} has {len(task)} examples, and --shots {shots} leaves none to predict. Ask for fewer."
+            f"task {task.name!r} has {len(task)} examples, and --shots {shots} leaves none to predict. Lower --shots."
         )
     return task.subset(shots, min(queries, len(task.query)), seed=seed)
 

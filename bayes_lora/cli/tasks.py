@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayes_lora.cli.console import out, say
+from bayes_lora.cli.console import out, print_line
 from bayes_lora.cli.options import DATA, Format, Input, Label, MaxLength, Task
 from bayes_lora.errors import ConfigError, TaskError
 
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 __all__ = ["show", "tasks"]
 
 Tasks = Annotated[Path, typer.Argument(help=f"A folder of tasks, or one task: {DATA}.")]
-Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file, whose tokenizer counts.")]
-Run = Annotated[Path | None, typer.Option(help="A run folder, whose tokenizer, template and max_length count.")]
-Seed = Annotated[int | None, typer.Option(help="Which support set (MetaICL, CrossFit); by default all are pooled.")]
+Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file of the model whose tokenizer to use.")]
+Run = Annotated[Path | None, typer.Option(help="A run folder whose tokenizer, template and max_length to use.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the support set (MetaICL, CrossFit); by default all are pooled.")
+]
 
 
 def tasks(
     path: Tasks,
     split: Annotated[
-        str | None, typer.Option(help="Only the tasks of a split, and the texts that its halves share.")
+        str | None, typer.Option(help="Only the tasks of a split; also show texts that its two halves share.")
     ] = None,
     model: Model = None,
     run: Run = None,
@@ -38,9 +40,9 @@ def tasks(
     input: Input = None,
     label: Label = None,
 ) -> None:
-    """Show each task's size, options, label balance, lengths and repeats, and warn about what looks wrong.
+    """Show each task's size, options, label balance, lengths and duplicates, and warn about likely errors.
 
-    Lengths are in words of the input; with --model or --run, in tokens of the whole row.
+    Lengths are numbers of words of the input or, with --model or --run, of tokens of the whole row.
 
     Example: `bayes-lora tasks data/crossfit --split cls-45 --model HuggingFaceTB/SmolLM2-135M-Instruct`
     """
@@ -51,7 +53,7 @@ def tasks(
 
     encoder = _encoder(model, run, max_length) if model or run else None
     if encoder is None and max_length is not None:
-        raise ConfigError(f"--max-length {max_length} is in tokens: expected --model or --run, whose tokenizer counts.")
+        raise ConfigError(f"--max-length {max_length} is in tokens: expected --model or --run for the tokenizer.")
     halves = None if split is None else load_split(path, split, allow_missing=True)
     names = None if halves is None else list(dict.fromkeys(halves[0] + halves[1]))
     _check_seed(path, seed)
@@ -61,7 +63,7 @@ def tasks(
     statistics = task_statistics(loaded.values(), count, max_length=limit)
     out.print(statistics_table(statistics, unit, limit))
     if not statistics["fixed_options"].all():
-        say("* options differ between examples: share of the gold option's most frequent place among them")
+        print_line("* options differ between examples: share of the gold option's most frequent position")
     for name, warnings in statistics["warnings"].items():
         for warning in warnings:
             out.print(f"{name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -72,17 +74,17 @@ def tasks(
 def show(
     path: Tasks,
     task: Task = None,
-    example: Annotated[int, typer.Option(help="Which example, from 0: support, then query.", min=0)] = 0,
+    example: Annotated[int, typer.Option(help="Index of the example, from 0: support, then query.", min=0)] = 0,
     model: Model = None,
     run: Run = None,
-    demonstrations: Annotated[int, typer.Option(help="Solved support examples before it.", min=0)] = 0,
+    demonstrations: Annotated[int, typer.Option(help="Number of demonstrations before it.", min=0)] = 0,
     max_length: MaxLength = None,
     seed: Seed = None,
     format: Format = None,
     input: Input = None,
     label: Label = None,
 ) -> None:
-    """Show an example as the model sees it: the row it reads, what was cut, and the option tokens it is scored on.
+    """Show an example as the model reads it: its row, what was cut, and the option tokens that are scored.
 
     Option tokens are in colour, or each in brackets; the gold option is starred.
 
@@ -95,7 +97,7 @@ def show(
     chosen = one_task(TaskSource(path, format, input, label), task, seed)
     if example >= len(chosen):
         raise TaskError(f"task {chosen.name!r} has examples 0 to {len(chosen) - 1}, got --example {example}.")
-    # The example itself stays out, as a query is no part of the support.
+    # Without the example itself, as a query is not part of the support.
     others = [one for index, one in enumerate(chosen.support) if index != example]
     if demonstrations > len(others):
         raise TaskError(
@@ -103,23 +105,23 @@ def show(
         )
     shown = show_example(_encoder(model, run, max_length), chosen.examples[example], others[:demonstrations])
     half = "support" if example < len(chosen.support) else "query"
-    say(f"{chosen.name}, example {example} of {len(chosen)} ({half}): {shown.summary()}\n")
+    print_line(f"{chosen.name}, example {example} of {len(chosen)} ({half}): {shown.summary()}\n")
     out.print(shown.render(colour=out.color_system is not None and not out.no_color), soft_wrap=True)
 
 
 def _check_seed(path: Path, seed: int | None) -> None:
     if seed is not None and path.is_file():
-        raise TaskError(f"{path}: a file has no seeds, only the files of a folder have. Leave out --seed {seed}.")
+        raise TaskError(f"{path}: a single file has no support sets by seed. Leave out --seed {seed}.")
 
 
 def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Encoder:
-    """The encoder of a run or, with the settings that are the default, of a model."""
+    """Return the encoder of a run, or that of a model with default settings."""
     from bayes_lora.cli.show import load_encoder
     from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
     from bayes_lora.utils.storage import read_json
 
     if model is not None and run is not None:
-        raise ConfigError("--model and --run: expected one of them, because a run has a model of its own.")
+        raise ConfigError("--model and --run: expected one of them, because a run defines its model.")
     settings = LanguageModelConfig() if model is None else LanguageModelConfig(name=model)
     if run is not None:
         settings = RunConfig.from_dict(read_json(run / "config.json"), str(run / "config.json")).language_model
@@ -133,4 +135,4 @@ def _print_overlap(training: TaskSet, unseen: TaskSet) -> None:
     if overlaps:
         out.print(overlap_table(overlaps, unseen))
     else:
-        say(f"no text of the {len(unseen)} unseen tasks is, exactly or nearly, in the {len(training)} training tasks")
+        print_line(f"no text of the {len(unseen)} unseen tasks is (nearly) in the {len(training)} training tasks")

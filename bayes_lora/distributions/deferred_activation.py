@@ -50,11 +50,13 @@ class DeferredActivation(NamedTuple):
         """Split into one function of activations per layer."""
         return [DeferredActivation(*parts) for parts in zip(*(value.unbind(-3) for value in self), strict=True)]
 
-    def __call__(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
+    def __call__(self, x: Tensor, row_groups: RowGroups | None = None) -> Tensor:
         """Draw h, ``(rows, ..., in)`` to ``(rows, ..., out)``, and record log q(h) - log p(h), summed over ``out``."""
-        loc, prior_loc = (linear(linear(x, a, blocks), b, blocks) for a, b in (self[0:2], self[4:6]))
+        loc, prior_loc = (linear(linear(x, a, row_groups), b, row_groups) for a, b in (self[0:2], self[4:6]))
         offset = self.offset.flatten()[0]
-        log_var, prior_log_var = (linear(linear(x, a, blocks), b, blocks) + offset for a, b in (self[2:4], self[6:8]))
+        log_var, prior_log_var = (
+            linear(linear(x, a, row_groups), b, row_groups) + offset for a, b in (self[2:4], self[6:8])
+        )
         noise = torch.randn_like(loc)
         added = noise * (0.5 * log_var).exp()
         # Not h - prior_loc, because the noise is so small that rounding would change it.

@@ -47,18 +47,18 @@ class DeferredWeight(NamedTuple):
         """Split into one function of activations per layer."""
         return [DeferredWeight(*parts) for parts in zip(*(value.unbind(-3) for value in self), strict=True)]
 
-    def variance(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
+    def variance(self, x: Tensor, row_groups: RowGroups | None = None) -> Tensor:
         """Return the variance of each entry of ``dW x``, ``(rows, ..., out)``, from factors of the squared scale."""
         first, second = torch.triu_indices(*[self.scale_A.shape[-2]] * 2, device=x.device)
         into = self.scale_A[..., first, :] * self.scale_A[..., second, :]
         weight = torch.where(first == second, 1.0, 2.0).to(x.dtype)
         out = self.scale_B[..., first] * self.scale_B[..., second] * weight
-        return linear(linear(x.square(), into, blocks), out, blocks)
+        return linear(linear(x.square(), into, row_groups), out, row_groups)
 
-    def __call__(self, x: Tensor, blocks: RowGroups | None = None) -> Tensor:
+    def __call__(self, x: Tensor, row_groups: RowGroups | None = None) -> Tensor:
         """Draw ``dW x``, ``(rows, ..., in)`` to ``(rows, ..., out)``; the noise is independent per position."""
-        mean = linear(linear(x, self.loc_A, blocks), self.loc_B, blocks)
-        variance = self.variance(x, blocks)
+        mean = linear(linear(x, self.loc_A, row_groups), self.loc_B, row_groups)
+        variance = self.variance(x, row_groups)
         # The square root has no derivative at zero, and rounding can make the variance negative.
         scale = variance.clamp_min(torch.finfo(x.dtype).tiny).sqrt() * (variance > 0)
         return mean + scale * torch.randn_like(mean)

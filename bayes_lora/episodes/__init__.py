@@ -1,4 +1,4 @@
-"""From tasks to tensors: prompts, encoded examples, and episodes of them."""
+"""From tasks to tensors: prompts, encoded examples and episodes."""
 
 from bayes_lora.episodes.encoder import Encoder
 from bayes_lora.episodes.episode import Episode, collate

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 __all__ = ["best_fit", "by_tokens", "cheapest_capacity"]
 
 ATTENTION_PLACES = 2000
-"""Number of places such that attending to them costs as much as the rest of a layer, per token. On a CPU, a token took
-536 us in rows of 64 or 128, 564 in rows of 256, 646 of 512 and 785 of 1,024, in a model of SmolLM2-135M's shape. In
-wider models the number is larger."""
+"""Number of positions such that attending to them costs as much as the rest of a layer, per token. On a CPU, with a
+model of SmolLM2-135M's shape, a token took 536 us in rows of 64 or 128, 564 in rows of 256, 646 of 512 and 785 of
+1,024. The number is larger for wider models."""
 
 CAPACITIES = 32
 """Approximate number of row lengths that are tried for an episode."""
@@ -22,9 +22,9 @@ def cheapest_capacity(sizes: Sequence[Sequence[int]], widths: Sequence[int], lim
     Longer rows leave less padding at the end of each task, but cost more attention.
 
     Args:
-        sizes: lengths of each task's sequences, the largest first; tasks share no row.
+        sizes: lengths of each task's sequences, in descending order; tasks do not share rows.
         widths: lengths of other rows, which do not depend on the choice.
-        limit: of the length.
+        limit: maximum length.
     """
     least = max([*widths, *(one[0] for one in sizes if one)])
     most = min(limit, max(256, 2 * least))
@@ -38,12 +38,12 @@ def cheapest_capacity(sizes: Sequence[Sequence[int]], widths: Sequence[int], lim
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, the largest first, into the fullest bin that has room; an item above the capacity is alone.
+    """Put each item, in descending order of size, into the fullest bin that has room.
 
-    Returns the indices in each bin.
+    An item above the capacity gets its own bin. Returns the indices in each bin.
     """
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # what is left in each bin, ascending
+    rooms: list[tuple[int, int]] = []  # free capacity of each bin, ascending
     for index, size in enumerate(sizes):
         at = bisect_left(rooms, (size, -1))
         if at < len(rooms):
@@ -57,13 +57,14 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Divide sequences into batches of at most ``budget`` tokens, padding included; a longer one is alone.
+    """Divide sequences into batches of at most ``budget`` tokens, padding included.
 
-    Sequences of similar length share a batch, which saves padding. Returns the indices of each batch, shortest first.
+    A longer sequence gets its own batch. Sequences of similar length share a batch, which reduces padding. Returns the
+    indices of each batch, shortest first.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # Sorted, so that this one is the longest so far.
+        # The sequences are sorted, so this one is the longest so far.
         if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
             batches[-1].append(index)
         else:

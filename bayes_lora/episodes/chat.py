@@ -1,4 +1,4 @@
-"""What a chat model expects around prompts and answers, as its tokenizer's chat template has it."""
+"""The texts around prompts and answers of a chat model, from its tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Frame", "chat_frame"]
 
-# Texts that no template holds, and that none changes.
+# Texts that no template contains or changes.
 FIRST, ANSWER, SECOND = "<<first-prompt>>", "<<first-answer>>", "<<second-prompt>>"
 
 
@@ -19,10 +19,10 @@ class Frame(NamedTuple):
     """The texts around prompts ``x`` and answers ``y``: ``first x cue y between x cue y between x cue``.
 
     Attributes:
-        first: before the first prompt: the beginning of the text, a system message if the template has one of its own,
+        first: before the first prompt: the beginning of the text, a system message if the template has a default one,
             and the header of the user's message.
-        cue: behind a prompt: the end of the user's message, and the header of the assistant's.
-        between: behind an answer, up to the next prompt.
+        cue: after a prompt: the end of the user's message and the header of the assistant's.
+        between: after an answer, up to the next prompt.
     """
 
     first: str
@@ -31,10 +31,10 @@ class Frame(NamedTuple):
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """Take a chat template apart, by rendering a conversation of made-up messages.
+    """Extract the frame of a chat template by rendering a conversation of placeholder messages.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or one that does more with messages than frame them.
+        ConfigError: the tokenizer has no chat template, or its template does more than put text around messages.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
@@ -50,8 +50,8 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
         first = between = cue = ""
     if not cue or alone != first + FIRST + cue:
         raise ConfigError(
-            f"template.chat: the chat template of {name} does more than put text around each message, so that a solved "
-            "example would read otherwise than a conversation. Leave it off, and write its text into template.prompt."
+            f"template.chat: the chat template of {name} does more than put text around each message, so a solved "
+            "example would differ from a conversation. Set template.chat=false, and put its text into template.prompt."
         )
     return Frame(first, cue, between)
 

@@ -1,4 +1,4 @@
-"""From an example's text to tokens: the prompt, its options, and the demonstrations that stand before it."""
+"""From an example's text to tokens: the prompt, its options, and the demonstrations before it."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ __all__ = ["Encoder", "UNCUT", "token_counter"]
 
 
 class Encoder:
-    """Turns examples into packed rows, and remembers those it has made.
+    """Encodes examples as packed rows, and caches the rows.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
         template: how an example becomes text.
-        max_length: the longest row of an example in tokens; of a longer one the input loses its beginning, with one
-            warning that counts. A free answer longer than half of it loses its end.
-        max_positions: the longest path that the model reads: demonstrations and an example behind them. Of
-            demonstrations that do not fit the first are left out, with a warning; None sets no limit.
+        max_length: maximum number of tokens of an example's row. In longer rows the beginning of the input is cut, with
+            one warning for all of them. A free-form answer is cut at half of ``max_length``.
+        max_positions: maximum number of positions of the model, for demonstrations and the example after them. If the
+            demonstrations do not fit, the first ones are left out, with a warning; None sets no limit.
         store: keeps the tokens of large collections on disk; None keeps them in memory only.
 
     Attributes:
         prefix: tokens that the tokenizer puts before every text.
         frame: texts around prompts and answers.
-        end: tokens that end a free answer.
-        end_text: what they spell.
+        end: tokens that end a free-form answer.
+        end_text: the text of ``end``.
 
     Raises:
-        ConfigError: the template is a chat's, but the tokenizer has none.
+        ConfigError: ``template.chat`` is set, but the tokenizer has no chat template.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Encoder:
         self._cut: set[Example] = set()
         self._option_ids = lru_cache(maxsize=None)(self._encode_option)
         self._context = lru_cache(maxsize=None)(self._encode_context)
-        # What the tokenizer puts before a text of its own accord (Llama's <s>), kept when the prompt is cut.
+        # Tokens that the tokenizer adds before a text (Llama's <s>), kept when the prompt is cut.
         plain, marked = self._ids("a"), self._ids("a", special=True)
         starts = (i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
         self.prefix = marked[: next(starts, 0)]
         self.frame = Frame("", "", self.template.gap)
-        self.end, self.end_text = self._ids_behind(self.template.end), self.template.end
-        if self.template.chat:  # whose frame holds such a token itself
+        self.end, self.end_text = self._ids_after(self.template.end), self.template.end
+        if self.template.chat:  # the frame contains the prefix already
             self.frame, self.prefix = chat_frame(tokenizer), []
             between = self._ids(self.frame.between)
             special = next((i for i, token in enumerate(between) if token in tokenizer.all_special_ids), None)
@@ -75,17 +75,17 @@ class Encoder:
                 self.end_text = str(tokenizer.decode(self.end))
 
     def __call__(self, examples: Sequence[Example], demonstrations: Sequence[Example] = ()) -> list[EncodedExample]:
-        """Encode examples, each behind the demonstrations if there are any.
+        """Encode examples, each after the demonstrations if there are any.
 
-        Those that are cut for the first time are counted in one warning.
+        One warning counts the examples that are cut for the first time.
 
         Args:
-            examples: their gold answers are no part of what the model reads.
-            demonstrations: solved examples that stand before each prompt, gold answers and all; examples with the same
+            examples: the examples; the model does not read their gold answers.
+            demonstrations: solved examples before each prompt, including their gold answers. Examples with the same
                 demonstrations share them, see :mod:`bayes_lora.episodes.packing`.
 
         Raises:
-            TaskError: the tokenizer makes nothing of a text, options fill ``max_length``, or no demonstration fits.
+            TaskError: a text has no tokens, options fill ``max_length``, or no demonstration fits.
         """
         if not demonstrations:
             return self._rows(examples)
@@ -93,7 +93,7 @@ class Encoder:
         return [in_context(row, context) for row in self._rows(examples, begins=False)]
 
     def prompts(self, questions: Sequence[Example | str], demonstrations: Sequence[Example] = ()) -> list[list[int]]:
-        """Token ids that the model reads before it answers; a text is a question whose free answer is not known."""
+        """Return the token ids before the answer; a string is a question with a free-form answer."""
         examples = [Example(one, references=("?",)) if isinstance(one, str) else one for one in questions]
         rows = self(examples, demonstrations)
         contexts = ([] if row.context is None else row.context.tokens.tolist() for row in rows)
@@ -105,27 +105,32 @@ class Encoder:
         cut = {example for example, (_, was_cut) in zip(examples, encoded, strict=True) if was_cut} - self._cut
         if cut:
             self._cut |= cut
-            answers = ", or of a longer answer its end" * any(example.free_form for example in cut)
+            answers = ", or the end of a longer answer" * any(example.free_form for example in cut)
             warnings.warn(
-                f"{len(cut)} of {len(examples)} prompts are longer than max_length={self.max_length} tokens "
-                f"and lost their beginning{answers}.",
+                f"{len(cut)} of {len(examples)} prompts are longer than max_length={self.max_length} tokens: "
+                f"their beginning was cut{answers}.",
                 stacklevel=3,
             )
         return [row for row, _ in encoded]
 
     def encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
-        """One row, and whether it was cut; remembered. It ``begins`` a text, or stands behind demonstrations."""
+        """Encode one example, and return its row and whether it was cut.
+
+        Args:
+            example: the example.
+            begins: whether the row begins the text, or follows demonstrations.
+        """
         found = self._known.get((example, begins))
         if found is None:
             found = self._known[example, begins] = self._encode(example, begins)
         return found
 
     def forget(self) -> None:
-        """Free the memory of all rows."""
+        """Clear the cache of rows."""
         self._known.clear()
 
     def _fetch(self, examples: Sequence[Example], begins: bool) -> None:
-        """Take many new examples from the store, or put them there."""
+        """Read many new examples from the store, or encode and write them."""
         if self.store is None or len(examples) < self.store.fewest:
             return
         new = [example for example in dict.fromkeys(examples) if (example, begins) not in self._known]
@@ -141,34 +146,34 @@ class Encoder:
         self._known |= zip(((example, begins) for example in new), rows, strict=True)
 
     def solved(self, demonstration: Example, begins: bool) -> list[int]:
-        """Tokens of a demonstration: its prompt, and the gold answer without what ends it.
+        """Return the tokens of a demonstration: its prompt, and the gold answer without its end.
 
         Args:
             demonstration: a solved example.
-            begins: whether it is the first one, or stands behind another.
+            begins: whether it begins the text, or follows another demonstration.
         """
         row, _ = self.encode(demonstration, begins)
         prompt, gold = row.tokens[row.segments == 0].tolist(), row.gold.tolist()
-        # What stands between a demonstration and the next prompt ends its answer.
+        # The text between a demonstration and the next prompt ends the answer.
         if row.free_form and gold[-len(self.end) :] == self.end:
             gold = gold[: -len(self.end)]
         return [*prompt, *gold]
 
     def _encode_context(self, demonstrations: tuple[Example, ...]) -> Context:
-        self._rows(demonstrations, begins=False)  # warns of those that are cut
+        self._rows(demonstrations, begins=False)  # warns if some are cut
         first, later = ([self.solved(one, begins) for one in demonstrations] for begins in (True, False))
         kept, room = 0, math.inf if self.max_positions is None else self.max_positions - self.max_length
         while kept < len(first) and len(first[kept]) + sum(map(len, later[kept + 1 :])) > room:
             kept += 1
         if kept == len(first):
             raise TaskError(
-                f"demonstrations: the last one has {len(first[-1])} tokens, but the model reads {self.max_positions} "
-                f"and max_length={self.max_length} are kept for the example itself. Lower max_length."
+                f"demonstrations: the last one has {len(first[-1])} tokens, but the model has {self.max_positions} "
+                f"positions, of which max_length={self.max_length} are reserved for the example. Lower max_length."
             )
         if kept:
             warnings.warn(
-                f"{kept} of {len(first)} demonstrations were left out: the model reads "
-                f"{self.max_positions} tokens, of which max_length={self.max_length} are kept for the example itself.",
+                f"{kept} of {len(first)} demonstrations were left out: the model has {self.max_positions} positions, "
+                f"of which max_length={self.max_length} are reserved for the example.",
                 stacklevel=4,
             )
         return Context.of([*first[kept], *(token for ids in later[kept + 1 :] for token in ids)])
@@ -177,24 +182,24 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _encode_option(self, text: str) -> tuple[int, ...]:
-        ids = self._ids_behind(text)
+        ids = self._ids_after(text)
         if not ids:
-            raise TaskError(f"option {text!r}: the tokenizer makes no token of it. Give the option another text.")
+            raise TaskError(f"option {text!r}: the tokenizer returns no tokens for it. Change the text of the option.")
         return tuple(ids)
 
-    def _ids_behind(self, text: str) -> list[int]:
-        """Tokens of a text behind others: SentencePiece marks the beginning of a text with a token of its own."""
+    def _ids_after(self, text: str) -> list[int]:
+        """Return the tokens of a text after other text: SentencePiece marks the beginning of a text."""
         ids = self._ids(text)
         for cue in (self.template.prompt.rpartition("}")[2].strip(), "Answer:", "\n"):
             before, joined = self._ids(cue), self._ids(cue + text)
-            if before and joined[: len(before)] == before:  # else the text's first letters merge with the cue's last
+            if before and joined[: len(before)] == before:  # otherwise a token spans the end of the cue and the text
                 return joined[len(before) :]
         return ids
 
     def _encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
         prefix = self.prefix if begins else []
         lead = self.frame.first if begins else self.frame.between
-        ids_of = self._ids if begins or self.template.chat else self._ids_behind
+        ids_of = self._ids if begins or self.template.chat else self._ids_after
         prompt, option_texts = self.template.render(example)
         options, shortened = [self._option_ids(text) for text in option_texts], False
         if example.free_form:
@@ -207,35 +212,35 @@ class Encoder:
             )
         ids = ids_of(lead + prompt + self.frame.cue)
         if not ids:
-            raise TaskError(f"example {example.input[:60]!r}: the tokenizer makes no token of its prompt.")
+            raise TaskError(f"example {example.input[:60]!r}: the tokenizer returns no tokens for its prompt.")
         if len(ids) > room:
-            # The beginning of the *input* goes: what the template says before it (the options, say) stays.
+            # The beginning of the *input* is cut; the template's text before it (such as the options) is kept.
             head, _, _ = self.template.prompt_of(example).partition("{input}")
             before = ids_of(lead + head.replace("{options}", self.template.listed(example)))
-            # Its last token may be another before the input: "Review: " ends in a space, "Review: good" has " good".
+            # Its last token may change before the input: "Review: " ends in a space, "Review: good" has " good".
             kept = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
             kept = kept if kept < room else 0
             ids, shortened = ids[:kept] + ids[kept - room :], True
         return pack(prefix + ids, options, example.answer, free_form=example.free_form), shortened
 
     def _with_end(self, options: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], bool]:
-        """The one answer with what ends it, which a long one loses with its own end; and whether it does."""
+        """Append ``end`` to a free-form answer and cut it to its maximum length; also return whether it was cut."""
         whole = [token for option in options for token in (*option, *self.end)]
         most = max(1, self.max_length // 2)
         return [tuple(whole[:most])], len(whole) > most
 
 
 UNCUT = 1 << 40
-"""A limit on a row that no text reaches."""
+"""A maximum row length that no text reaches."""
 
 
 def token_counter(encoder: Encoder) -> Callable[[Example], Lengths]:
-    """Return a function that counts an example's tokens as this encoder makes them, before it cuts any."""
+    """Return a function that counts an example's tokens under this encoder, before cutting."""
     uncut = Encoder(encoder.tokenizer, encoder.template, UNCUT)
 
     def count_tokens(example: Example) -> Lengths:
         row, _ = uncut.encode(example)
-        uncut.forget()  # rows are not asked for twice, and a large collection's take gigabytes
+        uncut.forget()  # rows are used once, and those of a large collection take gigabytes
         return Lengths(len(row), tuple(row.target_options.bincount(minlength=row.num_options - row.free_form).tolist()))
 
     return count_tokens

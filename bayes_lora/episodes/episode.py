@@ -1,4 +1,4 @@
-"""Episodes: the padded tensors of T tasks at once."""
+"""Episodes: the padded tensors of T tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 class PaddedRows(NamedTuple):
-    """Rows of tokens, padded on the right: ``(R, L)`` each; see :class:`Episode`."""
+    """Rows of tokens, padded on the right, ``(R, L)`` each. See :class:`Episode`."""
 
     input_ids: Tensor
     segments: Tensor
@@ -36,29 +36,29 @@ class PaddedRows(NamedTuple):
 class Episode:
     """``T`` tasks with up to ``N`` scored examples each, and the support sets that a guide may read.
 
-    Examples of a task share rows; the rows of a task stand together, and are as many as it takes; ``R`` in all. ``L``
-    tokens a row, ``M`` positions at which the head is needed, ``Q`` option tokens in all, ``K`` options at most.
+    The examples of a task share rows, and the rows of a task are contiguous. There are ``R`` rows in total of ``L``
+    tokens each, ``M`` positions at which the head is needed, ``Q`` option tokens in total, and at most ``K`` options.
 
     Attributes:
-        input_ids: ``(R, L)`` packed rows.
-        segments: ``(R, L)`` 0 prompt or context, ``k + 1`` option ``k``, -1 padding.
-        owners: ``(R, L)`` 0 context, ``i + 1`` the row's example ``i``, -1 padding.
-        position_ids: ``(R, L)``.
-        sources: ``(M,)`` positions in the flattened ``R * L``, those of an example together, in the order of examples.
-        prompt_sources: ``(T, N)`` index into ``sources`` of the last token of each prompt; 0 where there is no example.
-        target_sources: ``(Q,)`` indices into ``sources``.
-        targets: ``(Q,)`` token ids.
+        input_ids: ``(R, L)`` token ids of the packed rows.
+        segments: ``(R, L)`` 0 in the prompt or context, ``k + 1`` in option ``k``, -1 in padding.
+        owners: ``(R, L)`` 0 in the context, ``i + 1`` in the row's example ``i``, -1 in padding.
+        position_ids: ``(R, L)`` position ids.
+        sources: ``(M,)`` positions in the flattened ``R * L``, grouped by example, in the order of examples.
+        prompt_sources: ``(T, N)`` index into ``sources`` of the last token of each prompt; 0 if there is no example.
+        target_sources: ``(Q,)`` indices into ``sources`` of the positions that predict the option tokens.
+        targets: ``(Q,)`` token ids of the option tokens.
         target_options: ``(Q,)`` indices into the flattened ``T * N * K``.
-        option_mask: ``(T, N, K)`` true where there is an option.
+        option_mask: ``(T, N, K)`` true for present options.
         answer: ``(T, N)`` index of the gold option.
-        free_form: ``(T, N)`` true where the answer is free text: option 0 is the gold answer, option 1 any other text.
-        mask: ``(T, N)`` true where there is an example.
+        free_form: ``(T, N)`` true if the answer is free text: option 0 is the gold answer, option 1 any other text.
+        mask: ``(T, N)`` true for present examples.
         num_data: ``(T,)`` each task's N, to which the likelihood of these examples is scaled.
-        task_index: ``(T,)`` the tasks' places in the collection; -1 for tasks that are not of it.
+        task_index: ``(T,)`` index of each task in the collection; -1 for tasks that are not in it.
         num_tasks: size of the collection from which the tasks were drawn.
-        examples: per task its ``N`` encoded examples, ``None`` where it has fewer.
-        rows: per task its rows, in some order.
-        separate_support: the support sets, where they are other examples than the scored ones.
+        examples: per task ``N`` encoded examples, padded with ``None``.
+        rows: per task its rows.
+        separate_support: the support sets, if they differ from the scored examples.
     """
 
     input_ids: Tensor
@@ -88,7 +88,7 @@ class Episode:
 
     @property
     def rows_per_task(self) -> tuple[int, ...]:
-        """How many of the ``R`` rows each of the tasks has."""
+        """Number of rows of each task; they sum to ``R``."""
         return tuple(map(len, self.rows))
 
     @property
@@ -98,26 +98,26 @@ class Episode:
 
     @property
     def support(self) -> Episode:
-        """What a guide may read: the support sets, which are the scored examples themselves if none were given."""
+        """The support sets, which a guide may read; by default the scored examples themselves."""
         return self if self.separate_support is None else self.separate_support
 
     def independent_tasks(self) -> Episode:
-        """The same examples as all there is: neither tasks nor examples stand for others that were not drawn."""
+        """Return the same examples without scaling to a collection: N and the number of tasks are those present."""
         index = torch.arange(len(self.task_index), device=self.task_index.device)
         return replace(self, task_index=index, num_tasks=len(index), num_data=self.mask.sum(-1))
 
     def per_example(self, start: int = 0, stop: int | None = None) -> Episode:
-        """Every example as a task of its own, in the order of tasks and examples; from ``start`` to ``stop``."""
+        """Return every example as a separate task, in the order of tasks and examples, from ``start`` to ``stop``."""
         rows = [[example] for task in self.examples for example in task if example is not None]
         return collate(rows[start:stop]).to(self.mask.device)
 
     def without_task_ids(self) -> Episode:
-        """The same tasks as ones that the collection does not have: a guide that keeps something for each has none."""
+        """Return the same tasks marked as absent from the collection, so that no per-task parameters apply to them."""
         support = None if self.separate_support is None else self.separate_support.without_task_ids()
         return replace(self, task_index=torch.full_like(self.task_index, -1), separate_support=support)
 
     def to(self, device: torch.device | str) -> Episode:
-        """Copy the tensors to a device; to a GPU through pinned memory, without waiting for it."""
+        """Copy the tensors to a device; to a GPU asynchronously, from pinned memory."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {n: send(v, device) for n, v in values.items() if isinstance(v, Tensor)}
         if self.separate_support is not None:
@@ -126,7 +126,7 @@ class Episode:
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor to a device; from the CPU to a GPU through pinned memory, so that the copy runs beside the CPU."""
+    """Copy a tensor to a device; from the CPU to a GPU asynchronously, from pinned memory."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -140,18 +140,17 @@ def collate(
     task_index: Sequence[int] | Tensor | None = None,
     num_tasks: int | None = None,
 ) -> Episode:
-    """Pad the encoded examples of T tasks to one episode.
+    """Collate the encoded examples of T tasks into one padded episode.
 
     Args:
-        tasks: per task the examples whose answers are scored. Where a task has fewer than another, the missing
-            ones are masked at the end.
+        tasks: per task the examples whose answers are scored. Tasks with fewer examples are padded at the end.
         support: per task the examples that a guide may read; by default the scored ones.
-        num_data: each task's N; by default the number of its examples here.
-        task_index: the tasks' places in the collection; by default 0 to T - 1.
+        num_data: N of each task; by default the number of its examples here.
+        task_index: index of each task in the collection; by default 0 to T - 1.
         num_tasks: size of the collection; by default T.
 
     Raises:
-        TaskError: there is no task, a task has no example, or ``support`` is of other tasks.
+        TaskError: there is no task, a task has no example, or ``support`` has another number of tasks.
     """
     if not tasks or not all(tasks):
         raise TaskError("an episode needs at least one task, and every task at least one example.")
@@ -164,7 +163,7 @@ def collate(
     length, options = padded.input_ids.shape[1], max(e.num_options for _, e in some)
     shape = (len(examples), len(examples[0]))
     begins = _begins(rows, length)
-    # Where the sources of each example begin among all of them.
+    # Index of the first source of each example.
     first = np.cumsum([0, *(0 if e is None else len(e.sources) for e in flat)])[:-1]
     offsets = [int(first[i]) for i, _ in some]
     counts = torch.tensor([0 if e is None else e.num_options for e in flat]).view(shape)
@@ -189,13 +188,13 @@ def collate(
 
 
 def _filled(tasks: Sequence[Sequence[Item]]) -> tuple[tuple[Item | None, ...], ...]:
-    """As many items for every task, None where there are fewer."""
+    """Pad all tasks with None to the same number of items."""
     width = max(map(len, tasks))
     return tuple(tuple([*task, *[None] * (width - len(task))]) for task in tasks)
 
 
 def _begins(rows: Sequence[Sequence[PackedRow]], length: int) -> list[int]:
-    """Where each example begins in the flattened ``R * L``, in the order of tasks and examples."""
+    """Return the start of each example in the flattened ``R * L``, in the order of tasks and examples."""
     begins, count = [], 0
     for task in rows:
         places = {
@@ -209,7 +208,7 @@ def _begins(rows: Sequence[Sequence[PackedRow]], length: int) -> list[int]:
 
 
 def pad_rows(rows: Sequence[PackedRow]) -> PaddedRows:
-    """Pad rows to the longest."""
+    """Pad rows to the length of the longest."""
     return PaddedRows(
         pad_sequence([row.tokens for row in rows], batch_first=True),
         pad_sequence([row.segments for row in rows], batch_first=True, padding_value=-1),
@@ -219,11 +218,11 @@ def pad_rows(rows: Sequence[PackedRow]) -> PaddedRows:
 
 
 def attention_mask(rows: PaddedRows, dtype: torch.dtype) -> Tensor:
-    """The additive mask ``(R, 1, L, L)`` of packed rows.
+    """Return the additive attention mask ``(R, 1, L, L)`` of packed rows.
 
-    A token sees what comes before it in the context, in its own example's prompt, and in its own option. Padding sees
-    the context and the prompts too, for a softmax over nothing is NaN. The mask is a float, since a boolean one is read
-    differently by models that add their own terms to it (Gemma 2).
+    A token attends to previous tokens of the context, of its own example's prompt, and of its own option. Padding
+    attends to the context and the prompts, because a softmax over no positions is NaN. The mask is a float, because
+    models that add their own terms to it (Gemma 2) interpret a boolean mask differently.
     """
     _, segments, owners, _ = rows
     length = segments.shape[-1]

@@ -1,8 +1,8 @@
-"""Packed rows: a prompt once with all of its options behind it, and demonstrations once with many prompts behind them.
+"""Packed rows: each prompt is read once, followed by all of its options; demonstrations are shared by many prompts.
 
-A row is a tree, or several that do not see one another. Demonstrations, if any, are its trunk, each example's prompt is
-a branch, and each of its options a twig: a token sees what lies between it and the root, and its positions count along
-that path alone. So scoring a packed row equals scoring every option of every example in a row of its own.
+A row is a tree, or several trees that do not attend to each other. Demonstrations, if any, are the root, the prompts of
+the examples are its children, and their options the leaves. A token attends to the path between it and the root, and
+its positions count along that path. Scores equal those of every option of every example in a separate row.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = [
 ]
 
 ROW_TOKENS = 1024
-"""Examples share a row up to so many tokens of their own: attention costs a row's square, a context its length."""
+"""Maximum number of tokens of the examples in a shared row, without their context: attention is quadratic in it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Demonstrations, tokenised: what stands before the prompts of several examples.
+    """Tokenised demonstrations, which precede the prompts of several examples.
 
     Attributes:
         tokens: ``(C,)`` token ids.
-        key: hash of them.
+        key: hash of the tokens.
     """
 
     tokens: Tensor
@@ -55,25 +55,26 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """One example. ``L`` tokens, ``M`` source positions, ``Q`` option tokens; all positions count from its own prompt.
+    """One encoded example: ``L`` tokens, ``M`` source positions, ``Q`` option tokens.
 
-    An option's last token is predicted but never read, so it is no part of the row.
+    Positions count from the beginning of the prompt. The last token of an option is predicted but not read, so it is
+    not part of the row.
 
     Attributes:
-        tokens: ``(L,)`` token ids: prompt, then the options' tokens without their last ones.
+        tokens: ``(L,)`` token ids: the prompt, then the tokens of each option except its last.
         segments: ``(L,)`` 0 in the prompt, ``k + 1`` in option ``k``.
         positions: ``(L,)`` position ids.
-        sources: ``(M,)`` distinct places in ``tokens`` at which an option token is predicted; the first one is the
-            prompt's last.
-        target_sources: ``(Q,)`` for each option token, which source predicts it.
+        sources: ``(M,)`` distinct indices into ``tokens`` at which an option token is predicted; the first is the last
+            token of the prompt.
+        target_sources: ``(Q,)`` index of the source that predicts each option token.
         targets: ``(Q,)`` token ids of the options.
-        target_options: ``(Q,)`` the option to which each belongs.
-        num_options: number of options; 2 of a free answer.
+        target_options: ``(Q,)`` index of the option to which each token belongs.
+        num_options: number of options; 2 for a free-form answer.
         answer: index of the gold option.
-        key: hash of the row without its answer, under which what the frozen model computes of it may be kept.
-        context: what stands before the prompt.
-        free_form: whether the answer is free text: option 0 is its tokens, and option 1, which has none, is any other
-            text.
+        key: hash of the row without its answer, used to cache what the frozen model computes from it.
+        context: demonstrations before the prompt, if any.
+        free_form: whether the answer is free text: option 0 is its tokens, and option 1, which has no tokens, is any
+            other text.
     """
 
     tokens: Tensor
@@ -100,17 +101,17 @@ class EncodedExample:
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """A row of an episode: examples of one task, all behind the same context or all without any. ``L`` tokens.
+    """A row of an episode: examples of one task with the same context or without any, ``L`` tokens.
 
     Attributes:
-        examples: in order.
-        members: the place of each among the task's examples.
-        starts: place in the row at which each example's prompt begins.
+        examples: the examples, in order.
+        members: index of each example among those of the task.
+        starts: index in the row at which each example's prompt begins.
         tokens: ``(L,)`` token ids.
         segments: ``(L,)`` 0 in the context and in prompts, ``k + 1`` in an example's option ``k``.
         owners: ``(L,)`` 0 in the context, ``i + 1`` in example ``i``.
         positions: ``(L,)`` position ids.
-        key: hash, under which what the frozen model computes of the row may be kept.
+        key: hash of the row, used to cache what the frozen model computes from it.
     """
 
     examples: tuple[EncodedExample, ...]
@@ -127,19 +128,19 @@ class PackedRow:
 
     @property
     def context(self) -> Context | None:
-        """What stands before all of its examples."""
+        """The context shared by all examples; None if there is none."""
         return self.examples[0].context
 
 
 def digest(*parts: object) -> bytes:
-    """A hash of what the parts print."""
+    """Return a hash of the ``repr`` of the parts."""
     return blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def pack(
     prompt: Sequence[int], options: Sequence[Sequence[int]], answer: int, *, free_form: bool = False
 ) -> EncodedExample:
-    """Pack token ids of a prompt and of its options, or of its one free answer, into one row."""
+    """Pack the token ids of a prompt and of its options, or of its one free-form answer, into one row."""
     tokens, segments, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
     sources, target_sources, targets, target_options = [len(prompt) - 1], [], [], []
     for index, option in enumerate(options):
@@ -170,40 +171,40 @@ def pack(
 
 
 def in_context(example: EncodedExample, context: Context) -> EncodedExample:
-    """The example behind a context. Its own positions stay as they are; :func:`pack_rows` shifts them."""
+    """Return the example with a context. Its positions do not change; :func:`pack_rows` shifts them."""
     return replace(example, context=context, key=digest(context.key, example.key))
 
 
 def pack_rows(examples: Sequence[EncodedExample]) -> list[PackedRow]:
-    """Lay the examples of one task out in rows, as :func:`pack_tasks` does."""
+    """Arrange the examples of one task in rows, as :func:`pack_tasks` does."""
     return pack_tasks([examples])[0]
 
 
 def pack_tasks(tasks: Sequence[Sequence[EncodedExample]]) -> list[list[PackedRow]]:
-    """Lay the examples of each task out in rows of its own, so that all rows, padded to the longest, cost little.
+    """Arrange the examples of each task in rows, minimising the work for all rows padded to the longest.
 
-    Examples with one context share rows in order. Of the others, any may share a row up to a length that is searched
-    for: long rows leave little to be padded at the end of each task, short ones take less attention.
+    Examples with the same context share rows in order. The others may share rows up to a length that is chosen by
+    search: long rows need less padding at the end of each task, short rows less attention.
     """
-    behind = [_behind_contexts(task) for task in tasks]
+    in_contexts = [_by_context(task) for task in tasks]
     alone = [_without_context(task) for task in tasks]
     sizes = [[len(task[i]) for i in places] for task, places in zip(tasks, alone, strict=True)]
-    widths = [_width(task, members) for task, rows in zip(tasks, behind, strict=True) for members in rows]
+    widths = [_width(task, members) for task, rows in zip(tasks, in_contexts, strict=True) for members in rows]
     capacity = cheapest_capacity(sizes, widths, ROW_TOKENS)
     bins = [[[places[k] for k in one] for one in best_fit(s, capacity)] for s, places in zip(sizes, alone, strict=True)]
     return [
         [packed_row(task, members) for members in sorted(rows + [sorted(one) for one in others])]
-        for task, rows, others in zip(tasks, behind, bins, strict=True)
+        for task, rows, others in zip(tasks, in_contexts, bins, strict=True)
     ]
 
 
 def _without_context(task: Sequence[EncodedExample]) -> list[int]:
-    """The examples that may share a row with any other, the longest first."""
+    """Return the indices of examples without a context, the longest first."""
     return sorted((i for i, example in enumerate(task) if example.context is None), key=lambda i: -len(task[i]))
 
 
-def _behind_contexts(task: Sequence[EncodedExample]) -> list[list[int]]:
-    """Which examples share a row because they share a context."""
+def _by_context(task: Sequence[EncodedExample]) -> list[list[int]]:
+    """Return the indices of examples with a context, grouped by shared row."""
     rows: list[list[int]] = []
     length, key = 0, None
     for i, example in enumerate(task):
@@ -222,7 +223,7 @@ def _width(task: Sequence[EncodedExample], members: Sequence[int]) -> int:
 
 
 def packed_row(task: Sequence[EncodedExample], members: Sequence[int]) -> PackedRow:
-    """The row of some of a task's examples, which have the same context or none."""
+    """Build a row from some of a task's examples, which have the same context or none."""
     examples = [task[i] for i in members]
     context = examples[0].context
     before = examples[0].tokens[:0] if context is None else context.tokens

@@ -17,25 +17,25 @@ __all__ = ["EpisodeSampler"]
 
 
 class EpisodeSampler:
-    """Endless episodes from a collection of tasks, drawn without replacement within an episode.
+    """An infinite sequence of episodes from a collection of tasks, drawn without replacement within an episode.
 
-    Episode ``i`` depends on ``seed`` and ``i`` alone, so a resumed run sees what an uninterrupted one would have seen.
+    Episode ``i`` depends only on ``seed`` and ``i``, so a resumed run gets the episodes of an uninterrupted one.
 
     Args:
         tasks: the collection.
-        encoder: turns examples into packed rows.
+        encoder: encodes examples as packed rows.
         tasks_per_episode: T, at most the number of tasks.
         num_support: support examples per task.
         num_query: query examples per task, disjoint from the support.
-        score_support: whether the likelihood is taken on support and query, or on the query alone: then the LM never
-            runs on the support, whose features are cached, and theta learns from generalisation only.
-        num_demonstrations: k, of the support examples that stand solved before every query prompt; takes
-            ``score_support=False``, for a demonstration would be scored with its answer in sight.
-        seed: of the draws.
+        score_support: whether the likelihood is computed on support and query, or on the query alone. In the latter
+            case the LM does not run on the support, whose features are cached, and theta learns from generalisation.
+        num_demonstrations: number of support examples that precede every query prompt with their answers; requires
+            ``score_support=False``, because a demonstration would be scored with its answer in the prompt.
+        seed: seed of the draws.
 
     Raises:
         TaskError: a task has fewer examples than ``num_support + num_query``, there are fewer tasks than T,
-            nothing is left to condition on or to score, or demonstrations would be scored.
+            there is no support or nothing to score, or demonstrations would be scored.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class EpisodeSampler:
         if num_support < 1 or num_query < (0 if score_support else 1):
             raise TaskError(
                 f"num_support={num_support}, num_query={num_query}: expected at least 1 support example, "
-                "and at least 1 query example where score_support is false."
+                "and at least 1 query example if score_support is false."
             )
         if not 0 <= num_demonstrations <= num_support or (num_demonstrations and score_support):
             raise TaskError(
@@ -68,7 +68,7 @@ class EpisodeSampler:
         lengths = [median(len(row) for row in encoder(task.examples)) for task in self.tasks]
         self._by_length = np.argsort(lengths, kind="stable")
         for task in self.tasks:
-            task.split(num_support, seed=0, num_query=num_query)  # fails now, not in the middle of a run
+            task.split(num_support, seed=0, num_query=num_query)  # raises here, not in the middle of a run
 
     def __getitem__(self, index: int) -> Episode:
         """Draw episode ``index``."""
@@ -93,7 +93,7 @@ class EpisodeSampler:
         return task.examples if self.score_support else task.query
 
     def _choose(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw T tasks among 2 T neighbours in length, so that little is padded; each task is equally likely."""
+        """Draw T of 2 T tasks of similar length, which reduces padding; each task is equally likely."""
         start, count = rng.integers(len(self.tasks)), min(2 * self.tasks_per_episode, len(self.tasks))
         neighbours = self._by_length[(start + np.arange(count)) % len(self.tasks)]
         return rng.choice(neighbours, self.tasks_per_episode, replace=False)

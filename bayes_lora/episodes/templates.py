@@ -1,4 +1,4 @@
-"""How an example becomes text: what the model reads, and what it is scored on."""
+"""Prompt templates: the text that the model reads, and the text that is scored."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class PromptTemplate:
     """How an example becomes text.
 
     Attributes:
-        prompt: what the model reads before it answers, with ``{input}`` and, if they are to be listed, ``{options}``.
-            It should not end in a space: ``option`` begins with one.
-        option: what the model is scored on, with ``{option}``.
-        separator: joins the options where the prompt lists them.
-        gap: stands behind each demonstration.
-        letters: whether the model is scored on letters, ``A`` for the first option; ``{options}`` then lists them with
-            theirs, ``A. yes``.
-        free_prompt: stands for ``prompt`` where the answer is free text, with ``{input}``.
-        end: ends a free answer: it is scored with it, and decoding stops at it.
-        chat: whether prompts are messages to a chat model, and answers its replies, in the frame of the tokenizer's
-            chat template: for models tuned to follow instructions. The frame takes the place of ``gap``, of ``end`` and
-            of the spaces with which ``option`` begins.
+        prompt: text that the model reads before it answers, with ``{input}`` and optionally ``{options}``. It should
+            not end in a space, because ``option`` begins with one.
+        option: text that is scored, with ``{option}``.
+        separator: text between the options that the prompt lists.
+        gap: text after each demonstration.
+        letters: whether letters are scored in place of the options, ``A`` for the first one; ``{options}`` then lists
+            the options with their letters, ``A. yes``.
+        free_prompt: template used in place of ``prompt`` if the answer is free text, with ``{input}``.
+        end: text that ends a free-form answer. It is scored with the answer, and decoding stops at it.
+        chat: whether prompts are messages to a chat model and answers its replies, formatted with the tokenizer's chat
+            template: for instruction-tuned models. The chat template replaces ``gap``, ``end`` and the leading spaces
+            of ``option``.
     """
 
     prompt: str = "{options}?\n{input}\nAnswer:"
@@ -44,20 +44,20 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         for name in ("prompt", "free_prompt"):
             if "{input}" not in getattr(self, name):
-                raise ConfigError(f"{name} template {getattr(self, name)!r}: expected the placeholder {{input}} in it.")
+                raise ConfigError(f"{name} template {getattr(self, name)!r}: expected the placeholder {{input}}.")
         if "{option}" not in self.option:
-            raise ConfigError(f"option template {self.option!r}: expected the placeholder {{option}} in it.")
+            raise ConfigError(f"option template {self.option!r}: expected the placeholder {{option}}.")
         if not self.end:
-            raise ConfigError("template.end is empty: expected a text that ends a free answer, such as a line end.")
+            raise ConfigError("template.end is empty: expected a text that ends a free-form answer, such as a newline.")
         if self.letters and "{options}" not in self.prompt:
             raise ConfigError(
-                f"prompt template {self.prompt!r}: expected the placeholder {{options}} in it, for letters mean "
-                "nothing without the options that they stand for."
+                f"prompt template {self.prompt!r}: expected the placeholder {{options}}, because letters are "
+                "meaningless without the options they denote."
             )
 
     def render(self, example: Example) -> tuple[str, list[str]]:
-        """Return the prompt and the text of each option; of a free answer, its first reference."""
-        # Not str.format: a template may hold braces of its own. One pass: so may an input or an option.
+        """Return the prompt and the text of each option; for a free-form answer, its first reference."""
+        # Not str.format, because a template may contain other braces. One pass, because inputs and options may too.
         texts = {"{options}": self.listed(example), "{input}": example.input}
         prompt = re.sub(r"\{options\}|\{input\}", lambda match: texts[match[0]], self.prompt_of(example))
         answers: Sequence[str] = (example.output,) if example.free_form else example.options
@@ -67,11 +67,11 @@ class PromptTemplate:
         return prompt, [option.replace("{option}", answer) for answer in answers]
 
     def prompt_of(self, example: Example) -> str:
-        """The template of an example's prompt."""
+        """Return the template of an example's prompt."""
         return self.free_prompt if example.free_form else self.prompt
 
     def listed(self, example: Example) -> str:
-        """What stands in place of ``{options}``."""
+        """Return the text that replaces ``{options}``."""
         if not self.letters or example.free_form:
             return self.separator.join(example.options)
         lines = (f"{letter}. {option}" for letter, option in zip(_letters(example), example.options, strict=True))
@@ -86,7 +86,7 @@ TEMPLATES = {
         "{input}\n{options}\nAnswer with a letter.", separator="\n", letters=True, free_prompt="{input}", chat=True
     ),
 }
-"""Templates by name: options listed before the input, or behind it with letters; as text, or in a chat."""
+"""Templates by name: options before the input, or after it with letters; as plain text or as a chat."""
 
 
 def _letters(example: Example) -> Sequence[str]:

@@ -1,7 +1,7 @@
-"""Encoded examples on disk, so that a collection is tokenised once: Arrow files, through the library `datasets`.
+"""Encoded examples on disk, so that a collection is tokenised once: Arrow files, written with the library `datasets`.
 
-An entry is named by a hash of all that decides its content: the tokenizer, the template, ``max_length`` and the
-examples. So an entry is never out of date, and never changed.
+The name of an entry is a hash of all that determines its content: the tokenizer, the template, ``max_length`` and the
+examples. Entries are therefore immutable and never out of date.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["TokenStore", "tokenizer_key"]
 TENSORS = ("tokens", "segments", "positions", "sources", "target_sources", "targets", "target_options")
 FACTS = {"num_options": "int32", "answer": "int32", "free_form": "bool", "key": "binary"}
 FEWEST = 1000
-"""Fewer examples are tokenised before `datasets` is imported."""
+"""Minimum number of examples of an entry; fewer are tokenised faster than `datasets` is imported."""
 
 Encoded = tuple[EncodedExample, bool]
 """A row, and whether it was cut."""
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """A hash of all that decides how a tokenizer divides a text."""
+    """Return a hash of all that determines how a tokenizer splits a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return digest(
@@ -48,9 +48,9 @@ class TokenStore:
     """A folder of entries.
 
     Attributes:
-        folder: made when the first entry is written.
-        fewest: of fewer examples no entry is made.
-        max_bytes: beyond so many the entries that were used longest ago are deleted.
+        folder: the folder, which is made when the first entry is written.
+        fewest: minimum number of examples of an entry.
+        max_bytes: maximum size of the folder; the least recently used entries are deleted beyond it.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class TokenStore:
     max_bytes: int = 2 << 30
 
     def read(self, key: bytes) -> list[Encoded] | None:
-        """The examples of an entry, in order; None where there is none.
+        """Return the examples of an entry, in order; None if there is no such entry.
 
         A damaged entry is deleted, with a warning.
         """
@@ -73,7 +73,7 @@ class TokenStore:
             columns = {name: _flat(table.column(name)) for name in TENSORS}
             facts = [table.column(name).to_pylist() for name in (*FACTS, "cut")]
         except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
-            warnings.warn(f"{path} is damaged ({type(error).__name__}: {error}), and is made anew", stacklevel=2)
+            warnings.warn(f"{path} is damaged and is rebuilt ({type(error).__name__}: {error})", stacklevel=2)
             shutil.rmtree(path)
             return None
         path.touch()
@@ -87,7 +87,7 @@ class TokenStore:
         return rows
 
     def write(self, key: bytes, encoded: Sequence[Encoded]) -> None:
-        """Make an entry; where the folder cannot be written, warn instead."""
+        """Write an entry; warn if the folder cannot be written."""
         import datasets
 
         columns: dict[str, Any] = {name: [getattr(row, name).numpy() for row, _ in encoded] for name in TENSORS}
@@ -102,12 +102,12 @@ class TokenStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 made.save_to_disk(folder + "/entry")
-                # Another process may have been faster; its entry is the same.
+                # Another process may have written it first; its entry is the same.
                 with suppress(FileExistsError):
                     (Path(folder) / "entry").rename(self.folder / key.hex())
             self._prune()
         except OSError as error:
-            warnings.warn(f"tokens are not kept: {self.folder}: {error.strerror or error}", stacklevel=2)
+            warnings.warn(f"tokens are not stored: {self.folder}: {error.strerror or error}", stacklevel=2)
         finally:
             if bars:
                 datasets.enable_progress_bars()
@@ -122,7 +122,7 @@ class TokenStore:
 
 
 def _flat(column: Any) -> tuple[torch.Tensor, list[int]]:
-    """All values of a column of lists, and where each list begins and the last one ends."""
+    """Return all values of a column of lists, and the offset of each list followed by the end of the last."""
     lists = column.combine_chunks()
     lengths = np.diff(lists.offsets.to_numpy())
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)

@@ -3,9 +3,9 @@ r"""Fisher information of each task's support at a value of phi, from gradients 
 .. math:: F = \sum_j \mathbb E_{y \sim p(y \mid x_j, \phi)} \big[g_j g_j^\top\big], \qquad
     g_j = \nabla_\phi \log p(y \mid x_j, \phi)
 
-which for these likelihoods is the generalised Gauss-Newton matrix: its diagonal, or a Kronecker product of the sides of
-each layer's matrix. Some examples at a time have weights of their own, so that one backward pass gives all of their
-gradients; no Jacobian over the whole set is kept.
+For these likelihoods it is the generalised Gauss-Newton matrix. It is approximated by its diagonal, or by a Kronecker
+product of two sides per layer. Each example of a minibatch has its own copy of the weights, so that one backward pass
+gives the gradients of all examples; the Jacobian of the whole set is never stored.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["Sides", "diagonal", "gradients_of_examples", "kronecker"]
 
 
 class Sides(NamedTuple):
-    r"""Sums over examples whose Kronecker product, over the trace, is nearly F; exact where F is such a product.
+    r"""Sums over examples whose Kronecker product, divided by the trace, approximates F.
 
-    With G_j the gradient as a matrix, :math:`\sum_j G_j G_j^\top` and :math:`\sum_j G_j^\top G_j`: one step from the
-    identity towards the nearest Kronecker product (Morwani et al., arXiv 2406.17748). A side longer than ``largest``
-    keeps its diagonal alone.
+    With G_j the gradient as a matrix, the sides are :math:`\sum_j G_j G_j^\top` and :math:`\sum_j G_j^\top G_j`: one
+    step from the identity towards the nearest Kronecker product (Morwani et al., arXiv 2406.17748). The approximation
+    is exact if F is a Kronecker product. Of a side longer than ``largest`` only the diagonal is kept.
 
     Attributes:
-        left: ``(T, 1, layers, out, out)``, or ``(T, 1, layers, out)`` of the diagonal.
-        right: ``(T, 1, layers, in, in)``, or ``(T, 1, layers, in)``.
-        trace: ``(T, 1, layers)``.
+        left: ``(T, 1, layers, out, out)``, or its diagonal ``(T, 1, layers, out)``.
+        right: ``(T, 1, layers, in, in)``, or its diagonal ``(T, 1, layers, in)``.
+        trace: ``(T, 1, layers)``, the trace of F.
     """
 
     left: Tensor
@@ -40,7 +40,7 @@ class Sides(NamedTuple):
     trace: Tensor
 
     def eigen(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Eigenvectors of the sides (None where one is diagonal) and F's eigenvalues, ``(T, 1, layers, out, in)``."""
+        """Return the eigenvectors of both sides (None if diagonal) and F's eigenvalues ``(T, 1, layers, out, in)``."""
         vectors: list[Tensor | None] = []
         values: list[Tensor] = []
         for side in (self.left, self.right):
@@ -55,14 +55,14 @@ class Sides(NamedTuple):
 def gradients_of_examples(
     model: Any, support: Episode, theta: Sites, phi: Sites, num_samples: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Sites]]:
-    """Per pass the task of each example ``(n,)``, and its gradient per random site ``(n, 1, layers, out, in)``.
+    """Yield per pass the task of each example ``(n,)`` and its gradient per random site ``(n, 1, layers, out, in)``.
 
     Args:
         model: a hierarchical model.
-        support: of T tasks.
-        theta: at which the factor stands that all tasks share.
-        phi: per random site ``(T, 1, layers, out, in)``.
-        num_samples: answers drawn for every example; a backward pass each.
+        support: support sets of T tasks.
+        theta: values of theta, which determine the LoRA sites that all tasks share.
+        phi: values of phi, ``(T, 1, layers, out, in)`` per random site.
+        num_samples: answers drawn per example, with one backward pass each.
         batch_size: examples per pass.
     """
     counts = support.mask.sum(-1)
@@ -79,7 +79,7 @@ def gradients_of_examples(
 
 
 def diagonal(passes: Iterator[tuple[Tensor, Sites]], phi: Sites, num_samples: int) -> Sites:
-    """Of F per random site, ``(T, 1, layers, out, in)``."""
+    """Return the diagonal of F per random site, ``(T, 1, layers, out, in)``."""
     total = {site: torch.zeros_like(value) for site, value in phi.items()}
     for task, gradients in passes:
         for site, gradient in gradients.items():
@@ -88,7 +88,7 @@ def diagonal(passes: Iterator[tuple[Tensor, Sites]], phi: Sites, num_samples: in
 
 
 def kronecker(passes: Iterator[tuple[Tensor, Sites]], unit: Sites, num_samples: int, largest: int) -> dict[str, Sides]:
-    """Both sides of F per random site, where phi is measured in ``unit``, ``(T, 1, layers, out, in)``."""
+    """Return both sides of F per random site, with phi in units of ``unit``, ``(T, 1, layers, out, in)``."""
     found: dict[str, Sides] = {}
     for task, gradients in passes:
         for site, gradient in gradients.items():
@@ -103,5 +103,5 @@ def kronecker(passes: Iterator[tuple[Tensor, Sites]], unit: Sites, num_samples: 
 
 
 def _side(matrix: Tensor, largest: int) -> Tensor:
-    """``G G^T``, or its diagonal."""
+    """Return ``G G^T``, or its diagonal if G has more than ``largest`` rows."""
     return matrix.square().sum(-1) if matrix.shape[-2] > largest else matrix @ matrix.mT

@@ -1,4 +1,4 @@
-"""Steps of gradient descent on the negative beta-ELBO of support sets, all tasks in one batch."""
+"""Gradient descent on the negative beta-ELBO of support sets, with all tasks in one batch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SiteParameters = dict[tuple[str, str], Tensor]
 
 
 class Descent:
-    """The steps themselves; see :class:`bayes_lora.guides.GradientGuide` for what is set.
+    """Takes the gradient steps of :class:`bayes_lora.guides.GradientGuide`.
 
     Args:
         model: a Pyro model whose theta sites can be conditioned on.
-        rate: step size of each parameter, by its name and its site.
+        rate: function from a parameter's name and site to its step size.
         optimizer: ``"sgd"`` or ``"adam"``.
         beta: weight of the divergence.
         num_particles: draws per step.
-        second: whether the displacement can be differentiated in theta and start.
-        batch_size: examples of each support set per step.
+        second: whether the displacement is differentiable with respect to theta and start.
+        batch_size: examples of each support set per step; None takes all.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Descent:
         steps: int,
         on_step: Callable[[int, SiteParameters], None] | None = None,
     ) -> SiteParameters:
-        """Take the steps; returns how far each parameter moved. Every task counts for itself, whatever its collection.
+        """Take the steps, and return the displacement of each parameter. Tasks are treated as independent.
 
-        ``on_step`` is called after each with its index and how far they have moved; it may move them further.
+        ``on_step`` is called after each step with its index and the displacements so far, which it may change.
         """
         origin = unconstrained_sites(start, len(support.task_index))
         if not self.second:
@@ -81,7 +81,7 @@ class Descent:
         return moved
 
     def gradients(self, support: Episode, theta: Sites, like: Distributions, values: SiteParameters) -> SiteParameters:
-        """Of the negative beta-ELBO of each support set, at these values of the parameters."""
+        """Return the gradients of the negative beta-ELBO of each support set at these values of the parameters."""
 
         def guide(episode: Episode) -> None:
             sample_phi(episode, constrained_sites(like, values))
@@ -99,26 +99,26 @@ class Descent:
 
 
 class Adam:
-    """Directions of Adam (Kingma and Ba, arXiv 1412.6980) as functions of gradients, to be differentiated through."""
+    """Update directions of Adam (Kingma and Ba, arXiv 1412.6980) as differentiable functions of the gradients."""
 
     def __init__(self, decays: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8) -> None:
         self.decays, self.epsilon = decays, epsilon
         self.moments: dict[tuple[str, str], tuple[int, Tensor, Tensor]] = {}
 
     def __call__(self, key: tuple[str, str], gradient: Tensor) -> Tensor:
-        """The direction for one tensor, whose moments are kept under the key."""
+        """Return the direction for one tensor; its moments are stored under the key."""
         zero = torch.zeros_like(gradient)
         count, first, second = self.moments.get(key, (0, zero, zero))
         count, (a, b) = count + 1, self.decays
         first, second = a * first + (1 - a) * gradient, b * second + (1 - b) * gradient.square()
         self.moments[key] = (count, first, second)
-        # Under the root, where the derivative at zero would be infinite.
+        # Added under the root, because the derivative of the root at zero is infinite.
         root = (second / (1 - b**count) + self.epsilon**2).sqrt()
         return first / (1 - a**count) / (root + self.epsilon)
 
 
 def minibatch(episode: Episode, step: int, size: int) -> Episode:
-    """The examples whose turn it is in a step, which stand for all of their task's."""
+    """Return the minibatch of a step: ``size`` examples per task in turn, scaled to all examples of the task."""
     rows = [[example for example in task if example is not None] for task in episode.examples]
     taken = [[task[(step * size + i) % len(task)] for i in range(min(size, len(task)))] for task in rows]
     part = collate(taken, num_data=episode.num_data, task_index=episode.task_index, num_tasks=episode.num_tasks)
@@ -126,9 +126,9 @@ def minibatch(episode: Episode, step: int, size: int) -> Episode:
 
 
 def unconstrained_sites(distributions: Distributions, num_tasks: int | None = None) -> SiteParameters:
-    """The unconstrained parameters of all sites.
+    """Return the unconstrained parameters of all sites.
 
-    Where ``num_tasks`` is given, those of a distribution without a batch are expanded to a batch of ``(num_tasks, 1)``.
+    If ``num_tasks`` is given, parameters of distributions without a batch are expanded to batch ``(num_tasks, 1)``.
     """
     found: SiteParameters = {}
     for site, fn in distributions.items():
@@ -139,7 +139,7 @@ def unconstrained_sites(distributions: Distributions, num_tasks: int | None = No
 
 
 def constrained_sites(like: Distributions, values: SiteParameters) -> Distributions:
-    """The inverse of :func:`unconstrained_sites`: distributions of the families of ``like`` with these parameters."""
+    """Make distributions of the families of ``like`` with these parameters: inverse of :func:`unconstrained_sites`."""
     by_site: dict[str, Parameters] = {site: {} for site in like}
     for (name, site), value in values.items():
         by_site[site][name] = value
@@ -147,6 +147,6 @@ def constrained_sites(like: Distributions, values: SiteParameters) -> Distributi
 
 
 def _twice_differentiable() -> AbstractContextManager[None]:
-    """Inside the block attention takes the form that has a second derivative."""
+    """Use the implementation of attention that has a second derivative inside the block."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return context

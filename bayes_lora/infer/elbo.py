@@ -1,10 +1,10 @@
-r"""An ELBO estimator that holds on to no more than it needs: Pyro's ``TraceMeanField_ELBO`` with less memory.
+r"""An ELBO estimator with the values of Pyro's ``TraceMeanField_ELBO`` that needs less memory.
 
 .. math:: \mathrm{ELBO} = \mathbb E_q[\log p(y \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
 
-in nats, with the divergence in closed form where the two families have one. Pyro's estimator computes the log-density
-of every latent site besides, and keeps what backward would need of it; with LoRA weights of their own for every task of
-an episode that is the largest thing in memory after the language model's activations.
+in nats, with the divergence in closed form if the two families have one. Pyro's estimator also computes the log-density
+of every latent site, and keeps what its backward would need. With separate LoRA weights for every task of an episode,
+that is the largest item in memory after the language model's activations.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ __all__ = ["AnalyticELBO", "site_divergence"]
 
 
 class AnalyticELBO(TraceMeanField_ELBO):
-    """The estimator of ``TraceMeanField_ELBO``: the same values and gradients, for the same models and guides.
+    """Same values and gradients as ``TraceMeanField_ELBO``, for the same models and guides.
 
-    Log-densities are computed for observed sites, and for latent ones whose divergence has no closed form. Divergences
-    of normals keep their parameters alone. Nothing is read back from the device, where Pyro's estimator waits for it
-    three times a step.
+    Log-densities are computed for observed sites, and for latent sites whose divergence has no closed form. Divergences
+    of normals save only their parameters for backward. Nothing is read back from the device, whereas Pyro's estimator
+    synchronises three times per step.
 
     .. warning:: As in Pyro, every latent site of the guide must be reparameterised, and the guide's dependencies must
-       be among the model's.
+       be among those of the model.
 
     Args:
-        num_particles: draws of the latent variables that the loss averages over; with ``vectorize_particles=True`` and
-            ``max_plate_nesting=2`` (the two plates of our models) they share one forward.
+        num_particles: draws of the latent variables that the loss averages over. With ``vectorize_particles=True`` and
+            ``max_plate_nesting=2`` (the plates ``task`` and ``example``) they share one forward.
 
     Raises:
-        NotImplementedError: a latent site of the guide is not reparameterised; names it.
+        NotImplementedError: a latent site of the guide is not reparameterised; the message names it.
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         unwrapped: Any = poutine.unwrap(guide)
-        if isinstance(unwrapped, Messenger):  # one that runs the model itself
+        if isinstance(unwrapped, Messenger):  # a guide that runs the model itself
             guide(*args, **kwargs)
             model_trace, guide_trace = unwrapped.get_traces()  # type: ignore[attr-defined]
         else:
@@ -81,7 +81,7 @@ class AnalyticELBO(TraceMeanField_ELBO):
         return loss.detach() if torch.is_tensor(loss) else loss, loss
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss in nats, whose gradient is that of the negative ELBO."""
+        """Return the loss in nats; its gradient is that of the negative ELBO."""
         traces: Any = self._get_traces(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
         losses = [self._differentiable_loss_particle(*pair)[1] for pair in traces]
         loss: Tensor = sum(losses) / self.num_particles
@@ -89,28 +89,31 @@ class AnalyticELBO(TraceMeanField_ELBO):
 
 
 def check_sites(model_trace: Any, guide_trace: Any) -> None:
-    """Compare the latent sites of a guide with those of a model that was replayed against it.
+    """Check that a guide and a model that was replayed against it have the same latent sites.
 
     Raises:
-        SiteError: one has a site that the other lacks, or of another event shape.
+        SiteError: a site is missing in one of them, or the event shapes differ.
     """
     of_model, of_guide = (_latent(trace) for trace in (model_trace, guide_trace))
     for name in of_guide.keys() - of_model.keys():
         near = did_you_mean(name, of_model, list_all=True)
-        raise SiteError(f"site {name!r}: the guide samples it, the model has no such site{near}.")
+        raise SiteError(f"site {name!r}: sampled by the guide, but the model has no such site{near}.")
     for name, site in of_model.items():
         if name not in of_guide:
             near = did_you_mean(name, of_guide, list_all=True)
-            raise SiteError(f"site {name!r}: the model samples it, the guide does not{near}; it would keep its prior.")
+            raise SiteError(
+                f"site {name!r}: sampled by the model but not by the guide{near}, so it would keep its prior."
+            )
         expected, got = (tuple(one["fn"].event_shape) for one in (site, of_guide[name]))
         if expected != got:
             hint = " Add .to_event(3)." if len(got) < len(expected) else ""
-            expected_here = f"expected event shape {expected} as in the model, the guide has {got}"
-            raise SiteError(f"site {name!r}: {expected_here}.{hint}")
+            raise SiteError(
+                f"site {name!r}: expected event shape {expected} as in the model, got {got} from the guide.{hint}"
+            )
 
 
 def _latent(trace: Any) -> dict[str, Any]:
-    """All but plates, and what a guide samples for itself."""
+    """Return the latent sites by name, without plates and auxiliary sites of the guide."""
     return {
         name: site
         for name, site in trace.nodes.items()
@@ -122,7 +125,7 @@ def _latent(trace: Any) -> dict[str, Any]:
 
 
 def site_divergence(name: str, guide_trace: Any, model_trace: Any, max_plate_nesting: float) -> Tensor:
-    """KL of one site, scaled, masked and summed: in closed form, or else of the draw."""
+    """Return the KL of one site, scaled, masked and summed: in closed form if possible, otherwise of the draw."""
     q, p = guide_trace.nodes[name], model_trace.nodes[name]
     _check_reparameterised(name, q)
 
@@ -143,8 +146,8 @@ def _log_density(site: Any) -> Tensor:
 def _check_reparameterised(name: str, site: Any) -> None:
     if not site["fn"].has_rsample:
         raise NotImplementedError(
-            f"site {name!r}: expected a reparameterised distribution, got {site['fn']}. Give its guide one that has "
-            "rsample (Normal, Delta, ...), or pass elbo=pyro.infer.Trace_ELBO()."
+            f"site {name!r}: expected a reparameterised distribution, got {site['fn']}. Use one with rsample (Normal, "
+            "Delta, ...) in the guide, or pass elbo=pyro.infer.Trace_ELBO()."
         )
 
 

@@ -1,4 +1,4 @@
-"""Effect handlers, to be used as ``with`` blocks around a model and a guide."""
+"""Effect handlers, used as context managers around a model and a guide."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ __all__ = [
 
 
 class LocalReparameterization(Messenger):
-    """Effect handler: a latent site of whole updates takes ``FactoredNormal.deferred()`` for its value.
+    """Effect handler: latent sites of whole updates take the value ``FactoredNormal.deferred()``.
 
-    Around a guide (and a model that is replayed against it) the language model draws what such weights make of each
-    activation, instead of the weights: less variance in the gradient, and no matrix of a task's own in memory. A draw
-    is then no longer one model for all tokens. It reaches into programs that a guide runs by itself.
+    Around a guide (and a model that is replayed against it) the language model samples the output of the random weights
+    at each activation, instead of the weights. This lowers the variance of the gradient, and no task needs a matrix in
+    memory. A draw is then no longer one model for all tokens. The handler also applies to programs that a guide runs
+    by itself.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -66,10 +67,11 @@ class CommonNoise(Messenger):
 
 
 class ScaleLatents(Messenger):
-    """Effect handler: scales log-densities of ``phi.*`` sites by beta, of ``theta.*`` sites by gamma; factors too.
+    """Effect handler: scales log-densities of ``phi.*`` sites by beta and of ``theta.*`` sites by gamma.
 
-    Around the model *and* the guide it scales their Kullback-Leibler divergence, in every Pyro ELBO. What a guide
-    samples for all latent variables together, as Pyro's autoguides do, is scaled by beta. Usage::
+    Factors (``pyro.factor``) of these names are scaled too. Around the model *and* the guide it scales their
+    Kullback-Leibler divergence, in every Pyro ELBO. An auxiliary site that a guide samples for all latent variables
+    together, as Pyro's autoguides do, is scaled by beta. Usage::
 
         svi = SVI(model, guide, optimizer, Trace_ELBO())
         with ScaleLatents(beta=1e-3):
@@ -80,7 +82,7 @@ class ScaleLatents(Messenger):
         gamma: weight of KL(q(theta) || p(theta)); by default beta.
 
     Raises:
-        ConfigError: there is such a site, and gamma is not beta.
+        ConfigError: the guide has an auxiliary site for all latent variables, and gamma differs from beta.
     """
 
     def __init__(self, beta: float | Tensor, gamma: float | Tensor | None = None) -> None:
@@ -89,15 +91,15 @@ class ScaleLatents(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         prefix = msg["name"].partition(".")[0]
-        # One that a guide names a part of phi or theta is that alone.
+        # An auxiliary site whose name begins with phi or theta belongs to that one alone.
         if msg["infer"].get("is_auxiliary") and not msg["is_observed"] and prefix not in self.scales:
             if self.scales["phi"] != self.scales["theta"]:
                 raise ConfigError(
-                    f"gamma: expected beta, {self.scales['phi']}, for site {msg['name']!r} stands for phi and theta "
-                    f"together; got {self.scales['theta']}."
+                    f"gamma: expected beta, {self.scales['phi']}, because site {msg['name']!r} contains both phi and "
+                    f"theta; got {self.scales['theta']}."
                 )
             prefix = "phi"
-        # A pyro.factor of theta or phi is observed, yet none of the data.
+        # A pyro.factor of theta or phi is an observed site, but not an observation.
         if prefix in self.scales and (not msg["is_observed"] or isinstance(msg["fn"], Unit)):
             msg["scale"] = msg["scale"] * self.scales[prefix]
 
@@ -114,8 +116,8 @@ class AtMean(Messenger):
 class Widened(Messenger):
     """Effect handler: the standard deviation of every ``phi.*`` site is multiplied by ``width``.
 
-    Around a guide, it draws from the widened q(phi | S). Families that
-    :func:`bayes_lora.distributions.unconstrained.scaled` does not scale, points among them, stay as they are.
+    Around a guide, it samples from the widened q(phi | S). Families that
+    :func:`bayes_lora.distributions.unconstrained.scaled` does not scale, such as points, are unchanged.
     """
 
     def __init__(self, width: float) -> None:
@@ -130,13 +132,14 @@ class Widened(Messenger):
 
 
 class ModuleParameters(Messenger):
-    """Effect handler: parameters stay in the modules that hold them, and Pyro's global parameter store is left alone.
+    """Effect handler: parameters stay in their modules, and Pyro's global parameter store is not changed.
 
-    This is what ``pyro.settings.set(module_local_params=True)`` does, but inside a block: other programs of the process
-    keep their parameters and settings, two guides of one class do not share theirs, and a frozen parameter stays so.
+    It has the effect of ``pyro.settings.set(module_local_params=True)`` inside a block only: other programs of the
+    process keep their parameters and settings, two guides of one class do not share parameters, and frozen parameters
+    stay frozen.
 
     Raises:
-        ConfigError: a program creates a parameter that no module holds (``pyro.param("name", tensor)``).
+        ConfigError: a program creates a parameter outside a module (``pyro.param("name", tensor)``).
     """
 
     def __enter__(self) -> Self:
@@ -155,26 +158,26 @@ class ModuleParameters(Messenger):
             msg["value"], msg["done"] = value, True
         elif value is not None:
             raise ConfigError(
-                f"pyro.param({name!r}): expected a parameter of a module, which torch optimizers find. Make the guide "
-                "a PyroModule, or train it with pyro.infer.SVI."
+                f"pyro.param({name!r}): expected a parameter of a module, so that torch optimizers can find it. Make "
+                "the guide a PyroModule, or train it with pyro.infer.SVI."
             )
 
 
 class LastSite(Messenger):
-    """Effect handler: notes the name of the last site that was sampled, for error messages."""
+    """Effect handler: records the name of the last sampled site, for error messages."""
 
     name: str | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not isinstance(msg["fn"], _Subsample):  # a plate's own
+        if not isinstance(msg["fn"], _Subsample):  # the site of a plate
             self.name = msg["name"]
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Inside the block Pyro is as if no model, guide or plate were running around it; handlers of noise stay.
+    """Run the block with a fresh Pyro stack, without the handlers and plates around it except handlers of noise.
 
-    ``poutine.block`` hides sites, but the names and dimensions of the plates around it would stay taken.
+    ``poutine.block`` only hides sites: the names and dimensions of the enclosing plates would still be in use.
     """
     handlers, plates = list(runtime._PYRO_STACK), runtime._DIM_ALLOCATOR._stack
     runtime._PYRO_STACK[:] = [

@@ -1,13 +1,14 @@
-r"""The beta-scaled ELBO: where beta and gamma enter.
+r"""The beta-scaled ELBO.
 
 .. math::
     \mathcal L = \sum_i \Big\{ -\tfrac{N_i}{n_i} \sum_j \mathbb E_q \log p(y_{ij} \mid x_{ij}, \phi_i)
         + \beta\, \mathrm{KL}(q(\phi_i \mid S_i) \,\|\, p(\phi_i \mid \theta)) \Big\}
         + \gamma\, \mathrm{KL}(q(\theta) \,\|\, p(\theta))
 
-in nats, over all tasks of the collection (the ``task`` plate scales the T tasks of an episode up). ``beta = gamma = 1``
-is the negative ELBO. N enters in the model's ``answer`` site; the divergences are never divided. (Where the latent
-variables are an example's own, as the activations of ``ActivationSpace``, their divergence is scaled to N as well.)
+in nats, over all tasks of the collection (the ``task`` plate scales up the T tasks of an episode). With ``beta = gamma
+= 1`` it is the negative ELBO. The model's ``answer`` site is scaled to N; the divergences are not divided by N. If each
+example has its own latent variables, such as the activations of ``ActivationSpace``, their divergence is also scaled
+to N.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["BetaELBO", "evaluating"]
 
 
 class BetaELBO(nn.Module):
-    """The negative beta-ELBO of a model and a guide as a loss module, for ordinary torch training.
+    """The negative beta-ELBO of a model and a guide as a loss module, for training with torch optimizers.
 
     Example::
 
@@ -45,10 +46,10 @@ class BetaELBO(nn.Module):
         beta: weight of KL(q(phi) || p(phi | theta)).
         gamma: weight of KL(q(theta) || p(theta)); by default beta, as in arXiv 2508.14285 v2.
         num_particles: draws of phi over which the loss averages, all in one forward.
-        context: makes a context, such as an effect handler, inside which model and guide run wherever they are used; by
-            default the model's own (``model.context``), if it has one.
-        elbo: any Pyro ELBO; by default :class:`bayes_lora.infer.elbo.AnalyticELBO`, with analytic divergences where the
-            families have them.
+        context: a function that makes a context manager, such as an effect handler, inside which model and guide run;
+            by default ``model.context``, if the model has one.
+        elbo: any Pyro ELBO; by default :class:`bayes_lora.infer.elbo.AnalyticELBO`, which computes divergences in
+            closed form if the families have one.
     """
 
     def __init__(
@@ -79,27 +80,27 @@ class BetaELBO(nn.Module):
         self.elbo: Any = elbo or make(num_particles, max_plate_nesting=2, vectorize_particles=True)
 
     def forward(self, episode: Episode) -> Tensor:
-        """Return the loss in nats, summed over the collection's examples; divide by their number to read it.
+        """Return the loss in nats, summed over the examples of the collection.
 
         Raises:
-            SiteError: a distribution's parameter is out of range, such as a scale that is not positive.
+            SiteError: a parameter of a distribution is out of range, such as a scale that is not positive.
         """
         with self.running(), ScaleLatents(self.beta, self.gamma), LastSite() as last:
             try:
                 loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, episode)
-            except ValueError as error:  # raised where a distribution is made, which does not know its site
+            except ValueError as error:  # raised when a distribution is made, which does not know its site
                 if "to satisfy the constraint" not in str(error):
                     raise
                 where = f"the site after {last.name!r}" if last.name else "the first site"
                 raise SiteError(
-                    f"{where}: {str(error).splitlines()[0]} A scale must be positive: take exp or softplus of a free "
-                    "parameter. If it is NaN, training diverged: lower the learning rate."
+                    f"{where}: {str(error).splitlines()[0]} A scale must be positive: apply exp or softplus to an "
+                    "unconstrained parameter. If it is NaN, training diverged: lower the learning rate."
                 ) from error
         return loss
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside the block model and guide may be run: under ``context``, with their parameters in their modules."""
+        """Enter ``context`` and :class:`ModuleParameters`, as running the model or the guide requires."""
         with ModuleParameters(), self.context():
             yield
 
@@ -108,9 +109,10 @@ class BetaELBO(nn.Module):
         self.beta, self.gamma = self.target_beta * fraction, self.target_gamma * fraction
 
     def terms(self, episode: Episode) -> dict[str, float]:
-        """The loss's parts for one draw, unscaled by beta and gamma, in nats of the collection.
+        """Return the terms of the loss for one draw, not scaled by beta and gamma, in nats over the collection.
 
-        ``nll`` (scaled to N), ``kl.<site>`` per random site, and ``kl`` their sum; sites of the guide alone among them.
+        They are ``nll`` (scaled to N), ``kl.<site>`` per random site, and their sum ``kl``, which includes auxiliary
+        sites of the guide.
         """
         with torch.no_grad(), self.running():
             guide = pyro.poutine.trace(self.guide).get_trace(episode)
@@ -133,7 +135,7 @@ class BetaELBO(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside the block the module is in evaluation mode (no dropout)."""
+    """Put the module into evaluation mode (no dropout) inside the block."""
     before = module.training
     module.eval()
     try:

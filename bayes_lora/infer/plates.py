@@ -1,6 +1,6 @@
-"""The plates of tasks and examples. Here, and nowhere else, the number of examples N enters a model.
+"""The plates of tasks and examples, which scale the likelihood to the number of examples N of each task.
 
-A model of your own is three lines::
+A custom model::
 
     def model(episode):
         with task_plate(episode):
@@ -25,14 +25,14 @@ __all__ = ["examples_scale", "observe_answers", "same_task_plate", "sample_phi",
 
 
 def task_plate(episode: Episode) -> pyro.plate:
-    """The plate of the collection's tasks at dimension -2; log-probabilities of the episode's T tasks stand for all."""
+    """Return the plate of the collection's tasks at dimension -2, subsampled to the T tasks of the episode."""
     return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
 
 
 def sample_phi(episode: Episode, posterior: Distributions) -> Sites:
     """Sample ``phi.<site>`` for an episode's tasks from q(phi | support), of batch ``(T, 1)`` per site.
 
-    A draw from :class:`bayes_lora.infer.components.Components` is of one component.
+    A draw from :class:`bayes_lora.infer.components.Components` takes one component for all sites.
     """
     if isinstance(posterior, Components):
         posterior = posterior.of_draws()
@@ -47,13 +47,13 @@ def observe_answers(
 
     .. math:: \tfrac{N_i}{n_i} \textstyle\sum_j m_{ij} \log p(y_{ij} \mid x_{ij}, \phi_i)
 
-    in nats, over the n examples of task i, which stand for its N; m is the mask of examples that are there.
+    in nats, over the n examples of task i, scaled to all N of them; m is the mask of present examples.
 
     Args:
         log_lik: option log-likelihoods ``(*draws, T, N, K)``, nats.
         episode: T tasks with up to N examples each.
-        answer: p(y | x, phi), a batch ``(*draws, T, N)``; by default categorical over the options.
-        observed: what was observed, ``(T, N)``; by default the index of each gold option.
+        answer: p(y | x, phi), with batch shape ``(*draws, T, N)``; by default categorical over the options.
+        observed: observed values, ``(T, N)``; by default the index of each gold option.
     """
     mask: Any = episode.mask  # Pyro annotates it as a BoolTensor
     with (
@@ -67,13 +67,13 @@ def observe_answers(
 
 
 def examples_scale(episode: Episode, like: Tensor) -> Tensor:
-    """N / n of each task, ``(T, 1)``."""
+    """Return N / n of each task, ``(T, 1)``."""
     return (episode.num_data[:, None] / episode.mask.sum(-1, keepdim=True)).to(like.dtype)
 
 
 def same_task_plate(episode: Episode) -> Any:
-    """The plate of tasks a second time: the block hides that it is sampled again."""
+    """Enter the plate of tasks again, hiding its second site from the trace."""
     if any(isinstance(handler, pyro.plate) and handler.name == "task" for handler in runtime._PYRO_STACK):
-        return pyro.poutine.scale(scale=1.0)  # the caller is inside it
+        return pyro.poutine.scale(scale=1.0)  # the caller is inside the plate
     with pyro.poutine.block(hide=["task"]):
         return task_plate(episode)

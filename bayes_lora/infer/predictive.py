@@ -30,16 +30,16 @@ def predictive(log_lik: Tensor) -> Tensor:
 
 
 def tempered(scores: Tensor, episode: Episode, temperature: float | Tensor) -> Tensor:
-    """Option scores ``(..., T, N, K)`` divided by a temperature.
+    """Divide option scores ``(..., T, N, K)`` by a temperature.
 
-    Those of free answers stay as they are. Whatever a temperature is chosen on, the gold text is what was observed, and
-    dividing the log-probabilities of that and of any other text would seem to make every text likelier.
+    Scores of free-form answers are unchanged: their second option is any other text, and dividing both
+    log-probabilities would raise the probability of whichever text is scored.
     """
     return torch.where(episode.free_form[..., None], scores, scores / temperature)
 
 
 def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws: int) -> Sites:
-    """Draw phi from q(theta) q(phi | support): ``(num_draws, T, 1, layers, out, in)``, for any guide."""
+    """Draw phi from q(theta) q(phi | support) of any guide: ``(num_draws, T, 1, layers, out, in)`` per site."""
     with ModuleParameters(), torch.no_grad(), pyro.plate("draws", num_draws, dim=-3):
         trace = pyro.poutine.trace(guide).get_trace(episode)
         phi: Sites = pyro.poutine.replay(model.sample_phi, trace=trace)(episode)
@@ -47,7 +47,7 @@ def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws:
 
 
 def held_out_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:
-    """Mean predictive NLL (nats) of the scored examples after one pass over the support, averaged over tasks."""
+    """Return the mean predictive NLL (nats) of the scored examples given the support, averaged over tasks."""
     total, count = 0.0, 0
     model: Any = objective.model
     for episode in episodes:

@@ -1,6 +1,6 @@
-"""fit(): an ordinary torch loop on Accelerate over the ELBO module, with held-out tasks to choose the checkpoint.
+"""fit(): a torch training loop with Accelerate over the ELBO module, with held-out tasks to choose the checkpoint.
 
-What is looked at and kept is a running average of the parameters: an episode holds few tasks, so steps are noisy.
+A running average of the parameters is evaluated and kept, because steps are noisy: an episode has few tasks.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ class FitConfig:
     """Settings of :func:`fit`.
 
     Attributes:
-        steps: at most this many episodes.
-        learning_rate: of :func:`fit`'s own Adam; every rate decays to a tenth of itself on a cosine.
-        average: decay of the exponential moving average of the parameters that is kept; 0 keeps the last ones.
-        clip_norm: gradient norm of the loss per example (nats) above which gradients are scaled down.
-        schedule: of beta, see :mod:`bayes_lora.infer.schedules`: ``"constant"``, ``"linear"`` or ``"cyclical"``.
-        warmup: steps over which beta rises linearly to its full value, once or in each cycle.
-        eval_every: steps between looks at the held-out tasks.
-        patience: stop after this many looks without improvement.
-        num_draws: draws at each look.
-        seed: of the draws of theta and phi.
+        steps: maximum number of steps, with one episode each.
+        learning_rate: learning rate of the default Adam. Learning rates decay to a tenth on a cosine schedule.
+        average: decay of the exponential moving average of the parameters; 0 keeps the last parameters.
+        clip_norm: gradient norm of the loss per example (nats) above which gradients are clipped.
+        schedule: schedule of beta, see :mod:`bayes_lora.infer.schedules`: ``"constant"``, ``"linear"`` or
+            ``"cyclical"``.
+        warmup: steps over which beta rises linearly to its target value, once or in each cycle.
+        eval_every: steps between evaluations on the held-out tasks.
+        patience: stop after this many evaluations without improvement.
+        num_draws: posterior draws per evaluation.
+        seed: seed of the draws of theta and phi.
     """
 
     steps: int = 160
@@ -65,19 +66,19 @@ class FitConfig:
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 <= self.average < 1:
-            raise ConfigError(f"average: expected a decay of at least 0 and below 1, got {self.average}.")
+            raise ConfigError(f"average: expected a decay in [0, 1), got {self.average}.")
 
 
 @dataclass
 class FitState:
-    """Where a fit stands; enough, with the objective's and the optimizer's state, to go on.
+    """State of a fit. With the state of the objective and of the optimizer, it suffices to resume.
 
     Attributes:
-        step: episodes seen.
-        history: a row per look: step, loss (nats per example, mean since the last look), held-out nll, seconds.
+        step: number of steps taken.
+        history: a row per evaluation: step, loss (nats per example, mean since the last evaluation), held-out NLL.
         best: index of the best row.
-        best_parameters: the averaged parameters there.
-        average: the averaged parameters now.
+        best_parameters: the averaged parameters at the best row.
+        average: the averaged parameters at this step.
     """
 
     step: int = 0
@@ -88,7 +89,7 @@ class FitState:
 
     @property
     def evaluations_without_improvement(self) -> int:
-        """Looks since the best one."""
+        """Number of evaluations since the best one."""
         return 0 if self.best is None else len(self.history) - 1 - self.best
 
 
@@ -104,27 +105,29 @@ def fit(
     on_step: Callable[[FitState, float], None] | None = None,
     on_evaluate: Callable[[FitState], None] | None = None,
 ) -> FitState:
-    """Minimise the objective over episodes; leave it at the parameters that were best on the held-out tasks.
+    """Minimise the objective over episodes, and load the parameters that were best on the held-out tasks.
 
     Args:
         objective: model and guide.
         sampler: episodes of the training tasks.
-        held_out: episodes of tasks that are not trained on, on which checkpoints are compared; none means that the
-            last parameters are kept.
+        held_out: episodes of held-out tasks, on which checkpoints are compared; if empty, the last parameters are
+            kept.
         config: settings.
-        state: of an earlier call, to go on from; with ``optimizer``, which holds its moments.
-        optimizer: by default Adam with ``config.learning_rate``; a group's rate decays from its own (``initial_lr``).
+        state: state of an earlier call, to resume from; pass ``optimizer`` too, which holds its moments.
+        optimizer: by default Adam with ``config.learning_rate``; the rate of each group decays from its
+            ``initial_lr``.
         accelerator: by default one for this machine.
         on_step: called after each step with the state and the loss, nats per example.
-        on_evaluate: called after each look at the held-out tasks, when ``state`` may be saved.
+        on_evaluate: called after each evaluation, when ``state`` may be saved.
 
     Raises:
-        NonFiniteLoss: names the step and the site or parameter; parameters are as they were before that step.
+        NonFiniteLoss: a loss or gradient is not finite. The message names the step and the site or parameter;
+            parameters are those before that step.
     """
     config, state = config or FitConfig(), state or FitState()
     accelerator = accelerator or Accelerator()
     optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
-    # The LM is where it is, and the objective must be with it; under DDP every process draws its own episodes.
+    # The LM stays on its device, so the objective must stay there too; under DDP every process draws its own episodes.
     prepared = accelerator.prepare_model(objective, device_placement=False)
     stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
     num_data = sum(len(task) for task in sampler.tasks)
@@ -137,26 +140,26 @@ def fit(
     def draw(step: int) -> Episode:
         return sampler[step * accelerator.num_processes + accelerator.process_index].to(device)
 
-    def goes_on() -> bool:
+    def continues() -> bool:
         return state.step < config.steps and (not held_out or state.evaluations_without_improvement < config.patience)
 
-    episode = draw(state.step) if goes_on() else None
-    while goes_on():
+    episode = draw(state.step) if continues() else None
+    while continues():
         objective.anneal(beta_fraction(config.schedule, state.step, config.warmup))
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # a fit that goes on must not begin at one that has decayed
+            group.setdefault("initial_lr", group["lr"])  # a resumed fit must not start from a decayed rate
             group["lr"] = group["initial_lr"] * (0.55 + 0.45 * math.cos(math.pi * state.step / config.steps))
         index = state.step * accelerator.num_processes + accelerator.process_index
-        torch.manual_seed(config.seed * 1_000_003 + index)  # a resumed run draws what a whole one would have drawn
+        torch.manual_seed(config.seed * 1_000_003 + index)  # so that a resumed run equals an uninterrupted one
         assert episode is not None
         optimizer.zero_grad()
-        # Once is enough: later steps run the same program, and every check waits for the device.
+        # Validated once: later steps run the same program, and every check waits for the device.
         with pyro.validation_enabled(checks):
             loss = _loss(prepared, objective, episode, state.step) / num_data
             accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
         seen, checks = episode, False
-        episode = draw(state.step + 1)  # while the device is at work
+        episode = draw(state.step + 1)  # while the device is busy
         losses.append(_checked(objective, seen, loss, norm, state.step, config.seed * 1_000_003 + index))
         stepper.step()
         state.step += 1
@@ -177,7 +180,7 @@ def fit(
 
 
 def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Tensor:
-    """The loss in nats; ``prepared`` is what Accelerate made of the objective."""
+    """Return the loss in nats; ``prepared`` is the objective as prepared by Accelerate."""
     try:
         loss: Tensor = prepared(episode)
     except ValueError as error:  # Pyro's validation of a distribution comes before the loss
@@ -189,14 +192,17 @@ def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Te
 
 
 def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, step: int, seed: int) -> float:
-    """The loss per example as a number, if it and its gradient's norm are finite; a step's one wait for the device."""
+    """Return the loss per example as a number, after checking that it and the gradient norm are finite.
+
+    This is the only synchronisation with the device in a step.
+    """
     loss = loss.detach()
     value, size = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
     if not math.isfinite(value):
-        site = _blame_site(objective, episode) or "no single site is to blame: the sum overflows. Try a smaller beta"
+        site = _blame_site(objective, episode) or "no single site is not finite: the sum overflows. Try a smaller beta"
         raise NonFiniteLoss(f"step {step}: the loss is {value}; {site}.")
     if not math.isfinite(size):
-        # Clipping has spread it over all gradients; made again, they tell where it came from.
+        # Clipping has spread it to all gradients; computing them again shows where it came from.
         objective.zero_grad()
         torch.manual_seed(seed)
         objective(episode).backward()
@@ -206,14 +212,14 @@ def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor |
 
 
 def _device(objective: BetaELBO) -> torch.device:
-    """Where the language model is; of another likelihood, where the first parameter is, though tables stay behind."""
+    """Return the likelihood's device if it has one, otherwise the device of the first parameter."""
     likelihood = getattr(objective.model, "likelihood", None)
     found: torch.device = getattr(likelihood, "device", next(objective.parameters()).device)
     return found
 
 
 def _update_average(objective: BetaELBO, state: FitState, decay: float) -> None:
-    """Move the average towards the parameters; early on by more, for it began at the start."""
+    """Update the average; its decay is lower in early steps, because it starts at the initial parameters."""
     assert state.average is not None
     update = get_ema_multi_avg_fn(min(decay, (1 + state.step) / (10 + state.step)))
     parameters = dict(objective.named_parameters())
@@ -222,7 +228,7 @@ def _update_average(objective: BetaELBO, state: FitState, decay: float) -> None:
 
 @contextmanager
 def _averaged(objective: BetaELBO, average: dict[str, Tensor]) -> Iterator[None]:
-    """Inside the block the objective has its averaged parameters."""
+    """Load the averaged parameters into the objective inside the block."""
     current = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     objective.load_state_dict(average, strict=False)
     try:
@@ -239,7 +245,7 @@ def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
             trace.compute_log_prob()
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"])):
-                    return f"site {name!r} of the {where} is where it starts. Try a lower learning_rate"
+                    return f"site {name!r} of the {where} is the first that is not finite. Try a lower learning_rate"
     return None
 
 
@@ -249,7 +255,7 @@ def _evaluate_held_out(
     row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
     assert state.average is not None
     device = _device(objective)
-    # The same draws at every look, or noise would choose the checkpoint.
+    # The same draws at every evaluation, or noise would choose the checkpoint.
     with _averaged(objective, state.average), seeded(config.seed, device):
         if held_out:
             row["held_out_nll"] = held_out_nll(objective, held_out, config.num_draws)

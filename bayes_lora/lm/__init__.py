@@ -1,1 +1,1 @@
-"""The language model: LoRA sites, scores, features, generation."""
+"""The language model: LoRA sites, scores, features and generation."""

@@ -1,4 +1,4 @@
-"""PEFT adapters: which are supported, which one of a ``PeftModel`` is used, and loading a saved one."""
+"""PEFT adapters: check that an adapter is supported, select one of a ``PeftModel``, and load a saved one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
-    """Return the configuration if all that it trains are the factors of LoRA on linear modules.
+    """Return the configuration if it trains only LoRA factors of linear modules.
 
-    Modules that the configuration targets are checked by :func:`bayes_lora.lm.sites.find_sites`.
+    The target modules are checked by :func:`bayes_lora.lm.sites.find_sites`.
 
     Raises:
-        SiteError: it is of another PEFT method, or trains or changes weights that no LoRA site holds.
+        SiteError: it belongs to another PEFT method, or trains or changes weights outside the LoRA sites.
     """
     if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -39,7 +39,7 @@ def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
     for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         if getattr(config, name, None):
             raise SiteError(
-                f"LoraConfig({name}={getattr(config, name)!r}): no LoRA site holds these weights. Leave {name} out."
+                f"LoraConfig({name}={getattr(config, name)!r}): these weights are not LoRA sites. Leave {name} out."
             )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
@@ -51,23 +51,22 @@ def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Names and layers that hold an adapter, in the order of ``model.named_modules()``."""
+    """Yield names and layers that have this adapter, in the order of ``model.named_modules()``."""
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and adapter_name in layer.r:
             yield name, layer
 
 
 def active_adapter(model: peft.PeftModel, adapter_name: str | None = None) -> str:
-    """Name the adapter of a ``PeftModel`` that becomes the LoRA sites, and make it the active one.
+    """Return the name of the adapter that becomes the LoRA sites, and activate it.
 
     Args:
-        model: has one active adapter; others may be loaded.
-        adapter_name: by default the active one.
+        model: a model with one active adapter; others may be loaded.
+        adapter_name: name of the adapter; by default the active one.
 
     Raises:
         ConfigError: there is no such adapter, or several are active.
-        SiteError: the adapter is not plain LoRA, or the model does not run it as its configuration says: it is merged,
-            disabled or scaled.
+        SiteError: the adapter is not plain LoRA, or it is merged, disabled or scaled.
     """
     if not isinstance(model, peft.PeftModel):
         raise ConfigError(f"expected a peft.PeftModel, got {type(model).__name__}.")
@@ -94,7 +93,7 @@ def active_adapter(model: peft.PeftModel, adapter_name: str | None = None) -> st
             if not math.isclose(layer.scaling[name], usual):
                 raise SiteError(
                     f"module {module!r}: expected lora_alpha's scaling {usual:g}, got {layer.scaling[name]:g}. Undo "
-                    "set_scale() and the like first."
+                    "set_scale() first."
                 )
     model.set_adapter(name)
     return name
@@ -113,12 +112,12 @@ def read_lora_config(adapter: str | Path) -> peft.LoraConfig:
 
 
 def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
-    """Read the weights of a saved adapter into the ``"default"`` adapter, which is injected already.
+    """Load the weights of a saved adapter into the injected ``"default"`` adapter.
 
-    They keep at least 32 bits, whatever the base model has.
+    They have at least 32 bits, whatever the dtype of the base model.
 
     Raises:
-        ModelFileError: the file lacks weights of the adapted modules, or has some of others.
+        ModelFileError: weights of adapted modules are missing, or there are weights of other modules.
     """
     for _, layer in lora_layers(model, "default"):
         for factors in (layer.lora_A, layer.lora_B):
@@ -128,7 +127,7 @@ def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
     named = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     result: Any = peft.set_peft_model_state_dict(model, named)
     missing = sorted(name for name in result.missing_keys if ".lora_" in name)
-    for names, problem in ((missing, "are missing"), (sorted(result.unexpected_keys), "fit no adapted module")):
+    for names, problem in ((missing, "are missing"), (sorted(result.unexpected_keys), "match no adapted module")):
         if names:
             raise ModelFileError(
                 f"'{adapter}': {len(names)} weights {problem}, such as {names[0]}. Was it trained on another model?"

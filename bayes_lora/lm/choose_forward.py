@@ -1,4 +1,4 @@
-"""Which forward a language model can take: found by comparing scores on made-up examples, on first use."""
+"""Choose the forward for a language model by comparing scores on random examples on first use."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from bayes_lora.lm.trunk import Trunk
 __all__ = ["choose_forward"]
 
 TOLERANCES = {torch.float64: (1e-5, 1e-4), torch.float32: (1e-4, 1e-3)}
-"""How far scores may be apart, relative to the score and in nats; wrong masks or positions are off by far more."""
+"""Relative and absolute (nats) tolerance of scores; wrong masks or positions cause far larger differences."""
 COARSE = (0.03, 0.3)
-"""In 16 bits, and where a quantised base rounds activations by what else is in the batch."""
+"""Tolerance in 16 bits, and for quantised models whose rounding of activations depends on the batch."""
 
 
 @torch.no_grad()
 def choose_forward(model: Any, sites: LoraSites, trunk: Trunk) -> Forward:
-    """The fastest forward whose scores equal those of the model's ordinary forward, a row for each option.
+    """Return the fastest forward that reproduces the scores of the model's standard forward with one row per option.
 
-    Packed rows with the lower layers kept; else packed rows through all layers; else a key-value cache of the prompts.
-    What is passed over is named in one warning. ``trunk.depth`` is set to 0 where its states cannot be used.
+    Tried in this order: packed rows with cached hidden states below the adapted layers, packed rows through all layers,
+    and a key-value cache of the prompts. One warning names the forwards that fail. ``trunk.depth`` is set to 0 if its
+    states cannot be used.
 
     Raises:
-        ModelError: none of them does.
-        ConfigError: one does that gradient checkpointing cannot be had with.
+        ModelError: no forward reproduces the scores.
+        ConfigError: the only forward that reproduces the model's scores does not support gradient checkpointing.
     """
     name, checked = type(model).__name__, probe(model)
     examples = [example for task in checked.examples for example in task if example is not None]
     with sites.unbound():
-        with trunk.watched():
+        with trunk.record_output_type():
             expected = torch.cat([plain_scores(model, example) for example in examples])
         packed = PackedForward(model, sites, trunk)
         why = _difference(packed, checked, expected)
@@ -48,30 +49,29 @@ def choose_forward(model: Any, sites: LoraSites, trunk: Trunk) -> Forward:
         if trunk.depth:
             depth, trunk.depth = trunk.depth, 0
             if _difference(packed, checked, expected) is None:
-                _warn(f"{name}: starting at layer {depth} from kept hidden states, {why}. All layers run every time.")
+                _warn(f"{name}: with cached hidden states at layer {depth}, {why}. All layers run every time.")
                 return packed
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ConfigError(
-                f"gradient_checkpointing: {name} needs a key-value cache, which it cannot be had with, for with packed "
-                f"rows under a 4-D mask, {why}. Leave it off."
+                f"gradient_checkpointing: {name} requires a key-value cache, which is incompatible with gradient "
+                f"checkpointing, because with packed rows and a 4-D mask, {why}. Set gradient_checkpointing=False."
             )
         prompts = PromptCacheForward(model)
         still = _difference(prompts, checked, expected)
     if still is not None:
         raise ModelError(
-            f"{name} cannot be used: with packed rows under a 4-D mask, {why}; with a key-value cache, {still}. "
-            "Pass a causal LM of another architecture, or another attn_implementation in model_kwargs."
+            f"{name} is not supported: with packed rows and a 4-D mask, {why}; with a key-value cache, {still}. "
+            "Use a causal LM of another architecture, or another attn_implementation in model_kwargs."
         )
-    _warn(f"{name}: with packed rows under a 4-D mask, {why}. Options are scored from a key-value cache, more slowly.")
+    _warn(f"{name}: with packed rows and a 4-D mask, {why}. Options are scored from a key-value cache, more slowly.")
     return prompts
 
 
 def probe(model: Any) -> Episode:
-    """Examples of random tokens in which everything differs that a forward could confuse.
+    """Return examples of random tokens that cover all cases in which a forward could fail.
 
-    Two tasks: in one, examples of unequal length share a context, in rows that are longer than any window of layers
-    that look back a fixed number of places; in the other examples without a context share a shorter row. Options have
-    one to three tokens.
+    There are two tasks. In one, examples of unequal length share a context, in rows longer than any attention window;
+    in the other, examples without a context share a shorter row. Options have one to three tokens.
     """
     generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
 
@@ -90,7 +90,7 @@ def probe(model: Any) -> Episode:
 
 
 def plain_scores(model: Any, example: EncodedExample) -> Tensor:
-    """Scores ``(Q,)`` of an example's option tokens by the ordinary forward, a row for each option."""
+    """Return scores ``(Q,)`` of an example's option tokens by the model's standard forward, with one row per option."""
     head, scores = model.get_output_embeddings(), []
     prompt = example.tokens[example.segments == 0]
     before = prompt if example.context is None else torch.cat([example.context.tokens, prompt])
@@ -106,14 +106,14 @@ def plain_scores(model: Any, example: EncodedExample) -> Tensor:
 
 
 def _difference(forward: Any, episode: Episode, expected: Tensor) -> str | None:
-    """What is wrong with a forward's scores, or with the head alone; None where they are right."""
+    """Return how the scores of a forward, or of its head, differ from the expected ones; None if they are equal."""
     try:
         found = [forward(episode).token_scores[0]]
         if isinstance(forward, PackedForward):
             found.append(forward(episode, most_positions=2).token_scores[0])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of any type: each model has its own way to refuse arguments
+    except Exception as error:  # of any type: models raise different errors for unsupported arguments
         return "it raises " + textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
     model: Any = forward.model
     quantised = getattr(model, "is_quantized", False)

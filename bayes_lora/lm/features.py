@@ -1,4 +1,4 @@
-"""What the frozen language model knows of examples: the input of a guide's encoder, computed once and kept."""
+"""Features of examples from the frozen language model: the input of a guide's encoder, computed once and cached."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["FeatureReader"]
 
 
 class FeatureReader:
-    """Computes features, and keeps them on the CPU as long as there is room.
+    """Computes features, and caches them on the CPU.
 
     Args:
         embeddings: the model's output embeddings.
-        cache: keeps them.
-        read: runs the model without LoRA.
-        budget: how many tokens it reads at a time.
-        normalize: as :class:`bayes_lora.lm.language_model.LanguageModel` scores options.
+        cache: cache of the features.
+        read: function that runs the model without LoRA.
+        budget: number of tokens per forward.
+        normalize: normalisation of option scores, see :class:`bayes_lora.lm.language_model.LanguageModel`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class FeatureReader:
         self.budget, self.normalize = budget, normalize
 
     def __call__(self, episode: Episode) -> Features:
-        """The features of an episode's examples, whatever their labels, where the episode is."""
+        """Return the features of an episode's examples on the episode's device. They do not depend on labels."""
         flat = [example for task in episode.examples for example in task]
         missing = {e.key: e for e in flat if e is not None and e.key not in self.cache}
         fresh = self._compute(list(missing.values()), episode.input_ids.device) if missing else {}
@@ -71,7 +71,7 @@ class FeatureReader:
 
     @torch.no_grad()
     def _read(self, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
-        """Features ``(N, 2, d)``, ``(N, K, d)`` and ``(N, K)`` of one task's examples."""
+        """Return features ``(N, 2, d)``, ``(N, K, d)`` and ``(N, K)`` of the examples of one task."""
         _, rows, options = episode.shape
         read = self.read(episode)
         [top] = read.prompt_ends

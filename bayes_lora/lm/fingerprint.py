@@ -1,12 +1,12 @@
-"""What a posterior belongs to: the language model's settings, and samples of its frozen weights and its adapter.
+"""A fingerprint of the language model of a posterior: its settings, and samples of its frozen weights and adapter.
 
-The name of a model says too little: the hub's copy, one quantised to 4 bits and one fine-tuned since may share it. A
-few values of a few weight matrices tell them apart, in milliseconds. They are compared with a tolerance that passes the
-same weights in another floating-point format (bfloat16 rounds by at most 2^-8 of a value, 0.4 %) and nothing coarser:
-rounding to 4 bits moves a matrix by some 8 %.
+The name of a model is not enough: the hub's copy, a copy quantised to 4 bits and a fine-tuned copy may share it. A few
+values of a few weight matrices distinguish them in milliseconds. The tolerance accepts the same weights in another
+floating-point format (bfloat16 rounds by at most 2^-8 of a value, 0.4 %) but not coarser rounding: 4 bits change a
+matrix by about 8 %.
 
-If the LoRA starts at a trained adapter, its weights are sampled in the same way. PEFT's own initial values are not:
-they add nothing, and a posterior's tensors hold all that depends on them.
+If the LoRA starts at a trained adapter, its weights are sampled in the same way. PEFT's initial values are not sampled,
+because they do not change the model, and the tensors of a posterior include all that depends on them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TOLERANCE = 0.005
 
 
 def identity(lm: LanguageModel) -> dict[str, Any]:
-    """What :func:`check_identity` compares, ready for JSON."""
+    """Return the facts that :func:`check_identity` compares, as JSON values."""
     return {SETTINGS: lm.settings, WEIGHTS: weight_sample(lm.model), ADAPTER: adapter_sample(lm)}
 
 
 def weight_sample(model: nn.Module) -> dict[str, list[float]]:
-    """Values at fixed places of some of a model's matrices, by the matrices' names; LoRA is passed over."""
+    """Return values at fixed positions of some of a model's matrices, by name, without LoRA weights."""
     matrices = _matrices(model)
     names = sorted(matrices)
     chosen = [names[i] for i in _spread(len(names), NUM_MATRICES)]
@@ -46,7 +46,7 @@ def weight_sample(model: nn.Module) -> dict[str, list[float]]:
 
 
 def adapter_sample(lm: LanguageModel) -> dict[str, list[float]]:
-    """Values at fixed places of the trained adapter that the LoRA starts at, by site; empty if it adds nothing."""
+    """Return values at fixed positions of the trained adapter at which the LoRA starts, by site; empty if B is zero."""
     values = lm.sites.initial()
     if not any(value.any() for site, value in values.items() if ".lora_B" in site):
         return {}
@@ -54,15 +54,15 @@ def adapter_sample(lm: LanguageModel) -> dict[str, list[float]]:
 
 
 def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> None:
-    """Compare what :func:`identity` once returned with a language model.
+    """Check that saved results of :func:`identity` match a language model.
 
     Args:
-        facts: a mapping that holds it, or holds less of it, as files of earlier versions do.
+        facts: the saved results; keys may be missing in files of earlier versions.
         lm: the language model.
-        path: the folder that the facts are from.
+        path: the folder of the saved results, for messages.
 
     Raises:
-        PosteriorError: another setting, or other weights; or the facts are damaged.
+        PosteriorError: settings or weights differ, or the facts are damaged.
     """
     fitted, now = facts.get(SETTINGS, lm.settings), lm.settings
     known, adapter = facts.get(WEIGHTS, {}), facts.get(ADAPTER)
@@ -73,14 +73,16 @@ def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> N
     differ = [key for key in now if key != "name" and fitted.get(key) != now[key]]
     if differ:
         was, are = ({key: one.get(key) for key in differ} for one in (fitted, now))
-        raise PosteriorError(f"{path}: fitted with {was}, but the language model has {are}. Pass lm= made like that.")
+        raise PosteriorError(
+            f"{path}: fitted with {was}, but the language model has {are}. Pass lm= with these values."
+        )
     matrices = _matrices(lm.model)
     other = [name for name, values in known.items() if name not in matrices or not _alike(values, *matrices[name])]
     if other:
         raise PosteriorError(
-            f"{path}: fitted on other base weights than those of {lm.name}: {len(other)} of {len(known)} sampled "
-            f"matrices differ, such as {other[0]}. Copies of a model may share its name (the hub's and one quantised "
-            "to 4 bits, say): pass lm= loaded from the folder of the copy it was fitted on, or fit again."
+            f"{path}: fitted on base weights other than those of {lm.name}: {len(other)} of {len(known)} sampled "
+            f"matrices differ, such as {other[0]}. Copies of a model may share its name (such as the hub's and one "
+            "quantised to 4 bits). Pass lm= loaded from the folder of the copy it was fitted on, or fit again."
         )
     if adapter is not None:
         _check_adapter(adapter, lm, path)
@@ -98,13 +100,13 @@ def _check_adapter(saved: dict[str, Any], lm: LanguageModel, path: Path) -> None
     other = [site for site, sample in saved.items() if site not in values or not _close(sample, values[site])]
     if other:
         raise PosteriorError(
-            f"{path}: fitted on another adapter than that of {lm.name}: {len(other)} of {len(saved)} sampled sites "
+            f"{path}: fitted on an adapter other than that of {lm.name}: {len(other)} of {len(saved)} sampled sites "
             f"differ, such as {other[0]}. Pass lm= made with the adapter that it was fitted on, or fit again."
         )
 
 
 def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """The frozen matrices and the modules they are of, under the names they had before PEFT wrapped their layers."""
+    """Return the frozen matrices and their modules, by their names before PEFT wrapped the layers."""
     return {
         name.replace(".base_layer.", "."): (model.get_submodule(name.rpartition(".")[0]), value)
         for name, value in model.named_parameters()
@@ -113,12 +115,12 @@ def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """Up to ``count`` different indices below ``size``, evenly spread."""
+    """Return up to ``count`` distinct indices below ``size``, evenly spaced."""
     return sorted({size * (2 * i + 1) // (2 * count) for i in range(count)} if size else ())
 
 
 def _values(module: nn.Module, matrix: nn.Parameter | Tensor) -> Tensor:
-    # bitsandbytes' codes mean nothing without their scales.
+    # The codes of bitsandbytes are meaningless without their scales.
     if isinstance(matrix, nn.Parameter) and type(matrix).__name__ in ("Params4bit", "Int8Params"):
         matrix = dequantize_bnb_weight(matrix, state=getattr(module, "state", None))
     return _at_places(matrix)
@@ -138,7 +140,7 @@ def _alike(saved: Any, module: nn.Module, matrix: nn.Parameter) -> bool:
 
 
 def _close(saved: Any, values: Tensor) -> bool:
-    """Whether a saved sample is one of these values, up to the tolerance."""
+    """Return whether a saved sample equals these values up to the tolerance."""
     try:
         expected = torch.tensor(saved, dtype=torch.float64)
     except (TypeError, ValueError):

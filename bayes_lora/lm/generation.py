@@ -1,11 +1,11 @@
 r"""Greedy decoding under a posterior over LoRA weights.
 
-The next token is the likeliest one under the posterior predictive of the whole text, of which a draw is one model:
+The next token maximises the posterior predictive, under which the draw of phi is the same for the whole text:
 
 .. math:: p(y_t \mid y_{<t}) = \sum_s w_s \, p(y_t \mid y_{<t}, \phi_s), \qquad w_s \propto p(y_{<t} \mid \phi_s)
 
-so that the probabilities along a text multiply to the mean over draws of :math:`p(y \mid \phi_s)`. All draws run side
-by side, with a key-value cache each. ``S`` draws, ``N`` prompts, ``V`` the vocabulary; log-probabilities in nats.
+The product of these probabilities over a text is the mean over draws of :math:`p(y \mid \phi_s)`. All draws run in one
+batch, each with its own key-value cache. ``S`` draws, ``N`` prompts, ``V`` vocabulary size; log-probabilities in nats.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Generated(NamedTuple):
     """A decoded answer.
 
     Attributes:
-        text: without what ends it, and without spaces around it.
-        log_prob: of its tokens and of what ends it, nats: the logarithm of the mean over draws of their probability.
-            Of an answer that did not end, of the tokens there are.
+        text: the answer without its end and without surrounding whitespace.
+        log_prob: log of the mean over draws of the probability of the answer's tokens and its end, nats. If the answer
+            did not end, of the generated tokens.
     """
 
     text: str
@@ -43,23 +43,23 @@ class Generated(NamedTuple):
 
 
 class PosteriorAverage(LogitsProcessor):
-    """Replaces each draw's scores by the log-probabilities of the average, the same for all draws.
+    """Replaces the scores of each draw by the log-probabilities of the average over draws.
 
     Args:
-        draws: S; rows are grouped by draw, ``S * N``.
+        draws: number of draws S. The ``S * N`` rows are grouped by draw.
 
     Attributes:
-        totals: after each step the log-probability ``(N,)`` of the tokens before it.
+        totals: for each step the log-probability ``(N,)`` of the tokens before it.
     """
 
     def __init__(self, draws: int) -> None:
         self.draws = draws
         self.totals: list[Tensor] = []
         self._weights: Tensor | None = None  # (S, N) log p(y_<t | phi_s)
-        self._before: Tensor | None = None  # (S, N, V) of the step before
+        self._before: Tensor | None = None  # (S, N, V) of the previous step
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Return ``(S * N, V)``."""
+        """Return averaged log-probabilities ``(S * N, V)``."""
         log_probs = scores.float().log_softmax(-1).unflatten(0, (self.draws, -1))
         weights = self._advance(input_ids, log_probs.new_zeros(log_probs.shape[:2]))
         self._before = log_probs
@@ -76,31 +76,31 @@ class PosteriorAverage(LogitsProcessor):
         return weights
 
     def log_probs(self, sequences: Tensor) -> Tensor:
-        """Log-probability ``(N, L)`` of the first 1 to L tokens, for all L that were generated."""
+        """Return the log-probability ``(N, L)`` of the first 1 to L of the L generated tokens."""
         self._advance(sequences, sequences.new_zeros(0))
         return torch.stack(self.totals[1:], -1)
 
 
 class Ended(StoppingCriteria):
-    """Which rows hold the text that ends an answer; one of the first draw speaks for all, for all are alike."""
+    """Stops rows that contain the end of an answer. Only the first draw is read, because all draws are equal."""
 
     def __init__(self, tokenizer: Any, end: str, prompts: int, start: int) -> None:
         self.tokenizer, self.end, self.prompts, self.start = tokenizer, end, prompts, start
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Return ``(S * N,)``."""
+        """Return whether each row has ended, ``(S * N,)``."""
         texts = decode(self.tokenizer, input_ids[: self.prompts, self.start :])
         done = torch.tensor([has_ended(text, self.end) for text in texts], device=input_ids.device)
         return done.repeat(len(input_ids) // self.prompts)
 
 
 def has_ended(text: str, end: str) -> bool:
-    """Whether a text holds what ends it; at its very beginning a line end ends nothing."""
+    """Return whether a text contains its end; leading whitespace is ignored."""
     return end in text.lstrip()
 
 
 def decode(tokenizer: Any, rows: Tensor) -> list[str]:
-    """The text of each row of tokens, special ones and all."""
+    """Return the text of each row of tokens, including special tokens."""
     found: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return found
 
@@ -109,13 +109,13 @@ def decode(tokenizer: Any, rows: Tensor) -> list[str]:
 def generate(
     lm: LanguageModel, phi: Sites, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int
 ) -> list[list[Generated]]:
-    """Answer the prompts of each task; those of like length share a forward, whatever their task.
+    """Answer the prompts of each task; prompts of similar length share a forward, whatever their task.
 
     Args:
         lm: the language model.
-        phi: ``(S or 1, T or 1, 1, layers, out, in)``.
-        prompts: token ids, per task.
-        max_new_tokens: at most.
+        phi: LoRA weights ``(S or 1, T or 1, 1, layers, out, in)`` per site.
+        prompts: token ids of each prompt, per task.
+        max_new_tokens: maximum number of tokens of an answer.
     """
     draws, tasks = max(len(value) for value in phi.values()), len(prompts)
     values = {site: value.expand(draws, tasks, *value.shape[2:])[:, :, 0] for site, value in phi.items()}
@@ -154,7 +154,7 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
 
 
 def _answer(tokenizer: Any, end: str, tokens: Tensor, log_probs: Tensor) -> Generated:
-    """Cut an answer behind the first token that ends it."""
+    """Cut an answer after the first token that ends it."""
     count = len(tokens)
     for length in range(1, len(tokens) + 1):
         [text] = decode(tokenizer, tokens[None, :length])

@@ -1,4 +1,4 @@
-"""The way to run models that take no 4-D mask: each prompt once, then its options from the prompt's key-value cache."""
+"""A forward for models without support for 4-D masks: each prompt once, then its options from a key-value cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PromptCacheForward"]
 
 
 class PromptCacheForward:
-    """Two forwards with ordinary 2-D masks: prompts padded on the left, then the rest of all options behind them.
+    """Two forwards with standard 2-D masks: prompts padded on the left, then the options of all prompts.
 
     Demonstrations are part of every prompt, and all layers run.
 
@@ -54,7 +54,7 @@ class PromptCacheForward:
         return Read(found, read[0].unflatten(0, (draws, -1)), None)
 
     def rows_per_task(self, episode: Episode) -> None:
-        """See :class:`bayes_lora.lm.packed_forward.Forward`: a prompt a row, or a blank one where a task has fewer."""
+        """See :class:`bayes_lora.lm.packed_forward.Forward`: all tasks have one row per prompt, padded with blanks."""
 
     def _run(self, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
         if self.takes_positions:
@@ -62,21 +62,22 @@ class PromptCacheForward:
         return self.model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
 
     def _scores(self, output: Any, tokens: Tensor, places: int, draws: int) -> Tensor:
-        """Log-probabilities ``(D, q)`` of tokens predicted at their places in each of ``draws`` copies."""
+        """Return log-probabilities ``(D, q)`` of tokens at the given positions in each of ``draws`` copies."""
         at = (tokens[1] + places * torch.arange(draws, device=tokens.device)[:, None]).flatten()
         return token_log_probs(output.logits[0], at, tokens[2].repeat(draws)).view(draws, -1)
 
 
 class Layout(NamedTuple):
-    """An episode in two parts; ``B = T * N`` examples, ``K`` options, ``P`` and ``W`` tokens.
+    """An episode divided into prompts and options: ``B = T * N`` examples, ``K`` options, ``P`` and ``W`` tokens.
 
     Attributes:
         prompts: ``(B, P)`` token ids, padded on the left.
-        prompt_mask: ``(B, P)`` 1 where there is a token.
-        rest: ``(B * K, W)`` the tokens of each option but its last one, padded on the right.
-        rest_mask: ``(B * K, W)``.
-        first: ``(3, q)`` of the options' first tokens: index among all option tokens, row of the prompt, token id.
-        later: ``(3, q)`` of the others: index, place in the flattened ``rest`` at which it is predicted, token id.
+        prompt_mask: ``(B, P)`` 1 for tokens, 0 for padding.
+        rest: ``(B * K, W)`` token ids of each option except its last, padded on the right.
+        rest_mask: ``(B * K, W)`` 1 for tokens, 0 for padding.
+        first: ``(3, q)`` for the first tokens of options: index among all option tokens, row of the prompt, token id.
+        later: ``(3, q)`` for the other tokens: index among all option tokens, index into the flattened ``rest`` of the
+            position that predicts it, token id.
     """
 
     prompts: Tensor
@@ -88,7 +89,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(episode: Episode) -> Layout:
-    """Take an episode's rows apart."""
+    """Divide an episode's rows into prompts and options."""
     examples = [example for task in episode.examples for example in task]
     options, blank = episode.shape[-1], torch.zeros(1, dtype=torch.long)
     prompts = [blank if e is None else _prompt(e) for e in examples]

@@ -42,33 +42,35 @@ class LanguageModel:
     .. math:: \log p(o \mid x, \phi) = \sum_j \log p_{W_0 + \mathrm{LoRA}(\phi)}(o_j \mid x, o_{<j})
 
     in nats, over the tokens of option o; with ``normalize="mean"`` divided by their number. T tasks times S draws run
-    in one forward, a prompt is read once for all its options, and the LM head runs on answer positions only.
+    in one forward, each prompt is read once for all its options, and the LM head runs on answer positions only.
 
-    This is a plain object, not a module: Pyro makes every parameter that it can reach trainable, and must not reach
-    the LM's. All parameters of ``model`` are frozen.
+    This is a plain object, not a module, because Pyro would make the parameters of a module trainable. All parameters
+    of ``model`` are frozen.
 
     Args:
-        model: a causal LM with adapters injected by PEFT (its LoRA linears are replaced by slots here).
-        tokenizer: its tokenizer.
-        lora_config: the PEFT configuration, kept for export.
-        name: hub id or path, kept for export.
+        model: a causal LM with adapters injected by PEFT. Its LoRA linears are replaced by slots.
+        tokenizer: the tokenizer of the model.
+        lora_config: the PEFT configuration, needed for export.
+        name: hub id or path of the model, needed for export.
         adapter: hub id or path of the saved adapter whose weights were loaded; None if they are PEFT's initial values,
             or from a model in memory.
         adapter_name: PEFT's name of the adapter in the model.
-        template: how an example becomes text.
-        max_length: longest row in tokens; at most the model's longest position and its sliding window, if it has them.
-        normalize: ``"sum"`` or ``"mean"`` over an option's tokens.
-        token_budget: without gradients, draws are taken in chunks of at most this many tokens per forward; None finds
-            the number, on a GPU by measuring what the first chunk takes (see :mod:`bayes_lora.lm.token_budget`).
-        cache_bytes: RAM for the hidden states that the lowest adapted layer reads; what it has no room for is computed
-            anew each time, or kept in ``cache_folder``.
-        cache_folder: for memory-mapped files, which are gone with the process.
-        token_folder: for the tokens of large collections, which stay, see :mod:`bayes_lora.episodes.token_store`; None
-            keeps them in memory only.
-        gradient_checkpointing: whether activations are computed again in backward, layer by layer, instead of kept.
+        template: prompt template.
+        max_length: maximum number of tokens of a row; at most the model's number of positions and its sliding window,
+            if it has them.
+        normalize: ``"sum"`` or ``"mean"`` over the tokens of an option.
+        token_budget: maximum number of tokens per forward without gradients, for which draws are divided into chunks;
+            None sets it automatically, on a GPU by measuring the memory of the first chunk (see
+            :mod:`bayes_lora.lm.token_budget`).
+        cache_bytes: RAM for the hidden states at the input of the lowest adapted layer. States that do not fit are
+            stored in ``cache_folder``, or computed again each time.
+        cache_folder: folder for memory-mapped files, which are deleted when the process ends.
+        token_folder: folder for the tokens of large collections, which persist, see
+            :mod:`bayes_lora.episodes.token_store`; None keeps them in memory only.
+        gradient_checkpointing: whether activations are computed again in backward, layer by layer, instead of stored.
 
     Raises:
-        SiteError: LoRA cannot be made random where it is.
+        SiteError: LoRA on one of its modules cannot be random.
         ConfigError: a setting is wrong, or the cache folder cannot be written.
     """
 
@@ -98,7 +100,7 @@ class LanguageModel:
         keep_differentiable(model)
         self.sites: LoraSites = find_sites(model, adapter_name)
         self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
-        # A given mask is taken as it is, so a row must fit into the window beyond which some models do not look back.
+        # A 4-D mask is used as it is, so rows must fit into the sliding window of models that have one.
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
         longest = min((limit for limit in limits if limit), default=None)
         length = max_length if longest is None else min(max_length, longest)
@@ -107,7 +109,9 @@ class LanguageModel:
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         head: Any = model.get_output_embeddings()
         if any(module is head for name, module in model.named_modules() if name in adapted):
-            raise SiteError("LoRA on the LM head cannot be random: the head sees answer positions, not rows of a draw.")
+            raise SiteError(
+                "LoRA on the LM head cannot be random: its input is answer positions, not the rows of a draw."
+            )
         self.trunk = Trunk(model, adapted, TensorCache(cache_bytes, cache_folder), self.budget)
         known = TensorCache(1 << 30, cache_folder)
         self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)
@@ -117,12 +121,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the base model is."""
+        """The device of the base model."""
         return self.model.device
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the scores besides the weights; saved with a posterior, and compared when it is loaded."""
+        """Settings that determine the scores, given the weights; saved with a posterior and compared on loading."""
         return {
             "name": self.name,
             "max_length": self.encoder.max_length,
@@ -138,24 +142,24 @@ class LanguageModel:
         return int(self.model.config.hidden_size)
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
-        """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; absent options get :func:`absent_score`.
+        """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; :func:`absent_score` for absent options.
 
         Args:
             phi: per site ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)``.
             episode: T tasks, N examples, up to K options.
 
         Raises:
-            SiteError: phi lacks a site, or its batch shape fits no ``(T, N)``.
+            SiteError: phi lacks a site, or its batch shape does not match ``(T, 1)``.
         """
         self.sites.check(phi)
         tasks = episode.shape[0]
-        # Over tensors and the parts of deferred weights alike.
+        # Deferred weights are pytrees of tensors.
         leaves: list[Tensor] = tree_leaves(phi)
         batch = torch.broadcast_shapes(*(value.shape[:-3] for value in leaves)) or (1, 1)
         if len(batch) < 2 or batch[-1] != 1 or batch[-2] not in (1, tasks):
             raise SiteError(
-                f"phi has batch shape {tuple(batch)}: expected (*draws, {tasks} or 1, 1), "
-                "for tasks are dimension -2 and a draw is shared by all examples (dimension -1) of a task."
+                f"phi has batch shape {tuple(batch)}: expected (*draws, {tasks} or 1, 1), because "
+                "tasks are dimension -2 and a draw is shared by all examples (dimension -1) of a task."
             )
         draws, per_task = batch[:-2], batch[-2]
         count = math.prod(draws)
@@ -179,24 +183,24 @@ class LanguageModel:
         return option_scores(read.token_scores, episode, self.normalize)
 
     def bound(self, values: Sites, rows: Sequence[int] | None = None) -> AbstractContextManager[None]:
-        """Inside the block the model runs under values ``(D, T or 1, layers, out, in)``, with rows grouped by draw.
+        """Bind values ``(D, T or 1, layers, out, in)`` inside the block, with rows grouped by draw and task.
 
         Args:
-            values: per site.
-            rows: how many each draw and task has; None divides them equally.
+            values: values per site.
+            rows: number of rows of each draw and task; None divides them equally.
         """
         draws, groups = tree_leaves(values)[0].shape[:2]
         bound: Sites = tree_map(lambda value: value.flatten(0, 1) if draws * groups > 1 else value[0, 0], values)
         if self.model.dtype.itemsize == 2:
-            # In the base's own 16 bits, or PEFT would compute the adapters in the values' 32: phi, its gradients and
-            # all that follows the scores stay in 32. Whole updates are computed in 32, for their variances are small.
+            # PEFT computes adapters in the dtype of their weights, so they are cast to the base's 16 bits. Phi, its
+            # gradients and the scores stay in 32 bits, and so do whole updates, because their variances are small.
             whole = self.sites.delta_shapes
             bound = {site: value if site in whole else value.to(self.model.dtype) for site, value in bound.items()}
         return self.sites.bind(bound, rows)
 
     @property
     def forward(self) -> Forward:
-        """The way to run the model, found on first use."""
+        """The forward, chosen on first use."""
         if self._forward is None:
             self._forward = choose_forward(self.model, self.sites, self.trunk)
         return self._forward
@@ -206,14 +210,14 @@ class LanguageModel:
             return self.forward(episode)
 
     def features(self, episode: Episode) -> Features:
-        """What the base model without an adapter knows of each example, whatever its label; computed once and kept."""
+        """Return features of each example from the base model without an adapter. They are cached."""
         return self.feature_reader(episode)
 
 
 def keep_differentiable(model: Any) -> None:
-    """Keep bitsandbytes' 4-bit layers from repacking their weights, which they do on CPUs that compute in bfloat16.
+    """Prevent bitsandbytes' 4-bit layers from repacking their weights, as they do on CPUs that support bfloat16.
 
-    They do it for good in the first forward whose input needs no gradient; from then on no gradient passes through.
+    The first forward whose input needs no gradient repacks them permanently; gradients cannot pass through them then.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -221,19 +225,19 @@ def keep_differentiable(model: Any) -> None:
 
 
 def checkpoint_layers(model: Any, sites: LoraSites) -> None:
-    """Let transformers checkpoint the decoder layers; backward runs them again under what was bound in forward.
+    """Enable gradient checkpointing of the decoder layers; backward runs them again with the weights bound in forward.
 
     Raises:
         ConfigError: the model does not support it.
     """
     if not model.supports_gradient_checkpointing:
-        raise ConfigError(f"gradient_checkpointing: {type(model).__name__} does not support it. Leave it off.")
+        raise ConfigError(f"gradient_checkpointing: not supported by {type(model).__name__}. Set it to False.")
     options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": sites.checkpoint_context}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
     for module in model.modules():
-        # Layers are checkpointed in training mode only. Their own flag does not reach the modules inside them, but some
-        # apply a rate of dropout themselves.
+        # Layers are checkpointed only in training mode. The flag does not affect the modules inside them, but some
+        # layers apply dropout themselves.
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
             for name, value in vars(module).items():

@@ -43,16 +43,16 @@ def default_lora(
 ) -> peft.LoraConfig:
     """Make a LoRA configuration for a model.
 
-    Adapting the top layers only lets everything below them run once per example (see :mod:`bayes_lora.lm.trunk`).
+    If only the top layers are adapted, the layers below run once per example (see :mod:`bayes_lora.lm.trunk`).
 
     Args:
         model: the model.
         r: rank, by default 8.
         lora_alpha: PEFT scales the update by ``lora_alpha / r``; by default ``2 r``.
         layers_to_transform: indices of the adapted layers, counted from the bottom.
-        top_layers: in place of these, the number of adapted layers, counted from the top; by default 6.
-        target_modules: by default the modules that PEFT adapts by default and the attention's output projection, whose
-            B writes into the residual stream.
+        top_layers: alternatively, the number of adapted layers, counted from the top; by default 6.
+        target_modules: by default PEFT's default modules and the attention's output projection, whose B writes into
+            the residual stream.
 
     Raises:
         ConfigError: ``layers_to_transform`` and ``top_layers`` are both given, or the model has no such layer.
@@ -87,9 +87,9 @@ def _check_layers(layers_to_transform: object, top_layers: object) -> None:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that computes in it, else float32.
+    """Return bfloat16 on a GPU that supports it, otherwise float32.
 
-    On CPUs bfloat16 is slower: by a quarter on one with AVX512-BF16, more than fiftyfold on one without AVX2.
+    On CPUs bfloat16 is slower: by 25 % on one with AVX512-BF16, by a factor of more than 50 on one without AVX2.
     """
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
@@ -100,7 +100,7 @@ def _quantization(bits: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndB
         raise ConfigError(f"quantization {bits!r} needs bitsandbytes. Install it: pip install 'bayes-lora[quantized]'")
     if bits == "4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    # Above its usual threshold whole columns of the batch stay in 16 bits, and a row's scores depend on its company.
+    # With the default threshold some columns of the batch stay in 16 bits, and scores depend on the other rows.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
@@ -123,9 +123,8 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a causal LM, inject LoRA with PEFT, and make its LoRA weights bindable.
 
-    The LoRA is defined by one of three: a ``lora_config``; a saved ``adapter``; or ``r``, ``lora_alpha``,
-    ``layers_to_transform`` or ``top_layers``, and ``target_modules``, from which :func:`default_lora` makes a
-    configuration.
+    The LoRA is defined by a ``lora_config``, by a saved ``adapter``, or by the arguments of :func:`default_lora`:
+    ``r``, ``lora_alpha``, ``layers_to_transform`` or ``top_layers``, and ``target_modules``.
 
     Args:
         name_or_path: a hub id, a local folder, or a GGUF file.
@@ -133,24 +132,24 @@ def load_language_model(
         r: rank, by default 8.
         lora_alpha: PEFT scales the update by ``lora_alpha / r``; by default ``2 r``.
         layers_to_transform: indices of the adapted layers, counted from the bottom.
-        top_layers: in place of these, the number of adapted layers, counted from the top; by default 6.
+        top_layers: alternatively, the number of adapted layers, counted from the top; by default 6.
         target_modules: names of module kinds (``q_proj``); by default see :func:`default_lora`.
-        adapter: a LoRA adapter that ``save_pretrained`` wrote, a folder or a hub id. Its weights are the initial values
+        adapter: a LoRA adapter written by ``save_pretrained``: a folder or a hub id. Its weights are the initial values
             of the sites, ``lm.sites.initial()``, where guides start; see :func:`from_peft`.
         device: by default a GPU if there is one.
-        dtype: of the base; by default :func:`default_dtype`. LoRA weights and scores have at least 32 bits.
-        quantization: store the base's linear layers in 8 or 4 bits through bitsandbytes; ``model_kwargs`` may hold a
-            ``quantization_config`` instead.
-        seed: of PEFT's random initial A.
+        dtype: dtype of the base; by default :func:`default_dtype`. LoRA weights and scores have at least 32 bits.
+        quantization: store the base's linear layers in 8 or 4 bits with bitsandbytes; alternatively, ``model_kwargs``
+            may have a ``quantization_config``.
+        seed: seed of PEFT's random initial A.
         model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation, revision).
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
             ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``; and ``token_folder``, which by default is
             ``tokens`` in the folder of :func:`bayes_lora.lm.model_files.cache_folder`.
 
     Raises:
-        ModelFileError: files cannot be found, downloaded or read; or the adapter's do not fit the model.
-        SiteError: a target module is not in the model; names near ones. Or it is not plain LoRA on linear modules.
-        ConfigError: bitsandbytes is wanted and not installed, or a setting is wrong or contradicts another.
+        ModelFileError: files cannot be found, downloaded or read, or the adapter does not match the model.
+        SiteError: a target module is not in the model, or the adapter is not plain LoRA on linear modules.
+        ConfigError: bitsandbytes is needed but not installed, or a setting is wrong or contradicts another.
     """
     choice: dict[str, Any] = {
         "r": r,
@@ -170,7 +169,7 @@ def load_language_model(
     model, tokenizer = _load_base(name_or_path, dtype, options)
     source = None
     if adapter is not None:
-        # A path is kept whole, so that a saved posterior finds the adapter from another folder.
+        # An absolute path, so that a saved posterior finds the adapter from another folder.
         source = str(Path(adapter).expanduser().resolve()) if Path(adapter).expanduser().exists() else str(adapter)
         lora_config = _inject_adapter(source, model)
     else:
@@ -189,22 +188,22 @@ def from_peft(
     name: str | None = None,
     **kwargs: Any,
 ) -> LanguageModel:
-    """Make the LoRA weights of a ``PeftModel`` bindable; they are where guides start.
+    """Make the LoRA weights of a ``PeftModel`` bindable, and use them as initial values for guides.
 
-    The adapter's weights become the initial values of the sites, ``lm.sites.initial()``: with these bound, scores are
-    those of ``peft_model``. With every B at zero, and in ``lm.features``, they are those of the base model.
+    The adapter's weights become the initial values of the sites, ``lm.sites.initial()``. With these bound, scores are
+    those of ``peft_model``. With all B zero, and in ``lm.features``, they are those of the base model.
 
-    The model is taken over, not copied: its LoRA linears become slots, all its parameters are frozen, it is put into
-    evaluation mode, and outside of ``lm.sites.bind`` it runs without the adapter. Call ``peft_model.save_pretrained``
-    before, or :meth:`bayes_lora.TaskPosterior.export_peft` after. The base model's weights are left as they are. A
-    ``lora_dropout`` is taken out. Other adapters of the model stay, inactive.
+    The model is modified in place: its LoRA linears become slots, all its parameters are frozen, it is put into
+    evaluation mode, and outside ``lm.sites.bind`` it runs without the adapter. Call ``peft_model.save_pretrained``
+    before, or :meth:`bayes_lora.TaskPosterior.export_peft` after. The base model's weights do not change.
+    ``lora_dropout`` is removed. Other adapters of the model are kept but inactive.
 
     Args:
         peft_model: a causal LM with a LoRA adapter, by ``peft.get_peft_model`` or ``peft.PeftModel.from_pretrained``.
-        tokenizer: its tokenizer.
-        adapter: PEFT's name of the adapter, where it is not the active one.
-        name: hub id or path of the base model, which saved posteriors and exported adapters name; by default the one
-            that the adapter's configuration has.
+        tokenizer: the tokenizer of the model.
+        adapter: PEFT's name of the adapter; by default the active one.
+        name: hub id or path of the base model, which is recorded in saved posteriors and exported adapters; by default
+            the one of the adapter's configuration.
         **kwargs: as in :func:`load_language_model`.
 
     Raises:
@@ -215,7 +214,7 @@ def from_peft(
     adapter_name = active_adapter(peft_model, adapter)
     lora_config = check_lora_config(peft_model.peft_config[adapter_name])
     model = cast(PreTrainedModel, peft_model.get_base_model())
-    remove_dropout(model, adapter_name)  # without find_sites' warning: it was for training, which is over
+    remove_dropout(model, adapter_name)  # without the warning of find_sites, because dropout was set for training
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
     name = name or lora_config.base_model_name_or_path or str(model.name_or_path)
     return LanguageModel(model, tokenizer, lora_config, name=name, adapter_name=adapter_name, **kwargs)
@@ -224,7 +223,7 @@ def from_peft(
 def _check_choice(lora_config: object, adapter: object, given: Sequence[str]) -> None:
     whole = [name for name, value in (("lora_config", lora_config), ("adapter", adapter)) if value is not None]
     if whole and len([*whole, *given]) > 1:
-        raise ConfigError(f"{', '.join([*whole, *given])}: {whole[0]} defines the LoRA already. Leave out the others.")
+        raise ConfigError(f"{', '.join([*whole, *given])}: {whole[0]} already defines the LoRA. Leave out the others.")
 
 
 def _inject_adapter(adapter: str, model: PreTrainedModel) -> peft.LoraConfig:
@@ -246,10 +245,10 @@ def _load_base(
     if isinstance(found, Path) and found.suffix == ".gguf":
         source, options["gguf_file"] = str(found.parent), found.name
     shared = {key: value for key, value in options.items() if key in ("gguf_file", "trust_remote_code")}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # weights that do not fit are named below
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatched weights raise an error below
     gguf = "gguf_file" in options
     with reading("config.json", name_or_path, found):
-        if not gguf:  # whose settings are read with its tokenizer
+        if not gguf:  # the settings of a GGUF file are read with its tokenizer
             AutoConfig.from_pretrained(source, **shared)
     with reading("file" if gguf else "tokenizer", name_or_path, found):
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
@@ -259,7 +258,7 @@ def _load_base(
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
         raise ModelFileError(
-            f"'{found}': {len(wrong)} weights are missing or of another shape than config.json says, such as "
+            f"'{found}': {len(wrong)} weights are missing or have another shape than config.json says, such as "
             f"{wrong[0]}. {_cure('weights', name_or_path, found)}"
         )
     return model, tokenizer
@@ -267,7 +266,7 @@ def _load_base(
 
 @contextmanager
 def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
-    """Turn whatever transformers raises over damaged files (of any type) into one line that says what to do."""
+    """Convert any error that transformers raises for damaged files into a one-line error with a remedy."""
     try:
         yield
     except (BayesLoraError, MemoryError, torch.OutOfMemoryError):
@@ -281,14 +280,14 @@ def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
 
 def _cure(part: str, name_or_path: str | Path, found: Path) -> str:
     if part == "adapter":
-        return "Expected adapter_config.json and adapter_model.safetensors of a LoRA on this model: save it anew."
+        return "Expected adapter_config.json and adapter_model.safetensors of a LoRA on this model. Save it again."
     if found.name == CONVERTED_FOLDER:
         return "Delete this folder, then run: bayes-lora fetch"
     if not Path(name_or_path).expanduser().exists():
-        return f"Download it anew: hf download --force-download {name_or_path}"
+        return f"Download it again: hf download --force-download {name_or_path}"
     if part == "tokenizer" and found.is_dir():
-        return "Put the model's tokenizer.json and tokenizer_config.json there, or copy the model anew."
-    return "Copy or save the model anew."
+        return "Put the model's tokenizer.json and tokenizer_config.json there, or copy the model again."
+    return "Copy or save the model again."
 
 
 def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> None:
@@ -301,7 +300,7 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
     wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
-    # PEFT passes over a name that fits no module, as long as another one does.
+    # PEFT ignores names that match no module if another name matches one.
     unknown = [name for name in wanted if not any(f".{module}".endswith(f".{name}") for module in names)]
     if unknown:
         listed = ", ".join(f"{name!r}{did_you_mean(name, kinds)}" for name in unknown)

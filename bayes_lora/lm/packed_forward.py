@@ -1,6 +1,6 @@
 """Scores of option tokens from a Hugging Face causal LM: packed rows in one forward, the head on answer positions only.
 
-``M`` positions at which a token is predicted, ``Q`` option tokens, ``V`` the vocabulary; log quantities in nats.
+``M`` positions at which a token is predicted, ``Q`` option tokens, ``V`` vocabulary size; log quantities in nats.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from bayes_lora.lm.trunk import Trunk
 __all__ = ["Forward", "PackedForward", "Read", "head_reads"]
 
 LOGIT_BYTES = 1 << 28
-"""The LM head makes at most this many bytes of logits (positions times vocabulary) at a time, gradients or not."""
+"""Maximum size in bytes of the logits (positions times vocabulary) that are computed at a time."""
 
 
 class Read(NamedTuple):
-    """What a forward gives.
+    """The result of a forward.
 
     Attributes:
         token_scores: ``(D, Q)`` log-probability of each option token.
-        prompt_ends: ``(D, T * N, d)`` what the head reads at the end of each prompt; anything where there is none.
-        trunk_ends: ``(T * N, d)`` the input of the first adapted layer there; None where it is not known.
+        prompt_ends: ``(D, T * N, d)`` input of the head at the end of each prompt; undefined for absent examples.
+        trunk_ends: ``(T * N, d)`` input of the first adapted layer at the same positions; None if it is not available.
     """
 
     token_scores: Tensor
@@ -43,21 +43,21 @@ class Forward(Protocol):
     """A way to run the language model."""
 
     def __call__(self, episode: Episode, draws: int = 1) -> Read:
-        """Score the option tokens of D copies of an episode, whose rows are grouped by draw under what is bound."""
+        """Score the option tokens of D copies of an episode, one per bound draw; rows are grouped by draw."""
         ...
 
     def rows_per_task(self, episode: Episode) -> tuple[int, ...] | None:
-        """How many rows of its batch each task has; None stands for equally many."""
+        """Return the number of rows of each task in the batch; None if they are equal."""
         ...
 
 
 class PackedForward:
-    """One forward over packed rows under a 4-D mask; layers below the first adapted one are taken from the trunk.
+    """One forward over packed rows with a 4-D mask; the output of layers below the first adapted one is cached.
 
     Args:
         model: the causal LM.
-        sites: its LoRA sites.
-        trunk: its lower layers.
+        sites: LoRA sites of the model.
+        trunk: frozen lower layers of the model.
     """
 
     def __init__(self, model: Any, sites: LoraSites, trunk: Trunk) -> None:
@@ -65,7 +65,7 @@ class PackedForward:
         self.head: Any = model.get_output_embeddings()
 
     def __call__(self, episode: Episode, draws: int = 1, most_positions: int | None = None) -> Read:
-        """See :class:`Forward`; the head reads ``most_positions`` at a time, by default what its budget holds."""
+        """See :class:`Forward`; the head reads ``most_positions`` at a time, by default as many as ``LOGIT_BYTES``."""
         with torch.no_grad(), self.sites.unbound():
             states = self.trunk.states(episode, self._run)
         rows, length = episode.input_ids.shape
@@ -85,7 +85,7 @@ class PackedForward:
             scores = token_log_probs(self._forward(episode.padded, draws, gather), places, targets)
         for start in range(step, len(sources), step):
             piece = read[0][None, start : start + step]
-            # Its logits are made again in backward, or all pieces would be kept till then.
+            # Logits are computed again in backward, because keeping those of all pieces would take too much memory.
             scores = scores + checkpoint(
                 self._piece, piece, places - start, targets, use_reentrant=False, preserve_rng_state=False
             )
@@ -103,9 +103,10 @@ class PackedForward:
         return token_log_probs(self._head_alone(hidden), places, targets)
 
     def _head_alone(self, hidden: Tensor) -> Tensor:
-        """Logits ``(m, V)`` of hidden states ``(1, m, d)``, by the model's own forward: some scale or cap the logits.
+        """Return logits ``(m, V)`` of hidden states ``(1, m, d)``.
 
-        The rest of the model sees a single token, and what it makes of it is not used.
+        They are computed by the model's forward, because some models scale or cap the logits. The rest of the model
+        runs on a single token, and its output is not used.
         """
         token, mask = torch.zeros(1, 1, dtype=torch.long, device=hidden.device), hidden.new_zeros(1, 1, 1, 1)
         with self.sites.unbound(), self.trunk.bypassed(), head_reads(self.head, lambda _: hidden):
@@ -123,13 +124,13 @@ class PackedForward:
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _run(self, rows: Sequence[PackedRow]) -> Tensor:
-        """Run the model over some rows for what a hook sees on the way; the head reads a single position."""
+        """Run the model on rows for the sake of its hooks; the head reads a single position."""
         return self._forward(pad_rows(rows).to(self.model.device), 1, lambda hidden: hidden[:1, :1])
 
 
 @contextmanager
 def head_reads(head: Any, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block the LM head reads ``choose(hidden states (rows, L, d))``, of shape ``(1, positions, d)``."""
+    """Replace the LM head's input ``(rows, L, d)`` by ``choose(input)``, ``(1, positions, d)``, inside the block."""
     handle = head.register_forward_pre_hook(lambda _, args: (choose(args[0]),))
     try:
         yield

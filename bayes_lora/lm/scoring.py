@@ -1,6 +1,6 @@
 """From logits at answer positions to the scores of options.
 
-``M`` positions at which a token is predicted, ``Q`` option tokens, ``V`` the vocabulary; all log quantities in nats.
+``M`` positions at which a token is predicted, ``Q`` option tokens, ``V`` vocabulary size; all log quantities in nats.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["log_complement", "option_lengths", "option_scores", "token_log_probs
 
 
 def token_log_probs(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each option token, ``(Q,)``, at least in float32.
+    """Return the log-probability of each option token, ``(Q,)``, at least in float32.
 
     Args:
-        logits: ``(m, V)``, of all positions or of some that follow each other.
-        places: ``(Q,)`` the row of ``logits`` that predicts each token. Where it is none of the m, the result is 0, so
-            that results for the parts of a whole may be added.
+        logits: ``(m, V)`` logits of all positions or of a contiguous part of them.
+        places: ``(Q,)`` row of ``logits`` that predicts each token. If it is outside ``0..m - 1``, the result is 0, so
+            that the results of several parts can be added.
         targets: ``(Q,)`` token ids.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -34,9 +34,9 @@ def token_log_probs(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """``logits[rows, targets] - logsumexp(logits)[rows]``, whose backward makes one tensor of the logits' size.
+    """``logits[rows, targets] - logsumexp(logits)[rows]``, whose backward allocates one tensor of the logits' size.
 
-    A vocabulary is wide; torch's own backward makes one for the indexing, one for the softmax, one for their product.
+    Vocabularies are large, and torch's backward would allocate three: for the indexing, the softmax and their product.
     """
 
     @staticmethod
@@ -57,10 +57,11 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def option_scores(token_scores: Tensor, episode: Episode, normalize: Literal["sum", "mean"]) -> Tensor:
-    r"""Scores of options from those of their tokens ``(D, Q)``: ``(D, T * N * K)``, absent options marked as such.
+    r"""Return the scores of options ``(D, T * N * K)`` given those of their tokens ``(D, Q)``.
 
-    They are sums, or averages. A free answer is always a sum, the log-probability of its text and of what ends it; any
-    other text has :math:`\log(1 - p)`, so that the two are outcomes like options, with probabilities that sum to 1.
+    They are sums or means over tokens, and :func:`absent_score` for absent options. The score of a free-form answer is
+    always a sum: the log-probability of its text and its end. Any other text has the score :math:`\log(1 - p)`, so that
+    the probabilities of the two outcomes sum to 1.
     """
     empty = token_scores.new_zeros(len(token_scores), episode.option_mask.numel())
     scores = empty.index_add(1, episode.target_options, token_scores)
@@ -76,9 +77,9 @@ def option_scores(token_scores: Tensor, episode: Episode, normalize: Literal["su
 
 
 def log_complement(log_p: Tensor) -> Tensor:
-    """log(1 - p) of log p, with gradients that are finite for every log p <= 0, also where rounding puts it above."""
+    """Return log(1 - p) given log p, with finite gradients for all log p <= 0, and if rounding makes log p positive."""
     below = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
-    # Each branch sees only what it is exact for, or its infinite gradient times 0 would be no number.
+    # Each branch gets only values for which it is exact; otherwise its infinite gradient times 0 would be NaN.
     half = -math.log(2.0)
     near = torch.log(-torch.expm1(below.clamp(min=half)))
     far = torch.log1p(-below.clamp(max=half).exp())
@@ -86,7 +87,7 @@ def log_complement(log_p: Tensor) -> Tensor:
 
 
 def option_lengths(episode: Episode) -> Tensor:
-    """Number of tokens of each option, ``(T * N * K,)``."""
-    # Not bincount, which reads its argument's largest value back from the device.
+    """Return the number of tokens of each option, ``(T * N * K,)``."""
+    # Not bincount, which reads the maximum of its argument back from the device.
     empty = episode.target_options.new_zeros(episode.option_mask.numel())
     return empty.index_add(0, episode.target_options, torch.ones_like(episode.target_options))

@@ -1,8 +1,8 @@
-"""LoRA sites: which adapter matrices of a PEFT model are random, and how sampled values are bound to them.
+"""LoRA sites: the adapter matrices of a PEFT model that can be random, and binding of sampled values to them.
 
-PEFT injects its own layers (``lora_B(lora_A(x)) * scaling``); :func:`find_sites` then replaces each layer's ``lora_A``
-and ``lora_B`` linear by a :class:`Slot`, whose ``weight`` is bound from outside. One *site* is the stack over layers
-of one factor of one module kind: ``q_proj.lora_A`` has event shape ``(layers, r, d_in)``. No ``forward`` is patched.
+PEFT injects its layers (``lora_B(lora_A(x)) * scaling``); :func:`find_sites` then replaces each layer's ``lora_A`` and
+``lora_B`` linears by a :class:`Slot`, whose ``weight`` is bound from outside. One *site* is the stack over layers of
+one factor of one module kind: ``q_proj.lora_A`` has event shape ``(layers, r, d_in)``. No ``forward`` is patched.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class LoraSites:
     """The LoRA sites of one PEFT model.
 
     Attributes:
-        shapes: site name to event shape ``(layers, out, in)``.
-        delta_shapes: likewise for whole updates, which may be bound in place of their two factors:
+        shapes: from site name to event shape ``(layers, out, in)``.
+        delta_shapes: event shapes of whole updates, which may be bound in place of their two factors:
             ``q_proj.delta_weight`` for ``q_proj.lora_A`` and ``q_proj.lora_B``.
-        modules: site name to the adapted modules' Hugging Face names, in layer order.
+        modules: from site name to the Hugging Face names of the adapted modules, in layer order.
     """
 
     def __init__(self, slots: Mapping[str, Sequence[tuple[str, Slot]]]) -> None:
@@ -61,13 +61,13 @@ class LoraSites:
 
     @property
     def num_parameters(self) -> int:
-        """The number of LoRA weights of one draw."""
+        """Number of LoRA weights of one draw."""
         return sum(layers * rows * columns for layers, rows, columns in self.shapes.values())
 
     def initial(self) -> Sites:
-        """Values of the LoRA linears before they became slots, shape ``(layers, out, in)`` per site.
+        """Return the values of the LoRA linears before they became slots, ``(layers, out, in)`` per site.
 
-        These are PEFT's initial values (A random, B zero), or the weights of an adapter that was trained before (see
+        These are PEFT's initial values (A random, B zero), or the weights of a trained adapter (see
         :func:`bayes_lora.lm.loading.from_peft`).
         """
         return {site: torch.stack([slot.initial for slot in slots]) for site, slots in self._slots.items()}
@@ -75,7 +75,7 @@ class LoraSites:
     def check(self, values: Sites) -> None:
         """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes.
 
-        A ``delta_weight`` stands for both of its factors.
+        A ``delta_weight`` replaces both of its factors.
         """
         whole = {site: shape for site, shape in self.delta_shapes.items() if site in values}
         replaced = {factor for site in whole for factor in factor_sites(site)}
@@ -88,33 +88,33 @@ class LoraSites:
                 raise SiteError(f"site {site!r}: no value given. Expected one of event shape {shape}.")
             got = tuple(values[site].shape[-3:])
             if got != shape:
-                hint = " Did you pass it transposed?" if got == (shape[0], shape[2], shape[1]) else ""
+                hint = " Is it transposed?" if got == (shape[0], shape[2], shape[1]) else ""
                 raise SiteError(f"site {site!r}: expected event shape {shape} (layers, out, in), got {got}.{hint}")
 
     @contextmanager
     def bind(self, values: Sites, rows: Sequence[int] | None = None) -> Iterator[None]:
-        """Bind values to the slots inside a ``with`` block, and restore what was bound before on exit.
+        """Bind values to the slots inside the block, and restore the previous values on exit.
 
         Args:
             values: per site ``(layers, out, in)``, or ``(groups, layers, out, in)`` for a batch whose rows are
-                grouped by draw; a tensor, or what has a ``shape`` and gives a function of activations for each of its
-                ``layers()``.
-            rows: how many rows each group has; None stands for equally many.
+                grouped by draw: a tensor, or an object with a ``shape`` whose ``layers()`` returns one function of
+                activations per layer.
+            rows: number of rows of each group; None if they are equal.
 
         Raises:
-            SiteError: a site is missing, unknown, of the wrong event shape, or has another number of groups.
+            SiteError: a site is missing or unknown, or has the wrong event shape or number of groups.
         """
         self.check(values)
         groups = {value.shape[:-3] for value in values.values()}
         if len(groups) > 1 or any(len(group) > 1 for group in groups):
             got = {site: tuple(value.shape) for site, value in values.items()}
-            raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for every site alike, got {got}.")
+            raise SiteError(f"expected (layers, out, in) or (groups, layers, out, in) for all sites, got {got}.")
         if rows is not None and groups != {(len(rows),)}:
             raise SiteError(f"got values for {[*next(iter(groups), ())]} groups, but rows for {len(rows)}.")
-        blocks = None
+        row_groups = None
         if rows is not None:
-            blocks = RowGroups.of(rows, next(iter(self._slots.values()))[0].initial.device)
-        with self._bound(self._by_slot(values), blocks):
+            row_groups = RowGroups.of(rows, next(iter(self._slots.values()))[0].initial.device)
+        with self._bound(self._by_slot(values), row_groups):
             yield
 
     def _by_slot(self, values: Sites) -> dict[str, Sequence[Bound]]:
@@ -129,33 +129,33 @@ class LoraSites:
         return bound
 
     def unbound(self) -> AbstractContextManager[None]:
-        """Inside the block nothing is bound, whatever was bound outside: the model runs without its adapter."""
+        """Unbind all values inside the block, so that the model runs without its adapter."""
         return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
 
     def _bound(
-        self, weights: Mapping[str, Sequence[Bound]], blocks: RowGroups | None = None
+        self, weights: Mapping[str, Sequence[Bound]], row_groups: RowGroups | None = None
     ) -> AbstractContextManager[None]:
-        return _Binding(self, weights, blocks)
+        return _Binding(self, weights, row_groups)
 
     def _current(self) -> tuple[dict[str, list[Bound]], RowGroups | None]:
         weights = {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
-        return weights, next((slots[0].blocks for slots in self._slots.values()), None)
+        return weights, next((slots[0].row_groups for slots in self._slots.values()), None)
 
-    def _assign(self, weights: Mapping[str, Sequence[Bound]], blocks: RowGroups | None) -> None:
+    def _assign(self, weights: Mapping[str, Sequence[Bound]], row_groups: RowGroups | None) -> None:
         for site, slots in self._slots.items():
             for slot, weight in zip(slots, weights[site], strict=True):
-                slot.bound, slot.blocks = weight, blocks
+                slot.bound, slot.row_groups = weight, row_groups
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The ``context_fn`` of ``torch.utils.checkpoint``: backward recomputes under the forward's binding.
+        """The ``context_fn`` of ``torch.utils.checkpoint``: backward recomputes with the values bound in forward.
 
-        Gradient checkpointing runs the forward again inside ``backward``, when :meth:`bind` has been left.
+        Gradient checkpointing runs the forward again inside ``backward``, after :meth:`bind` has exited.
         """
-        current, blocks = self._current()
+        current, row_groups = self._current()
         bound = [value for values in current.values() for value in values]
         draws = any(value is not None and not isinstance(value, Tensor) for value in bound)
         device = next(iter(self._slots.values()))[0].initial.device
-        return nullcontext(), _Binding(self, current, blocks, same_noise(device) if draws else nullcontext)
+        return nullcontext(), _Binding(self, current, row_groups, same_noise(device) if draws else nullcontext)
 
     def unstack(self, values: Sites) -> dict[str, Tensor]:
         """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``."""
@@ -176,7 +176,7 @@ class LoraSites:
         expected = {name for group in names.values() for name in group}
         if expected != weights.keys():
             missing, extra = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
-            raise SiteError(f"LoRA weights do not fit the sites: missing {missing[:4]}, not wanted {extra[:4]}.")
+            raise SiteError(f"LoRA weights do not match the sites: missing {missing[:4]}, unexpected {extra[:4]}.")
         return {site: torch.stack([weights[name] for name in group], dim=-3) for site, group in names.items()}
 
 
@@ -184,26 +184,26 @@ Noise = Callable[[], AbstractContextManager[Any]]
 
 
 class _Binding(AbstractContextManager[None]):
-    """Binds weights, and restores what was bound; may be entered again, as every backward through a checkpoint does.
+    """Binds weights, and restores the previous ones on exit. Reentrant: every backward through a checkpoint enters it.
 
-    Where ``noise`` is given, torch draws inside what it drew when that was made.
+    ``noise`` makes a context manager that is entered too, such as one that repeats the random draws of the forward.
     """
 
     def __init__(
         self,
         sites: LoraSites,
         weights: Mapping[str, Sequence[Bound]],
-        blocks: RowGroups | None,
+        row_groups: RowGroups | None,
         noise: Noise = nullcontext,
     ) -> None:
-        self.sites, self.weights, self.blocks, self.noise = sites, weights, blocks, noise
+        self.sites, self.weights, self.row_groups, self.noise = sites, weights, row_groups, noise
         self.before: list[tuple[tuple[dict[str, list[Bound]], RowGroups | None], ExitStack]] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()
         stack.enter_context(self.noise())
         self.before.append((self.sites._current(), stack))
-        self.sites._assign(self.weights, self.blocks)
+        self.sites._assign(self.weights, self.row_groups)
 
     def __exit__(self, *_: object) -> None:
         before, stack = self.before.pop()
@@ -223,18 +223,18 @@ def _layer_index(name: str) -> int:
 def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
     """Replace the LoRA linears of a PEFT-injected model by slots, and return its sites.
 
-    Layers of one module kind whose shapes differ become sites of their own, ``q_proj.lora_A``, ``q_proj.lora_A.2``.
-    Both factors of a layer are of the same number.
+    Layers of one module kind whose shapes differ become separate sites, ``q_proj.lora_A``, ``q_proj.lora_A.2``. Both
+    factors of a layer have the same number.
 
-    A ``lora_dropout`` is taken out, with one warning: a draw of phi is one model, which gives one answer.
+    ``lora_dropout`` is removed, with one warning, because the scores are a deterministic function of phi.
 
     Args:
-        model: the model; its other, inactive adapters are left alone.
+        model: the model; its inactive adapters do not change.
         adapter: PEFT's name of the adapter.
 
     Raises:
-        SiteError: the model has no LoRA layer, or one whose factors are not plain linears (embeddings,
-            convolutions, DoRA, ``lora_bias=True``), or whose other adapters are active, too.
+        SiteError: the model has no LoRA layer, the factors of a layer are not plain linears (embeddings,
+            convolutions, DoRA, ``lora_bias=True``), or other adapters of a layer are active.
     """
     found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot, Slot]]]] = {}
     layers = list(lora_layers(model, adapter))
@@ -266,21 +266,21 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
 def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
     others = sorted((set(layer.active_adapters) & layer.r.keys()) - {adapter})
     if others:
-        raise SiteError(f"module {name!r}: adapters {others} are active beside {adapter!r}. Deactivate them.")
+        raise SiteError(f"module {name!r}: adapters {others} are active in addition to {adapter!r}. Deactivate them.")
     if adapter not in layer.r:
         return
     if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], Slot):
-        raise SiteError(f"module {name!r}: its LoRA belongs to a LanguageModel already. Load the model anew.")
+        raise SiteError(f"module {name!r}: its LoRA already belongs to a LanguageModel. Load the model again.")
     variant = layer.lora_variant.get(adapter)
     if variant is not None or adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
         kind = type(layer).__name__ if variant is None else type(variant).__name__
-        raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be made random, got PEFT's {kind}.")
+        raise SiteError(f"module {name!r}: only plain LoRA on linear modules can be random, got PEFT's {kind}.")
     if layer.lora_B[adapter].bias is not None:
-        raise SiteError(f"module {name!r}: its LoRA has a bias, which no site holds. Set lora_bias=False.")
+        raise SiteError(f"module {name!r}: its LoRA has a bias, which is not a LoRA site. Set lora_bias=False.")
 
 
 def _replace(factors: Any, adapter: str) -> Slot:
-    # At least float32, whatever the base: bfloat16 would round small steps of its weights to nothing.
+    # At least float32, because bfloat16 would round small updates of the weights to zero.
     initial = factors[adapter].weight
     slot = Slot(initial.to(torch.promote_types(initial.dtype, torch.float32)))
     factors[adapter] = slot
@@ -288,7 +288,7 @@ def _replace(factors: Any, adapter: str) -> Slot:
 
 
 def remove_dropout(model: nn.Module, adapter: str) -> float:
-    """Take an adapter's dropout out of a model, and return its highest rate; 0 if there is none."""
+    """Remove an adapter's dropout from a model, and return its highest rate; 0 if there is none."""
     rates = [0.0]
     for _, layer in lora_layers(model, adapter):
         dropout = layer.lora_dropout[adapter]

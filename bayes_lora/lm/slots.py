@@ -1,4 +1,4 @@
-"""What stands in place of PEFT's LoRA linears: maps that are bound from outside."""
+"""Slots: linear maps that replace PEFT's LoRA linears and whose weights are bound from outside."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Bound = Tensor | Callable[[Tensor, RowGroups | None], Tensor] | None
 
 
 def unchanged(x: Tensor, _: RowGroups | None = None) -> Tensor:
-    """Bound to A where B takes the whole matrix."""
+    """The identity; bound to A when the whole update is bound to B."""
     return x
 
 
 class Slot(nn.Module):
     """A linear map without bias whose weight is bound from outside: ``y = x W^T``.
 
-    A bound weight is 2-D ``(out, in)``, one for all rows, or 3-D ``(groups, out, in)``: then the rows of the batch
-    are taken in order as ``groups`` blocks, each of which has its own weight (one ``bmm``): of equal size, unless
-    ``blocks`` are bound, too. A function of x and blocks may be bound as well. Unbound, the slot returns zeros: the
-    layer computes what it would without the adapter, also if the adapter was trained before.
+    A bound weight is 2-D ``(out, in)``, shared by all rows, or 3-D ``(groups, out, in)``: the rows of the batch are
+    then divided in order into ``groups`` groups, each with its own weight (one ``bmm``). The groups have equal size
+    unless ``row_groups`` is bound too. A function of x and ``row_groups`` may also be bound. If nothing is bound, the
+    slot returns zeros, and the layer computes what it would without the adapter, even if the adapter was trained.
 
     Attributes:
-        initial: ``(out, in)``, the weight of the linear that the slot replaced. It is where guides start; it does not
-            take part in a forward unless it is bound.
+        initial: ``(out, in)``, the weight of the linear that the slot replaced. Guides start there. It is not used in
+            a forward unless it is bound.
     """
 
     initial: Tensor
 
     def __init__(self, initial: Tensor) -> None:
         super().__init__()
-        # A buffer, so that it follows .to(device), but not in the state dict: it is no parameter of the LM.
+        # A buffer, so that it follows .to(device), but not in the state dict: it is not a parameter of the LM.
         self.register_buffer("initial", initial.detach().clone(), persistent=False)
         self.bound: Bound = None
-        self.blocks: RowGroups | None = None
+        self.row_groups: RowGroups | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -51,5 +51,5 @@ class Slot(nn.Module):
         if self.bound is None:
             return x.new_zeros(*x.shape[:-1], len(self.initial))
         if isinstance(self.bound, Tensor):
-            return linear(x, self.bound, self.blocks)
-        return self.bound(x, self.blocks)
+            return linear(x, self.bound, self.row_groups)
+        return self.bound(x, self.row_groups)

@@ -1,4 +1,4 @@
-"""Tensors by key, computed once and kept: in RAM up to a budget, then in memory-mapped files up to another."""
+"""A cache of tensors: in RAM up to a limit, then in memory-mapped files up to another limit."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from bayes_lora.errors import ConfigError
 __all__ = ["TensorCache"]
 
 SEGMENT = 1 << 28
-"""Bytes of one memory-mapped file; its disk space is reserved when it is made."""
+"""Size in bytes of a memory-mapped file, whose disk space is reserved when it is made."""
 
 
 class TensorCache:
-    """Keeps tuples of tensors on the CPU, wherever they were computed.
+    """Caches tuples of tensors on the CPU.
 
     Args:
-        ram_bytes: kept in RAM up to this size.
-        folder: for what is past that; its files have no name there, and are gone with the process. None keeps nothing
-            on disk.
-        disk_bytes: kept on disk up to this size.
+        ram_bytes: maximum size in RAM.
+        folder: folder for tensors beyond that size; its files are anonymous, and are deleted when the process ends.
+            None keeps nothing on disk.
+        disk_bytes: maximum size on disk.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -41,7 +41,9 @@ class TensorCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.folder).close()
             except OSError as error:
-                raise ConfigError(f"cache folder {self.folder}: cannot be written ({error}). Name another.") from error
+                raise ConfigError(
+                    f"cache folder {self.folder}: cannot be written ({error}). Choose another."
+                ) from error
         self._kept: dict[bytes, tuple[Tensor, ...]] = {}
         self._segment, self._at = torch.empty(0, dtype=torch.uint8), 0
         self.ram_used = self.disk_used = 0
@@ -53,11 +55,11 @@ class TensorCache:
         return len(self._kept)
 
     def get(self, key: bytes) -> tuple[Tensor, ...] | None:
-        """What was put under the key, if it is kept. Not to be written to."""
+        """Return the tensors of a key, or None. They must not be modified."""
         return self._kept.get(key)
 
     def put(self, key: bytes, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Keep copies of tensors on the CPU, if there is room; returns them, kept or not."""
+        """Cache copies of tensors on the CPU if there is room, and return the copies."""
         here = tuple(tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors)
         if key in self._kept:
             return here
@@ -70,7 +72,7 @@ class TensorCache:
         return here
 
     def _reserve(self, size: int) -> bool:
-        """Make room for so many bytes in the current file, or in a new one."""
+        """Reserve ``size`` bytes in the current file or in a new one; return whether this succeeded."""
         if self._at + size <= len(self._segment):
             return True
         length = max(SEGMENT, size)
@@ -78,11 +80,11 @@ class TensorCache:
             return False
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                # A sparse file would fail when it is written to, and by a signal.
+                # Writing to a sparse file on a full disk would raise a signal.
                 os.posix_fallocate(file.fileno(), 0, length)
                 mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(length,))
         except OSError as error:
-            warnings.warn(f"cache folder {self.folder} is full ({error}): no more is kept there.", stacklevel=2)
+            warnings.warn(f"cache folder {self.folder} is full ({error}): no more tensors are stored.", stacklevel=2)
             self.disk_bytes = self.disk_used
             return False
         self._segment, self._at = torch.from_numpy(mapped), 0
@@ -97,5 +99,5 @@ class TensorCache:
 
 
 def _room(tensor: Tensor) -> int:
-    """Bytes of a tensor, rounded up so that the next one begins where any dtype may."""
+    """Return the size of a tensor in bytes, rounded up so that the next one is aligned for any dtype."""
     return 16 * math.ceil(tensor.nbytes / 16)

@@ -1,4 +1,4 @@
-"""How many tokens a forward without gradients may hold: measured on a GPU, set on a CPU."""
+"""The maximum number of tokens of a forward without gradients: measured on a GPU, fixed on a CPU."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["TokenBudget"]
 Result = TypeVar("Result")
 
 FIRST_TOKENS = 2048
-"""Tokens of the first forward, at which memory is measured, and the least a budget may be."""
+"""Tokens of the first forward, in which memory is measured, and the minimum budget."""
 
 CPU_TOKENS = 1024
-"""On a CPU smaller forwards are faster, down to about this: at SmolLM2-135M's shape ten draws took 3.9 s in forwards of
-1,024 or 2,048 tokens, 4.4 s at 4,096, 5.3 s at 8,192 and 7.4 s at 16,384, where every activation is fresh memory."""
+"""Budget on a CPU, where smaller forwards are faster: with SmolLM2-135M's shape ten draws took 3.9 s in forwards of
+1,024 or 2,048 tokens, 4.4 s at 4,096, 5.3 s at 8,192 and 7.4 s at 16,384, where all activations are newly allocated."""
 
 SHARE = 0.5
-"""Of the free memory: what a later, longer row needs beyond the measured proportion must fit into the rest."""
+"""Share of the free memory to use. The rest is a margin for longer rows, whose memory grows more than linearly."""
 
 
 class TokenBudget:
-    """At most so many tokens per forward.
+    """The maximum number of tokens per forward.
 
     Args:
-        tokens: fixed; None measures on the first forward what a token takes, and divides the free memory by it.
-        device: where the forward runs.
+        tokens: the maximum; None measures the memory per token in the first forward, and divides the free memory by it.
+        device: device of the forward.
     """
 
     def __init__(self, tokens: int | None, device: torch.device) -> None:
@@ -36,13 +36,13 @@ class TokenBudget:
         self.tokens = CPU_TOKENS if tokens is None and device.type != "cuda" else tokens
 
     def per_item(self, count: int) -> int:
-        """Tokens that each of ``count`` items may have for all to fit into one forward."""
+        """Return the maximum number of tokens of each of ``count`` items in one forward."""
         return max(1, (self.tokens or FIRST_TOKENS) // count)
 
     def run(self, score: Callable[[int, int], Result], count: int, tokens_each: int) -> list[Result]:
-        """Run ``score(start, end)`` over ``count`` items of ``tokens_each`` tokens in chunks that fit, in order.
+        """Run ``score(start, end)`` over ``count`` items of ``tokens_each`` tokens in chunks, in order.
 
-        A chunk that runs out of memory is halved, and so is the budget, down to a single item.
+        If a chunk runs out of memory, its size and the budget are halved, down to a single item.
         """
         results, start = [], 0
         while start < count:
@@ -66,12 +66,12 @@ class TokenBudget:
 
 
 def fitting_tokens(peak: int, tokens: int, free: int) -> int:
-    """Tokens whose forward fits into a share of the ``free`` bytes, where ``tokens`` took ``peak`` bytes."""
+    """Return the number of tokens that fit into a share of ``free`` bytes, if ``tokens`` took ``peak`` bytes."""
     return max(FIRST_TOKENS, int(SHARE * free * tokens / max(peak, 1)))
 
 
 def peak_bytes(run: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
-    """A call's result, and the most memory of a GPU that it took at once beyond what was taken before."""
+    """Return a call's result and its peak memory on a GPU in bytes, beyond the memory allocated before."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     result = run()
@@ -79,6 +79,6 @@ def peak_bytes(run: Callable[[], Result], device: torch.device) -> tuple[Result,
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that is free, or held by torch for later use."""
+    """Return the free memory of a GPU in bytes, including memory cached by torch."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

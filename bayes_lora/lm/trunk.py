@@ -1,8 +1,8 @@
-"""The frozen trunk: layers below the first adapted one run once per example, and their output is kept.
+"""The frozen trunk: layers below the first adapted one run once per example, and their output is cached.
 
-Nothing below the lowest LoRA layer depends on phi, so a row's hidden states at that layer's input never change.
-Later forwards swap the lower layers for pass-throughs, the last of which returns the kept states; embeddings, masks
-and rotary tables are still made by the Hugging Face model itself, so the result is that of the full forward.
+Layers below the lowest LoRA layer do not depend on phi, so the hidden states at that layer's input are constant. Later
+forwards replace the lower layers by pass-throughs, the last of which returns the cached states. The Hugging Face model
+still computes embeddings, masks and rotary tables, so the result is that of the full forward.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["Trunk"]
 
 
 class _Piece(NamedTuple):
-    """What of a row is kept by itself: an example without a context, or the whole row."""
+    """A part of a row whose states are cached: an example without a context, or the whole row."""
 
     row: int
     start: int
     key: bytes
     content: PackedRow | EncodedExample
 
-    def alone(self) -> PackedRow:
-        """It in a row of its own."""
+    def as_row(self) -> PackedRow:
+        """Return this part as a separate row."""
         return self.content if isinstance(self.content, PackedRow) else packed_row([self.content], [0])
 
 
@@ -45,7 +45,7 @@ def _pieces(index: int, row: PackedRow) -> list[_Piece]:
 
 
 class _PassThrough(nn.Module):
-    """Stands in for a decoder layer: returns what it is given, or ``states`` if there are any; may record its input."""
+    """Replaces a decoder layer: records its input, and returns ``states`` if set, otherwise its input."""
 
     def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Trunk:
     """Runs and replaces the layers below the first adapted one.
 
     Attributes:
-        depth: index k of the first adapted layer; 0 where there is nothing to keep.
+        depth: index k of the first adapted layer; 0 if nothing is cached.
     """
 
     def __init__(self, model: nn.Module, adapted: Sequence[str], cache: TensorCache, budget: TokenBudget) -> None:
@@ -74,8 +74,8 @@ class Trunk:
         Args:
             model: the Hugging Face model.
             adapted: names of the modules with LoRA.
-            cache: keeps hidden states; those for which it has no room are computed anew each time.
-            budget: how many tokens the lower layers read at a time.
+            cache: cache of hidden states; states that do not fit are computed again each time.
+            budget: maximum number of tokens per forward of the lower layers.
         """
         places = [re.match(r"(.*?)\.(\d+)\.", name) for name in adapted]
         stacks = {place[1] for place in places if place}
@@ -90,13 +90,13 @@ class Trunk:
         self._in_tuple = False
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Inside the block it is noted whether the model's layers return tuples, as those that replace them must."""
+    def record_output_type(self) -> Iterator[None]:
+        """Record inside the block whether the layers return tuples, because replacements must do the same."""
 
-        def note(_: nn.Module, __: Any, output: Any) -> None:
+        def record(_: nn.Module, __: Any, output: Any) -> None:
             self._in_tuple = isinstance(output, tuple)
 
-        handles = [layer.register_forward_hook(note) for layer in (self.layers or ())]
+        handles = [layer.register_forward_hook(record) for layer in (self.layers or ())]
         try:
             yield
         finally:
@@ -105,7 +105,7 @@ class Trunk:
 
     @contextmanager
     def skipped(self, states: Tensor | None) -> Iterator[None]:
-        """Inside the block the model's lower layers are replaced by ``states`` ``(rows, L, d)``."""
+        """Replace the output of the lower layers by ``states`` ``(rows, L, d)`` inside the block."""
         if states is None:
             yield
             return
@@ -115,7 +115,7 @@ class Trunk:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Inside the block no layer runs: the head's input is the embeddings, passed through."""
+        """Skip all layers inside the block: the embeddings are passed through to the head."""
         with self._swapped(range(len(self.layers or ()))):
             yield
 
@@ -133,20 +133,20 @@ class Trunk:
                 layers[i] = layer
 
     def states(self, episode: Episode, run: Callable[[Sequence[PackedRow]], Any]) -> Tensor | None:
-        """Hidden states at the input of layer k for every row of an episode, ``(R, L, d)``, or None if k is 0.
+        """Return hidden states at the input of layer k for every row of an episode, ``(R, L, d)``; None if k is 0.
 
-        An example without a context sees only itself, so its states are kept whatever it shares a row with; a row with
-        a context is kept as a whole.
+        An example without a context attends only to itself, so its states are cached separately. A row with a context
+        is cached as a whole.
 
         Args:
-            episode: the rows.
-            run: a forward of the whole model over some rows, called without the upper layers.
+            episode: the episode.
+            run: a forward of the model over rows; it is called with the upper layers replaced.
         """
         if self.depth == 0:
             return None
         pieces = [piece for r, row in enumerate(chain(*episode.rows)) for piece in _pieces(r, row)]
         missing = {piece.key: piece for piece in pieces if piece.key not in self.cache}
-        fresh = self._compute({key: piece.alone() for key, piece in missing.items()}, run) if missing else {}
+        fresh = self._compute({key: piece.as_row() for key, piece in missing.items()}, run) if missing else {}
         known = [fresh.get(piece.key) or self.cache.get(piece.key) for piece in pieces]
         [like] = known[0] or ()
         states = like.new_zeros(*episode.input_ids.shape, like.shape[-1])

@@ -1,1 +1,1 @@
-"""Metrics of predictions, from arrays, and plots."""
+"""Metrics of predictions, computed from tensors, and plots."""

@@ -1,7 +1,7 @@
-"""How good and how well calibrated predictions over answer options are.
+"""Accuracy and calibration of predictions over answer options.
 
-Every function here takes predictions over ``N`` examples with at most ``K`` options. Confidence is the
-probability of the predicted (most probable) option. All sums are taken in float64, on the CPU.
+Every function takes predictions over ``N`` examples with at most ``K`` options. The confidence is the
+probability of the predicted (most probable) option. All sums are computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Metrics:
         nll: Mean negative log-probability of the gold option, in nats; lower is better.
         brier: Mean over examples of the sum over options of ``(p - onehot)^2``; in [0, 2], lower is better.
         ece: Expected calibration error in 15 equal-width bins; in [0, 1], lower is better.
-        num_examples: Number of examples behind the scores.
+        num_examples: Number of examples that were scored.
     """
 
     accuracy: float
@@ -58,11 +58,11 @@ def compute_metrics(log_probs: Tensor, answer: Tensor, option_mask: Tensor | Non
     Args:
         log_probs: Log-probabilities of the options in nats, ``(N, K)``, each row normalised; -inf on padding.
         answer: Index of the gold option, ``(N,)``, integers.
-        option_mask: True on real options, False on padding, ``(N, K)``. None takes every option that is not
-            -inf as real. How many padded options follow the real ones changes no score.
+        option_mask: True on real options, False on padding, ``(N, K)``. None means that every option that is
+            not -inf is real. The number of padded options does not affect the scores.
 
     Raises:
-        ValueError: A shape is wrong, a row is not normalised, or an answer is out of range or on padding.
+        ValueError: A shape is wrong, a row is not normalised, or an answer is out of range or padding.
     """
     log_probs, answer = _checked(log_probs, answer, option_mask)
     probs = log_probs.exp()
@@ -78,13 +78,13 @@ def compute_metrics(log_probs: Tensor, answer: Tensor, option_mask: Tensor | Non
 
 
 def mean_metrics(metrics: Sequence[Scores]) -> Scores:
-    """Average over tasks, each task counting the same whatever its size; `num_examples` is their sum.
+    """Return the unweighted average over tasks; `num_examples` is summed.
 
     Args:
-        metrics: `Metrics`, or another dataclass of numbers with `num_examples`, all of one kind.
+        metrics: `Metrics` or another dataclass of numbers with `num_examples`, all of one type.
 
     Raises:
-        ValueError: There is nothing to average.
+        ValueError: `metrics` is empty.
     """
     if not metrics:
         raise ValueError("`metrics` is empty: there is no task to average over")
@@ -94,9 +94,9 @@ def mean_metrics(metrics: Sequence[Scores]) -> Scores:
 
 
 def top_confidence(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the confidence ``(N,)`` and whether the prediction is correct ``(N,)``, for arguments as above.
+    """Return the confidence ``(N,)`` and whether the prediction is correct ``(N,)``.
 
-    The first of equally probable options is the predicted one.
+    Arguments are those of :func:`compute_metrics`. Of equally probable options, the first is predicted.
     """
     return _top(*_checked(log_probs, answer, option_mask))
 
@@ -106,7 +106,7 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: in
 
     .. math:: \text{ECE} = \sum_b \frac{|b|}{N} \left| \text{accuracy}(b) - \text{confidence}(b) \right|
 
-    Bin ``b`` of ``B`` holds the confidences in ``[b / B, (b + 1) / B)``; the last one holds 1 as well.
+    Bin ``b`` of ``B`` contains the confidences in ``[b / B, (b + 1) / B)``; the last bin also contains 1.
 
     Args:
         confidence: Probability of the predicted option, ``(N,)``, in [0, 1].
@@ -117,20 +117,20 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: in
         ValueError: There are no examples, the shapes differ, or a confidence is outside [0, 1].
     """
     confidence, correct = _checked_pairs(confidence, correct)
-    # torchmetrics puts a confidence of exactly 1 into a bin of its own, which flatters saturated predictions.
+    # torchmetrics puts a confidence of exactly 1 into a separate bin, which favours saturated predictions.
     below_one = torch.nextafter(confidence.new_ones(()), confidence.new_zeros(()))
     return float(binary_calibration_error(confidence.minimum(below_one), correct.long(), num_bins, norm="l1"))
 
 
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 15) -> float:
-    """ECE in bins of equal mass: the examples in order of confidence, cut into runs of equal length.
+    """ECE in bins of equal mass: the examples are sorted by confidence and divided into bins of equal size.
 
-    The first ``N mod num_bins`` runs are one longer. Up to ``num_bins`` examples, each is its own bin and
-    the result is `per_example_gap`.
+    The first ``N mod num_bins`` bins have one more example. With at most ``num_bins`` examples, each is its
+    own bin and the result is `per_example_gap`.
 
     Args:
         confidence: Probability of the predicted option, ``(N,)``, in [0, 1].
-        correct: Whether the prediction is right, ``(N,)``, bool. Ties in confidence stay in the order given.
+        correct: Whether the prediction is right, ``(N,)``, bool. Ties in confidence keep their order.
         num_bins: The number of bins.
 
     Raises:
@@ -146,7 +146,7 @@ def per_example_gap(confidence: Tensor, correct: Tensor) -> float:
     """Mean over examples of ``|1{correct} - confidence|``, which is *not* a calibration error.
 
     The code released with arXiv 2508.14285 reports this quantity as "ECE". A perfectly calibrated predictor
-    of confidence ``c`` has a gap of ``2 c (1 - c)``, not 0. It is here only to compare with those numbers.
+    of confidence ``c`` has a gap of ``2 c (1 - c)``, not 0. Use it only to compare with those numbers.
 
     Args:
         confidence: Probability of the predicted option, ``(N,)``, in [0, 1].
@@ -184,7 +184,7 @@ def _checked(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None) -> t
     if bool(((answer < 0) | (answer >= log_probs.shape[1])).any()):
         raise ValueError(f"`answer` must be in 0..{log_probs.shape[1] - 1}, got {answer.min()}..{answer.max()}")
     if option_mask is not None and not bool(option_mask.gather(1, answer[:, None]).all()):
-        raise ValueError("`answer` points at a padded option; check that it was not shifted by the padding")
+        raise ValueError("`answer` is the index of a padded option; check that it was not shifted by the padding")
     error = (log_probs.exp().sum(-1) - 1).abs()
     if not bool((error <= _SUM_TOLERANCE).all()):
         row = int(error.nan_to_num(torch.inf).argmax())

@@ -1,4 +1,4 @@
-"""Pictures of how well calibrated predictions are."""
+"""Reliability diagrams."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bayes_lora.metrics.options import expected_calibration_error
 
 __all__ = ["reliability_diagram"]
 
-# Okabe and Ito's colours with a marker each: told apart by colour-blind readers and in grey print.
+# Okabe and Ito's colours with a marker each: distinguishable for colour-blind readers and in greyscale.
 _STYLES = [
     ("#767676", "s"),
     ("#d55e00", "^"),
@@ -34,28 +34,28 @@ _SMALL = 8.5  # points; the figure is drawn at its size in print
 def reliability_diagram(
     curves: Mapping[str, tuple[Tensor, Tensor]], path: Path | None = None, *, num_bins: int = 15
 ) -> Figure:
-    """Draw accuracy against confidence, one panel for each method, with the counts below.
+    """Plot accuracy against confidence, with one panel per method and a histogram of confidences below.
 
-    A point is one equal-width bin of confidence: its mean confidence and its accuracy, drawn larger the more
-    examples it holds. The stem to the diagonal is the bin's calibration error; ECE is the mean length of the
-    stems, weighted by examples. Below the diagonal a method is overconfident. Underneath stands the histogram
-    of the confidences, with a line at their mean and one at the accuracy.
+    Each point is one equal-width bin: its mean confidence and its accuracy. Its area grows with the number of
+    examples. The stem to the diagonal is the bin's calibration error; ECE is the mean length of the stems,
+    weighted by examples. Points below the diagonal are overconfident. The histogram has a line at the mean
+    confidence and one at the accuracy.
 
     Args:
-        curves: For each method, by the name to show, in order: the confidences of its predictions ``(N,)`` in
-            [0, 1], and whether they are right ``(N,)`` bool, as `top_confidence` returns them.
-        path: Where to write the picture; its ending is the format (``.png``, ``.pdf``, ``.svg``). A file that
-            is there is replaced in one step. None writes nothing.
+        curves: From the name of each method to the confidences of its predictions ``(N,)`` in [0, 1], and
+            whether they are right ``(N,)`` bool, as returned by `top_confidence`.
+        path: File to write; the suffix sets the format (``.png``, ``.pdf``, ``.svg``). An existing file is
+            replaced atomically. None writes nothing.
         num_bins: Number of equal-width bins, for the points and for ECE.
 
     Returns:
-        The figure, which belongs to no pyplot window and needs no closing.
+        The figure, which is not registered with pyplot and need not be closed.
 
     Raises:
         ValueError: There are no curves, a curve has no examples, or a confidence is outside [0, 1].
     """
     if not curves:
-        raise ValueError("`curves` is empty: give the confidences of at least one method")
+        raise ValueError("`curves` is empty: pass the confidences of at least one method")
     figure = Figure(figsize=(0.6 + 2.15 * len(curves), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
@@ -82,7 +82,7 @@ def reliability_diagram(
 
 
 def _bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean confidence, accuracy and count of each bin that is not empty, ``(bins,)`` each."""
+    """Return the mean confidence, accuracy and count of each non-empty bin, ``(bins,)`` each."""
     edges = torch.linspace(0, 1, num_bins + 1, dtype=confidence.dtype)
     index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
     count = torch.bincount(index, minlength=num_bins)
@@ -132,7 +132,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _write(figure: Figure, path: Path) -> None:
-    """Write under a temporary name and rename, so that no reader ever sees half a picture."""
+    """Write under a temporary name, then rename, so that no reader sees a partial file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=200)

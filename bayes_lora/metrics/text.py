@@ -1,4 +1,4 @@
-"""How good free answers are: exact match and token F1, with SQuAD's normalisation (arXiv 1606.05250)."""
+"""Exact match and token F1 of generated answers, with SQuAD's normalisation (arXiv 1606.05250)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ __all__ = ["TextMetrics", "text_metrics"]
 class TextMetrics:
     """Scores of one free-form task, or their average over tasks.
 
-    Texts are compared in lower case, without punctuation and the articles a, an and the, and with single spaces.
+    Texts are compared in lower case, without punctuation and without the articles a, an and the, with whitespace
+    normalised.
 
     Attributes:
         exact_match: Share of answers that equal a reference; in [0, 1], higher is better.
-        f1: Mean over examples of the harmonic mean of precision and recall of an answer's words, that of the best
-            reference; in [0, 1], higher is better.
-        nll: Mean negative log-probability of the first reference and what ends it, in nats; lower is better.
-        num_examples: Number of examples behind the scores.
+        f1: Mean over examples of the harmonic mean of precision and recall of the answer's words with respect to the
+            best reference; in [0, 1], higher is better.
+        nll: Mean negative log-probability of the first reference including its end of text, in nats; lower is better.
+        num_examples: Number of examples that were scored.
     """
 
     exact_match: float
@@ -37,20 +38,20 @@ class TextMetrics:
 
 
 def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_probs: Tensor) -> TextMetrics:
-    """Score free answers.
+    """Score generated answers.
 
     Args:
         texts: Decoded answers.
-        references: For each the texts that are right.
+        references: Correct texts of each answer.
         log_probs: Log-probabilities of the first references in nats, ``(N,)``.
 
     Raises:
-        ValueError: There are no answers, they are not as many as the others, or one has no reference.
+        ValueError: There are no answers, the lengths differ, or an answer has no reference.
     """
     if not texts or not len(texts) == len(references) == len(log_probs) or not all(references):
         raise ValueError(
-            "`texts`, `references` and `log_probs` must be of the same N >= 1 examples, with a reference for each; got "
-            f"{len(texts)}, {len(references)} and {len(log_probs)}"
+            "`texts`, `references` and `log_probs` must have the same length N >= 1, with a reference for each text; "
+            f"got {len(texts)}, {len(references)} and {len(log_probs)}"
         )
     predicted: Any = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
     right: Any = [

@@ -1,1 +1,1 @@
-"""Named models, guides and objectives, and their settings."""
+"""Named priors, guides and objectives, and their settings."""

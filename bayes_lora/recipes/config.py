@@ -1,4 +1,4 @@
-"""Settings of a run: dataclasses, read from YAML and flags, saved as JSON beside the posterior."""
+"""Settings of a run: dataclasses, read from YAML and flags, saved as JSON next to the posterior."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ class LanguageModelConfig:
     """The base model, its LoRA, its prompts, and how it runs. See :func:`bayes_lora.load_language_model`.
 
     Attributes:
-        r: rank of the LoRA; None is 8.
-        lora_alpha: PEFT scales the update by ``lora_alpha / r``; None is ``2 r``.
+        r: rank of the LoRA; None means 8.
+        lora_alpha: PEFT scales the update by ``lora_alpha / r``; None means ``2 r``.
         layers_to_transform: indices of the adapted layers.
-        top_layers: in place of these, the number of adapted layers, counted from the top; None is 6.
-        target_modules: names of the adapted kinds of modules; None is PEFT's choice and ``o_proj``.
+        top_layers: alternatively, the number of adapted layers, counted from the top; None means 6.
+        target_modules: names of the adapted kinds of modules; None means PEFT's default and ``o_proj``.
         adapter: folder or hub id of a saved LoRA adapter to start from, in place of the settings above.
-        dtype: of the base; None is bfloat16 on a GPU that computes in it, else float32.
-        quantization: of the base, through bitsandbytes.
-        template: how an example becomes text; the name of one of :data:`bayes_lora.tasks.TEMPLATES` will do.
-        gradient_checkpointing: less memory in training, for a second forward through the adapted layers.
-        cache_gib: RAM for hidden states below the adapted layers.
-        cache_folder: where those that RAM has no room for are kept, until the process ends.
-        token_cache: whether tokens of large collections are kept on disk, for later runs as well.
+        dtype: dtype of the base; None means bfloat16 on a GPU that supports it, otherwise float32.
+        quantization: quantisation of the base with bitsandbytes.
+        template: prompt template, or the name of one of :data:`bayes_lora.tasks.TEMPLATES`.
+        gradient_checkpointing: reduces memory in training at the cost of a second forward through the adapted layers.
+        cache_gib: RAM in GiB for hidden states below the adapted layers.
+        cache_folder: folder for hidden states that do not fit into RAM, until the process ends.
+        token_cache: whether tokens of large collections are stored on disk for later runs.
     """
 
     name: str = DEFAULT_MODEL
@@ -72,10 +72,10 @@ class LanguageModelConfig:
     token_cache: bool = True
 
     def matching(self, lm: LanguageModel) -> LanguageModelConfig:
-        """These settings with those of a language model at hand in place of what they say of it.
+        """Return these settings, updated to describe a given language model.
 
-        A LoRA that no setting describes (a regular expression of ``target_modules``, say, or an adapter in memory) is
-        not recorded: pass ``lm=`` when a posterior that was fitted on it is loaded.
+        A LoRA that the settings cannot describe (such as a regular expression of ``target_modules``, or an adapter in
+        memory) is not recorded: pass ``lm=`` to load a posterior that was fitted on it.
         """
         lora, count = lm.lora_config, int(lm.model.config.num_hidden_layers)
         kept: dict[str, Any] = {
@@ -110,19 +110,18 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """Episodes of the training tasks, and which of them are held out.
+    """Settings of training episodes and of held-out tasks.
 
     Attributes:
-        tasks_per_episode: T.
+        tasks_per_episode: number of tasks T of an episode.
         num_support: support examples per task.
         num_query: query examples per task.
-        score_support: whether the likelihood is taken on support and query, or on the query alone.
-        num_demonstrations: of the support, how many examples stand solved before every query.
-        examples_per_task: of larger training tasks this many are drawn, once; None takes all.
-        held_out: share (below 1) or number of the training tasks that choose the checkpoint; 0 holds out none.
+        score_support: whether the likelihood is computed on support and query, or on the query alone.
+        num_demonstrations: number of support examples that precede every query with their answers.
+        examples_per_task: maximum number of examples of a training task, sampled once; None takes all.
+        held_out: share (below 1) or number of training tasks held out to choose the checkpoint; 0 means none.
         held_out_shots: support and query size of a held-out task.
-        shuffle_options: put the options of each example, of all tasks, into an order of its own, once: against a taste
-            for the first one, where prompts list options.
+        shuffle_options: shuffle the options of each example once, to counter position bias if prompts list options.
     """
 
     tasks_per_episode: Count = 4
@@ -138,17 +137,17 @@ class EpisodeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run, one section per piece.
+    """All settings of a run, by section.
 
     Attributes:
-        recipe: name of a prior, a guide and how they are calibrated (docs/recipes.md).
-        prior: ``name`` of another prior, and keyword arguments of the prior's class, over the recipe's own.
-        guide: likewise of the guide; ``theta_guide``, ``family`` and ``start`` are names, or mappings with a name.
+        recipe: name of a prior, a guide and their calibration (docs/recipes.md).
+        prior: ``name`` of another prior, and keyword arguments of its class, which override those of the recipe.
+        guide: the same for the guide; ``theta_guide``, ``family`` and ``start`` are names, or mappings with a name.
         objective: weights of the divergences.
         language_model: the base model and its prompts.
-        episodes: episodes of the training tasks.
-        fit: the optimization.
-        seed: of initial parameters, of the choice of tasks, and of episodes.
+        episodes: training episodes and held-out tasks.
+        fit: settings of the optimisation.
+        seed: seed of initial parameters, of the split of tasks, and of episodes.
     """
 
     recipe: str = "abmll-network"
@@ -165,7 +164,7 @@ class RunConfig:
         """Build from nested mappings.
 
         Raises:
-            ConfigError: an unknown key (near ones are named), or a value of the wrong type.
+            ConfigError: a key is unknown, or a value has the wrong type.
         """
         values = named_template(values, source)
         check_keys(values, asdict(cls()), source)
@@ -174,7 +173,7 @@ class RunConfig:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raised = first.get("ctx", {}).get("error")  # by a section's own check, which names the value
+            raised = first.get("ctx", {}).get("error")  # by the check of a section, whose message names the value
             problem = f".{raised}" if raised else f": {first['msg']}, got {first['input']!r}."
             raise ConfigError(f"{source}: {where}{problem}") from error
         try:
@@ -186,7 +185,7 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: Path | None, settings: Sequence[str] = (), base: RunConfig | None = None) -> RunConfig:
-        """Read a YAML file, then apply ``section.key=value`` settings (values are YAML) over it.
+        """Read a YAML file, then override it with ``section.key=value`` settings (values are YAML).
 
         Raises:
             ConfigError: the file is missing or not a YAML mapping, or a setting is malformed.
@@ -203,5 +202,5 @@ class RunConfig:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values."""
+        """Return nested dictionaries of plain values."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Nested values of settings: read from YAML files and flags, merged, and their keys checked."""
+"""Read nested settings from YAML files and flags, merge them, and check their keys."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bayes_lora.episodes.templates import TEMPLATES
 from bayes_lora.errors import ConfigError, did_you_mean
 
 PARTS = ("prior", "guide")
-"""Sections that hold the name of a class and its settings."""
+"""Sections with the name of a class and its settings."""
 
 __all__ = ["check_keys", "merge", "named_template", "nested", "read_yaml"]
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """Read a mapping; an empty file is an empty one."""
+    """Read a mapping; an empty file is an empty mapping."""
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -31,18 +31,18 @@ def nested(setting: str) -> Mapping[str, Any]:
     """Turn ``a.b=c`` into ``{"a": {"b": c}}``; c is YAML."""
     key, equals, text = setting.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {setting!r}: expected section.key=value, as in objective.beta=1e-4.")
+        raise ConfigError(f"--set {setting!r}: expected section.key=value, such as objective.beta=1e-4.")
     try:
         value = yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {setting!r}: {text!r} is no YAML value: {error}") from error
+        raise ConfigError(f"--set {setting!r}: {text!r} is not a YAML value: {error}") from error
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
 
 
 def named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The settings with a template in place of the name of one, and ``r`` in place of its name in files of before."""
+    """Replace the name of a template by the template, and ``rank``, the name in older files, by ``r``."""
     section = values.get("language_model") if isinstance(values, Mapping) else None
     if isinstance(section, Mapping) and "rank" in section:
         if "r" in section:
@@ -54,14 +54,14 @@ def named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         return values
     if name not in TEMPLATES:
         near = did_you_mean(name, TEMPLATES, list_all=True)
-        raise ConfigError(f"{source}: language_model.template {name!r} is no template's name{near}.")
+        raise ConfigError(f"{source}: language_model.template {name!r} is not the name of a template{near}.")
     return {**values, "language_model": {**section, "template": asdict(TEMPLATES[name])}}
 
 
 def merge(values: dict[str, Any], over: Mapping[str, Any], *, part: bool = False) -> None:
-    """Put values over others, section by section.
+    """Override values by others, section by section.
 
-    In a prior, a guide or a ``part`` of one, a new name drops the settings of the class that was named before.
+    In a prior, a guide or a ``part`` of one, a new name removes the settings of the previously named class.
     """
     for key, value in over.items():
         inner, inside = values.get(key), part or key in PARTS
@@ -74,7 +74,7 @@ def merge(values: dict[str, Any], over: Mapping[str, Any], *, part: bool = False
 
 
 def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    """Refuse a key that is not known, and name near ones."""
+    """Raise :class:`ConfigError` for an unknown key; the message names similar keys."""
     if not isinstance(values, Mapping):
         where = f"{prefix[:-1]}: expected a section" if prefix else "expected a mapping"
         raise ConfigError(f"{source}: {where} with {list(known)}, got {values!r}.")
@@ -82,7 +82,7 @@ def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str =
         if key not in known:
             near = did_you_mean(str(key), known, list_all=True)
             raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{near}.")
-        if not prefix and key in PARTS:  # keys are those of the class that is named, and are checked with it
+        if not prefix and key in PARTS:  # the keys of these sections are checked with the named class
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{source}: {key}: expected a section with a name and settings, got {value!r}.")
         elif isinstance(known[key], Mapping) and not is_dataclass(value):

@@ -1,7 +1,7 @@
-"""Recipes: a named prior, guide and objective, of ABMLL (arXiv 2508.14285) and of what it is compared with.
+"""Recipes: named priors, guides and objectives of ABMLL (arXiv 2508.14285) and of its baselines.
 
-A recipe is data: the names and settings of its two parts, over which a run's own settings go, and how the posterior is
-calibrated on held-out tasks in the end.
+A recipe has the names and settings of a prior and a guide, which a run's settings override, and the calibration of the
+posterior on held-out tasks after training.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Recipe:
     """A named prior, guide and objective.
 
     Attributes:
-        about: what it is, in one sentence.
+        about: description in one sentence.
         prior: name and settings of the prior.
         guide: name and settings of the guide.
-        calibrate: what is chosen on held-out tasks in the end: the width of the posterior, a temperature (a point has
-            no width), or nothing.
+        calibrate: what is chosen on held-out tasks after training: the width of the posterior, a temperature (for
+            points, which have no width), or nothing.
     """
 
     about: str
@@ -47,14 +47,14 @@ class Recipe:
 INDEPENDENT = {"name": "independent-normal"}
 GRADIENT, NETWORK = {"name": "gradient-guide"}, {"name": "guide-network"}
 FINE_TUNING = GRADIENT | {"family": "point"}
-# What a learnt start learns are its locations; the prior's spread stays.
+# A learnt initialisation learns locations; the prior's standard deviations stay fixed.
 LOCATIONS = {"theta_guide": {"name": "point", "locations_only": True}}
 
 RECIPES: dict[str, Recipe] = {
     "abmll": Recipe("K gradient steps from theta, beta-scaled ELBO: the paper's inference.", guide=GRADIENT),
     "abmll-network": Recipe("The same with a guide network: one forward pass.", guide=NETWORK),
     "abmll-network-gradient": Recipe(
-        "K gradient steps from where the guide network points (semi-amortized).", guide=GRADIENT | {"start": NETWORK}
+        "K gradient steps from the output of the guide network (semi-amortized).", guide=GRADIENT | {"start": NETWORK}
     ),
     "abmll-weight": Recipe(
         "Random weight updates, gradient steps, local reparameterization: the paper's text.",
@@ -62,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
         guide=GRADIENT,
     ),
     "abmll-released": Recipe(
-        "Noise at activations, gradient steps on minibatches: what the authors' code does (docs/method.md).",
+        "Noise at activations, gradient steps on minibatches: the authors' released code (docs/method.md).",
         prior={"name": "activation-space"},
         guide=GRADIENT,
         calibrate="none",
@@ -73,18 +73,18 @@ RECIPES: dict[str, Recipe] = {
         guide={"name": "shared-mean-field"},
     ),
     "ensemble": Recipe(
-        "Several LoRAs for all tasks, from several starts (deep ensemble, arXiv 1612.01474); a particle for each.",
+        "Several LoRAs for all tasks with different initial values (deep ensemble, arXiv 1612.01474).",
         prior=INDEPENDENT,
         guide={"name": "ensemble"},
         calibrate="none",
     ),
     "fomaml": Recipe(
-        "A LoRA for each task, fine-tuned from a learnt start: first-order MAML (arXiv 1703.03400).",
+        "A LoRA for each task, fine-tuned from a learnt initialisation: first-order MAML (arXiv 1703.03400).",
         guide=FINE_TUNING | LOCATIONS,
         calibrate="none",
     ),
     "laplace-lora": Recipe(
-        "A fine-tuned LoRA for each task, with Laplace's approximation around it (Laplace-LoRA, arXiv 2308.13111).",
+        "A fine-tuned LoRA for each task with a Laplace approximation (Laplace-LoRA, arXiv 2308.13111).",
         prior=INDEPENDENT,
         guide={
             "name": "laplace",
@@ -94,7 +94,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "lora": Recipe(
-        "A LoRA for each task, fine-tuned on its support from PEFT's initial value. Nothing is learnt between tasks.",
+        "A LoRA for each task, fine-tuned on its support from PEFT's initial value, without meta-learning.",
         prior=INDEPENDENT,
         guide=FINE_TUNING,
         calibrate="none",
@@ -106,19 +106,19 @@ RECIPES: dict[str, Recipe] = {
         calibrate="temperature",
     ),
     "mc-dropout": Recipe(
-        "One LoRA for all tasks with dropout, in prediction too (arXiv 1506.02142).",
+        "One LoRA for all tasks with dropout in training and prediction (arXiv 1506.02142).",
         prior=INDEPENDENT,
         guide={"name": "mc-dropout"},
         calibrate="none",
     ),
     "multitask-lora": Recipe(
-        "One LoRA for all tasks, most probable under a fixed normal prior: ordinary fine-tuning, with weight decay.",
+        "One LoRA for all tasks, the MAP under a fixed normal prior: standard fine-tuning with weight decay.",
         prior=INDEPENDENT,
         guide={"name": "shared-point"},
         calibrate="none",
     ),
     "reptile": Recipe(
-        "A LoRA for each task, from a start that moves towards where the steps end: Reptile (arXiv 1803.02999).",
+        "A LoRA for each task, initialised at a running average of fine-tuned LoRAs: Reptile (arXiv 1803.02999).",
         guide=FINE_TUNING | LOCATIONS | {"follow_theta": False},
         calibrate="none",
     ),
@@ -149,9 +149,10 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
 
 
 def recipe_of(config: RunConfig) -> Recipe:
-    """The recipe of a run, with the run's own prior, guide and their settings over it.
+    """Return the recipe of a run, with the run's settings of prior and guide applied.
 
-    A prior or guide of another name replaces the recipe's, settings and all; the posterior's width is then calibrated.
+    A prior or guide of another name replaces that of the recipe with its settings. With another guide, the posterior's
+    width is calibrated.
 
     Raises:
         ConfigError: there is no such recipe.
@@ -170,7 +171,7 @@ def recipe_of(config: RunConfig) -> Recipe:
 
 
 def _over(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over others; those of a part of another name do not apply to it."""
+    """Override settings by others; if the name differs, they replace all of them."""
     if own.get("name", spec.get("name")) != spec.get("name"):
         return dict(own)
     merged = dict(spec)
@@ -189,14 +190,14 @@ def build_objective(
     guide: Guide | None = None,
     num_tasks: int = 1,
 ) -> BetaELBO:
-    """Build a run's objective, its parameters drawn under ``config.seed``.
+    """Build a run's objective, with initial parameters drawn under ``config.seed``.
 
     Args:
         lm: the language model.
         config: settings.
-        model: in place of the settings' prior.
-        guide: in place of the settings' guide.
-        num_tasks: size of the collection that is trained on, for guides with parameters for each task.
+        model: model to use in place of the one of the settings.
+        guide: guide to use in place of the one of the settings.
+        num_tasks: number of training tasks, for guides with parameters per task.
 
     Raises:
         ConfigError: there is no such recipe, prior, guide or setting, the guide does not take the prior, or there are
@@ -210,6 +211,6 @@ def build_objective(
         prior: Model = build_prior(recipe.prior, lm) if model is None else model
         if guide is None:
             guide = build_guide(recipe.guide, prior, num_tasks=num_tasks, beta=settings["beta"])
-    # A particle for each member of an ensemble, which trains all of them in every step.
+    # One particle per member of an ensemble, so that every step trains all members.
     settings["num_particles"] = max(settings["num_particles"], guide.num_members)
     return BetaELBO(prior, guide, **settings).to(lm.device)

@@ -1,7 +1,7 @@
-"""Priors and guides by the names that settings and flags use, and their settings, read from their constructors.
+"""Build priors and guides from names and settings.
 
-``RankARD`` is ``rank-ard``; its settings are the keyword arguments of its constructor, with their types and defaults. A
-new class of :mod:`bayes_lora.models` or :mod:`bayes_lora.guides` needs no line here.
+The name of ``RankARD`` is ``rank-ard``. Its settings are the keyword arguments of its constructor, with their types and
+defaults. Classes of :mod:`bayes_lora.models` and :mod:`bayes_lora.guides` are registered automatically.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Settings = Mapping[str, Any]
 
 
 def name_of(cls: type) -> str:
-    """The name of a class in settings: ``RankARD`` is ``rank-ard``."""
+    """Return the name of a class in settings: ``RankARD`` is ``rank-ard``."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
 
-def _named(room: Any, keep: Callable[[type], bool]) -> dict[str, Any]:
-    classes = [getattr(room, name) for name in room.__all__]
+def _named(package: Any, keep: Callable[[type], bool]) -> dict[str, Any]:
+    classes = [getattr(package, name) for name in package.__all__]
     return {name_of(cls): cls for cls in classes if isinstance(cls, type) and keep(cls)}
 
 
@@ -45,10 +45,10 @@ THETA_GUIDES: dict[str, ThetaFactory] = {"point": guides.PointTheta, "normal": g
 
 
 def build_prior(spec: Settings, likelihood: Likelihood) -> models.HierarchicalModel:
-    """Make the prior that ``spec`` describes: ``{"name": "rank-ard", "random": "B"}``.
+    """Make the prior of a specification such as ``{"name": "rank-ard", "random": "B"}``.
 
     Raises:
-        ConfigError: there is no such prior or setting, or a value is of the wrong type or out of range.
+        ConfigError: there is no such prior or setting, or a value has the wrong type or is out of range.
     """
     cls, settings = _part("prior", spec, PRIORS)
     made: models.HierarchicalModel = cls(likelihood, **settings)
@@ -56,25 +56,25 @@ def build_prior(spec: Settings, likelihood: Likelihood) -> models.HierarchicalMo
 
 
 def build_guide(spec: Settings, model: Model, *, num_tasks: int, beta: float) -> TaskGuide:
-    """Make the guide that ``spec`` describes: ``{"name": "gradient-guide", "steps": 5}``.
+    """Make the guide of a specification such as ``{"name": "gradient-guide", "steps": 5}``.
 
     Args:
-        spec: its name and settings.
+        spec: name and settings of the guide.
         model: the model.
-        num_tasks: size of the collection that is trained on, for guides with parameters for each task.
-        beta: of the objective; what a guide's own ``beta`` is unless its settings say otherwise.
+        num_tasks: number of training tasks, for guides with parameters per task.
+        beta: beta of the objective, which is the default of the guide's ``beta`` setting.
 
     Raises:
-        ConfigError: as :func:`build_prior`.
+        ConfigError: see :func:`build_prior`.
     """
     return _guide("guide", spec, model, num_tasks, beta)
 
 
 def check_settings(prior: Settings, guide: Settings, source: str) -> None:
-    """Check names, types and ranges of a prior's and a guide's settings, without making either.
+    """Check names, types and ranges of the settings of a prior and a guide, without making them.
 
     Raises:
-        ConfigError: names the setting.
+        ConfigError: a setting is wrong; the message names it.
     """
     for section, spec, table in (("prior", prior, PRIORS), ("guide", guide, GUIDES)):
         try:
@@ -84,7 +84,7 @@ def check_settings(prior: Settings, guide: Settings, source: str) -> None:
 
 
 def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
-    """The keyword arguments of a class that settings can hold; of ``**settings``, those of its base class."""
+    """Return the keyword arguments of a class that can be settings, including those passed on to base classes."""
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         signature = inspect.signature(vars(base)["__init__"]) if "__init__" in vars(base) else None
@@ -106,13 +106,13 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _is_function(hint: Any) -> bool:
-    """Whether values are functions, which a file of settings cannot hold; q(theta) and families have names."""
+    """Return whether values are functions without a name in settings, unlike q(theta) and families."""
     return "Callable" in str(hint) and hint not in (ThetaFactory, Family)
 
 
 @cache
 def _schema(cls: type) -> type[BaseModel]:
-    """Types of a class's settings."""
+    """Return a pydantic model of a class's settings."""
     fields: dict[str, Any] = {}
     for name, parameter in parameters_of(cls).items():
         special = parameter.annotation in (ThetaFactory, Family) or _is_guide(parameter.annotation)
@@ -125,7 +125,7 @@ def _is_guide(hint: Any) -> bool:
 
 
 def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class that ``spec`` names, and its settings, checked; q(theta) and families are objects then."""
+    """Return the class named in ``spec`` and its validated settings, with q(theta) and families as objects."""
     settings = dict(spec)
     name = settings.pop("name", None)
     if not isinstance(name, str) or name not in table:
@@ -135,7 +135,7 @@ def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, 
     for key in settings:
         if key not in known:
             near = did_you_mean(str(key), known, list_all=True)
-            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: no setting of {name}{near}.")
+            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: not a setting of {name}{near}.")
     try:
         values = {key: getattr(_schema(cls)(**settings), key) for key in settings}
     except ValidationError as error:
@@ -168,7 +168,7 @@ def _guide(section: str, spec: Settings, model: Model, num_tasks: int, beta: flo
 
 
 def _spec(section: str, value: Any) -> Settings:
-    """A name alone stands for a part with default settings."""
+    """Return a specification; a name alone means default settings."""
     if isinstance(value, str):
         return {"name": value}
     if not isinstance(value, Mapping):
@@ -197,5 +197,5 @@ def _functions(section: str, value: Any, table: Mapping[str, Any]) -> tuple[Any,
     known = inspect.signature(table[name]).parameters
     for key in spec:
         if key not in known or key == "model":
-            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: no setting of {name}.")
+            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: not a setting of {name}.")
     return table[name], spec

@@ -1,1 +1,1 @@
-"""Jobs that leave a folder: fits, comparisons, sweeps, the demonstration."""
+"""Jobs that write a folder: fits, comparisons, sweeps and the demo."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a fit: parameters, Adam's moments, the state and the curve; safetensors and JSON, never pickle."""
+"""Checkpoints of a fit: parameters, Adam's moments, state and history, in safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORS, STATE = "checkpoint.safetensors", "checkpoint.json"
 def save_checkpoint(
     path: Path, objective: BetaELBO, optimizer: torch.optim.Optimizer, state: FitState, settings: Any
 ) -> None:
-    """Write a checkpoint folder, in place of the one before."""
+    """Write a checkpoint folder, replacing the previous one."""
     tensors = {f"parameters.{name}": value for name, value in objective.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in (state.best_parameters or {}).items()}
     tensors |= {f"average.{name}": value for name, value in (state.average or {}).items()}
@@ -36,7 +36,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, objective: BetaELBO, optimizer: torch.optim.Optimizer, settings: Any) -> FitState:
-    """Read a checkpoint into an objective and an optimizer, and return the state.
+    """Load a checkpoint into an objective and an optimizer, and return the state.
 
     Raises:
         ConfigError: the checkpoint was made with other settings.
@@ -44,9 +44,11 @@ def load_checkpoint(path: Path, objective: BetaELBO, optimizer: torch.optim.Opti
     """
     facts, tensors = read_json(path / STATE), read_tensors(path / TENSORS)
     if not isinstance(facts, dict) or "settings" not in facts:
-        raise PosteriorError(f"{path / STATE} is damaged: it has no 'settings'. Start again with --overwrite.")
+        raise PosteriorError(f"{path / STATE} is damaged: it has no 'settings'. Start over with --overwrite.")
     if facts["settings"] != _fingerprint(settings):
-        raise ConfigError(f"{path} was made with other settings or tasks. Resume with those of that run.")
+        raise ConfigError(
+            f"{path} was made with other settings or tasks. Resume with the settings and tasks of that run."
+        )
     parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "best": {}, "average": {}, "moments": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
@@ -62,7 +64,7 @@ def load_checkpoint(path: Path, objective: BetaELBO, optimizer: torch.optim.Opti
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return state
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PosteriorError(f"{path} is damaged ({error}). Start again with --overwrite.") from error
+        raise PosteriorError(f"{path} is damaged ({error}). Start over with --overwrite.") from error
 
 
 def _fingerprint(settings: Any) -> str:

@@ -20,7 +20,7 @@ from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.runs.report import Comparison, MethodResult
 from bayes_lora.tasks.task import Example, Task
 
-__all__ = ["cache", "compare"]
+__all__ = ["compare", "warm_feature_cache"]
 
 Method = Callable[[Sequence[Task]], tuple[TaskPosterior, int]]
 """From tasks to a posterior of each, and how many draws it predicts with."""
@@ -69,7 +69,7 @@ def compare(
             posterior.adapt(group, steps=count, learning_rate=learning_rate),
             num_draws,
         )
-    cache(lm, [task.examples for task in tasks], "reading unseen tasks", progress)
+    warm_feature_cache(lm, [task.examples for task in tasks], "reading unseen tasks", progress)
     bar = progress.add_task("adapting and predicting", total=len(methods) * len(tasks)) if progress else None
 
     def advance(count: int) -> None:
@@ -116,7 +116,9 @@ def _evaluate(
     return MethodResult(metrics, torch.cat(confidence), torch.cat(correct))
 
 
-def cache(lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None) -> None:
+def warm_feature_cache(
+    lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None
+) -> None:
     """Run the frozen part of the language model over examples once, with a bar."""
     rows = lm.encoder([example for group in groups for example in group])
     bar = progress.add_task(what, total=len(rows)) if progress else None

@@ -1,4 +1,4 @@
-"""The demo: the main job on the shipped tasks, from meta-learning to a calibrated prediction."""
+"""The demo: meta-learning, adaptation and comparison on the shipped tasks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["demo_config", "run_demo"]
 
 
 def demo_config() -> RunConfig:
-    """Settings that end within ten minutes on two CPU cores."""
+    """Return settings with which the demo takes less than ten minutes on two CPU cores."""
     return RunConfig(episodes=EpisodeConfig(held_out=2), fit=FitConfig(steps=70, eval_every=14, learning_rate=2e-3))
 
 
 def run_demo(
     run: Path, config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Comparison:
-    """Fit, adapt, compare; write posterior, metrics, diagram and a PEFT adapter per unseen task to the run folder."""
+    """Fit, adapt and compare; write posterior, metrics, diagram and one PEFT adapter per unseen task to the folder."""
     console = console or Console()
     check_run_folder(run, resume=resume, overwrite=overwrite)
     training, unseen = demo_tasks(config.episodes.held_out_shots)

@@ -1,12 +1,12 @@
-"""A run's sizes before anything is loaded: the model is built on the ``meta`` device, which holds no numbers.
+"""Estimate the size of a run without loading weights: the model is built on the ``meta`` device, without data.
 
 Memory is an estimate, in bytes, of a training step of Llama-like decoder layers:
 
-- base: the frozen weights, in their dtype, or 8 or 4 bits for the linear layers of a quantised one;
+- base: the frozen weights in their dtype, or in 8 or 4 bits for the linear layers of a quantised model;
 - trained: four copies of the trained parameters in 32 bits (values, gradients, Adam's two moments), and their average;
 - phi: eight tensors of an episode's LoRA weights in 32 bits (location, scale, noise, draw, and their gradients);
 - activations: per token and adapted layer 7 hidden and 3 intermediate vectors in the base's dtype, and one more
-  intermediate vector where down_proj is adapted; with gradient checkpointing one hidden vector, and one layer whole.
+  intermediate vector if down_proj is adapted; with gradient checkpointing one hidden vector, and one whole layer.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ BITS = {"8bit": 8, "4bit": 4}
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would need.
+    """Estimated size of a run.
 
     Attributes:
-        sites: LoRA site to event shape ``(layers, out, in)``.
+        sites: from LoRA site to event shape ``(layers, out, in)``.
         parameters: numbers of ``base`` parameters, of ``lora`` weights of one draw, and of ``trained`` parameters.
         memory: bytes of ``base``, ``trained``, ``phi``, ``activations``, and their ``total``.
-        tokens: of a training step's largest forward.
+        tokens: number of tokens of the largest forward of a training step.
     """
 
     sites: dict[str, tuple[int, int, int]]
@@ -56,7 +56,7 @@ class DryRun:
     tokens: int
 
     def tables(self) -> list[Table]:
-        """Sites, parameter counts and memory, to print."""
+        """Return tables of sites, parameter counts and memory."""
         sites = Table("site", "layers", "out", "in")
         for site, shape in self.sites.items():
             sites.add_row(site, *map(str, shape))
@@ -73,7 +73,7 @@ def read_architecture(path: Path) -> PreTrainedConfig:
     """Read a ``config.json``.
 
     Raises:
-        ModelFileError: it cannot be read, or names no model type that transformers knows.
+        ModelFileError: it cannot be read, or its model type is unknown to transformers.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def read_architecture(path: Path) -> PreTrainedConfig:
 
 
 class _Shapes:
-    """Stands in for the language model where only shapes count."""
+    """A placeholder for the language model with shapes only."""
 
     device = META
 
@@ -102,14 +102,14 @@ class _Shapes:
 
 
 def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
-    """Build a run's model and guide on the ``meta`` device, check every LoRA site, and count.
+    """Build a run's model and guide on the ``meta`` device, check every LoRA site, and count parameters and memory.
 
     Args:
         config: settings of the run.
-        architecture: of the base model, as in its ``config.json``.
+        architecture: configuration of the base model.
 
     Raises:
-        SiteError: a target module is not in the model, or a site has another shape than its layers.
+        SiteError: a target module is not in the model, or the shape of a site does not match its layers.
     """
     settings = config.language_model
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: default_dtype(torch.device("cpu"))}
@@ -135,8 +135,8 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
     sites = find_sites(model)
     _check(sites, linears, None if lora.rank_pattern else lora.r)
     likelihood: Any = _Shapes(sites, int(architecture.hidden_size))
-    # Initial values are made where the slots are, so model and guide are on the meta device, too.
-    with META, pyro.validation_enabled(False):  # which would look at values
+    # Initial values are on the device of the slots, so model and guide are on the meta device too.
+    with META, pyro.validation_enabled(False):  # validation needs values
         objective = build_objective(likelihood, replace(config, seed=0))
     trained = sum(p.numel() for p in objective.parameters())
     quantised = sum(m.weight.numel() for name, m in linears.items() if m is not model.get_output_embeddings())
@@ -146,7 +146,7 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
 
 
 def _check(sites: LoraSites, linears: dict[str, torch.nn.Linear], r: int | None) -> None:
-    """Compare the sites' shapes with those of the model's linears; r is None if ranks differ between modules."""
+    """Check the shapes of sites against the model's linears; r is None if ranks differ between modules."""
     for site, modules in sites.modules.items():
         for name in modules:
             out, inside = linears[name].weight.shape
@@ -177,7 +177,7 @@ def _memory(
     per_token = layers * hidden + whole if settings.gradient_checkpointing else layers * whole
     bits = 8 * itemsize if settings.quantization is None else BITS[settings.quantization]
     draws = episodes.tasks_per_episode * particles
-    pairs = 2 if isinstance(objective.model, WeightSpace | ActivationSpace) else 1  # of factors, for mean and scale
+    pairs = 2 if isinstance(objective.model, WeightSpace | ActivationSpace) else 1  # factor pairs, for mean and scale
     memory = {
         "base": (parameters["base"] - quantised) * itemsize + quantised * bits // 8,
         "trained": 5 * 4 * parameters["trained"],

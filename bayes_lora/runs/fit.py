@@ -22,7 +22,7 @@ from bayes_lora.posterior.classes import describe
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
-from bayes_lora.runs.compare import cache
+from bayes_lora.runs.compare import warm_feature_cache
 from bayes_lora.runs.folder import CURVE, POSTERIOR, RunLogger, identity, prepare_run_folder, write_settings
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
@@ -44,28 +44,28 @@ def fit_posterior(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Posterior, FitState]:
-    """Meta-learn on training tasks: hold some out, fit on the others, return the best checkpoint.
+    """Meta-learn on training tasks: hold some out, fit on the others, and return the best checkpoint.
 
     Args:
         lm: the language model.
-        tasks: training tasks; support and query are drawn anew for each episode.
-        config: settings, a recipe among them.
-        model: a prior of your own, in place of the recipe's: a :class:`bayes_lora.models.FactorModel`, say.
-        guide: a guide of your own, in place of the recipe's: a :class:`bayes_lora.guides.TaskGuide`. If only a guide is
-            passed, the model is the guide's.
-        run: a folder for checkpoints, the curve (``curve.json``), the names of the tasks (``tasks.json``) and the
-            posterior (``posterior/``), the held-out NLL at each width (``widths.json``) or temperature; None writes
-            none.
-        resume: go on from the folder's checkpoint, if there is one. ``fit.steps`` and ``fit.patience`` may be larger
-            than they were: a run that had ended then goes on. The learning rate decays over ``fit.steps``, so it rises
-            again with them, and the end is not quite that of a run that had as many from the start.
-        overwrite: replace the folder if it holds a run already.
-        progress: shows bars with an estimate of the time left.
+        tasks: training tasks; support and query are sampled again for each episode.
+        config: settings, including the recipe.
+        model: a custom prior in place of the recipe's, such as a :class:`bayes_lora.models.FactorModel`.
+        guide: a custom guide in place of the recipe's, such as a :class:`bayes_lora.guides.TaskGuide`. If only a guide
+            is passed, the model is that of the guide.
+        run: a folder for checkpoints, the history (``curve.json``), the names of the tasks (``tasks.json``), the
+            posterior (``posterior/``), and the held-out NLL at each width (``widths.json``) or temperature
+            (``temperatures.json``); None writes nothing.
+        resume: resume from the folder's checkpoint, if there is one. A finished run continues if ``fit.steps`` or
+            ``fit.patience`` is larger than before. The learning rate decays over ``fit.steps``, so it rises again, and
+            the result differs slightly from that of a run with as many steps from the start.
+        overwrite: replace the folder if it already has a run.
+        progress: shows progress bars with an estimate of the remaining time.
 
     Raises:
         TaskError: a task is too small for the episodes.
         ConfigError: the checkpoint was made with other settings or tasks.
-        RunFolderError: the folder holds a run already, or something else.
+        RunFolderError: the folder already has a run, or is not a run folder.
     """
     config = with_language_model(config or RunConfig(), lm)
     run = None if run is None else Path(run)
@@ -74,9 +74,9 @@ def fit_posterior(
     if model is None and isinstance(guide, TaskGuide):
         model = guide.model
     objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
-    # What cannot be saved is refused now, not after the fit.
+    # Raises an error before the fit if model or guide cannot be saved.
     parts = None if run is None else [describe(objective.model, "model"), describe(objective.guide, "guide")]
-    # A guide may have nothing to learn between tasks; then there is nothing to fit.
+    # Without trainable parameters there is nothing to fit.
     steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
     if not steps:
         warn_of_no_fit(config)
@@ -87,7 +87,9 @@ def fit_posterior(
     state = logger.resumed()
     if run is not None:
         write_settings(run, config, list(kept), list(held))
-    cache(lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress)
+    warm_feature_cache(
+        lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress
+    )
     logger.open_bar(state, steps)
     if steps:
         state = fit(
@@ -118,15 +120,15 @@ def fit_posterior(
 
 
 def warn_of_no_fit(config: RunConfig) -> None:
-    """Warn if settings of the fit are changed though nothing is learned between tasks.
+    """Warn if settings of the fit are changed for a recipe without trainable parameters.
 
-    A warning, because files of settings for several recipes have such settings.
+    It is not an error, because settings files for several recipes have such settings.
     """
     changed = [
         f"fit.{f.name}" for f in fields(FitConfig) if getattr(config.fit, f.name) != getattr(FitConfig(), f.name)
     ]
     if changed:
-        message = f"recipe {config.recipe!r} has nothing to fit: {', '.join(changed)} change nothing"
+        message = f"recipe {config.recipe!r} has nothing to fit: {', '.join(changed)} have no effect"
         warnings.warn(message, stacklevel=3)
 
 
@@ -143,12 +145,12 @@ def _choose_width(
 
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:
-    """The settings with those of the language model at hand, so that what is saved says what was fitted."""
+    """Return the settings, updated to describe the language model, so that saved settings match it."""
     return replace(config, language_model=config.language_model.matching(lm))
 
 
 def split_tasks(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
-    """Tasks to train on, and those held out, split into support and query; each cut to what the settings take."""
+    """Return training tasks with at most ``examples_per_task`` examples, and held-out tasks with support and query."""
     settings = config.episodes
     limit = settings.examples_per_task
     if settings.shuffle_options:
@@ -165,10 +167,10 @@ def split_tasks(tasks: TaskSet, config: RunConfig) -> tuple[TaskSet, TaskSet]:
 
 
 def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tuple[EpisodeSampler, list[Episode]]:
-    """Divide a collection into a sampler of training episodes and one episode per held-out task."""
+    """Return a sampler of training episodes and one episode per held-out task."""
     settings = config.episodes
     kept, held = split_tasks(tasks, config)
-    # One warning counts what is cut.
+    # Encoded together, so that one warning counts all prompts that are cut.
     lm.encoder([example for task in (*kept.values(), *held.values()) for example in task.examples])
     sampler = EpisodeSampler(
         kept,
@@ -190,7 +192,7 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
 def _split_held_out(task: Task, shots: int, seed: int) -> Task:
     if len(task) <= shots:
         raise TaskError(
-            f"held-out task {task.name!r} has {len(task)} examples, but episodes.held_out_shots={shots} of them are "
-            "support and at least one more is needed. Lower it, or set episodes.held_out=0."
+            f"held-out task {task.name!r} has {len(task)} examples, but more than episodes.held_out_shots={shots} are "
+            "needed for support and query. Lower it, or set episodes.held_out=0."
         )
     return task.split(shots, seed=seed, num_query=min(2 * shots, len(task) - shots))

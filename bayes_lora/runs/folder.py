@@ -1,4 +1,4 @@
-"""The folder of a run: who may write it, which tasks its posterior was fitted on, what a fit leaves on its way."""
+"""The folder of a run: its settings, the tasks its posterior was fitted on, and the checkpoints and logs of a fit."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ __all__ = [
 ]
 
 CONFIG, CHECKPOINT, CURVE, TASKS, POSTERIOR = "config.json", "checkpoint", "curve.json", "tasks.json", "posterior"
-HOME = "run.json"  # of an adapted folder: names the run from which its posterior comes
+HOME = "run.json"  # in an adapted folder: the run of its posterior
 HALVES = ("training", "held_out")
 
 
 def prepare_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Make a run folder, in place of an old one if ``overwrite`` is set (and ``resume`` is not).
+    """Make a run folder, replacing an existing one if ``overwrite`` is set (and ``resume`` is not).
 
     Raises:
-        RunFolderError: as :func:`check_run_folder`, or it cannot be written.
+        RunFolderError: see :func:`check_run_folder`; or the folder cannot be written.
     """
     check_run_folder(run, resume=resume, overwrite=overwrite)
     try:
@@ -66,36 +66,36 @@ def prepare_run_folder(run: Path, *, resume: bool = False, overwrite: bool = Fal
 
 
 def check_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Look whether a run may use a folder, and change nothing. A missing or empty folder may always be used.
+    """Check whether a run may use a folder, without changing it. A missing or empty folder may always be used.
 
     Raises:
-        RunFolderError: it holds a run, and neither ``resume`` nor ``overwrite`` is set; or it is not a run's folder.
+        RunFolderError: it has a run, and neither ``resume`` nor ``overwrite`` is set; or it is not a run folder.
     """
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         return
     if not (run / CONFIG).exists():
-        raise RunFolderError(f"{run} exists and is no run folder. Give another name.")
+        raise RunFolderError(f"{run} exists and is not a run folder. Choose another name.")
     if not (resume or overwrite):
-        cure = "Use --resume to go on, --overwrite to start again, or another --run."
-        raise RunFolderError(f"{run} exists already. {cure}")
+        cure = "Use --resume to continue, --overwrite to start over, or another --run."
+        raise RunFolderError(f"{run} already exists. {cure}")
 
 
 def write_settings(run: Path, config: RunConfig, training: Sequence[str], held_out: Sequence[str]) -> None:
-    """Write a run's settings, and the names of the tasks that it trains on and that choose its checkpoint."""
+    """Write a run's settings, and the names of its training and held-out tasks."""
     write_json(run / CONFIG, config.to_dict())
     write_json(run / TASKS, dict(zip(HALVES, (list(training), list(held_out)), strict=True)))
 
 
 def read_fitted_tasks(run: Path) -> list[str]:
-    """The names of the tasks that a run trained on or held out; none, with a warning, where its folder has no list.
+    """Return the names of the training and held-out tasks of a run; none, with a warning, if they are not recorded.
 
     Raises:
-        PosteriorError: the file that tells is damaged.
+        PosteriorError: the list of tasks is damaged.
     """
     path = run / TASKS
     if not path.exists():
         if (run / POSTERIOR).exists():
-            warnings.warn(f"{path} is missing: tasks that the posterior was fitted on cannot be told", stacklevel=2)
+            warnings.warn(f"{path} is missing: cannot tell which tasks the posterior was fitted on", stacklevel=2)
         return []
     facts = read_json(path)
     halves = [facts.get(half) for half in HALVES] if isinstance(facts, dict) else [None]
@@ -105,19 +105,19 @@ def read_fitted_tasks(run: Path) -> list[str]:
 
 
 def write_home(path: Path, run: Path, adapted: Path, card: Card | None = None) -> None:
-    """Note in a file of an adapted folder where the run is, and the card by which questions are read from a table.
+    """Record in an adapted folder the path of the run, and the card that reads questions from a table.
 
-    The path of the run is relative to the folder, so that the two may move together.
+    The path is relative to the folder, so that both can be moved together.
     """
     facts: dict[str, Any] = {"run": os.path.relpath(run.resolve(), adapted.resolve())}
     write_json(path, facts | ({} if card is None else {"questions": card_values(card)}))
 
 
 def read_question_card(adapted: Path) -> Card:
-    """Return the card by which questions are read from a table; the default one if an adapted folder has none.
+    """Return the card that reads questions from a table; the default one if an adapted folder has none.
 
     Raises:
-        PosteriorError: the folder's note is damaged.
+        PosteriorError: the folder's ``run.json`` is damaged.
     """
     home = read_json(adapted / HOME)
     if not isinstance(home, dict) or "questions" not in home:
@@ -129,28 +129,28 @@ def read_question_card(adapted: Path) -> Card:
 
 
 def read_home(adapted: Path) -> Path:
-    """The run folder from which an adapted folder comes.
+    """Return the run folder of an adapted folder.
 
     Raises:
-        PosteriorError: the folder does not tell, or the run is not there.
+        PosteriorError: the folder does not record its run, or the run does not exist.
     """
     home = read_json(adapted / HOME)
     if not isinstance(home, dict) or not isinstance(home.get("run"), str):
-        raise PosteriorError(f"{adapted / HOME} is damaged: it names no 'run'. Run adapt again.")
+        raise PosteriorError(f"{adapted / HOME} is damaged: it has no 'run'. Run adapt again.")
     run = Path(os.path.normpath(adapted.resolve() / home["run"]))
     if not run.is_dir():
         raise PosteriorError(
-            f"{adapted} needs the run it was adapted from: expected {run}, which is not there. Put it back (the two "
-            "folders may move together), or run adapt again."
+            f"{adapted} needs the run it was adapted from: expected {run}, which does not exist. Restore it (the two "
+            "folders can be moved together), or run adapt again."
         )
     return run
 
 
 def load_language_model_of(run: Path) -> LanguageModel:
-    """The language model that a run's posterior was fitted with, without the posterior itself.
+    """Load the language model of a run's posterior, without the posterior.
 
     Raises:
-        PosteriorError: there are no settings of a run, or they are damaged.
+        PosteriorError: the settings of the run are missing or damaged.
     """
     path = run / CONFIG
     facts = read_json(path)
@@ -163,16 +163,16 @@ def load_language_model_of(run: Path) -> LanguageModel:
 def load_posterior(
     run: str | Path, lm: LanguageModel | None = None, *, model: Made = None, guide: Made = None
 ) -> Posterior:
-    """Read the posterior of a run's folder; by default with the language model that its settings name.
+    """Load the posterior of a run folder, by default with the language model of its settings.
 
     Args:
-        run: the folder that ``fit_posterior(..., run=run)``, ``bayes-lora fit`` or ``bayes-lora demo`` wrote.
-        lm: the language model, if it is loaded already.
+        run: a folder written by ``fit_posterior(..., run=run)``, ``bayes-lora fit`` or ``bayes-lora demo``.
+        lm: the language model, if it is already loaded.
         model: see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
-        guide: likewise.
+        guide: see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
 
     Raises:
-        PosteriorError: there is no posterior; or as ``Posterior.load``.
+        PosteriorError: there is no posterior; otherwise see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
     """
     folder = Path(run) / POSTERIOR
     if not folder.is_dir():
@@ -182,9 +182,9 @@ def load_posterior(
 
 
 def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
-    """What must be the same for a run to go on: the settings, and each task's examples, in order.
+    """Return what must be equal to resume a run: the settings, and the examples of each task, in order.
 
-    ``fit.steps`` and ``fit.patience`` are left out, for they say only when to stop, and so is the cache's place.
+    ``fit.steps`` and ``fit.patience`` are left out, because they only decide when to stop, and so are cache settings.
     """
     settings = config.to_dict()
     for name in ("cache_gib", "cache_folder", "token_cache"):
@@ -200,15 +200,15 @@ def _digest(task: Task) -> str:
 
 @dataclass
 class RunLogger:
-    """What a fit writes to its folder and shows on its way.
+    """Writes checkpoints and the history of a fit, and shows its progress.
 
     Attributes:
-        run: the folder; None writes nothing.
+        run: the run folder; None writes nothing.
         objective: model and guide.
-        optimizer: holds the moments that a checkpoint needs.
+        optimizer: the optimizer, whose moments are part of a checkpoint.
         identity: see :func:`identity`.
-        progress: shows the bar; None shows nothing.
-        bar: the bar, once it is open.
+        progress: shows the progress bar; None shows nothing.
+        bar: the progress bar, once it is open.
     """
 
     run: Path | None
@@ -219,23 +219,23 @@ class RunLogger:
     bar: TaskID | None = None
 
     def resumed(self) -> FitState:
-        """The state of the folder's checkpoint, or that of a fit that begins."""
+        """Return the state of the folder's checkpoint, or the initial state if there is none."""
         if self.run is None or not (self.run / CHECKPOINT).exists():
             return FitState()
         return load_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, self.identity)
 
     def open_bar(self, state: FitState, steps: int) -> None:
-        """Show how many of ``steps`` are done."""
+        """Open the progress bar of ``steps`` steps."""
         if self.progress is not None:
             self.bar = self.progress.add_task("meta-learning", total=steps, completed=state.step)
 
     def on_step(self, state: FitState, loss: float) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self.progress is not None and self.bar is not None:
             self.progress.update(self.bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
 
     def on_evaluate(self, state: FitState) -> None:
-        """Show the look; write a checkpoint and the curve."""
+        """Print the evaluation; write a checkpoint and the history."""
         if self.progress is not None:
             values = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in state.history[-1].items())
             self.progress.console.print(", ".join(values))
@@ -244,6 +244,6 @@ class RunLogger:
             write_json(self.run / CURVE, state.history)
 
     def close_bar(self, state: FitState) -> None:
-        """Fill the bar: a fit that ran out of patience is done, too."""
+        """Complete the bar, also after early stopping."""
         if self.progress is not None and self.bar is not None:
             self.progress.update(self.bar, total=state.step, completed=state.step)

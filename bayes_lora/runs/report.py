@@ -1,4 +1,4 @@
-"""Results of a comparison: a table for people, JSON for programs, a reliability diagram for both."""
+"""Results of a comparison: a table, a JSON file and a reliability diagram."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from bayes_lora.utils.storage import write_json
 
 __all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
 
-MEAN, FREE_MEAN = "mean", "mean, free answers"
+MEAN, FREE_MEAN = "mean", "mean, generated answers"
 METRICS, DIAGRAM = "metrics.json", "reliability.png"
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One method on several tasks.
+    """Results of one method on several tasks.
 
     Attributes:
-        metrics: by task.
-        confidence: of the predicted option, the examples of all tasks with options one after another.
-        correct: whether it was right.
+        metrics: metrics by task.
+        confidence: ``(N,)`` confidence of the predictions of all tasks with options, concatenated.
+        correct: ``(N,)`` whether each prediction is right.
     """
 
     metrics: dict[str, Metrics | TextMetrics]
@@ -46,27 +46,27 @@ class MethodResult:
 
     @property
     def means(self) -> dict[str, Metrics | TextMetrics]:
-        """Unweighted mean over tasks: ``mean``, and where there are tasks of both kinds, ``mean, free answers``."""
+        """Unweighted mean over tasks: ``mean``, and ``mean, generated answers`` if there are tasks of both kinds."""
         return mean_by_kind(self.metrics)
 
     @property
     def mean(self) -> Metrics | TextMetrics:
-        """Unweighted mean over tasks; of those with options, where there are tasks of both kinds."""
+        """Unweighted mean over tasks; over those with options if there are tasks of both kinds."""
         return self.means[MEAN]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several methods on the same tasks, in the order to show them."""
+    """Results of several methods on the same tasks, in display order."""
 
     results: Mapping[str, MethodResult]
 
     def table(self, title: str = "Unseen tasks") -> Table:
-        """Per task and on average accuracy, NLL (nats), Brier and ECE of every method; of free answers EM, F1, NLL."""
+        """Return a table of accuracy, NLL (nats), Brier and ECE per task and on average; EM, F1, NLL if free-form."""
         return metrics_table({name: result.metrics for name, result in self.results.items()}, title)
 
     def to_dict(self) -> dict[str, Any]:
-        """Metrics per method and task, their mean, and calibration errors over all tasks' examples together."""
+        """Return metrics per method and task, their means, and calibration errors pooled over all examples."""
         found: dict[str, Any] = {}
         for name, result in self.results.items():
             found[name] = {"tasks": {task: metrics.to_dict() for task, metrics in result.metrics.items()}}
@@ -80,9 +80,9 @@ class Comparison:
         return found
 
     def write(self, folder: Path) -> None:
-        """Write ``metrics.json`` and ``reliability.png`` into a folder, which is made if it is missing.
+        """Write ``metrics.json`` and ``reliability.png`` to a folder, which is made if it does not exist.
 
-        Free answers have no confidence to draw: where all are free, there is no diagram.
+        Generated answers have no confidence: if all tasks are free-form, there is no diagram.
         """
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, self.to_dict())
@@ -91,17 +91,17 @@ class Comparison:
             reliability_diagram(curves, folder / DIAGRAM)
 
     def chosen(self) -> dict[str, MethodResult]:
-        """All methods but the LoRA baselines, and of these the one with the lowest mean NLL."""
+        """Return all methods except the LoRA baselines, and the LoRA baseline with the lowest mean NLL."""
         loras = {name: result for name, result in self.results.items() if name.startswith("LoRA")}
         best = min(loras, key=lambda name: loras[name].mean.nll, default=None)
         return {name: result for name, result in self.results.items() if name not in loras or name == best}
 
 
 def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """Look whether :meth:`Comparison.write` can write there: before long work, not after it. Leaves nothing behind.
+    """Check whether :meth:`Comparison.write` can write to a folder, so that long work is not lost.
 
     Raises:
-        RunFolderError: metrics are there already and may not be replaced, or the folder cannot be made or written.
+        RunFolderError: the folder already has metrics that may not be replaced, or it cannot be made or written.
     """
     there = folder.absolute()
     try:
@@ -111,14 +111,14 @@ def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise RunFolderError(
-            f"{folder}: expected a folder that can be written, but {there}: {error.strerror}. Give another --output."
+            f"{folder}: expected a writable folder, but {there}: {error.strerror}. Use another --output."
         ) from error
     if taken:
-        raise RunFolderError(f"{folder} holds metrics already. Use --overwrite to replace them, or another --output.")
+        raise RunFolderError(f"{folder} already has metrics. Use --overwrite to replace them, or another --output.")
 
 
 def mean_by_kind(metrics: Mapping[str, Metrics | TextMetrics]) -> dict[str, Metrics | TextMetrics]:
-    """Unweighted means over the tasks with options and over those with free answers, by what to call them."""
+    """Return unweighted means over the tasks with options and over the free-form tasks, by display name."""
     options = [one for one in metrics.values() if isinstance(one, Metrics)]
     free = [one for one in metrics.values() if isinstance(one, TextMetrics)]
     means: dict[str, Metrics | TextMetrics] = {MEAN: mean_metrics(options)} if options else {}
@@ -138,7 +138,7 @@ COLUMNS = {
 
 
 def metrics_table(results: Mapping[str, Mapping[str, Metrics | TextMetrics]], title: str) -> Table:
-    """A table with a block per task and a last block for the mean; the best of each column in bold."""
+    """Return a table with a section per task and one for the mean, with the best value of each column in bold."""
     tasks = list(next(iter(results.values())))
     blocks = {task: {method: by_task[task] for method, by_task in results.items()} for task in tasks}
     if len(tasks) > 1:
@@ -161,7 +161,7 @@ def metrics_table(results: Mapping[str, Mapping[str, Metrics | TextMetrics]], ti
 
 
 def _column(metrics: Sequence[Metrics | TextMetrics], field: str, best: Callable[..., float]) -> list[str]:
-    """A block's cells in one column, empty where metrics of another kind have no such field."""
+    """Return the cells of a section in one column, empty if the metrics have no such field."""
     if not all(hasattr(one, field) for one in metrics):
         return [""] * len(metrics)
     values = [round(float(getattr(one, field)), 3) for one in metrics]

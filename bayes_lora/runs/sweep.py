@@ -1,4 +1,4 @@
-"""Choosing beta: a fit for each value, compared on the held-out tasks."""
+"""A sweep over beta: one fit per value, compared on the held-out tasks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["BetaPoint", "sweep_beta", "sweep_table"]
 
 @dataclass(frozen=True)
 class BetaPoint:
-    """One value of beta, after its fit.
+    """Results of a fit with one value of beta.
 
     Attributes:
-        beta: the value.
-        nll: predictive NLL of the held-out tasks' query, nats per example, of draws from q(phi | support) as fitted.
-        width: factor on its standard deviations that suits those tasks best.
-        nll_at_width: the NLL there.
+        beta: the value of beta.
+        nll: predictive NLL of the held-out tasks' query, nats per example, with draws from q(phi | support).
+        width: factor of the standard deviations of q(phi | support) that minimises the held-out NLL.
+        nll_at_width: the NLL at that width.
         divergence: KL(q(phi | support) || p(phi | theta)), nats per held-out task.
-        posterior: what was fitted.
+        posterior: the fitted posterior.
     """
 
     beta: float
@@ -52,21 +52,21 @@ def sweep_beta(
     num_draws: int = 5,
     progress: Progress | None = None,
 ) -> list[BetaPoint]:
-    """Fit once for each beta, everything else alike: the same held-out tasks, episodes and seeds.
+    """Fit once per value of beta, with the same held-out tasks, episodes and seeds.
 
-    The training loss cannot choose beta, for it contains it. A beta is too small where ``width`` is well above 1 (the
-    posterior is too sure of itself), and too large where ``divergence`` is near zero (it does not leave the prior).
+    The training loss depends on beta, so it cannot be used to choose it. Beta is too small if ``width`` is well above 1
+    (the posterior is overconfident), and too large if ``divergence`` is near zero (the posterior equals the prior).
 
     Args:
         lm: the language model.
-        tasks: training tasks, some of which the settings hold out.
-        betas: the values.
+        tasks: training tasks, some of which are held out.
+        betas: values of beta.
         config: the other settings.
-        num_draws: S of the NLL.
-        progress: shows bars.
+        num_draws: posterior draws of the NLL.
+        progress: shows progress bars.
 
     Raises:
-        ConfigError: no value is given, or the settings hold no task back.
+        ConfigError: there are no values, or no held-out tasks.
     """
     config = config or RunConfig()
     if not betas or not config.episodes.held_out:
@@ -91,7 +91,7 @@ def _point(
 
 
 def sweep_table(points: Sequence[BetaPoint]) -> Table:
-    """One line per beta, the best NLL in bold."""
+    """Return a table with one line per beta and the best NLL in bold."""
     table = Table("beta", "NLL", "width", "NLL at that width", "KL per task (nats)")
     best = min(point.nll_at_width for point in points)
     for point in points:

@@ -1,4 +1,4 @@
-"""Linear maps whose rows fall into groups, each with a matrix of its own."""
+"""Linear maps over a batch whose rows are divided into groups, each with its own matrix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["RowGroups", "linear"]
 
 
 class RowGroups(NamedTuple):
-    """Groups of unequal size into which the rows of a batch fall, in order.
+    """Groups of unequal size that divide the rows of a batch, in order.
 
     Attributes:
-        sizes: rows of each group.
-        group: ``(rows,)`` the group of each row.
+        sizes: number of rows of each group.
+        group: ``(rows,)`` index of the group of each row.
     """
 
     sizes: tuple[int, ...]
@@ -26,34 +26,34 @@ class RowGroups(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sequence[int], device: torch.device) -> RowGroups | None:
-        """None where all are equally large."""
+        """Make groups of these sizes; None if all sizes are equal."""
         if len(set(sizes)) <= 1:
             return None
         group = torch.tensor([index for index, size in enumerate(sizes) for _ in range(size)])
         return cls(tuple(sizes), group.to(device, non_blocking=True))
 
 
-def linear(x: Tensor, weight: Tensor, blocks: RowGroups | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, row_groups: RowGroups | None = None) -> Tensor:
     """``x W^T``: ``(rows, ..., in)`` to ``(rows, ..., out)``.
 
-    A 3-D weight ``(groups, out, in)`` takes the rows in order as groups, each with its own matrix: of equal size, or
-    as ``blocks`` says.
+    With a 3-D weight ``(groups, out, in)``, the rows are divided in order into groups, each with its own matrix. The
+    groups have equal size, or the sizes of ``row_groups``.
     """
     if weight.ndim == 2:
         return F.linear(x, weight)
-    if blocks is not None and 4 * min(weight.shape[1:]) > math.prod(x.shape[1:-1]):
-        # A copy of the matrix for each row would not be small beside the row's activations.
-        parts = zip(x.split(blocks.sizes), weight, strict=True)
+    if row_groups is not None and 4 * min(weight.shape[1:]) > math.prod(x.shape[1:-1]):
+        # A copy of the matrix for each row would not be small compared with the row's activations.
+        parts = zip(x.split(row_groups.sizes), weight, strict=True)
         return torch.cat([F.linear(part, matrix) for part, matrix in parts])
-    if blocks is not None:
-        rows: Tensor = _LinearByRow.apply(x.flatten(1, -2), weight, blocks.group)  # type: ignore[no-untyped-call]
+    if row_groups is not None:
+        rows: Tensor = _LinearByRow.apply(x.flatten(1, -2), weight, row_groups.group)  # type: ignore[no-untyped-call]
         return rows.reshape(*x.shape[:-1], weight.shape[-2])
     grouped = x.reshape(weight.shape[0], -1, weight.shape[-1])  # (groups, rows / groups * length, in)
     return torch.bmm(grouped, weight.mT).reshape(*x.shape[:-1], weight.shape[-2])
 
 
 class _LinearByRow(torch.autograd.Function):
-    """``x_i W_g(i)^T`` of each row i; keeps the groups' matrices for backward, not a copy for each row."""
+    """``x_i W_g(i)^T`` for each row i; saves the matrices of the groups for backward, not a copy for each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class _LinearByRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # Of differentiable operations, for second-order steps differentiate through this.
+        # Only differentiable operations, because second-order steps differentiate through this.
         (gradient,) = gradients
         x, weight, group = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad[:2]

@@ -1,4 +1,4 @@
-"""How far the command line has come, on standard error: bars in a terminal, plain lines in a log."""
+"""Progress of the command line on standard error: bars in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["bars", "hide_loading_bar"]
 
 @contextmanager
 def bars(console: Console | None = None) -> Iterator[Progress]:
-    """Progress with an estimate of the time left.
+    """Show progress with an estimate of the remaining time.
 
     Args:
-        console: where it is shown, by default standard error: as bars in a terminal, as lines elsewhere.
+        console: where to show it, by default standard error: as bars in a terminal, otherwise as lines.
     """
     console = console or Console(stderr=True)
     if not console.is_interactive:
-        yield _Lines(console=console)  # not entered: it would put an empty line before an error
+        yield _Lines(console=console)  # not entered: it would print an empty line before an error
         return
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
@@ -39,34 +39,34 @@ def bars(console: Console | None = None) -> Iterator[Progress]:
 
 
 class _Lines(Progress):
-    """Progress as plain lines: ``lines`` of them on a task's way, and one whenever ``pause`` seconds have passed."""
+    """Progress as plain lines: ``lines`` of them per task, and one whenever ``pause`` seconds have passed."""
 
     lines, pause = 10, 30.0
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._first: dict[TaskID, float] = {}  # completed when the task was added: a resumed one begins in the middle
-        self._said: dict[TaskID, tuple[int, float]] = {}  # how far, and when, at the last line
+        self._first: dict[TaskID, float] = {}  # completed when the task was added, not 0 for a resumed task
+        self._printed: dict[TaskID, tuple[int, float]] = {}  # share and time at the last line
 
     def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
         name = super().add_task(*args, **kwargs)
         task = self._tasks[name]
-        self._first[name], self._said[name] = task.completed, (self._share(task), self.get_time())
+        self._first[name], self._printed[name] = task.completed, (self._share(task), self.get_time())
         return name
 
     def update(self, task_id: TaskID, **kwargs: Any) -> None:
         super().update(task_id, **kwargs)
-        self._tell(task_id)
+        self._print(task_id)
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         super().advance(task_id, advance)
-        self._tell(task_id)
+        self._print(task_id)
 
-    def _tell(self, name: TaskID) -> None:
+    def _print(self, name: TaskID) -> None:
         task, now = self._tasks[name], self.get_time()
-        share, then = self._said[name]
+        share, then = self._printed[name]
         if self._share(task) > share or (now - then >= self.pause and not task.finished):
-            self._said[name] = self._share(task), now
+            self._printed[name] = self._share(task), now
             self.console.print(self._line(name), markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, name: TaskID) -> str:
@@ -86,7 +86,7 @@ def _clock(seconds: float) -> str:
 
 
 def hide_loading_bar() -> None:
-    """Switch off transformers' bar for reading weights, which would stand between our lines; not that of downloads."""
+    """Switch off transformers' bar for reading weights, which would break up our lines, but not that of downloads."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,4 +1,4 @@
-"""Types of settings with the range of their values, which is checked when settings are read."""
+"""Types of settings with the range of their values, which is validated when settings are read."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pydantic import Field
 __all__ = ["Count", "Fraction", "Natural", "NonNegative", "Positive", "Rate"]
 
 Count = Annotated[int, Field(ge=1)]
-"""1, 2, ..."""
+"""An integer of at least 1."""
 
 Natural = Annotated[int, Field(ge=0)]
-"""0, 1, ..."""
+"""An integer of at least 0."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A positive number."""
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Zero, or a positive number."""
+"""Zero or a positive number."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-"""At least 0 and below 1."""
+"""A number in [0, 1)."""
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
-"""Between 0 and 1."""
+"""A number in (0, 1)."""

@@ -1,4 +1,4 @@
-"""Random draws under a seed, without a trace in the caller's random state."""
+"""Random draws under a seed that leave the caller's random state unchanged."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["same_noise", "seeded"]
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside the block torch draws under ``seed``, on the CPU and on ``device``; after it, as if it had drawn nothing.
+    """Seed torch's generators of the CPU and of ``device`` inside the block, and restore their states after it.
 
-    No other device is touched: ``torch.manual_seed`` would seed every GPU, and ``fork_rng`` restores only those that
-    it is told of.
+    Other devices are unaffected: ``torch.manual_seed`` would seed every GPU, and ``fork_rng`` restores only the listed
+    ones.
 
     Args:
-        seed: of the draws.
-        device: where, besides the CPU, the block draws.
+        seed: the seed.
+        device: the device on which the block draws, in addition to the CPU.
     """
     device = torch.device(device)
     gpus = [device] if device.type == "cuda" else []
@@ -32,10 +32,10 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def same_noise(device: torch.device | str = "cpu") -> Callable[[], AbstractContextManager[None]]:
-    """Remember where torch's generators stand; in blocks of what is returned, torch draws what it draws from here on.
+    """Save the states of torch's generators, and return a context manager that repeats the draws made from them.
 
     Args:
-        device: where, besides the CPU, the block draws.
+        device: the device on which the block draws, in addition to the CPU.
     """
     device = torch.device(device)
     gpus = [device] if device.type == "cuda" else []

@@ -1,4 +1,4 @@
-"""Objects that know the keyword arguments they were made with, so that files can name them."""
+"""Objects that record the arguments of their constructor, so that they can be saved and built again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["RecordedSettings"]
 
 
 class RecordedSettings:
-    """A base class that records what an object was made with.
+    """A base class that records the arguments of the constructor.
 
     Attributes:
-        settings: the arguments that were given to the constructor, by name, but for the first one and ``initial``:
-            what an object is made *for* (a likelihood, a model) and where it starts are no settings.
+        settings: the arguments that were passed to the constructor, by name, except the first one and ``initial``:
+            the likelihood or model that an object is made for, and its initial values, are not settings.
     """
 
     settings: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make the object, and record its settings."""
+        """Make the object and record its settings."""
         self = super().__new__(cls)
         given: dict[str, Any] = {}
-        if args or kwargs:  # copy and pickle make objects without any, and restore what was recorded
+        if args or kwargs:  # copy and pickle make objects without arguments, and restore the recorded settings
             bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
             for name, value in list(bound.arguments.items())[2:]:
                 kind = bound.signature.parameters[name].kind

@@ -1,4 +1,4 @@
-"""Folders on disk: safetensors and JSON, never pickle; written under a temporary name, then renamed."""
+"""Read and write folders of safetensors and JSON files (never pickle) under a temporary name, then rename them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["check_new_folder", "new_folder", "read_json", "read_tensors", "write
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` that takes its name when the block ends without an error.
+    """Yield a temporary folder next to ``path`` that is renamed to ``path`` when the block ends without an error.
 
     Args:
-        path: the folder to be.
-        overwrite: whether what is there already is replaced.
-        marker: a file that only folders of this kind hold; nothing else is replaced, empty folders apart.
+        path: the folder to make.
+        overwrite: whether to replace an existing folder.
+        marker: name of a file that only folders of this kind hold; no other folder is replaced unless it is empty.
 
     Raises:
         RunFolderError: ``path`` exists and may not be replaced, or it cannot be written.
@@ -48,7 +48,7 @@ def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None
 
 
 def _put_in_place(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``. What was there is deleted only then, and comes back if the renaming fails."""
+    """Rename ``new`` to ``path``. An existing folder is deleted only afterwards, and is restored if renaming fails."""
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
     old = aside / path.name
     try:
@@ -60,18 +60,18 @@ def _put_in_place(new: Path, path: Path) -> None:
             os.rename(old, path)
         aside.rmdir()
         if isinstance(error, OSError):
-            raise RunFolderError(f"{path} cannot be replaced ({error}). What was there before is untouched.") from error
+            raise RunFolderError(f"{path} cannot be replaced ({error}). The existing folder is unchanged.") from error
         raise
     shutil.rmtree(aside)
 
 
 def check_new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
-    """Raise :class:`RunFolderError` if :func:`new_folder` would: before long work, not after it."""
+    """Raise :class:`RunFolderError` if :func:`new_folder` would, so that long work is not lost."""
     if path.exists() and not overwrite:
-        raise RunFolderError(f"{path} exists already. Give another name, or say that it may be overwritten.")
+        raise RunFolderError(f"{path} already exists. Choose another name, or allow overwriting.")
     if path.exists() and marker is not None:
         if not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists()):
-            raise RunFolderError(f"{path} holds no {marker}, so it is not replaced. Give another name.")
+            raise RunFolderError(f"{path} has no {marker}, so it is not replaced. Choose another name.")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -97,7 +97,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise PosteriorError(f"{path} is missing: {path.parent} does not hold what was asked for.") from error
+        raise PosteriorError(f"{path} is missing. Check that {path.parent} is the right folder.") from error
     except (OSError, ValueError) as error:
         raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error
 
@@ -111,6 +111,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise PosteriorError(f"{path} is missing: {path.parent} does not hold what was asked for.") from error
+        raise PosteriorError(f"{path} is missing. Check that {path.parent} is the right folder.") from error
     except (OSError, SafetensorError) as error:
         raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error
