@@ -184,7 +184,7 @@ def test_draws_of_whole_updates_do_not_decode(tokenizer):
     model = WeightSpace(lm, lm.sites.initial())
     task = Task("free", tuple(FREE[:2]), tuple(FREE[2:]))
     q = adapt(BetaELBO(model, GradientGuide(model, steps=0), beta=1.0), lm, [task])
-    with pytest.raises(ConfigError, match="not one model over several forwards. num_draws=0"):
+    with pytest.raises(ConfigError, match="draws of whole updates differ between forwards. Use num_draws=0"):
         q.generate([task.query])
     assert q.generate([task.query], num_draws=0, max_new_tokens=2)
     assert isinstance(q.evaluate([task], num_draws=2, max_new_tokens=2)["free"], TextMetrics)

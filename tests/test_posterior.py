@@ -286,7 +286,7 @@ def test_a_task_posterior_in_a_former_layout_is_refused(tmp_path, posterior, uns
         json.dumps({"names": ["a"], "random_sites": [], "families": {}})
     )
     with pytest.raises(
-        PosteriorError, match=r"t: a posterior in a former layout, which is no longer read. Adapt again\.$"
+        PosteriorError, match=r"t: the file has a former layout, which is no longer read. Adapt again\.$"
     ):
         TaskPosterior.load(tmp_path / "t", posterior.lm)
 

@@ -235,7 +235,7 @@ def test_adapting_predicting_and_saving(posterior, tmp_path):
     one = kept.select(tasks[1].name)
     torch.testing.assert_close(one.predict(queries[1:], num_draws=0)[0], mean[1])
     one.export_peft(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="a draw of them is no LoRA"):
+    with pytest.raises(ConfigError, match="a draw of whole updates is not a LoRA"):
         one.export_peft(tmp_path / "draw", draw=1)
 
 

@@ -1,4 +1,4 @@
-"""From a fitted guide to the posterior of a new task: one pass, then K gradient steps."""
+"""From a fitted guide to the posterior of a new task: the amortized posterior, refined by K gradient steps."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def adapt(
     width: float = 1.0,
     seed: int = 0,
 ) -> TaskPosterior:
-    """The posterior of each task given its support: the guide's one pass, then gradient steps.
+    """Return the posterior of each task given its support: the amortized posterior, refined by gradient steps.
 
-    With ``steps > 0`` the guide's normals become free parameters, and Adam takes ``steps`` steps on the negative
-    beta-ELBO of the support set, theta held at its mean; all tasks in one batched forward and backward per step.
+    With ``steps > 0`` the parameters of q(phi | support) become free, and Adam takes ``steps`` steps on the negative
+    beta-ELBO of the support set, with theta at its mean. All tasks share the forward and backward of a step.
 
     Args:
         objective: the fitted model and guide with their beta.
         lm: the language model.
-        tasks: their ``support`` is read, nothing else.
-        steps: K.
-        learning_rate: Adam's, for loc and log scale.
-        width: factor on the standard deviations in the end, see :mod:`bayes_lora.posterior.calibrate`.
-        seed: of the draws inside the steps, and of those that the guide takes on its own.
+        tasks: only their ``support`` is read.
+        steps: number of steps, K.
+        learning_rate: learning rate of Adam.
+        width: factor on the standard deviations after the steps, see :mod:`bayes_lora.posterior.calibrate`.
+        seed: random seed of the draws in the steps, and of those that the guide makes.
     """
     return adapt_at(objective, lm, tasks, steps, learning_rate, width, seed)[0]
 
@@ -60,19 +60,19 @@ def adapt_at(
     width: float,
     seed: int,
 ) -> tuple[TaskPosterior, Sites]:
-    """What :func:`adapt` returns, and the mean of q(theta) at which it stands."""
+    """Return what :func:`adapt` returns, and the mean of q(theta), at which it was computed."""
     rows = [lm.encoder(task.support) for task in tasks]
     model: Any = objective.model
     theta, phi = amortized_posterior(objective, collate(rows).without_task_ids().to(lm.device), seed)
     if steps:
-        # Components take their steps side by side, as tasks of their own.
+        # Components take their steps in one batch, as if they were separate tasks.
         count = phi.count if isinstance(phi, Components) else 1
         episode = collate(rows * count).without_task_ids().to(lm.device)
         start, here = _side_by_side(phi), theta
         if isinstance(objective.guide, Guide) and objective.guide.num_members > 1:
             here = _theta_side_by_side(theta, len(tasks))
         descent = Descent(model, lambda name, site: learning_rate, beta=objective.target_beta)
-        # What diverges is named below, once all steps are taken.
+        # Sites that diverge are named below, after the last step.
         with objective.running(), evaluating(objective), seeded(seed, lm.device), pyro.validation_enabled(False):
             moved = descent(episode, here, start, steps)
         _check_finite(moved, steps)
@@ -81,7 +81,7 @@ def adapt_at(
         phi = _as_components(end, count) if isinstance(phi, Components) else end
     with torch.no_grad():
         shared = model.shared(theta)
-    # A model may have random sites beside those of the language model.
+    # A model may have random sites that the language model has not.
     sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys()
     own = {site: scaled(fn, width) for site, fn in phi.items() if site in sites}
     names = tuple(task.name for task in tasks)
@@ -89,32 +89,32 @@ def adapt_at(
 
 
 def _side_by_side(phi: Distributions) -> Distributions:
-    """Components ``(K, T, 1)`` as ``(K * T, 1)``."""
+    """Reshape components ``(K, T, 1)`` to ``(K * T, 1)``."""
     if not isinstance(phi, Components):
         return phi
     return {site: map_parameters(fn, lambda value: value.flatten(0, 1)) for site, fn in phi.items()}
 
 
 def _as_components(phi: Distributions, count: int) -> Components:
-    """The inverse of :func:`_side_by_side`."""
+    """Invert :func:`_side_by_side`."""
     return Components(
         {site: map_parameters(fn, lambda value: value.unflatten(0, (count, -1))) for site, fn in phi.items()}
     )
 
 
 def _theta_side_by_side(theta: Sites, tasks: int) -> Sites:
-    """Members' own values ``(K, 1, 1, ...)`` as ``(K * T, 1, ...)``."""
+    """Reshape the members' values ``(K, 1, 1, ...)`` to ``(K * T, 1, ...)``."""
     return {name: value.expand(-1, tasks, *value.shape[2:]).flatten(0, 1) for name, value in theta.items()}
 
 
 def amortized_posterior(objective: BetaELBO, episode: Episode, seed: int = 0) -> tuple[Sites, Distributions]:
-    """The mean of q(theta), and q(phi | support) there, per random site: ``guide.amortized(support)``.
+    """Return the mean of q(theta), and q(phi | support) at this mean, per random site: ``guide.amortized(support)``.
 
-    Of an ensemble both have its members before all other dimensions, theta ``(K, 1, 1, ...)``. A guide that is no
-    :class:`bayes_lora.types.Guide`, one of Pyro's or a function, is run once with every latent site at its mean.
+    For an ensemble the members are the first dimension of both, theta ``(K, 1, 1, ...)``. A guide that is not a
+    :class:`bayes_lora.types.Guide`, such as an autoguide or a function, is run once with every latent site at its mean.
 
     Raises:
-        ConfigError: the model is none of this package's, or a guide of another kind samples several phi sites together.
+        ConfigError: the model is not a :class:`bayes_lora.types.Model`, or the guide samples several sites jointly.
     """
     guide = objective.guide
     if not isinstance(objective.model, Model):

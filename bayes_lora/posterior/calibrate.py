@@ -46,15 +46,15 @@ def choose_width(
     seed: int = 0,
     on_width: Callable[[], None] | None = None,
 ) -> tuple[float, dict[float, float]]:
-    """The width of least predictive NLL on held-out tasks, and the NLL (nats) of each; draws are common to all.
+    """Return the width with the lowest predictive NLL on held-out tasks, and the NLL (nats) at each width.
 
     Args:
         objective: the fitted model and guide.
-        episodes: of tasks that were not trained on.
-        widths: those compared.
-        num_draws: S.
-        seed: of the draws.
-        on_width: called after each.
+        episodes: episodes of tasks that were not trained on.
+        widths: the candidates.
+        num_draws: number of draws, S; the same for all widths.
+        seed: random seed of the draws.
+        on_width: called after each width.
     """
     curve = {}
     for width in widths:
@@ -79,13 +79,13 @@ def has_width(objective: BetaELBO, episode: Episode) -> bool:
 def choose_temperature(
     objective: BetaELBO, episodes: Sequence[Episode], *, num_draws: int = 1, seed: int = 0
 ) -> tuple[float, dict[float, float]]:
-    """The temperature of least predictive NLL on held-out tasks, and the NLL (nats) of each, averaged over tasks.
+    """Return the temperature with the lowest predictive NLL on held-out tasks, and the NLL (nats) at each temperature.
 
     Args:
-        objective: the fitted model and guide; adaptation is the guide's one pass.
-        episodes: of tasks that were not trained on.
-        num_draws: S.
-        seed: of the draws.
+        objective: the fitted model and guide; the posterior is the amortized one.
+        episodes: episodes of tasks that were not trained on.
+        num_draws: number of draws, S.
+        seed: random seed of the draws.
     """
     model: Any = objective.model
     totals, count = torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0
@@ -99,5 +99,5 @@ def choose_temperature(
         totals += (nll.sum(-1) / episode.mask.sum(-1)).sum(-1).double().cpu()
         count += len(episode.mask)
     curve = dict(zip(TEMPERATURES, (totals / count).tolist(), strict=True))
-    # Where all held-out tasks have free answers, one is as good as another.
+    # If all held-out tasks have generated answers, every temperature gives the same NLL: 1 is chosen.
     return min(curve, key=lambda one: (curve[one], abs(math.log(one)))), curve

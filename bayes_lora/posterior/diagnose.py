@@ -1,7 +1,7 @@
-r"""Do the draws do anything? A posterior's width, in predictions and beside its prior.
+r"""Diagnosis of a posterior: whether draws change its predictions, and how wide it is next to its prior.
 
-A posterior that is too narrow predicts as its mean does, and its calibration is that of a point; one that is too wide
-predicts worse than its mean. Both happen silently: the loss is finite, the divergence positive.
+The draws of a posterior that is too narrow predict what its mean predicts, and it is calibrated like a point. One that
+is too wide predicts worse than its mean. Neither shows in training: the loss is finite and the divergence positive.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from bayes_lora.tasks.task import Task
 __all__ = ["Diagnosis", "SiteWidth", "diagnose"]
 
 NARROW, WIDE = 0.01, 0.2
-"""Draws that change no answer and move probabilities by less than this share are none; draws that cost more nats than
-this are noise."""
+"""Draws that change no answer and move probabilities by less than ``NARROW`` have no effect; draws that cost more than
+``WIDE`` nats are noise."""
 
 
 @dataclass(frozen=True)
 class SiteWidth:
-    """One site, averaged over tasks.
+    """The width of one site, averaged over tasks.
 
     Attributes:
-        divergence: KL(q(phi | support) || p(phi | theta)) a task, nats.
-        scale: mean standard deviation of q.
-        prior_scale: of p(phi | theta).
+        divergence: KL(q(phi | support) || p(phi | theta)) of a task, nats.
+        scale: mean standard deviation of q(phi | support).
+        prior_scale: mean standard deviation of p(phi | theta).
     """
 
     divergence: float
@@ -49,15 +49,15 @@ class SiteWidth:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the draws change, averaged over tasks.
+    """The effect of posterior draws on predictions, averaged over tasks.
 
     Attributes:
         nll: mean NLL (nats) of the posterior mean, and of the average over draws.
-        ece: likewise, over tasks with options; not a number where there are none.
+        ece: ECE of the posterior mean, and of the average over draws, over tasks with options; NaN without any.
         moved: mean change of the answers' probabilities (total variation).
-        changed: share of the questions whose most probable answer is another.
-        sites: each site's width.
-        warnings: what is wrong, and the setting to change; empty where nothing is.
+        changed: share of the questions whose most probable answer changes.
+        sites: width of each site.
+        warnings: problems, with the setting to change; empty if there are none.
     """
 
     nll: tuple[float, float]
@@ -68,7 +68,7 @@ class Diagnosis:
     warnings: tuple[str, ...]
 
     def table(self) -> Table:
-        """A line per site, and what the draws change in the title."""
+        """Return a table with one row per site, and the effect of the draws in its title."""
         title = (
             f"mean / draws: NLL {self.nll[0]:.3f} / {self.nll[1]:.3f}, ECE {self.ece[0]:.3f} / {self.ece[1]:.3f}; "
             f"{self.changed:.1%} of the answers changed, probabilities moved by {self.moved:.3f}"

@@ -1,4 +1,4 @@
-"""The files of a task's posterior: its tensors and facts, and a plain PEFT adapter."""
+"""The files of a task's posterior: tensors and facts, and a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["FAMILIES", "export_adapter", "read_posterior", "save_posterior"]
 FAMILIES: dict[str, Callable[..., Any]] = {
     cls.__name__: cls for cls in (Delta, DroppedPoint, FactoredNormal, KroneckerNormal, LowRankNormal, Normal)
 }
-"""The distributions that a file may hold, by their names there. Nothing is imported because a file names it."""
+"""The distributions that a file may name. Nothing is imported because a file names it."""
 
 TENSORS, FACTS = "task_posterior.safetensors", "task_posterior.json"
 
@@ -57,10 +57,10 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
 
 
 def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
-    """The fields of a saved posterior but the language model; see :meth:`TaskPosterior.load`."""
+    """Read the fields of a saved posterior except the language model; see :meth:`TaskPosterior.load`."""
     facts = read_json(path / FACTS)
     if isinstance(facts, dict) and "random_sites" in facts:
-        raise PosteriorError(f"{path}: a posterior in a former layout, which is no longer read. Adapt again.")
+        raise PosteriorError(f"{path}: the file has a former layout, which is no longer read. Adapt again.")
     tensors = {name: value.to(lm.device) for name, value in read_tensors(path / TENSORS).items()}
     try:
         names, temperature, components = tuple(facts["names"]), facts["temperature"], bool(facts["components"])
@@ -92,7 +92,7 @@ def _distribution(family: str, tensors: Parameters) -> Any:
 
 
 def _like_values(fn: Any) -> Any:
-    """Something of the shape of a distribution's draws; never whole matrices."""
+    """Return a value with the shape of a draw, without building whole matrices."""
     return fn.deferred() if isinstance(fn, FactoredNormal) else fn.mean
 
 
@@ -107,7 +107,7 @@ def _check_batches(phi: Distributions, tasks: int, components: bool) -> None:
 def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, overwrite: bool) -> None:
     """See :meth:`TaskPosterior.export_peft`."""
     if draw is not None and posterior.is_deferred:
-        raise ConfigError("draw: whole updates are random here, and a draw of them is no LoRA. Export the mean.")
+        raise ConfigError("draw: a draw of whole updates is not a LoRA. Export the mean.")
     if len(posterior.names) != 1:
         raise TaskError(
             f"an adapter holds one task, this posterior {len(posterior.names)}: select() one of {posterior.names}."

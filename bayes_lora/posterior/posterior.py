@@ -29,20 +29,19 @@ TENSORS, FACTS = "posterior.safetensors", "posterior.json"
 
 
 class Posterior:
-    """What a fit returns: q(theta), and a guide that turns a support set into q(phi | support).
+    """The result of a fit: q(theta), and a guide that turns a support set into q(phi | support).
 
     Args:
         lm: the language model.
-        model: the model; its prior p(phi | theta) is what gradient steps of adaptation hold on to.
+        model: the model.
         guide: the fitted guide.
-        beta: weight of KL(q(phi) || p(phi | theta)) in these steps.
+        beta: weight of KL(q(phi) || p(phi | theta)) in gradient steps of adaptation.
         gamma: weight of KL(q(theta) || p(theta)); by default beta.
-        width: factor on the standard deviations of q(phi | support), chosen on held-out tasks
-            (see :mod:`bayes_lora.posterior.calibrate`).
-        temperature: by which option scores are divided, chosen likewise.
+        width: factor on the standard deviations of q(phi | support), see :mod:`bayes_lora.posterior.calibrate`.
+        temperature: divides the option scores, see :mod:`bayes_lora.posterior.calibrate`.
 
     Attributes:
-        objective: model and guide with their beta.
+        objective: the beta-ELBO of model and guide.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Posterior:
     def from_objective(
         cls, lm: LanguageModel, objective: BetaELBO, *, width: float = 1.0, temperature: float = 1.0
     ) -> Posterior:
-        """The posterior of a fitted objective: its model and guide, with its beta and context."""
+        """Make the posterior of a fitted objective: its model and guide, with its beta and context."""
         found = cls.__new__(cls)
         found.lm, found.objective, found.width, found.temperature = lm, objective.eval(), width, temperature
         return found
@@ -89,7 +88,7 @@ class Posterior:
         width: float | None = None,
         seed: int = 0,
     ) -> TaskPosterior:
-        """The posterior of each task given its ``support``: the amortized one, refined by ``steps`` gradient steps.
+        """Return the posterior of each task given its ``support``, refined by ``steps`` gradient steps.
 
         Its standard deviations are multiplied by ``width``, by default the posterior's own.
         """
@@ -136,7 +135,7 @@ class Posterior:
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel, *, model: Made = None, guide: Made = None) -> Posterior:
-        """Read a saved posterior; it predicts bit for bit what it did before.
+        """Load a saved posterior. Its predictions are equal to those before saving, bit for bit.
 
         Args:
             path: the folder.
@@ -146,8 +145,8 @@ class Posterior:
             guide: the guide's class, if it is not one of :mod:`bayes_lora.guides`; or a function of the model.
 
         Raises:
-            PosteriorError: a file is missing or damaged, or does not fit the language model, its weights included; or
-                it names a class that is not of this package, and that was not passed.
+            PosteriorError: a file is missing or damaged, or was saved with another language model; or it names a class
+                that is not one of this package's, and that was not passed.
         """
         path = Path(path)
         facts, tensors = read_json(path / FACTS), read_tensors(path / TENSORS)

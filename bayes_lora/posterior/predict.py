@@ -1,4 +1,4 @@
-"""Predictions averaged over draws, and how good they are for a task's examples."""
+"""Predictions averaged over draws, and their metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bayes_lora.types import Sites, absent_score
 __all__ = ["batches", "predict_tasks", "score", "score_text"]
 
 TASK = -5
-"""The tasks' dimension of ``(T, 1, layers, out, in)``."""
+"""Dimension of the tasks in ``(T, 1, layers, out, in)``."""
 
 
 def predict_tasks(
@@ -32,17 +32,16 @@ def predict_tasks(
     temperature: float,
     max_tokens: Callable[[], int],
 ) -> list[Tensor]:
-    """Predictive log-probabilities ``(N, K)`` of each task's examples.
+    """Return predictive log-probabilities ``(N, K)``, nats, of each task's examples.
 
-    Examples of all tasks share forwards with all draws, each under the draws of its own task, and then go back to their
-    places.
+    Examples of all tasks share forwards with all draws, each example under the draws of its own task.
 
     Args:
         lm: the language model.
-        phi: draws ``(S, T or 1, 1, layers, out, in)``.
-        tasks: per task its examples.
-        temperature: by which option scores are divided.
-        max_tokens: of a forward without its draws, see :func:`batches`.
+        phi: draws ``(S, T or 1, 1, layers, out, in)`` per site.
+        tasks: the examples of each task.
+        temperature: divides the option scores.
+        max_tokens: returns the maximum number of tokens of a forward for each draw, see :func:`batches`.
     """
     widths = [max((row.num_options for row in rows), default=0) for rows in tasks]
     pieces: list[list[Tensor]] = [[] for _ in tasks]
@@ -63,7 +62,7 @@ def predict_tasks(
 
 
 def of_tasks(phi: Sites, chosen: Sequence[int], count: int) -> Sites:
-    """The draws of some of ``count`` tasks, in this order."""
+    """Select the draws of some of ``count`` tasks, in this order."""
     if list(chosen) == list(range(count)):
         return phi
     found: Sites = tree_map(lambda v: v if v.shape[TASK] == 1 else v[:, list(chosen)], phi)
@@ -71,10 +70,10 @@ def of_tasks(phi: Sites, chosen: Sequence[int], count: int) -> Sites:
 
 
 def batches(tasks: Sequence[Sequence[EncodedExample]], max_tokens: Callable[[], int]) -> Iterator[dict[int, list[int]]]:
-    """Which examples of each task share a forward: of like length, and of at most ``max_tokens()``, padding included.
+    """Yield the examples of each task that share a forward: similar lengths, at most ``max_tokens()`` with padding.
 
-    A longer one stands alone. Demonstrations are read once for all examples of a task that stand behind them. The
-    first task's are not counted, for queries are worth their demonstrations; where there are more tasks, all is.
+    A longer example gets a forward to itself. Demonstrations are read once for all queries of a task. In a forward of
+    one task they do not count towards the limit, which then bounds the queries alone; in a forward of several they do.
     """
     places = [(t, i) for t, rows in enumerate(tasks) for i in range(len(rows))]
 
@@ -86,7 +85,7 @@ def batches(tasks: Sequence[Sequence[EncodedExample]], max_tokens: Callable[[], 
     places.sort(key=order)
     done = 0
     while done < len(places):
-        budget = max_tokens()  # asked anew each time, for the first forward may measure it
+        budget = max_tokens()  # called every time, because the first forward may measure it
         batch: dict[int, list[int]] = {}
         longest, begin = 0, done
         for t, i in itertools.islice(places, begin, None):
@@ -105,7 +104,7 @@ def batches(tasks: Sequence[Sequence[EncodedExample]], max_tokens: Callable[[], 
 
 
 def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:
-    """Metrics of predictive log-probabilities ``(N, K)`` against the gold options of the examples."""
+    """Compute metrics of predictive log-probabilities ``(N, K)`` against the gold options of the examples."""
     answer = torch.tensor([example.answer for example in examples])
     counts = torch.tensor([len(example.options) for example in examples])
     mask = torch.arange(log_probs.shape[-1]) < counts[:, None]
@@ -113,6 +112,6 @@ def score(examples: Sequence[Example], log_probs: Tensor) -> Metrics:
 
 
 def score_text(examples: Sequence[Example], log_probs: Tensor, answers: Sequence[Generated]) -> TextMetrics:
-    """Metrics of decoded answers, and of the log-probabilities ``(N, 2)`` of the gold text and of any other."""
+    """Compute metrics of generated answers, and of log-probabilities ``(N, 2)`` of the gold text and of any other."""
     texts = [answer.text for answer in answers]
     return text_metrics(texts, [example.references for example in examples], log_probs[:, 0])

@@ -1,4 +1,4 @@
-"""The posterior of single tasks: draws of their LoRA weights, and predictions averaged over them."""
+"""The posterior of new tasks: draws of their LoRA weights, and predictions averaged over the draws."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ __all__ = ["TaskPosterior"]
 
 @dataclass(frozen=True)
 class TaskPosterior:
-    """q(phi | support) of T tasks: a distribution for each random LoRA site, or for whole updates.
+    """q(phi | support) of T tasks: one distribution per random LoRA site, or per whole weight update.
 
     Attributes:
         lm: the language model.
-        phi: per random site a normal, a point or a weight distribution: batch ``(T, 1)``, event ``(layers, out, in)``.
-            :class:`bayes_lora.infer.components.Components` have batch ``(K, T, 1)``: K equally likely components, an
-            ensemble's members or a sampler's samples, of which a draw takes one for all sites.
-        shared: values of the sites that all tasks share, ``(layers, out, in)``; of an ensemble ``(K, 1, 1, layers, out,
-            in)``. They are kept as ``(1 or K, 1, 1, layers, out, in)``.
-        names: the tasks' names.
-        temperature: by which scores of options, but not those of free answers, are divided, see
-            :mod:`bayes_lora.posterior.calibrate`.
+        phi: a normal, a point or a weight distribution per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
+            :class:`bayes_lora.infer.components.Components` have batch ``(K, T, 1)``: K equally likely components, such
+            as the members of an ensemble or the samples of a chain. A draw takes one component for all sites.
+        shared: values of the sites that all tasks share, ``(layers, out, in)``; for an ensemble ``(K, 1, 1, layers,
+            out, in)``. They are stored as ``(1 or K, 1, 1, layers, out, in)``.
+        names: names of the tasks.
+        temperature: divides the option scores, see :mod:`bayes_lora.posterior.calibrate`. Scores of generated answers
+            are not divided.
 
     Raises:
         ConfigError: a distribution is of another family.
@@ -61,39 +61,39 @@ class TaskPosterior:
         for site, fn in self.phi.items():
             if not has_parameters(fn):
                 raise ConfigError(f"site {site!r}: expected a Normal, Delta or WeightDistribution, got {fn}.")
-        # Contiguous, as they come back from a file: another layout would take other kernels, and round differently.
+        # Contiguous, as tensors read from a file are: another layout would use other kernels, which round differently.
         object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
         shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
         object.__setattr__(self, "shared", shared)
 
     def _of_each(self, function: Callable[[Tensor], Tensor]) -> Distributions:
-        """Phi, made of what the function makes of each of its tensors ``(T, 1, ...)`` or ``(K, T, 1, ...)``."""
+        """Apply a function to each parameter, ``(T, 1, ...)`` or ``(K, T, 1, ...)``, of each distribution."""
         phi = {site: map_parameters(fn, function) for site, fn in self.phi.items()}
         return Components(phi) if isinstance(self.phi, Components) else phi
 
     @property
     def num_components(self) -> int:
-        """K; 1 where there are none."""
+        """Number of components, K; 1 without components."""
         return self.phi.count if isinstance(self.phi, Components) else 1
 
     @property
     def is_point(self) -> bool:
-        """Whether all draws are the mean."""
+        """Whether every draw is the mean."""
         return self.num_components == 1 and not self.distributions()
 
     @property
     def is_deferred(self) -> bool:
-        """Whether whole updates are random: their noise enters where they meet activations, anew in every forward."""
+        """Whether whole updates are random. Their noise is added to activations, and differs between forwards."""
         return any(isinstance(fn, FactoredNormal) for fn in self.phi.values())
 
     def distributions(self) -> Distributions:
-        """q(phi | support) of the sites that have a scale: batch ``(T, 1)``, event ``(layers, out, in)``."""
+        """Return q(phi | support) of the sites that are not points: batch ``(T, 1)``, event ``(layers, out, in)``."""
         return {site: fn for site, fn in self.phi.items() if not isinstance(fn, Delta)}
 
     def mean(self) -> Sites:
-        """Of every LoRA site, ``(T or 1, 1, layers, out, in)``; averaged over components.
+        """Return the mean of every LoRA site, ``(T or 1, 1, layers, out, in)``, averaged over components.
 
-        Of a whole update it is that of its factors.
+        For a whole update these are the factors of its mean.
         """
         loc: Sites = {}
         for site, fn in self.phi.items():
@@ -106,14 +106,14 @@ class TaskPosterior:
         return {site: value.mean(0) for site, value in self.shared.items()} | loc
 
     def draw(self, num_draws: int, *, seed: int = 0, common_noise: bool = False) -> Sites:
-        """Draw phi: ``(num_draws, T, 1, layers, out, in)``; the same draws for the same seed.
+        """Draw phi: ``(num_draws, T, 1, layers, out, in)``, the same draws for the same seed.
 
-        Components take turns. Whole updates are not drawn but deferred: noise enters where they meet activations.
+        Draws cycle through the components. Whole updates are deferred: their noise is added to activations.
 
         Args:
-            num_draws: S.
-            seed: of the draws.
-            common_noise: whether the draws of all tasks are made of the same noise: that which each would have alone.
+            num_draws: number of draws, S.
+            seed: random seed.
+            common_noise: use the same noise for all tasks, so that a task's draws do not depend on the other tasks.
         """
         if num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
@@ -122,18 +122,18 @@ class TaskPosterior:
         phi = {site: v if len(v) == 1 else v[chosen.to(v.device)] for site, v in self.shared.items()}
         taken = self.phi.take(chosen) if isinstance(self.phi, Components) else self.phi
         count = 1 if isinstance(self.phi, Components) else num_draws
-        # In the order of the model's sites, for files keep none, and a seed must mean the same after loading.
+        # In the order of the model's sites: files have no order, and a seed must give the same draws after loading.
         for site in (site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in taken):
             values = draw_site(taken[site], count, generator, common_noise)
             phi[site] = tree_map(lambda value: value[0], values) if isinstance(self.phi, Components) else values
         return phi
 
     def _turns(self, num_draws: int, generator: torch.Generator) -> Tensor:
-        """The component of each draw, ``(num_draws,)``."""
+        """Return the component of each draw, ``(num_draws,)``."""
         count, turns = self.num_components, torch.arange(num_draws)
         if num_draws >= count:
             return turns % count
-        # Fewer draws than components are spread over them, for a sampler's neighbours are alike, from one by the seed.
+        # Fewer draws than components are spread evenly, because neighbouring samples of a chain are similar.
         first = torch.randint(count, (), generator=generator)
         return (turns * count // num_draws + first) % count
 
@@ -175,27 +175,27 @@ class TaskPosterior:
         """Posterior predictive log-probabilities of query examples, nats. Examples of all tasks share forwards.
 
         Args:
-            queries: per task, its examples (their gold answers are not used); or those of the only task.
-            num_draws: S; 0 predicts with the posterior mean.
-            seed: of the draws, which are the same for all examples: a draw is one coherent model.
-            demonstrations: likewise, solved examples that stand before each query (in-context learning, on top of the
-                posterior); a forward reads them once for many queries.
-            max_tokens: of queries per forward, times the draws that fit the language model's token budget; by default
-                so many that all draws fit.
-            common_noise: as for :meth:`draw`.
+            queries: a list of examples for each task, or the examples of the only task. Gold answers are not used.
+            num_draws: number of draws, S; 0 predicts with the posterior mean.
+            seed: random seed of the draws. A draw is one coherent model: the same for all examples.
+            demonstrations: solved examples placed before each query (in-context learning, in addition to the
+                posterior), in lists like those of ``queries``. A forward reads them once for many queries.
+            max_tokens: maximum number of query tokens in a forward, for each draw in it; by default the largest number
+                for which all draws fit the language model's token budget.
+            common_noise: see :meth:`draw`.
 
         Returns:
-            Per task ``(len(query), K)``, with :func:`absent_score` where an option is absent; of examples of the only
-            task one tensor.
+            ``(len(query), K)`` for each task, with :func:`absent_score` for absent options. One tensor if the examples
+            of the only task were passed.
 
         Raises:
-            TaskError: queries or demonstrations are of other tasks, or demonstrations do not fit into the context.
+            TaskError: the number of lists is not the number of tasks, or demonstrations do not fit into the context.
         """
         asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
         phi = self._draws_or_mean(num_draws, seed, common_noise)
         rows = [self.lm.encoder(own, before) for own, before in zip(asked, shown, strict=True)]
         count = max(len(value) for value in tree_leaves(phi))
-        # Deferred weights draw while they are used.
+        # Deferred weights are drawn while they are used.
         with seeded(seed, self.lm.device) if self.is_deferred else nullcontext():
             found = predict_tasks(
                 self.lm, phi, rows, self.temperature, lambda: max_tokens or self.lm.budget.per_item(count)
@@ -236,28 +236,28 @@ class TaskPosterior:
         max_new_tokens: int = 32,
         common_noise: bool = False,
     ) -> list[Generated] | list[list[Generated]]:
-        """Answer questions with free text: greedy decoding, each token's probability averaged over draws.
+        """Answer questions with generated text: greedy decoding, each token's probability averaged over draws.
 
-        Questions of all tasks share forwards, see :mod:`bayes_lora.lm.generation`. The temperature is one of options,
-        and is not used.
+        Questions of all tasks share forwards, see :mod:`bayes_lora.lm.generation`. The temperature is for options, and
+        is not used.
 
         Args:
-            queries: per task, its examples (their gold answers are not used), or texts; or those of the only task.
-            num_draws: S; 0 decodes with the posterior mean.
-            seed: of the draws.
-            demonstrations: as for :meth:`predict`.
-            max_new_tokens: after so many an answer ends.
-            common_noise: as for :meth:`draw`.
+            queries: a list of examples or texts for each task, or those of the only task. Gold answers are not used.
+            num_draws: number of draws, S; 0 decodes with the posterior mean.
+            seed: random seed of the draws.
+            demonstrations: see :meth:`predict`.
+            max_new_tokens: maximum number of tokens of an answer.
+            common_noise: see :meth:`draw`.
 
         Returns:
-            Per task a list of answers; of questions of the only task one list.
+            A list of answers for each task. One list if the questions of the only task were passed.
 
         Raises:
-            TaskError: as :meth:`predict`.
-            ConfigError: draws of whole updates were asked for, whose noise is drawn anew for every token.
+            TaskError: see :meth:`predict`.
+            ConfigError: ``num_draws`` is positive for whole updates, whose noise differs between forwards.
         """
         if self.is_deferred and num_draws:
-            raise ConfigError("generate: a draw of whole updates is not one model over several forwards. num_draws=0.")
+            raise ConfigError("generate: draws of whole updates differ between forwards. Use num_draws=0.")
         asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
         phi = self._draws_or_mean(num_draws, seed, common_noise)
         prompts = [self.lm.encoder.prompts(own, before) for own, before in zip(asked, shown, strict=True)]
@@ -265,7 +265,7 @@ class TaskPosterior:
         return found[0] if is_of_one_task(queries) else found
 
     def _by_task(self, name: str, given: Any) -> Sequence[Sequence[Any]]:
-        """A list of examples for each task; None stands for no examples."""
+        """Return a list of examples for each task; None means no examples."""
         if given is None:
             return [()] * len(self.names)
         listed = [given] if is_of_one_task(given) else given
@@ -276,7 +276,7 @@ class TaskPosterior:
         return listed
 
     def _draws_or_mean(self, num_draws: int, seed: int, common_noise: bool) -> Sites:
-        """Draws to predict with, or the mean ``(1, ...)``."""
+        """Return the draws to predict with, or the mean ``(1, ...)``."""
         if self.is_point or not num_draws:
             return {site: value[None] for site, value in self.mean().items()}
         return self.draw(num_draws, seed=seed, common_noise=common_noise)
@@ -290,14 +290,14 @@ class TaskPosterior:
         num_demonstrations: int = 0,
         max_new_tokens: int = 32,
     ) -> dict[str, Metrics | TextMetrics]:
-        """Metrics on the labelled query examples of each task, by task name; of free answers, `TextMetrics`.
+        """Compute metrics on the query examples of each task, by task name; `TextMetrics` for generated answers.
 
         Args:
-            tasks: those adapted to.
-            num_draws: S; 0 predicts with the posterior mean.
-            seed: of the draws.
-            num_demonstrations: of each task's support, how many stand solved before every query.
-            max_new_tokens: of a free answer, see :meth:`generate`.
+            tasks: the tasks adapted to.
+            num_draws: number of draws, S; 0 predicts with the posterior mean.
+            seed: random seed of the draws.
+            num_demonstrations: number of support examples placed, solved, before every query.
+            max_new_tokens: maximum number of tokens of a generated answer.
         """
         shown = [task.support[:num_demonstrations] for task in tasks]
         predictions = self.predict([task.query for task in tasks], num_draws=num_draws, seed=seed, demonstrations=shown)
@@ -314,7 +314,7 @@ class TaskPosterior:
         }
 
     def select(self, name: str) -> TaskPosterior:
-        """The posterior of one of the tasks."""
+        """Return the posterior of one of the tasks."""
         if name not in self.names:
             raise TaskError(f"task {name!r} is not among those adapted to: {list(self.names)}.")
         i = self.names.index(name)
@@ -331,43 +331,43 @@ class TaskPosterior:
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel) -> TaskPosterior:
-        """Read a saved posterior; it predicts bit for bit what it did before.
+        """Load a saved posterior. Its predictions are equal to those before saving, bit for bit.
 
         Raises:
-            PosteriorError: the files are missing or damaged, or were made with LoRA sites, settings or base weights
-                other than ``lm``'s.
+            PosteriorError: the files are missing or damaged, or were saved with other LoRA sites, settings or base
+                weights than those of ``lm``.
         """
         return cls(lm, **read_posterior(Path(path), lm))
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
-        """Write one task's LoRA as a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads.
+        """Save the LoRA weights of one task as a PEFT adapter, which ``PeftModel.from_pretrained`` loads.
 
         Args:
-            path: the adapter's folder.
+            path: folder of the adapter.
             draw: seed of a posterior draw; None exports the posterior mean.
-            overwrite: whether an existing folder is replaced.
+            overwrite: replace an existing folder.
 
         Raises:
-            TaskError: there is more than one task; ``select`` one first.
-            ConfigError: a draw of whole updates was asked for, which is no LoRA.
+            TaskError: there are several tasks; ``select`` one first.
+            ConfigError: a draw of whole updates was requested, which is not a LoRA.
         """
         export_adapter(self, Path(path), draw, overwrite=overwrite)
 
 
 def is_of_one_task(examples: Sequence[object]) -> bool:
-    """Whether these are examples or texts, not lists of them."""
+    """Whether these are examples or texts, rather than lists of them."""
     return len(examples) > 0 and isinstance(examples[0], Example | str)
 
 
 def draw_site(fn: Any, count: int, generator: torch.Generator, common: bool) -> Any:
-    """Draws ``(count, *batch, layers, out, in)`` of one site; a whole update's are left to the activations."""
+    """Draw ``(count, *batch, layers, out, in)`` of one site; whole updates are deferred to the activations."""
     if isinstance(fn, FactoredNormal):
         return DeferredWeight(*(value.expand(count, *value.shape) for value in fn.deferred()))
     like = next(iter(parameters(fn).values()))
 
     def noise(shape: torch.Size) -> Tensor:
-        # Drawn on the CPU, so that a seed means the same on every device.
+        # On the CPU, so that a seed gives the same draws on every device.
         return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
 
-    # Behind the draws, the tasks are the second dimension of the batch from the right.
+    # After the draws, tasks are the second batch dimension from the right.
     return drawn(fn, count, common_noise(noise, len(fn.batch_shape) - 1) if common else noise)

@@ -23,7 +23,7 @@ from bayes_lora.tasks.task import Example, Task
 __all__ = ["compare", "warm_feature_cache"]
 
 Method = Callable[[Sequence[Task]], tuple[TaskPosterior, int]]
-"""From tasks to a posterior of each, and how many draws it predicts with."""
+"""From tasks to their posterior, and the number of draws to predict with."""
 
 
 def compare(
@@ -41,19 +41,19 @@ def compare(
 ) -> Comparison:
     """Evaluate on unseen tasks: the pretrained model, a LoRA fine-tuned at each step size, and the posterior.
 
-    Tasks are adapted to and predicted together, ``tasks_per_forward`` at a time. Normals draw the same
-    noise for each of them, in the steps and in the predictions: that which each would have by itself.
+    Tasks are adapted to and predicted together, ``tasks_per_forward`` at a time. Each uses the same noise, in the steps
+    and in the predictions, so that the result of a task does not depend on the tasks it is grouped with.
 
     Args:
         posterior: a fitted posterior.
         tasks: ``support`` is adapted to, ``query`` is predicted.
-        steps: gradient steps after the guide's one pass; a row each.
+        steps: numbers of gradient steps after the amortized posterior; a row each.
         learning_rate: of these steps.
-        num_draws: S, of the posterior predictive.
+        num_draws: number of draws of the posterior predictive, S.
         lora_steps: Adam steps of the LoRA baseline.
         lora_learning_rates: its step sizes, a row each.
-        num_demonstrations: of each task's support, how many examples stand solved before every query, whatever the
-            method: the pretrained model then learns in context.
+        num_demonstrations: number of support examples placed, solved, before every query, for every method; the
+            pretrained model then learns in context.
         tasks_per_forward: how many tasks share a forward and backward pass of adaptation; bounds its memory.
         progress: shows a bar.
     """
@@ -88,7 +88,7 @@ def compare(
 def _evaluate(
     method: Method, groups: Sequence[Sequence[Task]], num_demonstrations: int, advance: Callable[[int], None]
 ) -> MethodResult:
-    """Adapt to the tasks of a group together, and predict them together; a task's noise is what it would be alone."""
+    """Adapt to the tasks of a group together, and predict them together."""
     metrics: dict[str, Metrics | TextMetrics] = {}
     confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for group in groups:
