@@ -550,7 +550,7 @@ def test_run_and_adapted_folder_move_together(call, refuse, data, adapted, tmp_p
     assert call(*words, tmp_path / "link") == before
     (tmp_path / "moved" / "mine").rename(tmp_path / "mine")
     err = refuse(*words, tmp_path / "mine")
-    assert str(tmp_path / "runs" / "a") in err and "not there" in err and "adapt again" in err
+    assert str(tmp_path / "runs" / "a") in err and "does not exist" in err and "adapt again" in err
 
 
 # --- a user's own table ---

@@ -83,7 +83,7 @@ class Episode:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(T, N, K)``."""
+        """Numbers of tasks, examples and options, ``(T, N, K)``."""
         return tuple(self.option_mask.shape)  # type: ignore[return-value]
 
     @property

@@ -15,7 +15,7 @@ __all__ = ["TEMPLATES", "PromptTemplate"]
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How an example becomes text.
+    """Templates that turn an example into text.
 
     Attributes:
         prompt: text that the model reads before it answers, with ``{input}`` and optionally ``{options}``. It should

@@ -87,7 +87,7 @@ def mean_metrics(metrics: Sequence[Scores]) -> Scores:
         ValueError: `metrics` is empty.
     """
     if not metrics:
-        raise ValueError("`metrics` is empty: there is no task to average over")
+        raise ValueError("`metrics` is empty: expected the metrics of at least one task")
     rows = [asdict(one) for one in metrics]  # type: ignore[call-overload]
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return type(metrics[0])(**means | {"num_examples": sum(row["num_examples"] for row in rows)})

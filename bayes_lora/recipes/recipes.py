@@ -200,8 +200,8 @@ def build_objective(
         num_tasks: number of training tasks, for guides with parameters per task.
 
     Raises:
-        ConfigError: there is no such recipe, prior, guide or setting, the guide does not take the prior, or there are
-            settings for a part that was passed.
+        ConfigError: there is no such recipe, prior, guide or setting, the guide does not support the prior, or
+            there are settings for a part that was passed.
     """
     for name, part, own in (("prior", model, config.prior), ("guide", guide, config.guide)):
         if part is not None and own:
