@@ -24,6 +24,7 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model, build_objective
+from bayes_lora.runs.folder import load_posterior, write_settings
 
 # PEFT 0.21 on transformers 5.23
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -413,6 +414,7 @@ def saved(lm, folder):
         lm, build_objective(lm, config).to(lm.sites.initial()["q_proj.lora_A"].dtype).eval()
     )
     posterior.save(folder / "posterior")
+    write_settings(folder, config, [], [])  # as a run's folder has them
     adapted = posterior.adapt([make_tasks(2)["task-1"].split(3, seed=0)])
     adapted.save(folder / "task_posterior")
     return adapted.predict([EXAMPLES], num_draws=2)[0]
@@ -466,7 +468,7 @@ def test_an_adapter_in_fewer_bits_is_the_same_adapter(tokenizer, tmp_path):
 def test_a_posterior_finds_its_saved_adapter(model_folder, adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("BAYES_LORA_CACHE", str(tmp_path / "cache"))
     expected = saved(load(model_folder, adapter=adapter), tmp_path)
-    posterior = Posterior.load(tmp_path / "posterior")
+    posterior = load_posterior(tmp_path)
     assert posterior.lm.adapter == str(adapter)
     adapted = posterior.adapt([make_tasks(2)["task-1"].split(3, seed=0)])
     torch.testing.assert_close(adapted.predict([EXAMPLES], num_draws=2)[0], expected)
@@ -481,8 +483,8 @@ def test_the_exported_prior_mean_is_the_adapter(tokenizer, tmp_path, name):
     theirs = tmp_path / "theirs" / ("" if name == "default" else name)
     lm = ours(model, tokenizer)
     prior = HierarchicalNormal(lm, lm.sites.initial())
-    mean = {site: fn.mean[None, None] for site, fn in prior.phi_prior(prior.initial_theta()).items()}
-    TaskPosterior(lm, mean, {}, ("a",)).export_peft(tmp_path / "ours")
+    phi = {site: fn.expand((1, 1)) for site, fn in prior.phi_prior(prior.initial_theta()).items()}
+    TaskPosterior(lm, phi, {}, ("a",)).export_peft(tmp_path / "ours")
     here, there = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "ours", theirs))
     assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "ours", theirs)]
