@@ -165,7 +165,7 @@ def test_a_prior_or_guide_that_does_not_exist(refuse, data, model_folder, tmp_pa
     assert "unknown prior 'rank_ard' (did you mean 'rank-ard'" in refuse("fit", *words, "--prior", "rank_ard")
     assert "unknown guide 'swagg' (did you mean 'swag'" in refuse("fit", *words, "--guide", "swagg")
     wrong = refuse("fit", *words, "--set", "guide.hiden=4")
-    assert "unknown key 'guide.hiden': no setting of guide-network (did you mean 'hidden'" in wrong
+    assert "unknown key 'guide.hiden': not a setting of guide-network (did you mean 'hidden'" in wrong
     assert not (tmp_path / "run").exists()
 
 

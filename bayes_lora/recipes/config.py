@@ -46,7 +46,7 @@ class LanguageModelConfig:
         adapter: folder or hub id of a saved LoRA adapter to start from, in place of the settings above.
         dtype: dtype of the base; None means bfloat16 on a GPU that supports it, otherwise float32.
         quantization: quantisation of the base with bitsandbytes.
-        template: prompt template, or the name of one of :data:`bayes_lora.tasks.TEMPLATES`.
+        template: prompt template, or the name of one of :data:`bayes_lora.episodes.TEMPLATES`.
         gradient_checkpointing: reduces memory in training at the cost of a second forward through the adapted layers.
         cache_gib: RAM in GiB for hidden states below the adapted layers.
         cache_folder: folder for hidden states that do not fit into RAM, until the process ends.
