@@ -24,6 +24,7 @@ from bayes_lora.distributions.low_rank_normal import LowRankNormal
 from bayes_lora.distributions.moments import moment_matched
 from bayes_lora.distributions.unconstrained import has_parameters
 from bayes_lora.errors import ConfigError
+from bayes_lora.utils.ranges import Count, Positive, Rate
 
 __all__ = ["Dropout", "Family", "LowRank", "MatrixNormal", "Point", "same_as_prior"]
 
@@ -56,8 +57,8 @@ class LowRank:
         start: initial scale of the factor, in prior standard deviations.
     """
 
-    rank: int = 4
-    start: float = 0.1
+    rank: Count = 4
+    start: Positive = 0.1
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.start > 0:
@@ -86,7 +87,7 @@ class MatrixNormal:
         largest: sides longer than this stay independent, because their matrices would be larger than the weights.
     """
 
-    largest: int = 64
+    largest: Count = 64
 
     def __call__(self, site: str, prior: Any) -> Any:
         """Return the initial q(phi) of one site."""
@@ -108,7 +109,7 @@ class Dropout:
         sites: the sites with dropout; by default every A.
     """
 
-    rate: float = 0.1
+    rate: Rate = 0.1
     sites: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

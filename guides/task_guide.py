@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
+from typing import Any
 
 import pyro
 import torch
@@ -72,9 +73,14 @@ class TaskGuide(RecordedSettings, PyroModule):
 
     def forward(self, episode: Episode) -> Sites:
         """Sample theta and phi, and return phi. Reads only ``episode.support``."""
-        register_with_svi(self)
         theta = self.theta()
         return sample_phi(episode, self.posterior(episode.support, theta))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run :meth:`forward`. ``pyro.infer.SVI`` finds the parameters, whatever ``forward`` does."""
+        if not self._pyro_context.active:  # not inside another guide, which registers them by its own names
+            register_with_svi(self)
+        return super().__call__(*args, **kwargs)
 
     def amortized(self, support: Episode) -> tuple[Sites, Distributions]:
         """Return the mean of q(theta), and q(phi | support) at this mean."""

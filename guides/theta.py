@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from bayes_lora.types import Model, Sites
+from bayes_lora.utils.ranges import Positive
 
 __all__ = ["NormalTheta", "PointTheta", "parameter_name"]
 
@@ -65,7 +66,7 @@ class NormalTheta(PointTheta):
         initial_scale: initial standard deviation; of the logarithm, for positive sites.
     """
 
-    def __init__(self, model: Model, *, initial_scale: float = 1e-3) -> None:
+    def __init__(self, model: Model, *, initial_scale: Positive = 1e-3) -> None:
         self._initial_scale = initial_scale
         super().__init__(model)
 

@@ -47,6 +47,7 @@ class HierarchicalModel(RecordedSettings, PyroModule):
         SiteError: the sites or event shapes of ``initial`` differ from those of the language model.
     """
 
+    not_settings = ("initial",)
     random_sites: list[str]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 

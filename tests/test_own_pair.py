@@ -1,6 +1,7 @@
 """A prior and a guide of a user's own: a Student-t prior, and a guide with one method, the whole way."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
 
 import peft
@@ -9,9 +10,11 @@ import pytest
 import torch
 from conftest import BUILDERS, build_lm, make_tasks
 from conjugate import MU, NOISE, RANK, SITE, A, LinearLikelihood, LinearModel, linear_episode, make_data
+from pyro.infer.autoguide import AutoNormal
 from torch.distributions import Normal, StudentT
+from zoo import start
 
-from bayes_lora.errors import ConfigError, PosteriorError
+from bayes_lora.errors import ConfigError, PosteriorError, TaskError
 from bayes_lora.guides import (
     NUTS,
     Ensemble,
@@ -20,13 +23,15 @@ from bayes_lora.guides import (
     LowRank,
     MeanField,
     NormalTheta,
+    PointTheta,
     SharedPoint,
     TaskGuide,
 )
-from bayes_lora.infer import BetaELBO
+from bayes_lora.guides import family as families
+from bayes_lora.infer import BetaELBO, LocalReparameterization
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.models import FactorModel, HierarchicalNormal
-from bayes_lora.posterior.classes import describe
+from bayes_lora.posterior.classes import describe, make_guide
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import EpisodeConfig, ObjectiveConfig, RunConfig
 from bayes_lora.runs.fit import fit_posterior
@@ -280,3 +285,217 @@ def test_what_cannot_be_saved_is_refused_before_the_fit(lm, tmp_path):
         PosteriorError, match="model: <function .* cannot be saved. A model must be a HierarchicalModel"
     ):
         Posterior.from_objective(lm, BetaELBO(lambda episode: None, SharedPoint(model))).save(tmp_path / "p")
+
+
+class Around(FactorModel):
+    """Reads ``initial`` in its prior."""
+
+    def phi_prior(self, theta):
+        return {s: dist.Normal(self.initial[s], 0.05).to_event(3) for s in self.random_sites}
+
+
+class Shift(TaskGuide):
+    """Has a setting with the name ``initial``."""
+
+    def __init__(self, model, *, initial=0.0, **settings):
+        super().__init__(model, **settings)
+        self.shift = initial
+
+    def posterior(self, support, theta):
+        size = (len(support.task_index), 1)
+        return {
+            s: dist.Normal((p.mean + self.shift).expand(*size, *p.event_shape), p.stddev).to_event(3)
+            for s, p in self.prior(theta).items()
+        }
+
+
+def round_trip_difference(lm, posterior, path, **classes):
+    task = make_tasks(1)["task-0"].split(4, seed=0)
+    posterior.save(path)
+    pair = (posterior, Posterior.load(path, lm, **classes))
+    one, other = (each.adapt(task).predict(task.query) for each in pair)
+    return (one - other).abs().max()
+
+
+def test_initial_values_that_the_prior_reads_are_kept(lm, tmp_path):
+    model = Around(lm, start(lm), random="B")
+    posterior = Posterior(lm, model, GradientGuide(model, steps=1))
+    assert round_trip_difference(lm, posterior, tmp_path / "p", model=Around) == 0
+
+
+def test_a_setting_of_a_guide_may_have_any_name(lm, tmp_path):
+    """Also one that is no setting of a model."""
+    model = HierarchicalNormal(lm, random="B")
+    guide = Shift(model, initial=2.0)
+    assert guide.settings == {"initial": 2.0}
+    assert round_trip_difference(lm, Posterior(lm, model, guide), tmp_path / "p", guide=Shift) == 0
+
+
+class Variadic(Shift):
+    """Takes its setting by position."""
+
+    def __init__(self, *args):
+        super().__init__(args[0], initial=args[1] if len(args) > 1 else 0.0)
+
+
+class Passing(MeanField):
+    """Hands all arguments on."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class Positional(Shift):
+    """Has a setting without a name."""
+
+    def __init__(self, model, shift=0.1, /):
+        super().__init__(model, initial=shift)
+
+
+def test_settings_without_names_are_refused(lm):
+    """They could not be found again; nothing is lost where none was given."""
+    model = HierarchicalNormal(lm, random="B")
+    for guide in (Variadic(model, 2.0), Passing(model, 4), Positional(model, 0.2)):
+        with pytest.raises(
+            PosteriorError, match=f"guide: {type(guide).__name__} takes settings in '(args|shift)', with"
+        ):
+            describe(guide, "guide")
+    for guide in (Variadic(model), Passing(model, num_tasks=4), Positional(model)):
+        assert describe(guide, "guide")["class"] == type(guide).__name__
+    assert Passing(model=model, num_tasks=4).settings == {"num_tasks": 4}
+
+
+@pytest.mark.parametrize("value", [{0: 1.5}, torch.zeros(2).numpy(), lambda model: model])
+def test_settings_that_no_file_can_hold_are_refused(lm, value):
+    guide = Shift(HierarchicalNormal(lm))
+    guide.settings["initial"] = value
+    with pytest.raises(PosteriorError, match=r"guide.initial: .* cannot be saved"):
+        describe(guide, "guide")
+
+
+def test_a_mapping_with_any_key_is_a_mapping(lm, tmp_path):
+    guide = Shift(HierarchicalNormal(lm, random="B"))
+    guide.settings["initial"] = {"class": "Point", "function": "same_as_prior"}
+    model = guide.model
+    Posterior(lm, model, guide).save(tmp_path / "p")
+    facts = json.loads((tmp_path / "p" / "posterior.json").read_text())["guide"]
+    made = {}
+    make_guide(facts, model, lambda m: made.setdefault("m", Shift(m)), "file")
+    assert facts["settings"]["initial"] == {"mapping": {"class": "Point", "function": "same_as_prior"}}
+    assert made["m"].model is model
+
+
+def test_a_class_with_the_name_of_a_package_class_is_not_replaced_silently(lm, tmp_path):
+    class Wide(HierarchicalNormal):
+        def phi_prior(self, theta):
+            return {s: dist.Normal(theta[f"theta.loc.{s}"], 0.7).to_event(3) for s in self.random_sites}
+
+    Wide.__name__ = "HierarchicalNormal"
+    model = Wide(lm, random="B")
+    Posterior(lm, model, GradientGuide(model)).save(tmp_path / "p")
+    with pytest.raises(PosteriorError):
+        Posterior.load(tmp_path / "p", lm)
+
+
+def test_a_family_of_one_s_own_needs_a_function(lm, tmp_path):
+    @dataclass(frozen=True)
+    class LowRank(families.LowRank):
+        """With the name of the package's."""
+
+    model = HierarchicalNormal(lm, random="B")
+    Posterior(lm, model, MeanField(model, 4, family=LowRank(2))).save(tmp_path / "p")
+    with pytest.raises(PosteriorError, match=r"class 'LowRank' is not one of .*load\(..., guide=lambda model: ...\)"):
+        Posterior.load(tmp_path / "p", lm)
+    make = lambda model: MeanField(model, 4, family=LowRank(2))  # noqa: E731
+    assert type(Posterior.load(tmp_path / "p", lm, guide=make).guide.family) is LowRank
+
+
+def test_a_guide_of_another_model_is_refused(lm):
+    one, other = HierarchicalNormal(lm), HierarchicalNormal(lm)
+    with pytest.raises(ConfigError, match="this GradientGuide was made for another model"):
+        Posterior(lm, one, GradientGuide(other))
+    with pytest.raises(ConfigError, match="this GradientGuide was made for another model"):
+        fit_posterior(lm, make_tasks(), CONFIG, model=one, guide=GradientGuide(other))
+
+
+def test_programs_that_cannot_adapt_are_refused_before_the_fit(lm):
+    model = HierarchicalNormal(lm)
+    for wrong in (
+        dict(model=lambda episode: None),
+        dict(model=HierarchicalNormal),
+        dict(model=model, guide=AutoNormal(model)),
+    ):
+        with pytest.raises(ConfigError, match="expected an object of a subclass of bayes_lora"):
+            fit_posterior(lm, make_tasks(), CONFIG, **wrong)
+
+
+def test_frozen_parameters_stay_frozen(lm, tmp_path):
+    model = HierarchicalNormal(lm, random="B")
+    guide = GradientGuide(model, theta_guide=partial(PointTheta, locations_only=True))
+    next(guide.parameters()).requires_grad_(False)
+    posterior = Posterior(lm, model, guide)
+    posterior.save(tmp_path / "p")
+    loaded = Posterior.load(tmp_path / "p", lm).objective
+    frozen = {name: not p.requires_grad for name, p in loaded.named_parameters()}
+    assert frozen == {name: not p.requires_grad for name, p in posterior.objective.named_parameters()}
+    assert 0 < sum(frozen.values()) < len(frozen)
+
+
+def test_a_context_that_no_file_can_hold_is_refused(lm, tmp_path):
+    model = HierarchicalNormal(lm)
+    objective = BetaELBO(model, GradientGuide(model), context=LocalReparameterization)
+    with pytest.raises(PosteriorError, match="context: expected the model's own"):
+        Posterior.from_objective(lm, objective).save(tmp_path / "p")
+
+
+def test_one_distribution_may_stand_for_all_tasks(lm):
+    """A guide may return distributions without a batch of tasks."""
+
+    class NoBatch(TaskGuide):
+        def posterior(self, support, theta):
+            return self.prior(theta)
+
+    model = HierarchicalNormal(lm, random="B")
+    tasks = [task.split(4, seed=0) for task in make_tasks(3).values()]
+    adapted = Posterior(lm, model, NoBatch(model)).adapt(tasks)
+    prior = model.phi_prior(model.initial_theta())
+    for site, fn in adapted.phi.items():
+        assert fn.batch_shape == (3, 1)
+        torch.testing.assert_close(fn.mean, prior[site].mean.expand_as(fn.mean))
+    assert [len(p) for p in adapted.predict([task.query for task in tasks])] == [len(task.query) for task in tasks]
+
+
+def test_another_family_of_q_is_named_with_a_cure(lm):
+    class Tails(TaskGuide):
+        def posterior(self, support, theta):
+            return {s: dist.StudentT(4.0, p.mean, p.stddev).to_event(3) for s, p in self.prior(theta).items()}
+
+    model = HierarchicalNormal(lm, random="B")
+    with pytest.raises(ConfigError, match=r"got .*StudentT.*return Normal\(q.mean, q.stddev\).to_event\(3\)"):
+        Posterior(lm, model, Tails(model)).adapt(make_tasks(1)["task-0"].split(4, seed=0))
+
+
+def test_no_demonstrations_is_an_empty_list(lm):
+    model = HierarchicalNormal(lm, random="B")
+    task = make_tasks(1)["task-0"].split(4, seed=0)
+    adapted = Posterior(lm, model, GradientGuide(model, steps=0)).adapt(task)
+    assert torch.equal(adapted.predict(task.query, demonstrations=[]), adapted.predict(task.query))
+
+
+def test_a_text_is_no_list_of_questions(lm):
+    model = HierarchicalNormal(lm, random="B")
+    adapted = Posterior(lm, model, GradientGuide(model, steps=0)).adapt(make_tasks(1)["task-0"].split(4, seed=0))
+    with pytest.raises(TaskError, match="queries: expected a list of examples or texts, got the text 'good'"):
+        adapted.generate("good")
+
+
+def test_a_resumed_run_has_the_initial_values_of_before(lm, tmp_path):
+    settings = dict(run=tmp_path / "run")
+    for scale in (0.0, 0.1):
+        initial = {site: value + scale for site, value in lm.sites.initial().items()}
+        guide = SharedPoint(HierarchicalNormal(lm, initial, random="B"))
+        if scale:
+            with pytest.raises(ConfigError, match="other settings or tasks"):
+                fit_posterior(lm, make_tasks(), CONFIG, guide=guide, resume=True, **settings)
+        else:
+            fit_posterior(lm, make_tasks(), CONFIG, guide=guide, **settings)

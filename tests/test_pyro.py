@@ -14,9 +14,10 @@ from lm_helpers import make_episode
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO, autoguide
 from pyro.nn import PyroModule
 from torch.distributions import Categorical
+from zoo import GUIDES, episodes, start
 
 from bayes_lora.episodes import EpisodeSampler
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.guides import GradientGuide, SharedMeanField
 from bayes_lora.infer import BetaELBO, ScaleLatents, observe_answers, task_plate
 from bayes_lora.models import HierarchicalNormal, IndependentNormal
@@ -205,7 +206,7 @@ def test_n_enters_in_one_place():
 
 def test_parameters_that_no_module_holds_are_refused(lm):
     """They would be initialised again in every step, and never trained."""
-    model = small(lm)
+    model = IndependentNormal(lm, random="AB")  # without theta
 
     def guide(episode):
         with task_plate(episode):
@@ -258,3 +259,29 @@ def test_a_guide_without_our_base_class_trains(lm):
     objective = BetaELBO(model, guide, beta=0.1)
     objective(episode).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in guide.parameters())
+
+
+@pytest.mark.parametrize("name", ["Ensemble", "FlowNetwork"])
+def test_svi_trains_the_second_guide_of_a_class(lm, name):
+    model = HierarchicalNormal(lm, start(lm), random="B")
+    for _ in range(2):
+        guide = GUIDES[name](model)
+        before = [p.detach().clone() for p in guide.parameters()]
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        for _ in range(6):
+            svi.step(episodes(lm)[0])
+        assert any(not torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
+
+
+def test_an_autoguide_is_set_up_by_its_first_loss(lm):
+    model = HierarchicalNormal(lm, start(lm), random="B")
+    assert torch.isfinite(BetaELBO(model, autoguide.AutoNormal(model, create_plates=task_plate))(episodes(lm)[0]))
+
+
+def test_tasks_that_an_autoguide_draws_itself_are_refused(lm):
+    """Without the plate of tasks it would fit others than those of the episode."""
+    episode = make_episode(lm, num_data=[11, 5], task_index=[5, 1], num_tasks=7)
+    model = small(lm)
+    with pytest.raises(SiteError, match=r"the episode holds \[5, 1\]. Give .* create_plates=task_plate"):
+        BetaELBO(model, autoguide.AutoNormal(model))(episode)
+    assert BetaELBO(model, autoguide.AutoNormal(model, create_plates=task_plate))(episode).isfinite()

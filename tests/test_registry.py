@@ -113,3 +113,40 @@ def test_settings_for_a_part_that_is_passed_are_refused(lm):
 def test_the_table_in_the_docs_is_the_recipes():
     rows = re.findall(r"^\| `(.*?)` \| `(.*?)`.*? \| `(.*?)`.*? \| (\w+) \| (.*) \|$", DOCS.read_text(), re.MULTILINE)
     assert rows == [(name, r.prior["name"], r.guide["name"], r.calibrate, r.about) for name, r in RECIPES.items()]
+
+
+@pytest.mark.parametrize(
+    "settings", [["guide.rank=10", "guide.name=swag"], ["recipe=abmll", "guide.steps=9", "guide.name=gradient-guide"]]
+)
+def test_the_order_of_settings_loses_none(settings):
+    [(key, value)] = [s.removeprefix("guide.").split("=") for s in settings if "name" not in s and "recipe" not in s]
+    assert recipe_of(RunConfig.load(None, settings)).guide.get(key) == int(value)
+
+
+def test_theta_guide_reaches_the_start(lm):
+    config = RunConfig.load(None, ["recipe=abmll-network-gradient", "guide.theta_guide=normal"])
+    assert isinstance(build_objective(lm, config).guide.theta, NormalTheta)
+
+
+def test_settings_of_a_start_named_by_a_text_keep_the_name():
+    settings = ["recipe=abmll-network-gradient", "guide.start=shared-mean-field", "guide.start.theta_guide=normal"]
+    assert recipe_of(RunConfig.load(None, settings)).guide["start"]["name"] == "shared-mean-field"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "guide.theta_guide={name: normal, initial_scale: big}",
+        "guide.theta_guide={name: normal, initial_scale: -1}",
+        "guide.theta_guide={name: point, locations_only: maybe}",
+        "guide.family={name: low-rank, rank: ten}",
+        "guide.family={name: matrix-normal, largest: abc}",
+    ],
+)
+def test_nested_settings_are_checked(setting):
+    with pytest.raises(ConfigError):
+        RunConfig.load(None, ["recipe=abmll", setting])
+
+
+def test_the_name_of_a_class_will_do_as_well(lm):
+    assert type(build_prior({"name": "RankARD"}, lm)) is RankARD

@@ -149,18 +149,19 @@ class ModuleParameters(Messenger):
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         super().__exit__(kind, value, traceback)
+        # Modules keep their parameters as nn.Parameter; pyro.param() outside of one keeps a tensor in the store.
+        stray = [name for name, one in pyro.get_param_store().named_parameters() if not isinstance(one, nn.Parameter)]
         self._scope.__exit__(kind, value, traceback)
+        if stray and kind is None:
+            raise ConfigError(
+                f"pyro.param({stray[0]!r}): expected a parameter of a module, so that torch optimizers can find it. "
+                "Make the guide a PyroModule, or train it with pyro.infer.SVI."
+            )
 
     def _pyro_param(self, msg: Any) -> None:
         arguments: tuple[Any, ...] = (*msg["args"], None)
-        name, value = arguments[:2]
-        if isinstance(value, nn.Parameter):
-            msg["value"], msg["done"] = value, True
-        elif value is not None:
-            raise ConfigError(
-                f"pyro.param({name!r}): expected a parameter of a module, so that torch optimizers can find it. Make "
-                "the guide a PyroModule, or train it with pyro.infer.SVI."
-            )
+        if isinstance(arguments[1], nn.Parameter):
+            msg["value"], msg["done"] = arguments[1], True
 
 
 class LastSite(Messenger):

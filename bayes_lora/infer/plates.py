@@ -14,10 +14,13 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine import runtime
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
+from bayes_lora.errors import SiteError
 from bayes_lora.infer.components import Components
 from bayes_lora.types import Distributions, Sites
 
@@ -26,7 +29,15 @@ __all__ = ["examples_scale", "observe_answers", "same_task_plate", "sample_phi",
 
 def task_plate(episode: Episode) -> pyro.plate:
     """Return the plate of the collection's tasks at dimension -2, subsampled to the T tasks of the episode."""
-    return pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
+    plate: Any = pyro.plate("task", episode.num_tasks, subsample=episode.task_index, dim=-2)
+    # A guide that draws tasks by itself overrides them when the model is replayed.
+    if is_validation_enabled() and not torch.equal(plate._indices, episode.task_index):
+        raise SiteError(
+            f"plate 'task': the guide drew tasks {plate._indices.tolist()}, the episode holds "
+            f"{episode.task_index.tolist()}. Give one of Pyro's autoguides the plate: AutoNormal(model, "
+            "create_plates=task_plate)."
+        )
+    return plate  # type: ignore[no-any-return]
 
 
 def sample_phi(episode: Episode, posterior: Distributions) -> Sites:

@@ -184,7 +184,7 @@ def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Te
     try:
         loss: Tensor = prepared(episode)
     except ValueError as error:  # Pyro's validation of a distribution comes before the loss
-        site = _blame_site(objective, episode)
+        site = _blame_site(objective, episode, step)
         if site is None:
             raise
         raise NonFiniteLoss(f"step {step}: {site}.") from error
@@ -199,7 +199,7 @@ def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor |
     loss = loss.detach()
     value, size = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
     if not math.isfinite(value):
-        site = _blame_site(objective, episode) or "no single site is not finite: the sum overflows. Try a smaller beta"
+        site = _blame_site(objective, episode, step) or "no single site is not finite: the sum overflows. Try a smaller beta"
         raise NonFiniteLoss(f"step {step}: the loss is {value}; {site}.")
     if not math.isfinite(size):
         # Clipping has spread it to all gradients; computing them again shows where it came from.
@@ -237,7 +237,8 @@ def _averaged(objective: BetaELBO, average: dict[str, Tensor]) -> Iterator[None]
         objective.load_state_dict(current, strict=False)
 
 
-def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
+def _blame_site(objective: BetaELBO, episode: Episode, step: int) -> str | None:
+    cure = "Try a lower learning_rate" if step else "Check the distribution's initial parameters"
     with torch.no_grad(), pyro.validation_enabled(False), objective.running():
         guide = pyro.poutine.trace(objective.guide).get_trace(episode)
         model = pyro.poutine.trace(pyro.poutine.replay(objective.model, guide)).get_trace(episode)
@@ -245,7 +246,7 @@ def _blame_site(objective: BetaELBO, episode: Episode) -> str | None:
             trace.compute_log_prob()
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and not torch.isfinite(torch.as_tensor(site["log_prob_sum"])):
-                    return f"site {name!r} of the {where} is the first that is not finite. Try a lower learning_rate"
+                    return f"site {name!r} of the {where} is the first that is not finite. {cure}"
     return None
 
 

@@ -121,7 +121,8 @@ def amortized_posterior(objective: BetaELBO, episode: Episode, seed: int = 0) ->
         raise _unfit(f"the model {objective.model}")
     with objective.running(), evaluating(objective), torch.no_grad(), seeded(seed, episode.mask.device):
         if isinstance(guide, Guide):
-            return guide.amortized(episode.support)
+            theta, phi = guide.amortized(episode.support)
+            return theta, phi if isinstance(phi, Components) else _for_tasks(phi, len(episode.mask))
         with AtMean():
             trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
@@ -130,6 +131,12 @@ def amortized_posterior(objective: BetaELBO, episode: Episode, seed: int = 0) ->
         raise _unfit(f"one that samples {joint[0]!r}")
     theta = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
     return theta, {name.removeprefix("phi."): node["fn"] for name, node in sites.items() if name.startswith("phi.")}
+
+
+def _for_tasks(phi: Distributions, num_tasks: int) -> Distributions:
+    """Expand distributions that are the same for all tasks to a batch of ``(T, 1)``."""
+    batch = torch.Size((num_tasks, 1))
+    return {site: fn if fn.batch_shape == batch else fn.expand(batch) for site, fn in phi.items()}
 
 
 def _unfit(got: str) -> ConfigError:

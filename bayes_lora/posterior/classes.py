@@ -14,7 +14,7 @@ from typing import Any
 from bayes_lora import guides, models
 from bayes_lora.errors import PosteriorError
 from bayes_lora.guides.family import same_as_prior
-from bayes_lora.types import Model
+from bayes_lora.types import Model, Sites
 from bayes_lora.utils.settings import RecordedSettings
 
 __all__ = ["Made", "describe", "make_guide", "make_model"]
@@ -26,48 +26,76 @@ FUNCTIONS = {"same_as_prior": same_as_prior}
 
 
 def describe(value: Any, name: str) -> Any:
-    """A model, a guide or a setting of theirs as plain values: ``{"class": "RankARD", "settings": {"random": "B"}}``.
+    """Describe a model, a guide or one of their settings in plain values that JSON can hold.
+
+    An object of a class is ``{"class": "RankARD", "settings": {"random": "B"}}``, with ``"own": true`` if the class is
+    not one of this package's.
 
     Raises:
-        PosteriorError: it is, or holds, an object that has no such description, such as a function; names it.
+        PosteriorError: the value, or one of its settings, has no such description, such as a function. The message
+            names it.
     """
     if isinstance(value, str | int | float | None):
         return value
     if isinstance(value, list | tuple):
         return [describe(one, name) for one in value]
-    if isinstance(value, Mapping):
-        return {str(key): describe(one, f"{name}.{key}") for key, one in value.items()}
-    if isinstance(value, RecordedSettings):
-        return {"class": type(value).__name__, "settings": describe(value.settings, name)}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"mapping": {key: describe(one, f"{name}.{key}") for key, one in value.items()}}
+    if isinstance(value, RecordedSettings) and value.unnamed is None:
+        return _named(type(value)) | {"settings": _settings(value.settings, name)}
     if is_dataclass(value) and not isinstance(value, type):
         settings = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {"class": type(value).__name__, "settings": describe(settings, name)}
-    if isinstance(value, partial):
-        return {"class": value.func.__name__, "partial": describe(value.keywords, name)}
+        return _named(type(value)) | {"settings": _settings(settings, name)}
+    if isinstance(value, partial) and isinstance(value.func, type) and not value.args:
+        return _named(value.func) | {"partial": _settings(value.keywords, name)}
     if isinstance(value, type):
-        return {"class": value.__name__}
-    if value in FUNCTIONS.values():
-        return {"function": value.__name__}
+        return _named(value)
+    for known, function in FUNCTIONS.items():
+        if value is function:
+            return {"function": known}
+    if isinstance(value, RecordedSettings):
+        raise PosteriorError(
+            f"{name}: {type(value).__name__} takes settings in {value.unnamed!r}, without names, so that they cannot "
+            "be saved. Make them keyword arguments."
+        )
     raise PosteriorError(
         f"{name}: {value!r} cannot be saved. A model must be a HierarchicalModel and a guide a TaskGuide, whose "
-        "settings are numbers, texts, classes of bayes_lora.guides, or functools.partial of one."
+        "settings are numbers, texts, mappings of texts, classes of bayes_lora.guides, or functools.partial of one."
     )
 
 
-def make_model(facts: Any, likelihood: Any, own: Made, where: str) -> Any:
-    """The model that :func:`describe` described, or ``own``.
+def _settings(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: describe(value, f"{name}.{key}") for key, value in settings.items()}
+
+
+def _named(cls: type) -> dict[str, Any]:
+    """The name of a class, and whether it is the user's own, even if a class of this package has the same name."""
+    ours = any(getattr(room, cls.__name__, None) is cls for room in (models, guides))
+    return {"class": cls.__name__} | ({} if ours else {"own": True})
+
+
+def make_model(facts: Any, likelihood: Any, initial: Sites | None, own: Made, where: str) -> Any:
+    """Build the model that :func:`describe` described, or that ``own`` makes.
+
+    Args:
+        facts: the description.
+        likelihood: the language model.
+        initial: initial values that differ from the likelihood's own; None for these.
+        own: the user's class, an object of it, or a function of the likelihood.
+        where: name of the file, for messages.
 
     Raises:
-        PosteriorError: the file names a class that is not of this package, and it was not passed; or it is damaged.
+        PosteriorError: the file names a class of the user's that was not passed; or it is damaged.
     """
-    return _make(facts, (likelihood,), own, models, "model", where)
+    given = () if initial is None else (initial,)
+    return _make(facts, (likelihood, *given), own, models, "model", where)
 
 
 def make_guide(facts: Any, model: Model, own: Made, where: str) -> Any:
-    """The guide that :func:`describe` described, or ``own``.
+    """Build the guide that :func:`describe` described, or that ``own`` makes of the model.
 
     Raises:
-        PosteriorError: as :func:`make_model`.
+        PosteriorError: see :func:`make_model`.
     """
     return _make(facts, (model,), own, guides, "guide", where)
 
@@ -76,9 +104,10 @@ def _make(facts: Any, arguments: tuple[Any, ...], own: Made, room: Any, what: st
     if not isinstance(facts, Mapping) or not isinstance(facts.get("class"), str):
         raise PosteriorError(f"{where} is damaged: expected the {what}'s class and settings. Restore it, or fit again.")
     if own is not None and not isinstance(own, type):
-        return own if isinstance(own, RecordedSettings) else own(*arguments)
+        return own if isinstance(own, RecordedSettings) else own(arguments[0])
     name = facts["class"]
-    cls: Any = own if own is not None else (getattr(room, name) if name in room.__all__ else None)
+    ours = name in room.__all__ and not facts.get("own")
+    cls: Any = own if own is not None else (getattr(room, name) if ours else None)
     if cls is None:
         raise PosteriorError(
             f"{where}: its {what} is of class {name!r}, which is not one of bayes_lora's. Pass it: "
@@ -87,27 +116,30 @@ def _make(facts: Any, arguments: tuple[Any, ...], own: Made, room: Any, what: st
     if cls.__name__ != name:
         raise PosteriorError(f"{where}: its {what} is of class {name!r}, but {what}={cls.__name__} was passed.")
     try:
-        settings = {key: _value(value, arguments) for key, value in facts.get("settings", {}).items()}
+        settings = {key: _value(value, arguments, what) for key, value in facts.get("settings", {}).items()}
         return cls(*arguments, **settings)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise PosteriorError(f"{where}: the {what} {name} cannot be made of its saved settings: {error}") from error
 
 
-def _value(value: Any, arguments: tuple[Any, ...]) -> Any:
+def _value(value: Any, arguments: tuple[Any, ...], what: str) -> Any:
     if isinstance(value, list):
-        return tuple(_value(one, arguments) for one in value)
+        return tuple(_value(one, arguments, what) for one in value)
     if not isinstance(value, dict):
         return value
+    if "mapping" in value:
+        return {key: _value(one, arguments, what) for key, one in value["mapping"].items()}
     if "function" in value:
         return FUNCTIONS[value["function"]]
-    if "class" not in value:
-        return {key: _value(one, arguments) for key, one in value.items()}
-    if value["class"] not in guides.__all__:
-        raise ValueError(f"class {value['class']!r} is not one of bayes_lora.guides")
+    if value["class"] not in guides.__all__ or value.get("own"):
+        raise ValueError(
+            f"its setting of class {value['class']!r} is not one of bayes_lora.guides. Pass a function that makes the "
+            f"{what}: load(..., {what}=lambda {'likelihood' if what == 'model' else 'model'}: ...)"
+        )
     cls = getattr(guides, value["class"])
     if "partial" in value:
-        return partial(cls, **_value(value["partial"], arguments))
+        return partial(cls, **{key: _value(one, arguments, what) for key, one in value["partial"].items()})
     if "settings" not in value:
         return cls
-    settings = _value(value["settings"], arguments)
+    settings = {key: _value(one, arguments, what) for key, one in value["settings"].items()}
     return cls(*arguments, **settings) if issubclass(cls, guides.TaskGuide) else cls(**settings)

@@ -11,7 +11,8 @@ import peft
 import torch
 import transformers
 
-from bayes_lora.errors import PosteriorError
+from bayes_lora.errors import ConfigError, PosteriorError
+from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.fingerprint import check_identity, identity
 from bayes_lora.lm.language_model import LanguageModel
@@ -23,9 +24,10 @@ from bayes_lora.tasks.task import Task
 from bayes_lora.types import Guide, Model
 from bayes_lora.utils.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["Posterior"]
+__all__ = ["Posterior", "check_pair"]
 
 TENSORS, FACTS = "posterior.safetensors", "posterior.json"
+INITIAL = "initial."
 
 
 class Posterior:
@@ -55,6 +57,7 @@ class Posterior:
         width: float = 1.0,
         temperature: float = 1.0,
     ) -> None:
+        check_pair(model, guide)
         self.lm, self.width, self.temperature = lm, width, temperature
         self.objective = BetaELBO(model, guide, beta=beta, gamma=gamma).eval()
 
@@ -116,13 +119,16 @@ class Posterior:
 
     def write(self, folder: Path) -> None:
         """Write the posterior's two files into an existing folder."""
-        facts: dict[str, Any] = {
-            "model": describe(self.model, "model"),
-            "guide": describe(self.guide, "guide"),
-            "beta": self.objective.target_beta,
-            "gamma": self.objective.target_gamma,
+        objective, model = self.objective, self.model
+        described = {"model": describe(model, "model"), "guide": describe(self.guide, "guide")}
+        if objective.context is not model.context:
+            raise PosteriorError("context: expected the model's own, because a file cannot hold another one.")
+        facts: dict[str, Any] = described | {
+            "beta": objective.target_beta,
+            "gamma": objective.target_gamma,
             "width": self.width,
             "temperature": self.temperature,
+            "frozen": [name for name, parameter in objective.named_parameters() if not parameter.requires_grad],
             "sites": {site: list(shape) for site, shape in self.lm.sites.shapes.items()},
             "versions": {
                 "torch": torch.__version__,
@@ -130,7 +136,11 @@ class Posterior:
                 "peft": peft.__version__,
             },
         }
-        write_tensors(folder / TENSORS, self.objective.state_dict())
+        tensors = objective.state_dict()
+        own = self.lm.sites.initial()
+        if any(not torch.equal(value, own[site]) for site, value in model.initial.items()):
+            tensors |= {f"{INITIAL}{site}": value for site, value in model.initial.items()}
+        write_tensors(folder / TENSORS, tensors)
         write_json(folder / FACTS, facts | identity(self.lm))
 
     @classmethod
@@ -155,19 +165,37 @@ class Posterior:
             raise PosteriorError(f"{path / FACTS}: made for LoRA sites {saved}, but {lm.name} has {here}.")
         check_identity(facts, lm, path)
         where = str(path / FACTS)
-        made = make_model(_section(facts, "model", path), lm, model, where)
+        # In the order of the sites, in which random numbers are drawn: a file has none.
+        own = [site for site in lm.sites.shapes if f"{INITIAL}{site}" in tensors]
+        initial = {site: tensors.pop(f"{INITIAL}{site}").to(lm.device) for site in own} or None
+        made = make_model(_section(facts, "model", path), lm, initial, model, where)
         fitted = make_guide(_section(facts, "guide", path), made, guide, where)
         factors = {name: _positive(facts, name, path) for name in ("beta", "gamma", "width", "temperature")}
         found = cls(lm, made, fitted, **factors)
         for name, value in [*found.objective.named_parameters(), *found.objective.named_buffers()]:
             if name in tensors:  # of the dtype that was saved, which may be another than the constructor's
                 value.data = value.data.to(tensors[name].dtype)
+        for name, parameter in found.objective.named_parameters():
+            parameter.requires_grad_(name not in _section(facts, "frozen", path))
         found.objective.to(lm.device)
         try:
             found.objective.load_state_dict(tensors)
         except RuntimeError as error:
             raise PosteriorError(f"{path / TENSORS} is damaged or of another version: {error}") from error
         return found
+
+
+def check_pair(model: Model, guide: Guide) -> None:
+    """Check that a guide was made for this model.
+
+    Raises:
+        ConfigError: it was made for another one.
+    """
+    if isinstance(guide, TaskGuide) and guide.model is not model:
+        raise ConfigError(
+            f"guide: this {type(guide).__name__} was made for another model. Make it for the one that is passed: "
+            f"{type(guide).__name__}(model)."
+        )
 
 
 def _positive(facts: Any, name: str, path: Path) -> float:

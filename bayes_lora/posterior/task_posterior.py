@@ -60,7 +60,10 @@ class TaskPosterior:
     def __post_init__(self) -> None:
         for site, fn in self.phi.items():
             if not has_parameters(fn):
-                raise ConfigError(f"site {site!r}: expected a Normal, Delta or WeightDistribution, got {fn}.")
+                raise ConfigError(
+                    f"site {site!r}: expected a Normal, Delta or WeightDistribution, got {fn}. Let the guide's "
+                    "posterior() return Normal(q.mean, q.stddev).to_event(3)."
+                )
         # Contiguous, as tensors read from a file are: another layout would use other kernels, which round differently.
         object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
         shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
@@ -266,7 +269,9 @@ class TaskPosterior:
 
     def _by_task(self, name: str, given: Any) -> Sequence[Sequence[Any]]:
         """Return a list of examples for each task; None means no examples."""
-        if given is None:
+        if isinstance(given, str):
+            raise TaskError(f"{name}: expected a list of examples or texts, got the text {given!r}.")
+        if given is None or (not given and (name == "demonstrations" or len(self.names) == 1)):
             return [()] * len(self.names)
         listed = [given] if is_of_one_task(given) else given
         if len(listed) != len(self.names):

@@ -14,7 +14,7 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.lm.model_files import DEFAULT_MODEL
 from bayes_lora.recipes.config_values import check_keys, merge, named_template, nested, read_yaml
-from bayes_lora.recipes.recipes import recipe_of
+from bayes_lora.recipes.recipes import override, recipe_of
 from bayes_lora.recipes.registry import check_settings
 from bayes_lora.utils.ranges import Count, Natural, NonNegative, Positive
 
@@ -194,11 +194,13 @@ class RunConfig:
         if path is not None:
             read = named_template(read_yaml(path), str(path))
             check_keys(read, values, str(path))
-            merge(values, read)
+            override(values, read)
+        changed: dict[str, Any] = {}
         for setting in settings:
-            changed = named_template(nested(setting), "--set")
-            check_keys(changed, values, "--set")
-            merge(values, changed)
+            one = named_template(nested(setting), "--set")
+            check_keys(one, values, "--set")
+            merge(changed, one)
+        override(values, changed)
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from bayes_lora.errors import ConfigError, did_you_mean
 PARTS = ("prior", "guide")
 """Sections with the name of a class and its settings."""
 
+NAMED = ("start", "family", "theta_guide")
+"""Settings of a guide that are a name, or a mapping of a name and settings."""
+
 __all__ = ["check_keys", "merge", "named_template", "nested", "read_yaml"]
 
 
@@ -58,19 +61,18 @@ def named_template(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     return {**values, "language_model": {**section, "template": asdict(TEMPLATES[name])}}
 
 
-def merge(values: dict[str, Any], over: Mapping[str, Any], *, part: bool = False) -> None:
-    """Override values by others, section by section.
-
-    In a prior, a guide or a ``part`` of one, a new name removes the settings of the previously named class.
-    """
+def merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Override values by others, section by section."""
     for key, value in over.items():
-        inner, inside = values.get(key), part or key in PARTS
-        if not isinstance(value, Mapping) or not isinstance(inner, dict):
-            values[key] = value
-            continue
-        if inside and value.get("name", inner.get("name")) != inner.get("name"):
-            inner.clear()
-        merge(inner, value, part=inside)
+        inner = values.get(key)
+        if isinstance(inner, str) and isinstance(value, Mapping) and key in NAMED:
+            inner = values[key] = {"name": inner}  # settings for a part that was given by its name alone
+        if isinstance(value, Mapping) and isinstance(inner, dict):
+            if key in NAMED and value.get("name", inner.get("name")) != inner.get("name"):
+                inner.clear()  # they were settings of another class
+            merge(inner, value)
+        else:
+            values[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str = "") -> None:

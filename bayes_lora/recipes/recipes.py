@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bayes_lora.errors import ConfigError, did_you_mean
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.loading import load_language_model
+from bayes_lora.recipes.config_values import PARTS, merge
 from bayes_lora.recipes.registry import build_guide, build_prior
 from bayes_lora.utils.seeding import seeded
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
     from bayes_lora.types import Guide, Likelihood, Model
 
-__all__ = ["RECIPES", "Calibration", "Recipe", "build_language_model", "build_objective", "recipe_of"]
+__all__ = ["RECIPES", "Calibration", "Recipe", "build_language_model", "build_objective", "override", "recipe_of"]
 
 Calibration = Literal["width", "temperature", "none"]
 
@@ -170,6 +171,20 @@ def recipe_of(config: RunConfig) -> Recipe:
     )
 
 
+def override(values: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Override the nested values of :class:`bayes_lora.recipes.config.RunConfig` by others.
+
+    A prior or guide of another name than before, which may be the recipe's, replaces the former one with its settings.
+    """
+    found = RECIPES.get(over.get("recipe", values["recipe"]))
+    for part in PARTS:
+        default = getattr(found, part)["name"] if found else None
+        before, own = values[part].get("name", default), over.get(part)
+        if isinstance(own, Mapping) and own.get("name", before) != before:
+            values[part] = {}
+    merge(values, over)
+
+
 def _over(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Override settings by others; if the name differs, they replace all of them."""
     if own.get("name", spec.get("name")) != spec.get("name"):
@@ -177,8 +192,9 @@ def _over(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(spec)
     for key, value in own.items():
         inner = merged.get(key)
-        nested = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        merged[key] = _over(inner, value) if nested and isinstance(inner, Mapping) else value
+        if isinstance(inner, str) and isinstance(value, Mapping):
+            inner = {"name": inner}
+        merged[key] = _over(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 

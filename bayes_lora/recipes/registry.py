@@ -26,9 +26,10 @@ __all__ = ["FAMILIES", "GUIDES", "PRIORS", "THETA_GUIDES", "build_guide", "build
 Settings = Mapping[str, Any]
 
 
-def name_of(cls: type) -> str:
+def name_of(cls: type | str) -> str:
     """Return the name of a class in settings: ``RankARD`` is ``rank-ard``."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+    name = cls if isinstance(cls, str) else cls.__name__
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
 def _named(package: Any, keep: Callable[[type], bool]) -> dict[str, Any]:
@@ -128,8 +129,9 @@ def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, 
     """Return the class named in ``spec`` and its validated settings, with q(theta) and families as objects."""
     settings = dict(spec)
     name = settings.pop("name", None)
+    name = name_of(name) if isinstance(name, str) else name  # or the name of the class itself
     if not isinstance(name, str) or name not in table:
-        what = section.partition(".")[0]
+        what = section.rpartition(".")[2]
         raise ConfigError(f"{section}.name: unknown {what} {name!r}{did_you_mean(str(name), table, list_all=True)}.")
     cls, known = table[name], parameters_of(table[name])
     for key in settings:
@@ -143,13 +145,17 @@ def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, 
         where = ".".join(str(part) for part in (section, *first["loc"]))
         raise ConfigError(f"{where}: {first['msg']}, got {first['input']!r}.") from error
     for key, value in values.items():
-        hint = known[key].annotation
+        hint, where = known[key].annotation, f"{section}.{key}"
         if hint == ThetaFactory:
-            values[key] = _theta_guide(f"{section}.{key}", value)
+            factory, own = _part(where, _spec(where, value), THETA_GUIDES)
+            values[key] = partial(factory, **own) if own else factory
+        elif hint == Family and value != "same-as-prior":
+            family, own = _part(where, _spec(where, value), FAMILIES)
+            values[key] = family(**own)
         elif hint == Family:
-            values[key] = _family(f"{section}.{key}", value)
+            values[key] = same_as_prior
         elif _is_guide(hint) and value is not None:
-            _part(f"{section}.{key}", _spec(f"{section}.{key}", value), GUIDES)
+            _part(where, _spec(where, value), GUIDES)
     return cls, values
 
 
@@ -159,7 +165,11 @@ def _guide(section: str, spec: Settings, model: Model, num_tasks: int, beta: flo
     for key, parameter in parameters_of(cls).items():
         if _is_guide(parameter.annotation) and settings.get(key) is not None:
             inner = f"{section}.{key}"
-            settings[key] = _guide(inner, _spec(inner, settings[key]), model, num_tasks, beta)
+            start = dict(_spec(inner, settings[key]))
+            if "theta_guide" in spec:  # a guide that starts from another one has the other's q(theta)
+                start.setdefault("theta_guide", spec["theta_guide"])
+                del settings["theta_guide"]
+            settings[key] = _guide(inner, start, model, num_tasks, beta)
     if "beta" in known and settings.get("beta") is None:
         settings["beta"] = beta
     counts = (num_tasks,) if "num_tasks" in known else ()
@@ -174,28 +184,3 @@ def _spec(section: str, value: Any) -> Settings:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{section}: expected a name, or a mapping with a name and settings, got {value!r}.")
     return value
-
-
-def _theta_guide(section: str, value: Any) -> ThetaFactory:
-    cls, settings = _functions(section, value, THETA_GUIDES)
-    return partial(cls, **settings) if settings else cls
-
-
-def _family(section: str, value: Any) -> Family:
-    if value in (None, "same-as-prior"):
-        return same_as_prior
-    cls, settings = _functions(section, value, FAMILIES)
-    return cls(**settings)  # type: ignore[no-any-return]
-
-
-def _functions(section: str, value: Any, table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    spec = dict(_spec(section, value))
-    name = spec.pop("name", None)
-    if not isinstance(name, str) or name not in table:
-        expected = " or ".join(map(repr, table))
-        raise ConfigError(f"{section}: expected {expected}, got {name!r}.")
-    known = inspect.signature(table[name]).parameters
-    for key in spec:
-        if key not in known or key == "model":
-            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: not a setting of {name}.")
-    return table[name], spec

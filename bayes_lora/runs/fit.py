@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.episodes.sampler import EpisodeSampler
-from bayes_lora.errors import TaskError
+from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitConfig, FitState, fit
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.calibrate import WIDTHS, choose_temperature, choose_width, has_width
 from bayes_lora.posterior.classes import describe
-from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.posterior import Posterior, check_pair
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
 from bayes_lora.runs.compare import warm_feature_cache
-from bayes_lora.runs.folder import CURVE, POSTERIOR, RunLogger, identity, prepare_run_folder, write_settings
+from bayes_lora.runs.folder import CURVE, POSTERIOR, RunLogger, digest, identity, prepare_run_folder, write_settings
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
@@ -35,7 +36,7 @@ __all__ = ["build_episodes", "fit_posterior", "split_tasks", "with_language_mode
 def fit_posterior(
     lm: LanguageModel,
     tasks: TaskSet,
-    config: RunConfig | None = None,
+    config: RunConfig | Mapping[str, Any] | None = None,
     *,
     model: Model | None = None,
     guide: Guide | None = None,
@@ -49,7 +50,7 @@ def fit_posterior(
     Args:
         lm: the language model.
         tasks: training tasks; support and query are sampled again for each episode.
-        config: settings, including the recipe.
+        config: settings, including the recipe; or nested values of them, ``{"fit": {"steps": 40}}``.
         model: a custom prior in place of the recipe's, such as a :class:`bayes_lora.models.FactorModel`.
         guide: a custom guide in place of the recipe's, such as a :class:`bayes_lora.guides.TaskGuide`. If only a guide
             is passed, the model is that of the guide.
@@ -67,15 +68,32 @@ def fit_posterior(
         ConfigError: the checkpoint was made with other settings or tasks.
         RunFolderError: the folder already has a run, or is not a run folder.
     """
+    if isinstance(config, Mapping):
+        config = RunConfig.from_dict(config)
     config = with_language_model(config or RunConfig(), lm)
     run = None if run is None else Path(run)
     kept, held = split_tasks(tasks, config)
     sampler, held_out = build_episodes(lm, tasks, config)
     if model is None and isinstance(guide, TaskGuide):
         model = guide.model
+    for name, part, contract in (("model", model, Model), ("guide", guide, Guide)):
+        if part is not None and not isinstance(part, contract):
+            base = "bayes_lora.models.HierarchicalModel" if name == "model" else "bayes_lora.guides.TaskGuide"
+            raise ConfigError(
+                f"{name}: expected an object of a subclass of {base}, got {part}. Other programs train with BetaELBO "
+                "or pyro.infer.SVI, but cannot adapt to new tasks."
+            )
+    if model is not None and guide is not None:
+        check_pair(model, guide)
     objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
     # Raises an error before the fit if model or guide cannot be saved.
-    parts = None if run is None else [describe(objective.model, "model"), describe(objective.guide, "guide")]
+    parts = None
+    if run is not None:
+        parts = [
+            describe(objective.model, "model"),
+            describe(objective.guide, "guide"),
+            digest(objective.model.initial),
+        ]
     # Without trainable parameters there is nothing to fit.
     steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
     if not steps:

@@ -28,11 +28,13 @@ from bayes_lora.tasks.readers.card import Card, card_from, card_values
 from bayes_lora.tasks.readers.questions import OWN_OPTIONS
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
+from bayes_lora.types import Sites
 from bayes_lora.utils.storage import read_json, write_json
 
 __all__ = [
     "RunLogger",
     "check_run_folder",
+    "digest",
     "identity",
     "load_language_model_of",
     "load_posterior",
@@ -191,6 +193,14 @@ def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
         del settings["language_model"][name]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in ("steps", "patience")}
     return [settings, [[name, _digest(task)] for name, task in tasks.items()]]
+
+
+def digest(values: Sites) -> str:
+    """Return a hash of values, to compare those of a resumed run with."""
+    found = blake2b(digest_size=16)
+    for site, value in values.items():
+        found.update(site.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _digest(task: Task) -> str:
