@@ -84,8 +84,8 @@ class FitState:
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: int | None = None
-    best_parameters: dict[str, Tensor] | None = None
-    average: dict[str, Tensor] | None = None
+    best_parameters: dict[str, Tensor] | None = field(default=None, repr=False)
+    average: dict[str, Tensor] | None = field(default=None, repr=False)
 
     @property
     def evaluations_without_improvement(self) -> int:
@@ -199,7 +199,10 @@ def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor |
     loss = loss.detach()
     value, size = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
     if not math.isfinite(value):
-        site = _blame_site(objective, episode, step) or "no single site is not finite: the sum overflows. Try a smaller beta"
+        site = (
+            _blame_site(objective, episode, step)
+            or "no single site is not finite: the sum overflows. Try a smaller beta"
+        )
         raise NonFiniteLoss(f"step {step}: the loss is {value}; {site}.")
     if not math.isfinite(size):
         # Clipping has spread it to all gradients; computing them again shows where it came from.
