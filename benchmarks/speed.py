@@ -2,7 +2,7 @@
 
 python benchmarks/speed.py                # writes results/speed-cpu.json and .png, prints a table
 python benchmarks/speed.py --only adapt   # one case
-python benchmarks/speed.py --quick --output /tmp/quick.json
+python benchmarks/speed.py --quick --output quick.json
 """
 
 from __future__ import annotations
