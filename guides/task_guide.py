@@ -45,12 +45,20 @@ class TaskGuide(RecordedSettings, PyroModule):
         theta: q(theta), a guide for the model's theta sites.
         num_members: number of q(theta): K for an ensemble, else 1.
         steps: gradient steps on the support that a posterior takes; 0 if it takes none.
+
+    Raises:
+        ConfigError: ``model`` is not a model, such as a language model or a plain function.
     """
 
     num_members: int = 1
     steps: int = 0
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory | None = PointTheta) -> None:
+        if not isinstance(model, Model):
+            kind = type(self).__name__
+            raise ConfigError(
+                f"{kind}: expected a model, got {type(model).__name__}. Write {kind}(HierarchicalNormal(lm))."
+            )
         super().__init__()
         # In a tuple, because as a plain attribute the model would become a submodule of the guide.
         self._model = (model,)

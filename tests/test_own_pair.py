@@ -418,6 +418,19 @@ def test_a_guide_of_another_model_is_refused(lm):
         fit_posterior(lm, make_tasks(), CONFIG, model=one, guide=GradientGuide(other))
 
 
+def test_a_guide_needs_a_model(lm):
+    for wrong in (lm, HierarchicalNormal, lambda episode: None):
+        with pytest.raises(ConfigError, match=r"GradientGuide: expected a model, got \w+. Write GradientGuide\(Hier"):
+            GradientGuide(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["film-opinion", ["film-opinion"]])
+def test_only_tasks_can_be_adapted_to(lm, wrong):
+    model = HierarchicalNormal(lm)
+    with pytest.raises(TaskError, match="expected a Task, or a list of them, got .*film-opinion"):
+        Posterior(lm, model, GradientGuide(model)).adapt(wrong)
+
+
 def test_programs_that_cannot_adapt_are_refused_before_the_fit(lm):
     model = HierarchicalNormal(lm)
     for wrong in (

@@ -11,7 +11,7 @@ import peft
 import torch
 import transformers
 
-from bayes_lora.errors import ConfigError, PosteriorError
+from bayes_lora.errors import ConfigError, PosteriorError, TaskError
 from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.fingerprint import check_identity, identity
@@ -94,9 +94,16 @@ class Posterior:
         """Return the posterior of each task given its ``support``, refined by ``steps`` gradient steps.
 
         Its standard deviations are multiplied by ``width``, by default the posterior's own.
+
+        Raises:
+            TaskError: something else than tasks was passed.
         """
         width = self.width if width is None else width
         listed = [tasks] if isinstance(tasks, Task) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
+        if isinstance(tasks, str) or not all(isinstance(task, Task) for task in listed):
+            raise TaskError(
+                f"tasks: expected a Task, or a list of them, got {tasks!r:.60}. See bayes_lora.tasks.load_tasks."
+            )
         found = adapt(self.objective, self.lm, listed, steps=steps, learning_rate=learning_rate, width=width, seed=seed)
         return replace(found, temperature=self.temperature)
 
