@@ -271,7 +271,7 @@ class TaskPosterior:
         """Return a list of examples for each task; None means no examples."""
         if isinstance(given, str):
             raise TaskError(f"{name}: expected a list of examples or texts, got the text {given!r}.")
-        if given is None or (not given and (name == "demonstrations" or len(self.names) == 1)):
+        if given is None or (name == "demonstrations" and not given):
             return [()] * len(self.names)
         listed = [given] if is_of_one_task(given) else given
         if len(listed) != len(self.names):
