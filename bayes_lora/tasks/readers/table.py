@@ -43,7 +43,7 @@ def load_table(
     rows = table.filled_rows()
     card = table_card(table, rows, input, label, options)
     if on_card is not None:
-        on_card(card, describe(card, table.columns))
+        on_card(card, describe(card, table, rows, input))
     kinds: dict[str, str] = {}
     examples: list[Example] = []
     for place, row in rows:
