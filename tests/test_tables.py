@@ -174,13 +174,34 @@ def test_free_text(tmp_path: Path) -> None:
     """Where nearly every row has another answer, or there are many, they are free text; a list holds several."""
     path = write(tmp_path / "t.csv", "question,answer\nof France?,Paris\nof Spain?, Madrid\nof Italy?,Rome\n")
     assert load_table(path).support[1] == Example("of Spain?", references=("Madrid",))
-    assert told(path) == "t.csv: input is {question}, answers from answer: free text"
+    assert (
+        told(path)
+        == "t.csv: input is {question}, answers from answer: free text, because there are 3 different answers in 3 rows"
+    )
     many = "".join(f"text {i},{i % 65}\n" for i in range(650))
     assert load_table(write(path, "text,label\n" + many)).free_form
     assert len(load_table(write(path, "text,label\n" + many.replace(",64\n", ",63\n"))).support[0].options) == 64
     rows = [{"q": "who?", "answer": ["she", "her"]}, {"q": "when?", "answer": ["then"]}]
     path = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert load_table(path).support[0].references == ("she", "her")
+    assert told(path) == "t.jsonl: input is {q}, answers from answer: free text"
+
+
+def test_the_limit_of_options_is_told_and_set(tmp_path: Path) -> None:
+    """Above it answers are free text, with the reason; more than half as many as rows are free text at any limit."""
+    path = write(tmp_path / "t.csv", "text,label\n" + "".join(f"text {i},{i % 65}\n" for i in range(130)))
+    reason = "there are 65 different answers, and at most 64 would be options (--max-options)"
+    assert told(path) == f"t.csv: input is {{text}}, answers from label: free text, because {reason}"
+    assert len(load_table(path, max_options=65).support[0].options) == 65
+    assert told(path, max_options=65).endswith("and 55 more")
+    assert len(load_tasks(path, max_options=65)["t"].support[0].options) == 65
+    assert "at most 3 would be options" in told(path, max_options=3)
+    write(path, "\n".join(path.read_text().splitlines()[:-1]))
+    reason = "because there are 65 different answers in 129 rows"
+    assert told(path, max_options=65).endswith(reason) and told(path).endswith(reason)
+    for wrong in (1, True, "9"):
+        with pytest.raises(TaskError, match=r"`max_options` \(--max-options\) must be an integer of 2 or more, got "):
+            load_table(path, max_options=wrong)  # type: ignore[arg-type]
 
 
 REFUSED = {
@@ -430,5 +451,7 @@ def test_cards_of_a_folder(tmp_path: Path) -> None:
             load_tasks(place)
         assert "\n" not in str(caught.value)
     assert read_card(path).name == "film"
-    with pytest.raises(TaskError, match=r"the format 'table' has no option `seed`; it has input, label, options"):
+    with pytest.raises(
+        TaskError, match=r"the format 'table' has no option `seed`; it has input, label, options, max_options"
+    ):
         load_tasks(tmp_path / "t.csv", seed=3)

@@ -4,7 +4,7 @@ The answer is the one column whose name is in :data:`LABELS`, in any case. The i
 several are left, a line ``<name>: {<name>}`` for each column of texts. Columns whose name is in :data:`IDS`, or ends as
 in :data:`ID_ENDS`, are not read, nor are columns that give the answer away
 (:mod:`bayes_lora.tasks.readers.table_leaks`). A column named ``options`` holds the options of its row. Otherwise the
-options are the distinct answers in alphabetical order, unless these are more than :data:`MAX_OPTIONS`, or more than
+options are the distinct answers in alphabetical order, unless these are more than ``max_options``, or more than
 half of the rows: then answers are free text.
 """
 
@@ -19,13 +19,14 @@ from bayes_lora.tasks.readers.table_leaks import leaking_columns
 from bayes_lora.tasks.readers.table_rows import Row, Table, is_blank
 from bayes_lora.tasks.readers.text_files import CannotScore, listed, short
 
-__all__ = ["LABELS", "OPTIONS", "describe", "find_input", "label_text", "table_card"]
+__all__ = ["LABELS", "MAX_OPTIONS", "OPTIONS", "describe", "find_input", "label_text", "table_card"]
 
 LABELS = ("label", "output", "answer", "target", "class", "category", "sentiment", "intent", "gold")
 IDS = ("", "id", "uid", "uuid", "guid", "idx", "index", "row", "nr", "unnamed: 0")
 ID_ENDS = ("_id", " id")
 OPTIONS = "options"
 MAX_OPTIONS = 64
+"""By default: every option is scored for every example, so a forward pass grows with their number."""
 SHOWN, LONGEST_CARD = 10, 400
 
 
@@ -40,6 +41,7 @@ def table_card(
     input: str | None = None,
     label: str | None = None,
     options: Sequence[str] | None = None,
+    max_options: int = MAX_OPTIONS,
 ) -> Card:
     """Make the card by which a table is read; an argument that is None is guessed.
 
@@ -49,6 +51,7 @@ def table_card(
         input: a column, or a template with columns in braces.
         label: the column of the answer.
         options: of all rows, in order.
+        max_options: maximum number of distinct answers that become options.
 
     Raises:
         TaskError: a column is missing, or cannot be guessed; the message lists the columns, and shows what to pass.
@@ -56,13 +59,15 @@ def table_card(
     """
     if options is not None and (isinstance(options, str) or len(set(options)) < max(2, len(options))):
         raise TaskError(f"`options` must be a list of at least 2 different texts, got {options!r}")
+    if not isinstance(max_options, int) or max_options < 2:  # True is below 2
+        raise TaskError(f"`max_options` (--max-options) must be an integer of 2 or more, got {max_options!r}")
     label = _guess_label(table, rows) if label is None else _named(table, label, "label")
     own = [name for name in table.columns if name.lower() == OPTIONS and name != label] if options is None else []
     template = find_input(table, rows, input, [label, *own], label)
     if options is not None:
         found: tuple[str, ...] | RowOptions | None = tuple(options)
     else:
-        found = RowOptions(own[0]) if own else _distinct(table, rows, label)
+        found = RowOptions(own[0]) if own else _distinct(table, rows, label, max_options)
     try:
         return _card(table, template, found, label)
     except ConfigError as error:
@@ -78,10 +83,13 @@ def _card(table: Table, input: str, options: tuple[str, ...] | RowOptions | None
     return Card(path.stem, input, options, label, files=path.name, labels=labels, folder=path.parent)
 
 
-def describe(card: Card, table: Table, rows: Sequence[Row], input: str | None = None) -> str:
-    """Say in one line how a table is read by a card that :func:`table_card` has made with this ``input``."""
+def describe(
+    card: Card, table: Table, rows: Sequence[Row], input: str | None = None, max_options: int = MAX_OPTIONS
+) -> str:
+    """Say in one line how a table is read by a card that :func:`table_card` has made with these arguments."""
     if card.options is None:
-        answers = "free text"
+        reason = _too_many(_answers(rows, card.label), len(rows), max_options)
+        answers = f"free text, because {reason}" if reason else "free text"
     elif isinstance(card.options, RowOptions):
         answers = f"one of the row's {', '.join(card.options.names)}"
     else:
@@ -222,17 +230,16 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _distinct(table: Table, rows: Sequence[Row], label: str) -> tuple[str, ...] | None:
+def _distinct(table: Table, rows: Sequence[Row], label: str, max_options: int) -> tuple[str, ...] | None:
     """Return the distinct answers, or None if they are free text."""
-    values = [value for _, row in rows if not is_blank(value := row.get(label))]
-    if any(isinstance(value, (list, Mapping)) for value in values):
+    texts = _answers(rows, label)
+    if texts is None:
         return None
-    texts = {label_text(value) for value in values}
     if len(texts) < 2:
         held = f"only {short(min(texts))}" if texts else "nothing"
         problem = f"column {label!r} holds {held}, but a task needs two answers"
         raise CannotScore(f"{table.path}: {problem}; give the options, or rows with another answer", "one label")
-    if len(texts) > MAX_OPTIONS or 2 * len(texts) > len(rows):
+    if _too_many(texts, len(rows), max_options):
         return None
     alike: dict[str, str] = {}
     for text in sorted(texts):
@@ -242,3 +249,23 @@ def _distinct(table: Table, rows: Sequence[Row], label: str) -> tuple[str, ...] 
                 "write them alike"
             )
     return tuple(sorted(texts))
+
+
+def _answers(rows: Sequence[Row], label: str) -> set[str] | None:
+    """Return the texts of the answers; None if some are lists, which only free answers are."""
+    values = [value for _, row in rows if not is_blank(value := row.get(label))]
+    if any(isinstance(value, (list, Mapping)) for value in values):
+        return None
+    return {label_text(value) for value in values}
+
+
+def _too_many(texts: Collection[str] | None, num_rows: int, max_options: int) -> str:
+    """Say why these answers are free text rather than options; nothing if they are options, or lists."""
+    if texts is None:
+        return ""
+    if 2 * len(texts) > num_rows:
+        return f"there are {len(texts)} different answers in {num_rows} rows"
+    if len(texts) > max_options:
+        limit = f"at most {max_options} would be options (--max-options)"
+        return f"there are {len(texts)} different answers, and {limit}"
+    return ""
