@@ -14,6 +14,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
+from bayes_lora.tasks.appearance import appearance
 from bayes_lora.tasks.readers.card import Card, RowOptions, card_values, key_of, placeholders
 from bayes_lora.tasks.readers.table_leaks import leaking_columns
 from bayes_lora.tasks.readers.table_rows import Row, Table, is_blank
@@ -243,11 +244,13 @@ def _distinct(table: Table, rows: Sequence[Row], label: str, max_options: int) -
         return None
     alike: dict[str, str] = {}
     for text in sorted(texts):
-        if alike.setdefault(text.casefold(), text) != text:
-            raise TaskError(
-                f"{table.path}: column {label!r} holds both {short(alike[text.casefold()])} and {short(text)}; "
-                "write them alike"
-            )
+        first = alike.setdefault(appearance(text).casefold(), text)
+        if first != text:
+            # Where more than the case differs, only code points show what it is.
+            spell = short if first.casefold() == text.casefold() else ascii
+            look = ", which look the same" * (appearance(first) == appearance(text))
+            problem = f"column {label!r} holds both {spell(first)} and {spell(text)}{look}"
+            raise TaskError(f"{table.path}: {problem}; write them alike")
     return tuple(sorted(texts))
 
 
