@@ -687,6 +687,23 @@ def test_questions_of_a_table(call, refuse, data, adapted, tmp_path):
     assert "q.csv: no column `options`" in refuse(*words)
 
 
+def test_the_limit_of_options(call, refuse, data, tmp_path):
+    """Told where it decides, and set by a flag, of formats whose options are the answers that occur."""
+    table = tmp_path / "intents.csv"
+    table.write_text("text,intent\n" + "".join(f"do thing {i},intent {i % 65}\n" for i in range(130)))
+    code, _, err = call("tasks", table)
+    assert code == 0 and "free text, because there are 65 different answers, and at most 64" in err
+    code, out, err = call("tasks", table, "--max-options", 65)
+    assert code == 0 and "intent 0, intent 1, " in err and "free" not in out + err
+    path = tmp_path / "crossfit" / "intents" / "intents_16_13_train.tsv"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"do thing {i}\tintent {i % 3}\n" for i in range(9)))
+    assert " free " not in call("tasks", tmp_path / "crossfit")[1]
+    code, out, _ = call("tasks", tmp_path / "crossfit", "--max-options", 2)
+    assert code == 0 and " free " in out
+    assert "the format 'metaicl' has no option `max_options`" in refuse("tasks", data / "unseen", "--max-options", 9)
+
+
 def test_a_table_of_free_answers(call, fitted, model_folder, tmp_path):
     """Columns with many different answers are free text: looked at, shown, adapted to, evaluated and answered."""
     table = tmp_path / "facts.csv"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import LETTERS, TEMPLATES, finish, llama, unigram
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.episodes import EncodedExample, Encoder, PromptTemplate
@@ -18,6 +18,7 @@ from bayes_lora.episodes.episode import attention_mask, pad_rows
 from bayes_lora.episodes.packing import pack, pack_rows
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.tasks import Example
+from bayes_lora.tasks.appearance import appearance
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_tokens_spell_the_rendered_text(any_tokenizer: Any, data: st.DataObject,
     special = any_tokenizer.all_special_tokens
     plain = st.text(letters, min_size=1, max_size=12).filter(str.strip)
     texts = plain.filter(lambda text: not any(token in text for token in special))
-    options = data.draw(st.lists(texts, min_size=2, max_size=4, unique=True))
+    options = data.draw(st.lists(texts, min_size=2, max_size=4, unique_by=appearance))
     example = Example(data.draw(texts), tuple(options), data.draw(st.integers(0, len(options) - 1)))
     [row] = Encoder(any_tokenizer, template, max_length=10_000)([example])
     prompt, found = unpack(row)
@@ -294,6 +295,22 @@ def test_texts_without_tokens_are_refused(sentencepiece: Any) -> None:
         encoder([Example("film", ("yes", "\u200b"), 0)])
     with pytest.raises(TaskError, match=r"example '\\u200b': the tokenizer returns no tokens for its prompt"):
         encoder([Example("\u200b", ("yes", "no"), 0)])
+
+
+def test_options_of_the_same_tokens_are_refused(sentencepiece: Any) -> None:
+    """The model cannot tell them apart: letters that the vocabulary lacks, or case that the tokenizer drops."""
+    uncased = unigram()
+    uncased.backend_tokenizer.normalizer = normalizers.Lowercase()
+    for tokenizer, pair in ((sentencepiece, ("\u597d", "\u574f")), (uncased, ("yes", "Yes"))):
+        options = (pair[0], "maybe", pair[1])
+        match = f"example 'film': the tokenizer returns the same tokens for the options '{pair[0]}' and '{pair[1]}'"
+        with pytest.raises(TaskError, match=f"{match}, .* Change the text of one"):
+            Encoder(tokenizer)([Example("film", options)])
+        with pytest.raises(TaskError, match=match):
+            Encoder(tokenizer)([QUERY], [Example("film", options)])
+        [row] = Encoder(tokenizer, TEMPLATES[-1])([Example("film", options)])  # is scored on letters
+        assert row.num_options == 3
+    assert unpack(Encoder(uncased)([Example("film", ("yes", "Yes it is"))])[0])[1][0]
 
 
 # --- demonstrations ---

@@ -79,6 +79,77 @@ def test_inputs(tmp_path: Path, kind: str) -> None:
     assert len(task) == 4
 
 
+LABEL_TEXT = "text,label,label_text\n" + "".join(f"film {i},{i % 2},{('bad', 'good')[i % 2]}\n" for i in range(8))
+STARS = "text,label,stars\n" + "".join(f"film {i},{('bad', 'good')[i % 6 > 2]},{i % 6}\n" for i in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "column"),
+    {
+        "the label's text": (LABEL_TEXT, None, "label_text"),
+        "the label's code": (LABEL_TEXT, "label_text", "label"),
+        "several values of an answer": (STARS, None, "stars"),
+        "a code among numbers": (STARS.replace("film ", ""), None, "stars"),
+        "an answer spelt by a blank": (LABEL_TEXT.replace(",bad", ","), None, "label_text"),
+        "some values missing": (LABEL_TEXT.replace("film 7,1,good", "film 7,1,"), None, "label_text"),
+        "answers that are many": (
+            "text,label,name\n" + "".join(f"film {i},{i % 65},genre {i % 65}\n" for i in range(130)),
+            None,
+            "name",
+        ),
+    }.values(),
+)
+def test_columns_that_give_the_answer_away_are_left_out(
+    tmp_path: Path, text: str, label: str | None, column: str
+) -> None:
+    path = write(tmp_path / "t.csv", text)
+    assert {example.input.rpartition(" ")[0] for example in load_table(path, label=label).support} <= {"film", ""}
+    assert told(path, label=label).endswith(f"; not read: {column}, because each value of it stands for one answer")
+    every = load_table(path, label=label, input=f"{{text}}: {{{column}}}").support
+    assert any(": " in example.input and not example.input.endswith(": ") for example in every)
+
+
+def test_left_out_columns_are_named_with_their_reason(tmp_path: Path) -> None:
+    """Ids, and columns that give the answer away, in one line; columns that the caller chose are not judged."""
+    rows = "".join(f"{i},film {i},{i % 2},{'ab'[i % 2]},{'cd'[i % 2]}\n" for i in range(8))
+    path = write(tmp_path / "t.csv", "id,text,label,x,y\n" + rows)
+    reason = "not read: x, y, because each value of them stands for one answer"
+    assert told(path) == f"t.csv: input is {{text}}, answers from label: 0, 1; not read: id; {reason}"
+    assert told(path, input="text").endswith("answers from label: 0, 1; not read: id, x, y")
+
+
+@pytest.mark.parametrize(
+    "column",
+    {
+        "each value once": [f"note {i}" for i in range(12)],
+        "a value with both answers": ["p", "p", "q", "r"] * 3,
+        "many values of an answer": [f"note {i % 8}" for i in range(12)],
+        "an answer without a value": ["", "p", "", ""] * 3,
+        "mostly missing": ["p", "q", *[""] * 10],
+        "one value": ["p"] * 12,
+    }.values(),
+)
+def test_columns_that_tell_more_than_the_answer_are_read(tmp_path: Path, column: list[str]) -> None:
+    rows = "".join(f"film {i},{('bad', 'good')[i % 2]},{cell}\n" for i, cell in enumerate(column))
+    path = write(tmp_path / "t.csv", "text,label,more\n" + rows)
+    assert told(path).startswith("t.csv: input is text: {text}\\nmore: {more}, answers from label")
+
+
+def test_a_table_of_nothing_but_the_answer(tmp_path: Path) -> None:
+    """Refused if several columns spell it; one column can only be the input, but what it tells is said."""
+    path = write(
+        tmp_path / "t.csv", "id,label,x,y\n" + "".join(f"{i},{i % 2},{i % 2},{'ab'[i % 2]}\n" for i in range(8))
+    )
+    match = r"t\.csv: no column .* \['x', 'y'\] would give the answer away, .*; add a column .* --input 'x' if it is"
+    with pytest.raises(TaskError, match=match):
+        load_table(path)
+    assert load_table(path, input="y").support[0].input == "a"
+    write(path, path.read_text().replace("label,x", "label,idx"))
+    reason = "each value of y, the only column left, stands for one answer"
+    assert told(path) == f"t.csv: input is {{y}}, answers from label: 0, 1; not read: id, idx; {reason}"
+    assert told(path, input="y") == "t.csv: input is {y}, answers from label: 0, 1; not read: id, idx"
+
+
 def test_answers(tmp_path: Path) -> None:
     """Spaces around an answer are no part of it; given options keep their order, and need not all occur."""
     path = write(tmp_path / "t.csv", "text,label\na, 10\nb,9 \nc,10\nd,9\n,\n")
@@ -103,13 +174,34 @@ def test_free_text(tmp_path: Path) -> None:
     """Where nearly every row has another answer, or there are many, they are free text; a list holds several."""
     path = write(tmp_path / "t.csv", "question,answer\nof France?,Paris\nof Spain?, Madrid\nof Italy?,Rome\n")
     assert load_table(path).support[1] == Example("of Spain?", references=("Madrid",))
-    assert told(path) == "t.csv: input is {question}, answers from answer: free text"
+    assert (
+        told(path)
+        == "t.csv: input is {question}, answers from answer: free text, because there are 3 different answers in 3 rows"
+    )
     many = "".join(f"text {i},{i % 65}\n" for i in range(650))
     assert load_table(write(path, "text,label\n" + many)).free_form
     assert len(load_table(write(path, "text,label\n" + many.replace(",64\n", ",63\n"))).support[0].options) == 64
     rows = [{"q": "who?", "answer": ["she", "her"]}, {"q": "when?", "answer": ["then"]}]
     path = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert load_table(path).support[0].references == ("she", "her")
+    assert told(path) == "t.jsonl: input is {q}, answers from answer: free text"
+
+
+def test_the_limit_of_options_is_told_and_set(tmp_path: Path) -> None:
+    """Above it answers are free text, with the reason; more than half as many as rows are free text at any limit."""
+    path = write(tmp_path / "t.csv", "text,label\n" + "".join(f"text {i},{i % 65}\n" for i in range(130)))
+    reason = "there are 65 different answers, and at most 64 would be options (--max-options)"
+    assert told(path) == f"t.csv: input is {{text}}, answers from label: free text, because {reason}"
+    assert len(load_table(path, max_options=65).support[0].options) == 65
+    assert told(path, max_options=65).endswith("and 55 more")
+    assert len(load_tasks(path, max_options=65)["t"].support[0].options) == 65
+    assert "at most 3 would be options" in told(path, max_options=3)
+    write(path, "\n".join(path.read_text().splitlines()[:-1]))
+    reason = "because there are 65 different answers in 129 rows"
+    assert told(path, max_options=65).endswith(reason) and told(path).endswith(reason)
+    for wrong in (1, True, "9"):
+        with pytest.raises(TaskError, match=r"`max_options` \(--max-options\) must be an integer of 2 or more, got "):
+            load_table(path, max_options=wrong)  # type: ignore[arg-type]
 
 
 REFUSED = {
@@ -359,5 +451,7 @@ def test_cards_of_a_folder(tmp_path: Path) -> None:
             load_tasks(place)
         assert "\n" not in str(caught.value)
     assert read_card(path).name == "film"
-    with pytest.raises(TaskError, match=r"the format 'table' has no option `seed`; it has input, label, options"):
+    with pytest.raises(
+        TaskError, match=r"the format 'table' has no option `seed`; it has input, label, options, max_options"
+    ):
         load_tasks(tmp_path / "t.csv", seed=3)

@@ -43,6 +43,66 @@ def write(path: Path, inputs: list[str], **changes: Any) -> Path:
     return path
 
 
+ALIKE = {
+    "two ways to write an accent": ("caf\u00e9", "cafe\u0301"),
+    "a no-break space": ("very good", "very\u00a0good"),
+    "a zero-width space": ("pos", "pos\u200b"),
+    "a byte-order mark": ("pos", "\ufeffpos"),
+    "a zero-width joiner": ("pos", "po\u200ds"),
+    "a mark of direction": ("pos", "pos\u200e"),
+    "full width": ("1", "\uff11"),
+    "a ligature": ("fine", "\ufb01ne"),
+    "spaces": ("very good", "very  good"),
+    "a space at the end": ("good", "good "),
+}
+DIFFERENT = {
+    "case": ("pos", "Pos"),
+    "an accent": ("cafe", "caf\u00e9"),
+    "an exponent": ("x2", "x\u00b2"),
+    "an index": ("x2", "x\u2082"),
+    "a family and its members": ("\U0001f468\u200d\U0001f469", "\U0001f468\U0001f469"),
+    "England and Scotland": tuple(f"\U0001f3f4{code}\U000e007f" for code in ("\U000e0065", "\U000e0073")),
+    "a non-joiner between Persian letters": ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u062e"),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_options_that_look_the_same_are_refused(kind: str) -> None:
+    """Both are named as code points, in either order, and with others between them."""
+    for pair in (ALIKE[kind], ALIKE[kind][::-1]):
+        with pytest.raises(TaskError, match="`options` holds .*, which look the same: .*; write them alike") as caught:
+            Example("q", (pair[0], "other", pair[1]))
+        assert all(ascii(option) in str(caught.value) for option in pair)
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_options_that_look_different_are_taken(kind: str) -> None:
+    assert Example("q", DIFFERENT[kind]).options == DIFFERENT[kind]
+
+
+def test_options_that_look_the_same_are_refused_by_readers(tmp_path: Path) -> None:
+    """With the file, and the line or the column; also those that differ in case as well."""
+    labels = [("caf\u00e9", "cafe\u0301", "bar")[i % 3] for i in range(12)]
+    lines = [json.dumps(GOOD | {"options": ["bar", "caf\u00e9", "cafe\u0301"], "output": "bar"})]
+    files = {
+        "t.csv": ("text,label\n" + "".join(f"film {i},{label}\n" for i, label in enumerate(labels)), "column 'label'"),
+        "t.jsonl": (lines[0], r"t\.jsonl:1: `options`"),
+        "t/t_16_13_train.tsv": ("".join(f"film {i}\t{label}\n" for i, label in enumerate(labels)), "t_16_13_train"),
+    }
+    for name, (text, place) in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(TaskError, match=rf"{place}.* holds .* look the same.*; write them alike") as caught:
+            load_tasks(path if path.parent == tmp_path else path.parent)
+        assert r"'caf\xe9'" in str(caught.value) and r"'cafe\u0301'" in str(caught.value)
+    [merged] = load_tasks(tmp_path / "t.jsonl", merge_duplicates=True)["t"].examples
+    assert (merged.options, merged.output) == (("bar", "caf\u00e9"), "bar")
+    (tmp_path / "t.csv").write_text("text,label\n" + "a,Very good\nb,very\u00a0good\n" * 2, encoding="utf-8")
+    with pytest.raises(TaskError, match=r"column 'label' holds both 'Very good' and 'very\\xa0good'; write them"):
+        load_tasks(tmp_path / "t.csv")
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Return a folder with a task of two seeds, one with a test file, a single file and a free-form task."""

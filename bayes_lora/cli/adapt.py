@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayes_lora.cli.console import print_line
-from bayes_lora.cli.options import DATA, Draws, Format, Input, Label, Overwrite, Run, Steps, Task
+from bayes_lora.cli.options import DATA, Draws, Format, Input, Label, MaxOptions, Overwrite, Run, Steps, Task
 
 if TYPE_CHECKING:
     from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -30,6 +30,7 @@ def adapt(
     format: Format = None,
     input: Input = None,
     label: Label = None,
+    max_options: MaxOptions = None,
     shots: Annotated[
         int | None,
         typer.Option(help="Number of support examples, sampled as in `evaluate`; by default all.", min=1),
@@ -47,7 +48,7 @@ def adapt(
     from bayes_lora.utils.progress import hide_loading_bar
     from bayes_lora.utils.storage import check_new_folder, new_folder
 
-    source = TaskSource(examples, format, input, label)
+    source = TaskSource(examples, format, input, label, max_options)
     chosen = one_task(source, task, seed)
     support = support_of(chosen, seed, shots)
     check_new_folder(output, overwrite=overwrite, marker=HOME)

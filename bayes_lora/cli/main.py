@@ -20,6 +20,7 @@ from bayes_lora.cli.options import (
     Guide,
     Input,
     Label,
+    MaxOptions,
     Model,
     Names,
     Overwrite,
@@ -76,6 +77,7 @@ def fit(
     format: Format = None,
     input: Input = None,
     label: Label = None,
+    max_options: MaxOptions = None,
     shuffle_options: ShuffleOptions = False,
     model: Model = None,
     recipe: Recipe = None,
@@ -100,7 +102,7 @@ def fit(
     named = [f"{key}={name}" for key, name in flags.items() if name is not None]
     more = ["episodes.shuffle_options=true"] if shuffle_options else []
     chosen = _config(config, [*named, *(settings or []), *more], model)
-    training = training_tasks(TaskSource(tasks, format, input, label), split, names)
+    training = training_tasks(TaskSource(tasks, format, input, label, max_options), split, names)
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
     lm = build_language_model(chosen.language_model)
@@ -129,6 +131,7 @@ def evaluate(
     format: Format = None,
     input: Input = None,
     label: Label = None,
+    max_options: MaxOptions = None,
     shuffle_options: ShuffleOptions = False,
     seed: Annotated[int, typer.Option(help="Seed of the support set (MetaICL, CrossFit) or of its sample.")] = 13,
     shots: Shots = 16,
@@ -157,7 +160,7 @@ def evaluate(
     if output is not None:
         check_report_folder(output, overwrite=overwrite)
     counts = _integers(steps, "--steps")
-    source = TaskSource(tasks, format, input, label)
+    source = TaskSource(tasks, format, input, label, max_options)
     unseen, left_out = unseen_tasks(source, split, names, seed, shots, queries, read_fitted_tasks(run))
     if shuffle_options:
         unseen = TaskSet(task.shuffle_options(seed=seed) for task in unseen.values())

@@ -16,6 +16,7 @@ __all__ = [
     "Input",
     "Label",
     "MaxLength",
+    "MaxOptions",
     "Model",
     "Names",
     "Overwrite",
@@ -50,6 +51,14 @@ Input = Annotated[
 ]
 Label = Annotated[
     str | None, typer.Option(help="Answer column of a table; by default a column named label, output, answer, ...")
+]
+MaxOptions = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum number of different answers of a task that become options: by default 64 of a table and of "
+        "CrossFit, 32 of LegalBench. More are free text.",
+        min=2,
+    ),
 ]
 Shots = Annotated[int, typer.Option(help="Support examples per task.", min=1)]
 ShuffleOptions = Annotated[

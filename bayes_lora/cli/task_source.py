@@ -32,6 +32,7 @@ class TaskSource:
         format: a format of `load_tasks`; None detects it, or means ``table`` if columns are given.
         input: input column of a table, or a template; None detects it.
         label: answer column of a table; None detects it.
+        max_options: maximum number of different answers that become options; None takes the reader's default.
         cards: cards of the loaded tasks, by task name.
     """
 
@@ -39,6 +40,7 @@ class TaskSource:
     format: str | None = None
     input: str | None = None
     label: str | None = None
+    max_options: int | None = None
     cards: dict[str, Card] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,8 @@ class TaskSource:
             options["merge_duplicates"] = True
         if "on_card" in known:
             options["on_card"] = self._record_card
-        options |= {name: value for name, value in (("input", self.input), ("label", self.label)) if value}
+        given = {"input": self.input, "label": self.label, "max_options": self.max_options}
+        options |= {name: value for name, value in given.items() if value}
         return load_tasks(found, names=names, **options)
 
     def _seeded(self, task: Task, seed: int) -> Task:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bayes_lora.cli.console import out, print_line
-from bayes_lora.cli.options import DATA, Format, Input, Label, MaxLength, Task
+from bayes_lora.cli.options import DATA, Format, Input, Label, MaxLength, MaxOptions, Task
 from bayes_lora.errors import ConfigError, TaskError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def tasks(
     format: Format = None,
     input: Input = None,
     label: Label = None,
+    max_options: MaxOptions = None,
 ) -> None:
     """Show each task's size, options, label balance, lengths and duplicates, and warn about likely errors.
 
@@ -57,7 +58,7 @@ def tasks(
     halves = None if split is None else load_split(path, split, allow_missing=True)
     names = None if halves is None else list(dict.fromkeys(halves[0] + halves[1]))
     _check_seed(path, seed)
-    loaded = TaskSource(path, format, input, label).load(names, seed)
+    loaded = TaskSource(path, format, input, label, max_options).load(names, seed)
     limit, unit = (None, "words") if encoder is None else (encoder.max_length, "tokens")
     count = count_words if encoder is None else token_counter(encoder)
     statistics = task_statistics(loaded.values(), count, max_length=limit)
@@ -83,6 +84,7 @@ def show(
     format: Format = None,
     input: Input = None,
     label: Label = None,
+    max_options: MaxOptions = None,
 ) -> None:
     """Show an example as the model reads it: its row, what was cut, and the option tokens that are scored.
 
@@ -94,7 +96,7 @@ def show(
     from bayes_lora.cli.task_source import TaskSource, one_task
 
     _check_seed(path, seed)
-    chosen = one_task(TaskSource(path, format, input, label), task, seed)
+    chosen = one_task(TaskSource(path, format, input, label, max_options), task, seed)
     if example >= len(chosen):
         raise TaskError(f"task {chosen.name!r} has examples 0 to {len(chosen) - 1}, got --example {example}.")
     # Without the example itself, as a query is not part of the support.

@@ -85,7 +85,8 @@ class Encoder:
                 demonstrations share them, see :mod:`bayes_lora.episodes.packing`.
 
         Raises:
-            TaskError: a text has no tokens, options fill ``max_length``, or no demonstration fits.
+            TaskError: a text has no tokens, two options have the same ones, options fill ``max_length``, or no
+                demonstration fits.
         """
         if not demonstrations:
             return self._rows(examples)
@@ -202,6 +203,8 @@ class Encoder:
         ids_of = self._ids if begins or self.template.chat else self._ids_after
         prompt, option_texts = self.template.render(example)
         options, shortened = [self._option_ids(text) for text in option_texts], False
+        if len(set(options)) < len(options):
+            raise _same_tokens(example, options)
         if example.free_form:
             options, shortened = self._with_end(options)
         room = self.max_length - len(prefix) - sum(len(option) - 1 for option in options)
@@ -228,6 +231,16 @@ class Encoder:
         whole = [token for option in options for token in (*option, *self.end)]
         most = max(1, self.max_length // 2)
         return [tuple(whole[:most])], len(whole) > most
+
+
+def _same_tokens(example: Example, options: Sequence[tuple[int, ...]]) -> TaskError:
+    """Return the error that names the first two options with the same tokens."""
+    second = next(index for index, ids in enumerate(options) if ids in options[:index])
+    one, other = example.options[options.index(options[second])], example.options[second]
+    return TaskError(
+        f"example {example.input[:60]!r}: the tokenizer returns the same tokens for the options {one!r} and {other!r}, "
+        "so they would always be equally likely. Change the text of one, or use a template that scores letters."
+    )
 
 
 UNCUT = 1 << 40

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bayes_lora.errors import TaskError
+from bayes_lora.tasks.appearance import appearance
 
 __all__ = ["Example", "Task", "check_options"]
 
 
 def check_options(options: tuple[str, ...]) -> None:
-    """Raise `TaskError` unless these are at least two different answers, none of them blank."""
+    """Raise `TaskError` unless these are at least two answers that look different, none of them blank."""
     if len(options) < 2:
         cure = "for a free answer, give its texts as `references`"
         raise TaskError(f"`options` must hold at least 2 answers to choose from, got {options!r}; {cure}")
@@ -22,6 +24,24 @@ def check_options(options: tuple[str, ...]) -> None:
     if twice:
         cure = "remove repeats (readers do, with merge_duplicates=True)"
         raise TaskError(f"`options` holds {', '.join(map(repr, twice))} more than once: {list(options)}; {cure}")
+    if alike := _alike(options):
+        cure = "write them alike if they are one answer (merge_duplicates=True merges them), else rename one"
+        raise TaskError(f"`options` holds {alike[0]!r} and {alike[1]!r}, which look the same: {_spelt(alike)}; {cure}")
+
+
+@lru_cache(maxsize=1024)  # the examples of a task mostly share their options
+def _alike(options: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return two options that look the same, if there are any."""
+    seen: dict[str, str] = {}
+    for option in options:
+        first = seen.setdefault(appearance(option), option)
+        if first is not option:
+            return first, option
+    return None
+
+
+def _spelt(pair: tuple[str, str]) -> str:
+    return " and ".join(map(ascii, pair))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +50,8 @@ class Example:
 
     Attributes:
         input: The text before the answer; not blank.
-        options: At least two different, non-blank answers, in the order in which they are scored; empty if the answer
-            is free.
+        options: At least two non-blank answers that look different, in the order in which they are scored; empty if the
+            answer is free.
         answer: Index of the gold option, ``0 <= answer < len(options)``; 0 if the answer is free.
         references: The correct texts of a free answer, not blank. The first is the target of training; any of them
             counts as a match. Empty if there are options.

@@ -100,7 +100,7 @@ class Card:
         labels: text of the option for each value of the label column; None leaves out the rows with this value.
         max_examples: at most that many examples of either set are drawn; None takes all.
         seed: seed of the draw.
-        merge_duplicates: take an option that a row lists twice as one option, instead of refusing the row.
+        merge_duplicates: take options of a row that look the same as one option, instead of refusing the row.
         folder: the folder of ``files`` and of the YAML file; not a key of it.
     """
 

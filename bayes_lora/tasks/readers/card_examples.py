@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
+from bayes_lora.tasks.appearance import merge_alike
 from bayes_lora.tasks.readers.card import Card, RowOptions, fill, gallery, key_of, placeholders, read_card
 from bayes_lora.tasks.readers.card_rows import CardRows, card_tables, hub_rows, local_rows
 from bayes_lora.tasks.readers.table_rows import at
@@ -117,8 +118,7 @@ def example_of(card: Card, row: Mapping[str, Any], kinds: dict[str, str], place:
     except TaskError as error:
         raise TaskError(f"column {card.label!r}: {error}") from None
     text = input_of(card.input, row)
-    merged = list(dict.fromkeys(options)) if card.merge_duplicates else options
-    return Example(text, tuple(merged), merged.index(options[answer]))
+    return Example(text, *(merge_alike(options, answer) if card.merge_duplicates else (tuple(options), answer)))
 
 
 def input_of(template: str, row: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError
+from bayes_lora.tasks.appearance import merge_alike
 from bayes_lora.tasks.readers.folders import seeded_files, seeded_task
 from bayes_lora.tasks.readers.table_rows import Table, at, read_table
 from bayes_lora.tasks.readers.text_files import inside, listed, short
@@ -29,7 +30,7 @@ def read_examples(path: str | Path, *, merge_duplicates: bool = False) -> list[E
 
     Args:
         path: The file.
-        merge_duplicates: Take an option that a line lists twice as one option, instead of refusing the line
+        merge_duplicates: Take options of a line that look the same as one option, instead of refusing the line
             (a duplicate would count its probability twice).
 
     Raises:
@@ -126,9 +127,10 @@ def example_from(record: dict[str, Any], merge_duplicates: bool, labelled: bool)
         raise TaskError(
             f"`output` must be one of `options`: got {short(output)}, options are {listed(list(map(str, options)))}"
         )
-    if merge_duplicates:
-        options = [option for index, option in enumerate(options) if option not in options[:index]]
-    return Example(text, tuple(options), options.index(output))
+    answer = options.index(output)
+    if merge_duplicates and all(isinstance(option, str) for option in options):
+        return Example(text, *merge_alike(options, answer))
+    return Example(text, tuple(options), answer)
 
 
 def _references(record: dict[str, Any]) -> tuple[str, ...]:

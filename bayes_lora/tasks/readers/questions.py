@@ -46,7 +46,8 @@ def read_table_questions(path: str | Path | Table, card: Card = OWN_OPTIONS) -> 
     options = _present(table, card.options) if isinstance(card.options, RowOptions) else card.options
     own = options if isinstance(options, RowOptions) else None
     answers = [name for name in table.columns if name == card.label or (not card.label and name.lower() in LABELS)]
-    template = find_input(table, rows, card.input, [*answers, *(own.names if own else [])])
+    label = answers[0] if len(answers) == 1 else None
+    template = find_input(table, rows, card.input, [*answers, *(own.names if own else [])], label)
     inputs, examples = [], []
     for place, row in rows:
         with at(place):

@@ -9,7 +9,7 @@ from typing import Any
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.card import Card, RowOptions
 from bayes_lora.tasks.readers.card_examples import example_of
-from bayes_lora.tasks.readers.table_columns import describe, label_text, table_card
+from bayes_lora.tasks.readers.table_columns import MAX_OPTIONS, describe, label_text, table_card
 from bayes_lora.tasks.readers.table_rows import Table, at, filled, is_blank, read_table
 from bayes_lora.tasks.readers.text_files import short
 from bayes_lora.tasks.task import Example, Task
@@ -23,6 +23,7 @@ def load_table(
     input: str | None = None,
     label: str | None = None,
     options: Sequence[str] | None = None,
+    max_options: int = MAX_OPTIONS,
     on_card: Callable[[Card, str], None] | None = None,
 ) -> Task:
     """Load the task of a CSV, TSV, JSON-lines or Parquet file; support holds all its rows, in order.
@@ -33,6 +34,7 @@ def load_table(
         label: the column of the answer; by default guessed.
         options: the options of all rows, in order; by default those of a column ``options`` (a list, or texts with
             ``|`` between), else the distinct answers in alphabetical order, else none: answers are then free text.
+        max_options: maximum number of distinct answers that become options; above it they are free text.
         on_card: is called with the card by which the table is read, and a line that describes it.
 
     Raises:
@@ -41,9 +43,9 @@ def load_table(
     """
     table = read_table(path)
     rows = table.filled_rows()
-    card = table_card(table, rows, input, label, options)
+    card = table_card(table, rows, input, label, options, max_options)
     if on_card is not None:
-        on_card(card, describe(card, table.columns))
+        on_card(card, describe(card, table, rows, input, max_options))
     kinds: dict[str, str] = {}
     examples: list[Example] = []
     for place, row in rows:

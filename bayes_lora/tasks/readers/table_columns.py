@@ -2,9 +2,10 @@
 
 The answer is the one column whose name is in :data:`LABELS`, in any case. The input is the column that is left, or, if
 several are left, a line ``<name>: {<name>}`` for each column of texts. Columns whose name is in :data:`IDS`, or ends as
-in :data:`ID_ENDS`, are not read. A column named ``options`` holds the options of its row. Otherwise the options are the
-distinct answers in alphabetical order, unless these are more than :data:`MAX_OPTIONS`, or more than half of the rows:
-then answers are free text.
+in :data:`ID_ENDS`, are not read, nor are columns that give the answer away
+(:mod:`bayes_lora.tasks.readers.table_leaks`). A column named ``options`` holds the options of its row. Otherwise the
+options are the distinct answers in alphabetical order, unless these are more than ``max_options``, or more than
+half of the rows: then answers are free text.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
+from bayes_lora.tasks.appearance import appearance
 from bayes_lora.tasks.readers.card import Card, RowOptions, card_values, key_of, placeholders
+from bayes_lora.tasks.readers.table_leaks import leaking_columns
 from bayes_lora.tasks.readers.table_rows import Row, Table, is_blank
 from bayes_lora.tasks.readers.text_files import CannotScore, listed, short
 
-__all__ = ["LABELS", "OPTIONS", "describe", "find_input", "label_text", "table_card"]
+__all__ = ["LABELS", "MAX_OPTIONS", "OPTIONS", "describe", "find_input", "label_text", "table_card"]
 
 LABELS = ("label", "output", "answer", "target", "class", "category", "sentiment", "intent", "gold")
 IDS = ("", "id", "uid", "uuid", "guid", "idx", "index", "row", "nr", "unnamed: 0")
 ID_ENDS = ("_id", " id")
 OPTIONS = "options"
 MAX_OPTIONS = 64
+"""By default: every option is scored for every example, so a forward pass grows with their number."""
 SHOWN, LONGEST_CARD = 10, 400
 
 
@@ -38,6 +42,7 @@ def table_card(
     input: str | None = None,
     label: str | None = None,
     options: Sequence[str] | None = None,
+    max_options: int = MAX_OPTIONS,
 ) -> Card:
     """Make the card by which a table is read; an argument that is None is guessed.
 
@@ -47,6 +52,7 @@ def table_card(
         input: a column, or a template with columns in braces.
         label: the column of the answer.
         options: of all rows, in order.
+        max_options: maximum number of distinct answers that become options.
 
     Raises:
         TaskError: a column is missing, or cannot be guessed; the message lists the columns, and shows what to pass.
@@ -54,13 +60,15 @@ def table_card(
     """
     if options is not None and (isinstance(options, str) or len(set(options)) < max(2, len(options))):
         raise TaskError(f"`options` must be a list of at least 2 different texts, got {options!r}")
+    if not isinstance(max_options, int) or max_options < 2:  # True is below 2
+        raise TaskError(f"`max_options` (--max-options) must be an integer of 2 or more, got {max_options!r}")
     label = _guess_label(table, rows) if label is None else _named(table, label, "label")
     own = [name for name in table.columns if name.lower() == OPTIONS and name != label] if options is None else []
-    template = find_input(table, rows, input, [label, *own])
+    template = find_input(table, rows, input, [label, *own], label)
     if options is not None:
         found: tuple[str, ...] | RowOptions | None = tuple(options)
     else:
-        found = RowOptions(own[0]) if own else _distinct(table, rows, label)
+        found = RowOptions(own[0]) if own else _distinct(table, rows, label, max_options)
     try:
         return _card(table, template, found, label)
     except ConfigError as error:
@@ -76,23 +84,39 @@ def _card(table: Table, input: str, options: tuple[str, ...] | RowOptions | None
     return Card(path.stem, input, options, label, files=path.name, labels=labels, folder=path.parent)
 
 
-def describe(card: Card, columns: Sequence[str]) -> str:
-    """Say in one line how a table with these columns is read."""
+def describe(
+    card: Card, table: Table, rows: Sequence[Row], input: str | None = None, max_options: int = MAX_OPTIONS
+) -> str:
+    """Say in one line how a table is read by a card that :func:`table_card` has made with these arguments."""
     if card.options is None:
-        answers = "free text"
+        reason = _too_many(_answers(rows, card.label), len(rows), max_options)
+        answers = f"free text, because {reason}" if reason else "free text"
     elif isinstance(card.options, RowOptions):
         answers = f"one of the row's {', '.join(card.options.names)}"
     else:
         more = f" and {len(card.options) - SHOWN} more" * (len(card.options) > SHOWN)
         answers = ", ".join(card.options[:SHOWN]) + more
     read = {name for column in card.columns for name in (column, column.partition(".")[0])}
-    left_out = [name for name in columns if name not in read]
-    not_read = f"; not read: {', '.join(left_out[:SHOWN])}" if left_out else ""
+    left_out = [name for name in table.columns if name not in read]
+    leaks = [] if input else leaking_columns(rows, [name for name in table.columns if not _is_id(name)], card.label)
+    unread = [name for name in left_out if name in leaks]
+    others = [name for name in left_out if name not in leaks]
+    not_read = f"; not read: {', '.join(others[:SHOWN])}" if others else ""
+    if unread:
+        them = "it" if len(unread) == 1 else "them"
+        not_read += f"; not read: {', '.join(unread[:SHOWN])}, because each value of {them} stands for one answer"
+    not_read += "".join(
+        f"; each value of {name}, the only column left, stands for one answer"
+        for name in placeholders(card.input)
+        if name in leaks
+    )
     text = f"input is {card.input}, answers from {card.label}: {answers}{not_read}"
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def find_input(table: Table, rows: Sequence[Row], input: str | None, taken: Collection[str]) -> str:
+def find_input(
+    table: Table, rows: Sequence[Row], input: str | None, taken: Collection[str], label: str | None = None
+) -> str:
     """Return the template of the input: the given one, that of the given column, or a guess.
 
     Args:
@@ -100,6 +124,7 @@ def find_input(table: Table, rows: Sequence[Row], input: str | None, taken: Coll
         rows: its rows that are not blank.
         input: a column, or a template with columns in braces; None or an empty text guesses.
         taken: columns that are not input.
+        label: the column of the answer, if there is one: a guess leaves out the columns that give it away.
 
     Raises:
         TaskError: a column is missing, or none is left.
@@ -107,6 +132,14 @@ def find_input(table: Table, rows: Sequence[Row], input: str | None, taken: Coll
     if input:
         return _given_input(table, input)
     left = [name for name in table.columns if name not in taken and not _is_id(name)]
+    # A table of an answer and one more column leaves no doubt which the input is.
+    leaks = [] if label is None or len(left) == 1 else leaking_columns(rows, left, label)
+    if leaks and len(leaks) == len(left):
+        raise TaskError(
+            f"{table.path}: no column is left for the input: {listed(leaks)} would give the answer away, because each "
+            f"value stands for one answer; add a column of inputs, or say --input {short(leaks[0])} if it is the input"
+        )
+    left = [name for name in left if name not in leaks]
     if len(left) > 1:
         left = [name for name in left if _holds_text(rows, name)] or left
     for name in left:
@@ -160,7 +193,7 @@ def _offer(table: Table, rows: Sequence[Row], label: str) -> str:
     """Offer the YAML of a card with this label, in one line, unless it would be long or invalid."""
     options = tuple(sorted({label_text(cell) for _, row in rows if not is_blank(cell := row.get(label))})[:SHOWN])
     try:
-        card = _card(table, find_input(table, rows, None, [label]), options, label)
+        card = _card(table, find_input(table, rows, None, [label], label), options, label)
     except (ConfigError, TaskError):
         return ""
     values = {name: value for name, value in card_values(card).items() if name != "labels"}
@@ -198,23 +231,44 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _distinct(table: Table, rows: Sequence[Row], label: str) -> tuple[str, ...] | None:
+def _distinct(table: Table, rows: Sequence[Row], label: str, max_options: int) -> tuple[str, ...] | None:
     """Return the distinct answers, or None if they are free text."""
-    values = [value for _, row in rows if not is_blank(value := row.get(label))]
-    if any(isinstance(value, (list, Mapping)) for value in values):
+    texts = _answers(rows, label)
+    if texts is None:
         return None
-    texts = {label_text(value) for value in values}
     if len(texts) < 2:
         held = f"only {short(min(texts))}" if texts else "nothing"
         problem = f"column {label!r} holds {held}, but a task needs two answers"
         raise CannotScore(f"{table.path}: {problem}; give the options, or rows with another answer", "one label")
-    if len(texts) > MAX_OPTIONS or 2 * len(texts) > len(rows):
+    if _too_many(texts, len(rows), max_options):
         return None
     alike: dict[str, str] = {}
     for text in sorted(texts):
-        if alike.setdefault(text.casefold(), text) != text:
-            raise TaskError(
-                f"{table.path}: column {label!r} holds both {short(alike[text.casefold()])} and {short(text)}; "
-                "write them alike"
-            )
+        first = alike.setdefault(appearance(text).casefold(), text)
+        if first != text:
+            # Where more than the case differs, only code points show what it is.
+            spell = short if first.casefold() == text.casefold() else ascii
+            look = ", which look the same" * (appearance(first) == appearance(text))
+            problem = f"column {label!r} holds both {spell(first)} and {spell(text)}{look}"
+            raise TaskError(f"{table.path}: {problem}; write them alike")
     return tuple(sorted(texts))
+
+
+def _answers(rows: Sequence[Row], label: str) -> set[str] | None:
+    """Return the texts of the answers; None if some are lists, which only free answers are."""
+    values = [value for _, row in rows if not is_blank(value := row.get(label))]
+    if any(isinstance(value, (list, Mapping)) for value in values):
+        return None
+    return {label_text(value) for value in values}
+
+
+def _too_many(texts: Collection[str] | None, num_rows: int, max_options: int) -> str:
+    """Say why these answers are free text rather than options; nothing if they are options, or lists."""
+    if texts is None:
+        return ""
+    if 2 * len(texts) > num_rows:
+        return f"there are {len(texts)} different answers in {num_rows} rows"
+    if len(texts) > max_options:
+        limit = f"at most {max_options} would be options (--max-options)"
+        return f"there are {len(texts)} different answers, and {limit}"
+    return ""

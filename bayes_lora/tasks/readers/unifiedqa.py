@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from bayes_lora.errors import TaskError
+from bayes_lora.tasks.appearance import appearance
 from bayes_lora.tasks.readers.table_rows import at
 from bayes_lora.tasks.readers.text_files import inside, lines, listed, short
 from bayes_lora.tasks.task import Example, Task
@@ -124,7 +125,7 @@ def _choice(question: str, answer: str, merge_duplicates: bool) -> Example:
 
 
 def _example(text: str, options: list[str], answer: str, merge_duplicates: bool) -> Example:
-    """Make an example; options that differ only in case or spaces are one text, which cannot be chosen twice."""
+    """Make an example; options that look the same but for case are one text, which cannot be chosen twice."""
     texts = [normal(option) for option in options]
     first = [i for i, option in enumerate(texts) if option not in texts[:i]]
     if len(first) < len(texts) and not merge_duplicates:
@@ -164,8 +165,8 @@ def _chains(chain: list[re.Match[str]], markers: list[re.Match[str]], alphabet: 
 
 
 def normal(text: str) -> str:
-    """Return a text as it is compared: without case, and with single spaces."""
-    return " ".join(text.casefold().split())
+    """Return a text as it is compared: equal for texts that look the same but for case."""
+    return appearance(text).casefold()
 
 
 def same(option: str, answer: str) -> bool:
