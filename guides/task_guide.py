@@ -54,10 +54,11 @@ class TaskGuide(RecordedSettings, PyroModule):
     steps: int = 0
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory | None = PointTheta) -> None:
-        if not isinstance(model, Model):
+        given: Any = model
+        if not isinstance(given, Model):
             kind = type(self).__name__
             raise ConfigError(
-                f"{kind}: expected a model, got {type(model).__name__}. Write {kind}(HierarchicalNormal(lm))."
+                f"{kind}: expected a model, got {type(given).__name__}. Write {kind}(HierarchicalNormal(lm))."
             )
         super().__init__()
         # In a tuple, because as a plain attribute the model would become a submodule of the guide.

@@ -42,6 +42,12 @@ def test_panels_hold_bins_counts_and_ece() -> None:
     assert len({axes.title.get_color() for axes in top}) == 3
 
 
+def test_a_long_title_has_lines_of_about_equal_length() -> None:
+    figure = reliability_diagram({"ABMLL (amortized) + 10 steps": curve(0), "LoRA, 10 steps of 0.001": curve(1)})
+    titles = [axes.get_title() for axes in figure.axes[:2]]
+    assert titles == ["ABMLL (amortized)\n+ 10 steps", "LoRA, 10 steps of 0.001"]
+
+
 def test_extreme_confidences() -> None:
     """One example, confidences of exactly 0 and 1, more methods than colours and odd names are all drawn."""
     curves = {f"method {index} of $x": (torch.tensor([0.0, 1.0]), torch.tensor([True, False])) for index in range(7)}

@@ -68,9 +68,7 @@ def reliability_diagram(
         _draw_points(axes[0, column], confidence, correct, num_bins, color, marker, f"ECE {ece:.3f}")
         _draw_counts(axes[1, column], confidence, correct, num_bins, color)
         axes[1, column].set_xlabel("confidence", fontsize=_SMALL + 1)
-        axes[0, column].set_title(
-            textwrap.fill(name, 24), fontsize=10, color=color, fontweight="bold", parse_math=False
-        )
+        axes[0, column].set_title(_title(name, 24), fontsize=10, color=color, fontweight="bold", parse_math=False)
     axes[0, 0].set_ylabel("accuracy", fontsize=_SMALL + 1)
     axes[1, 0].set_ylabel("examples", fontsize=_SMALL + 1)
     figure.align_ylabels()
@@ -79,6 +77,12 @@ def reliability_diagram(
     if path is not None:
         _write(figure, Path(path))
     return figure
+
+
+def _title(name: str, width: int) -> str:
+    """Break a name into as few lines as ``width`` allows, of about equal length."""
+    count = len(textwrap.wrap(name, width))
+    return textwrap.fill(name, next(w for w in range(1, width + 1) if len(textwrap.wrap(name, w)) <= count))
 
 
 def _bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:

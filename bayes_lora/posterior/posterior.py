@@ -99,8 +99,10 @@ class Posterior:
             TaskError: something else than tasks was passed.
         """
         width = self.width if width is None else width
-        listed = [tasks] if isinstance(tasks, Task) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
-        if isinstance(tasks, str) or not all(isinstance(task, Task) for task in listed):
+        listed: list[Any] = (
+            [tasks] if isinstance(tasks, Task) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
+        )
+        if not all(isinstance(task, Task) for task in listed):
             raise TaskError(
                 f"tasks: expected a Task, or a list of them, got {tasks!r:.60}. See bayes_lora.tasks.load_tasks."
             )
