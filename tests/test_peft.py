@@ -345,6 +345,20 @@ def test_a_saved_adapter_that_does_not_fit_is_refused(model_folder, adapter, tmp
         load(model_folder, adapter=adapter)
 
 
+@pytest.mark.parametrize("init", [False, "orthogonal"])
+def test_the_pretrained_baseline_is_the_base_model_whatever_the_initial_factors(model_folder, tokenizer, init):
+    """Both initialisations have B other than zero, and with the first the initial update is not zero."""
+    lm = load(model_folder, lora_config(init_lora_weights=init, r=2))
+    initial = lm.sites.initial()
+    assert all(value.abs().max() > 0 for value in initial.values())
+    task = make_tasks(2)["task-1"]
+    [found] = pretrained(lm, [task]).predict([EXAMPLES], num_draws=0)
+    without = all_scores(base_model(dtype=torch.float32), tokenizer)
+    torch.testing.assert_close(found, without.log_softmax(-1), rtol=1e-4, atol=1e-4)
+    with_update = lm(initial, episode_of(lm))[0]
+    assert ((with_update - without).abs().max() > 1e-3) == (init is False)
+
+
 # PEFT's words
 
 
