@@ -2,15 +2,25 @@
 
 import json
 import shutil
+from unittest.mock import MagicMock
 
+import huggingface_hub
+import peft
 import pytest
 import torch
+from conftest import BUILDERS
+from huggingface_hub.errors import RevisionNotFoundError
+from transformers import AutoModelForCausalLM
 
-from bayes_lora.errors import ModelFileError, did_you_mean
+from bayes_lora.cli.show import load_encoder
+from bayes_lora.errors import ConfigError, ModelFileError, PosteriorError, did_you_mean
 from bayes_lora.lm import loading
-from bayes_lora.lm.loading import load_language_model
+from bayes_lora.lm.loading import from_peft, load_language_model
 from bayes_lora.lm.model_files import DEFAULT_MODEL
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.recipes.config import LanguageModelConfig
+from bayes_lora.recipes.recipes import build_language_model
 
 
 def configure(folder, **changes):
@@ -91,7 +101,7 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
 def test_the_cure_depends_on_where_the_files_are_from(tmp_path, monkeypatch, name, folder, cure):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "config.json").write_text("{")
-    monkeypatch.setattr(loading, "find_model", lambda _: tmp_path / folder)
+    monkeypatch.setattr(loading, "find_model", lambda *_, **__: tmp_path / folder)
     with pytest.raises(ModelFileError, match=cure):
         load_language_model(name)
 
@@ -111,6 +121,85 @@ def test_a_whole_folder_loads(model_folder):
     )
     assert lm.name == str(model_folder) and lm.model.config._attn_implementation == "eager"
     assert lm.trunk.depth == 3
+
+
+@pytest.fixture
+def hub_cache(model_folder, tmp_path, monkeypatch):
+    """A cache of the hub with two revisions of ``org/model``: other weights, and another chat template."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("BAYES_LORA_CACHE", str(tmp_path / "cache"))
+    root = cache / "models--org--model"
+    for name, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        shutil.copytree(model_folder, root / "snapshots" / commit)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / name).write_text(commit)
+    second = root / "snapshots" / ("b" * 40)
+    torch.manual_seed(5)
+    BUILDERS["llama"]().save_pretrained(second)
+    (second / "chat_template.jinja").write_text("second")
+    configure(second, rms_norm_eps=0.5)
+    return root
+
+
+def load(**kwargs):
+    return load_language_model("org/model", device="cpu", token_folder=None, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["v2", "b" * 40, {"model_kwargs": {"revision": "v2"}}])
+def test_a_revision_is_loaded_whole(hub_cache, how):
+    lm = load(**how if isinstance(how, dict) else {"revision": how})
+    expected = AutoModelForCausalLM.from_pretrained(hub_cache / "snapshots" / ("b" * 40))
+    assert torch.equal(lm.model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
+    assert lm.model.config.rms_norm_eps == 0.5 and lm.tokenizer.chat_template == "second"
+    first = load()
+    assert not torch.equal(first.model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
+    assert first.revision is None and first.tokenizer.chat_template is None
+    settings = LanguageModelConfig(token_cache=False).matching(lm)
+    assert settings.revision == lm.revision == (how if isinstance(how, str) else "v2")
+    assert build_language_model(settings).settings == lm.settings
+
+
+def test_a_revision_that_is_nowhere_is_refused(hub_cache, model_folder, monkeypatch):
+    message = r"'org/model' at revision 'nope' is not on this machine .*run: hf download org/model --revision nope$"
+    with pytest.raises(ModelFileError, match=message):
+        load(revision="nope")
+    with pytest.raises(
+        ModelFileError, match="'org/model' at revision 'nope' is not on this machine, and its tokenizer"
+    ):
+        load_encoder("org/model", revision="nope")
+
+    def unknown(*_, **__):
+        raise RevisionNotFoundError("404", response=MagicMock())
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    with pytest.raises(
+        ModelFileError, match=r"'org/model' has no revision 'nope' .*Expected a branch, a tag or a commit"
+    ):
+        load(revision="nope")
+    with pytest.raises(ConfigError, match=r"revision 'v2': only a hub id has revisions, and '.*tiny-llama' is a local"):
+        load_language_model(model_folder, revision="v2")
+    with pytest.raises(
+        ConfigError, match=r"revision='v2' and model_kwargs=\{'revision': 'v3'\}: they differ. Give one"
+    ):
+        load(revision="v2", model_kwargs={"revision": "v3"})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 on transformers 5.23
+def test_a_revision_is_part_of_a_posterior_and_of_an_adapter(hub_cache, tmp_path):
+    first, second = load(top_layers=1), load(top_layers=1, revision="v2")
+    adapted = TaskPosterior(second, {}, second.sites.initial(), ("a",))
+    adapted.save(tmp_path / "posterior")
+    TaskPosterior.load(tmp_path / "posterior", second)
+    with pytest.raises(PosteriorError, match=r"fitted with {'revision': 'v2'}, but .* {'revision': None}"):
+        TaskPosterior.load(tmp_path / "posterior", first)
+    copied = load_language_model(hub_cache / "snapshots" / ("b" * 40), device="cpu", token_folder=None, top_layers=1)
+    TaskPosterior.load(tmp_path / "posterior", copied)  # the same weights under another name
+    adapted.export_peft(tmp_path / "adapter")
+    assert peft.LoraConfig.from_pretrained(tmp_path / "adapter").revision == "v2"
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(copied.name), tmp_path / "adapter")
+    assert from_peft(model, second.tokenizer, token_folder=None).revision == "v2"
 
 
 def test_near_names():

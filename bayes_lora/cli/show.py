@@ -184,7 +184,10 @@ def _visible(text: str) -> str:
 
 
 def load_encoder(
-    name_or_path: str | Path = DEFAULT_MODEL, template: PromptTemplate | None = None, max_length: int = 128
+    name_or_path: str | Path = DEFAULT_MODEL,
+    template: PromptTemplate | None = None,
+    max_length: int = 128,
+    revision: str | None = None,
 ) -> Encoder:
     """Load the encoder of :func:`bayes_lora.load_language_model` without the weights of the model.
 
@@ -192,6 +195,7 @@ def load_encoder(
         name_or_path: a hub id, a local folder, or a GGUF file.
         template: prompt template.
         max_length: maximum number of tokens of a row.
+        revision: branch, tag or commit of a hub id; by default the main branch.
 
     Raises:
         ModelFileError: the files cannot be found or downloaded, or are damaged.
@@ -200,7 +204,7 @@ def load_encoder(
 
     from bayes_lora.lm.loading import reading
 
-    found = find_tokenizer(name_or_path)
+    found = find_tokenizer(name_or_path, revision=revision)
     gguf = found.suffix == ".gguf" and found.is_file()
     source: str = str(found.parent if gguf else found)
     options: dict[str, Any] = {"gguf_file": found.name} if gguf else {}

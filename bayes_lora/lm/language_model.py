@@ -52,6 +52,7 @@ class LanguageModel:
         tokenizer: the tokenizer of the model.
         lora_config: the PEFT configuration, needed for export.
         name: hub id or path of the model, needed for export.
+        revision: branch, tag or commit of a hub id, which is exported too; None is the main branch.
         adapter: hub id or path of the saved adapter whose weights were loaded; None if they are PEFT's initial values,
             or from a model in memory.
         adapter_name: PEFT's name of the adapter in the model.
@@ -81,6 +82,7 @@ class LanguageModel:
         lora_config: peft.LoraConfig,
         *,
         name: str = "",
+        revision: str | None = None,
         adapter: str | None = None,
         adapter_name: str = "default",
         template: PromptTemplate | None = None,
@@ -94,7 +96,8 @@ class LanguageModel:
     ) -> None:
         if normalize not in ("sum", "mean"):
             raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
-        self.model, self.tokenizer, self.name, self.adapter = model, tokenizer, name, adapter
+        self.model, self.tokenizer = model, tokenizer
+        self.name, self.revision, self.adapter = name, revision, adapter
         self.lora_config = check_lora_config(lora_config)
         self.model.requires_grad_(False).eval()
         keep_differentiable(model)
@@ -129,6 +132,7 @@ class LanguageModel:
         """Settings that determine the scores, given the weights; saved with a posterior and compared on loading."""
         return {
             "name": self.name,
+            "revision": self.revision,
             "max_length": self.encoder.max_length,
             "template": asdict(self.encoder.template),
             "normalize": self.normalize,

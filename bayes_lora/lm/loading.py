@@ -114,6 +114,7 @@ def load_language_model(
     top_layers: int | None = None,
     target_modules: Sequence[str] | None = None,
     adapter: str | Path | None = None,
+    revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
     quantization: Literal["8bit", "4bit"] | None = None,
@@ -136,12 +137,14 @@ def load_language_model(
         target_modules: names of module kinds (``q_proj``); by default see :func:`default_lora`.
         adapter: a LoRA adapter written by ``save_pretrained``: a folder or a hub id. Its weights are the initial values
             of the sites, ``lm.sites.initial()``, where guides start; see :func:`from_peft`.
+        revision: branch, tag or commit of a hub id, for its configuration, tokenizer and weights; by default the main
+            branch.
         device: by default a GPU if there is one.
         dtype: dtype of the base; by default :func:`default_dtype`. LoRA weights and scores have at least 32 bits.
         quantization: store the base's linear layers in 8 or 4 bits with bitsandbytes; alternatively, ``model_kwargs``
             may have a ``quantization_config``.
         seed: seed of PEFT's random initial A.
-        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation, revision).
+        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation).
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
             ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``; and ``token_folder``, which by default is
             ``tokens`` in the folder of :func:`bayes_lora.lm.model_files.cache_folder`.
@@ -164,9 +167,10 @@ def load_language_model(
     if isinstance(dtype, str):
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     dtype, options = dtype or default_dtype(device), dict(model_kwargs or {})
+    revision = _one_revision(revision, options.pop("revision", None))
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, dtype)
-    model, tokenizer = _load_base(name_or_path, dtype, options)
+    model, tokenizer = _load_base(name_or_path, revision, dtype, options)
     source = None
     if adapter is not None:
         # An absolute path, so that a saved posterior finds the adapter from another folder.
@@ -177,7 +181,16 @@ def load_language_model(
         inject(lora_config, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
-    return LanguageModel(model, tokenizer, lora_config, name=str(name_or_path), adapter=source, **kwargs)
+    name = str(name_or_path)
+    return LanguageModel(model, tokenizer, lora_config, name=name, revision=revision, adapter=source, **kwargs)
+
+
+def _one_revision(revision: str | None, of_model: str | None) -> str | None:
+    if None not in (revision, of_model) and revision != of_model:
+        raise ConfigError(
+            f"revision={revision!r} and model_kwargs={{'revision': {of_model!r}}}: they differ. Give one."
+        )
+    return of_model if revision is None else revision
 
 
 def from_peft(
@@ -203,7 +216,7 @@ def from_peft(
         tokenizer: the tokenizer of the model.
         adapter: PEFT's name of the adapter; by default the active one.
         name: hub id or path of the base model, which is recorded in saved posteriors and exported adapters; by default
-            the one of the adapter's configuration.
+            the one of the adapter's configuration, and so is its ``revision``.
         **kwargs: as in :func:`load_language_model`.
 
     Raises:
@@ -216,6 +229,8 @@ def from_peft(
     model = cast(PreTrainedModel, peft_model.get_base_model())
     remove_dropout(model, adapter_name)  # without the warning of find_sites, because dropout was set for training
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
+    if name is None:
+        kwargs.setdefault("revision", lora_config.revision)
     name = name or lora_config.base_model_name_or_path or str(model.name_or_path)
     return LanguageModel(model, tokenizer, lora_config, name=name, adapter_name=adapter_name, **kwargs)
 
@@ -238,34 +253,34 @@ def _inject_adapter(adapter: str, model: PreTrainedModel) -> peft.LoraConfig:
 
 
 def _load_base(
-    name_or_path: str | Path, dtype: torch.dtype, model_kwargs: dict[str, Any]
+    name_or_path: str | Path, revision: str | None, dtype: torch.dtype, model_kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    found = find_model(name_or_path)
+    found = find_model(name_or_path, revision=revision)
     source, options = str(found), dict(model_kwargs)
     if isinstance(found, Path) and found.suffix == ".gguf":
         source, options["gguf_file"] = str(found.parent), found.name
     shared = {key: value for key, value in options.items() if key in ("gguf_file", "trust_remote_code")}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatched weights raise an error below
     gguf = "gguf_file" in options
-    with reading("config.json", name_or_path, found):
+    with reading("config.json", name_or_path, found, revision):
         if not gguf:  # the settings of a GGUF file are read with its tokenizer
             AutoConfig.from_pretrained(source, **shared)
-    with reading("file" if gguf else "tokenizer", name_or_path, found):
+    with reading("file" if gguf else "tokenizer", name_or_path, found, revision):
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    with reading("weights", name_or_path, found):
+    with reading("weights", name_or_path, found, revision):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     model, info = loaded
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
         raise ModelFileError(
             f"'{found}': {len(wrong)} weights are missing or have another shape than config.json says, such as "
-            f"{wrong[0]}. {_cure('weights', name_or_path, found)}"
+            f"{wrong[0]}. {_cure('weights', name_or_path, found, revision)}"
         )
     return model, tokenizer
 
 
 @contextmanager
-def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
+def reading(part: str, name_or_path: str | Path, found: Path, revision: str | None = None) -> Iterator[None]:
     """Convert any error that transformers raises for damaged files into a one-line error with a remedy."""
     try:
         yield
@@ -274,17 +289,18 @@ def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
         raise ModelFileError(
-            f"'{found}': the {part} cannot be read ({reason}). {_cure(part, name_or_path, found)}"
+            f"'{found}': the {part} cannot be read ({reason}). {_cure(part, name_or_path, found, revision)}"
         ) from error
 
 
-def _cure(part: str, name_or_path: str | Path, found: Path) -> str:
+def _cure(part: str, name_or_path: str | Path, found: Path, revision: str | None = None) -> str:
     if part == "adapter":
         return "Expected adapter_config.json and adapter_model.safetensors of a LoRA on this model. Save it again."
     if found.name == CONVERTED_FOLDER:
         return "Delete this folder, then run: bayes-lora fetch"
     if not Path(name_or_path).expanduser().exists():
-        return f"Download it again: hf download --force-download {name_or_path}"
+        option = "" if revision is None else f" --revision {revision}"
+        return f"Download it again: hf download --force-download {name_or_path}{option}"
     if part == "tokenizer" and found.is_dir():
         return "Put the model's tokenizer.json and tokenizer_config.json there, or copy the model again."
     return "Copy or save the model again."

@@ -38,6 +38,8 @@ class LanguageModelConfig:
     """The base model, its LoRA, its prompts, and how it runs. See :func:`bayes_lora.load_language_model`.
 
     Attributes:
+        name: hub id or path of the base model.
+        revision: branch, tag or commit of a hub id; None means the main branch.
         r: rank of the LoRA; None means 8.
         lora_alpha: PEFT scales the update by ``lora_alpha / r``; None means ``2 r``.
         layers_to_transform: indices of the adapted layers.
@@ -54,6 +56,7 @@ class LanguageModelConfig:
     """
 
     name: str = DEFAULT_MODEL
+    revision: str | None = None
     r: Count | None = None
     lora_alpha: Count | None = None
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
@@ -80,6 +83,7 @@ class LanguageModelConfig:
         lora, count = lm.lora_config, int(lm.model.config.num_hidden_layers)
         kept: dict[str, Any] = {
             "name": lm.name or self.name,
+            "revision": lm.revision,
             "adapter": lm.adapter,
             "max_length": lm.encoder.max_length,
             "normalize": lm.normalize,
