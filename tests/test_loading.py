@@ -8,11 +8,12 @@ import huggingface_hub
 import peft
 import pytest
 import torch
-from conftest import BUILDERS
+from conftest import BUILDERS, SIZES
 from huggingface_hub.errors import RevisionNotFoundError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from bayes_lora.cli.show import load_encoder
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, ModelFileError, PosteriorError, did_you_mean
 from bayes_lora.lm import loading
 from bayes_lora.lm.loading import from_peft, load_language_model
@@ -21,6 +22,7 @@ from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import LanguageModelConfig
 from bayes_lora.recipes.recipes import build_language_model
+from bayes_lora.tasks import Example
 
 
 def configure(folder, **changes):
@@ -200,6 +202,40 @@ def test_a_revision_is_part_of_a_posterior_and_of_an_adapter(hub_cache, tmp_path
     assert peft.LoraConfig.from_pretrained(tmp_path / "adapter").revision == "v2"
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(copied.name), tmp_path / "adapter")
     assert from_peft(model, second.tokenizer, token_folder=None).revision == "v2"
+
+
+@pytest.fixture(scope="module")
+def gemma3(tokenizer, tmp_path_factory):
+    """A tiny random Gemma 3 with a vision tower, whose modules have the names of the decoder's."""
+    text = SIZES | {"head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 40}
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=16)
+    image = dict(mm_tokens_per_image=4, boi_token_index=317, eoi_token_index=318, image_token_index=319)
+    folder = tmp_path_factory.mktemp("gemma3")
+    torch.manual_seed(1)
+    config = Gemma3Config(text_config=text, vision_config=vision | {"patch_size": 8}, **image)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("chosen", [{}, {"target_modules": ["q_proj"]}])
+def test_a_multimodal_model_keeps_its_settings_in_its_text_part(gemma3, tokenizer, chosen):
+    lm = load_language_model(gemma3, device="cpu", token_folder=None, top_layers=2, max_length=200, **chosen)
+    kinds = chosen.get("target_modules", ["q_proj", "v_proj", "o_proj"])
+    modules = {name for names in lm.sites.modules.values() for name in names}
+    assert modules == {f"model.language_model.layers.{i}.self_attn.{kind}" for i in (2, 3) for kind in kinds}
+    assert lm.hidden_size == 16 and lm.encoder.max_length == load_encoder(gemma3, max_length=200).max_length == 40
+    assert LanguageModelConfig().matching(lm).top_layers == 2
+    example = Example("so good", ("yes", "no"), 0)  # its row is shorter than the window
+    [scores] = lm(lm.sites.initial(), collate([lm.encoder([example])]))[0]
+    plain, (prompt, options) = AutoModelForCausalLM.from_pretrained(gemma3).eval(), lm.encoder.template.render(example)
+    for option, score in zip(options, scores, strict=True):
+        before, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + option))
+        with torch.no_grad():
+            log_probs = plain(input_ids=torch.tensor([whole]), use_cache=False).logits[0].log_softmax(-1)
+        expected = sum(log_probs[i - 1, whole[i]] for i in range(len(before), len(whole)))
+        torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-3)
+    assert lm.trunk.depth == 2
 
 
 def test_near_names():

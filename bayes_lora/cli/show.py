@@ -14,6 +14,7 @@ from bayes_lora.episodes.encoder import UNCUT, Encoder
 from bayes_lora.episodes.packing import EncodedExample
 from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.lm.model_files import DEFAULT_MODEL, find_tokenizer
+from bayes_lora.lm.text_config import max_row_length
 from bayes_lora.tasks.task import Example
 
 if TYPE_CHECKING:
@@ -212,7 +213,5 @@ def load_encoder(
         config = AutoConfig.from_pretrained(source, **options)
     with reading("file" if gguf else "tokenizer", name_or_path, found):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    # As in LanguageModel: rows must fit into the sliding window of models that have one.
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    longest = min((limit for limit in limits if limit), default=None)
+    longest = max_row_length(config)
     return Encoder(tokenizer, template, max_length if longest is None else min(max_length, longest), longest)

@@ -25,6 +25,7 @@ from bayes_lora.lm.packed_forward import Forward, Read
 from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
 from bayes_lora.types import Features, Sites
@@ -103,9 +104,7 @@ class LanguageModel:
         keep_differentiable(model)
         self.sites: LoraSites = find_sites(model, adapter_name)
         self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
-        # A 4-D mask is used as it is, so rows must fit into the sliding window of models that have one.
-        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        longest = min((limit for limit in limits if limit), default=None)
+        longest = max_row_length(model.config)
         length = max_length if longest is None else min(max_length, longest)
         store = None if token_folder is None else TokenStore(Path(token_folder))
         self.encoder = Encoder(tokenizer, template, length, longest, store)
@@ -143,7 +142,7 @@ class LanguageModel:
     @property
     def hidden_size(self) -> int:
         """Width d of the residual stream."""
-        return int(self.model.config.hidden_size)
+        return int(text_config(self.model.config).hidden_size)
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
         """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; :func:`absent_score` for absent options.

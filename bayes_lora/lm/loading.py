@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder, find_model
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
 from bayes_lora.lm.sites import remove_dropout
+from bayes_lora.lm.text_config import text_config
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["default_dtype", "default_lora", "from_peft", "inject", "load_language_model", "reading"]
@@ -59,10 +61,8 @@ def default_lora(
     """
     _check_layers(layers_to_transform, top_layers)
     if target_modules is None:
-        kinds = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
-        target_modules = [*usual, *({"o_proj"} & kinds)] or None
-    count = int(model.config.num_hidden_layers)
+        target_modules = _usual_modules(model)
+    count = int(text_config(model.config).num_hidden_layers)
     if layers_to_transform is None:
         layers = list(range(max(0, count - (6 if top_layers is None else top_layers)), count))
     else:
@@ -74,9 +74,30 @@ def default_lora(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         target_modules=None if target_modules is None else list(target_modules),
+        exclude_modules=_outside_decoder(model),
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
+
+
+def _usual_modules(model: PreTrainedModel) -> list[str] | None:
+    names = [name for name, _ in model.named_modules()]
+    kinds = {name.rpartition(".")[2] for name in names}
+    known = (model.config.model_type, text_config(model.config).model_type)
+    defaults = (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind) for kind in known)
+    usual = next((modules for modules in defaults if modules is not None), [])
+    if isinstance(usual, str):  # a regular expression, as PEFT has it for some multimodal models
+        usual = sorted({name.rpartition(".")[2] for name in names if re.fullmatch(usual, name)})
+    return [*usual, *({"o_proj"} & kinds)] or None
+
+
+def _outside_decoder(model: PreTrainedModel) -> str | None:
+    """Return a regular expression of modules that text does not reach, such as a vision tower; None for no module."""
+    if text_config(model.config) is model.config:
+        return None
+    decoder = model.get_decoder()
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    return rf"(?!{re.escape(prefix)}\.).*" if prefix else None
 
 
 def _check_layers(layers_to_transform: object, top_layers: object) -> None:

@@ -13,6 +13,7 @@ from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.lm.model_files import DEFAULT_MODEL
+from bayes_lora.lm.text_config import text_config
 from bayes_lora.recipes.config_values import check_keys, merge, named_template, nested, read_yaml
 from bayes_lora.recipes.recipes import override, recipe_of
 from bayes_lora.recipes.registry import check_settings
@@ -80,7 +81,7 @@ class LanguageModelConfig:
         A LoRA that the settings cannot describe (such as a regular expression of ``target_modules``, or an adapter in
         memory) is not recorded: pass ``lm=`` to load a posterior that was fitted on it.
         """
-        lora, count = lm.lora_config, int(lm.model.config.num_hidden_layers)
+        lora, count = lm.lora_config, int(text_config(lm.model.config).num_hidden_layers)
         kept: dict[str, Any] = {
             "name": lm.name or self.name,
             "revision": lm.revision,
