@@ -21,6 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from bayes_lora.episodes.batching import by_tokens
+from bayes_lora.errors import ConfigError
+from bayes_lora.lm.text_config import max_positions
 from bayes_lora.types import Sites
 
 if TYPE_CHECKING:
@@ -116,7 +118,11 @@ def generate(
         phi: LoRA weights ``(S or 1, T or 1, 1, layers, out, in)`` per site.
         prompts: token ids of each prompt, per task.
         max_new_tokens: maximum number of tokens of an answer.
+
+    Raises:
+        ConfigError: a prompt and its answer may need more positions than the model has.
     """
+    _check_positions(lm, prompts, max_new_tokens)
     draws, tasks = max(len(value) for value in phi.values()), len(prompts)
     values = {site: value.expand(draws, tasks, *value.shape[2:])[:, :, 0] for site, value in phi.items()}
     places = [(t, i) for t, own in enumerate(prompts) for i in range(len(own))]
@@ -129,6 +135,20 @@ def generate(
         with lm.bound({site: value[:, list(counts)] for site, value in values.items()}, rows):
             answers |= zip(chosen, _answers(lm, [prompts[t][i] for t, i in chosen], draws, max_new_tokens), strict=True)
     return [[answers[t, i] for i in range(len(own))] for t, own in enumerate(prompts)]
+
+
+def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> None:
+    limit = max_positions(lm.model.config)
+    lengths = [(len(ids), t, i) for t, own in enumerate(prompts) for i, ids in enumerate(own)]
+    length, task, row = max(lengths, default=(0, 0, 0))
+    needed = length + max_new_tokens - 1  # the last token is not read
+    if limit is not None and needed > limit:
+        room = limit - max_new_tokens + 1
+        other = f", give fewer demonstrations, or load the model with max_length={room}" if room > 0 else ""
+        raise ConfigError(
+            f"task {task}, query {row}: a prompt of {length} tokens and max_new_tokens={max_new_tokens} need {needed} "
+            f"positions, but {type(lm.model).__name__} has {limit}. Lower max_new_tokens{other}."
+        )
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, most: int) -> list[Generated]:

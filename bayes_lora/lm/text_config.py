@@ -20,8 +20,13 @@ def text_config(config: Any) -> Any:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the number of positions of a model; None if it has no limit."""
-    return _lowest(config, *POSITIONS)
+    """Return the size of a model's table of positions, beyond which it cannot run; None if it has none.
+
+    Rotary angles are computed for any position, so ``max_position_embeddings`` is no such limit there.
+    """
+    text = text_config(config)
+    rotary = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+    return None if rotary else _lowest(config, *POSITIONS)
 
 
 def max_row_length(config: Any) -> int | None:
