@@ -1,5 +1,6 @@
 """Loading a base model: damaged folders are refused by one line that says which folder, what is wrong, and the cure."""
 
+import copy
 import json
 import shutil
 from unittest.mock import MagicMock
@@ -10,11 +11,11 @@ import pytest
 import torch
 from conftest import BUILDERS, SIZES
 from huggingface_hub.errors import RevisionNotFoundError
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
 from bayes_lora.cli.show import load_encoder
 from bayes_lora.episodes import collate
-from bayes_lora.errors import ConfigError, ModelFileError, PosteriorError, did_you_mean
+from bayes_lora.errors import ConfigError, ModelFileError, PosteriorError, TaskError, did_you_mean
 from bayes_lora.lm import loading
 from bayes_lora.lm.loading import from_peft, load_language_model
 from bayes_lora.lm.model_files import DEFAULT_MODEL
@@ -38,6 +39,9 @@ def no_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
 
+
+# PEFT 0.21 on transformers 5.23
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 DAMAGE = {
     "truncated weights": (
@@ -188,7 +192,6 @@ def test_a_revision_that_is_nowhere_is_refused(hub_cache, model_folder, monkeypa
         load(revision="v2", model_kwargs={"revision": "v3"})
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 on transformers 5.23
 def test_a_revision_is_part_of_a_posterior_and_of_an_adapter(hub_cache, tmp_path):
     first, second = load(top_layers=1), load(top_layers=1, revision="v2")
     adapted = TaskPosterior(second, {}, second.sites.initial(), ("a",))
@@ -236,6 +239,55 @@ def test_a_multimodal_model_keeps_its_settings_in_its_text_part(gemma3, tokenize
         expected = sum(log_probs[i - 1, whole[i]] for i in range(len(before), len(whole)))
         torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-3)
     assert lm.trunk.depth == 2
+
+
+def add_tokens(folder, tokenizer, special):
+    """Give the model in a folder a tokenizer with more tokens than the 320 of its embeddings."""
+    own = copy.deepcopy(tokenizer)
+    names = [f"<label_{i}>" for i in range(322 - len(own))]
+    own.add_tokens(names, special_tokens=special)
+    own.pad_token = names[-1]
+    own.save_pretrained(folder)
+    assert own.convert_tokens_to_ids(names[-2:]) == [320, 321]
+    return names[-2:]
+
+
+@pytest.mark.parametrize("way", ["load_language_model", "from_peft"])
+def test_added_tokens_without_an_embedding_are_refused(model_folder, tokenizer, tmp_path, way):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    first, _ = add_tokens(folder, tokenizer, special=False)
+    message = (
+        rf"1 tokens of the tokenizer have no embedding, such as '{first}' with id 320: the model has 320 embeddings\."
+        r".*resize_token_embeddings"
+    )
+    with pytest.raises(ModelFileError, match=message) as caught:
+        if way == "load_language_model":
+            load_language_model(folder, device="cpu")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+            from_peft(peft.PeftModel(model, lora), AutoTokenizer.from_pretrained(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_special_tokens_without_an_embedding_are_refused_in_texts(model_folder, tokenizer, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    first, _ = add_tokens(folder, tokenizer, special=True)
+    lm = load_language_model(folder, device="cpu", token_folder=None)
+    q = TaskPosterior(lm, {}, lm.sites.initial(), ("one",))
+    good = Example("good", ("yes", "no"), 0)
+    q.predict([good], num_draws=0)
+    assert (
+        len(q.generate(["good", "a longer film"], num_draws=0, max_new_tokens=3)) == 2
+    )  # the padding has no embedding
+    for example in (Example(f"good {first}", ("yes", "no"), 0), Example("good", ("yes", first), 0)):
+        message = (
+            rf"example '{example.input}': its token '{first}' with id 320 has no embedding, because the model has 320"
+        )
+        with pytest.raises(TaskError, match=message):
+            q.predict([example], num_draws=0)
+        with pytest.raises(TaskError, match=message):
+            q.predict([good], num_draws=0, demonstrations=[example])
 
 
 def test_near_names():

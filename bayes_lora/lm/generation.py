@@ -23,6 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from bayes_lora.episodes.batching import by_tokens
 from bayes_lora.errors import ConfigError
 from bayes_lora.lm.text_config import max_positions
+from bayes_lora.lm.vocabulary import num_embeddings
 from bayes_lora.types import Sites
 
 if TYPE_CHECKING:
@@ -153,7 +154,9 @@ def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]
 
 def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, most: int) -> list[Generated]:
     tokenizer: Any = lm.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    # A padding token that was added to the tokenizer alone has no embedding.
+    blanks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((token for token in blanks if token is not None and token < num_embeddings(lm.model)), 0)
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

@@ -28,6 +28,7 @@ from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
+from bayes_lora.lm.vocabulary import check_vocabulary, num_embeddings
 from bayes_lora.types import Features, Sites
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class LanguageModel:
     Raises:
         SiteError: LoRA on one of its modules cannot be random.
         ConfigError: a setting is wrong, or the cache folder cannot be written.
+        ModelFileError: the tokenizer has tokens without an embedding.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class LanguageModel:
         longest = max_row_length(model.config)
         length = max_length if longest is None else min(max_length, longest)
         store = None if token_folder is None else TokenStore(Path(token_folder))
-        self.encoder = Encoder(tokenizer, template, length, longest, store)
+        vocabulary = None if check_vocabulary(tokenizer, model) else num_embeddings(model)
+        self.encoder = Encoder(tokenizer, template, length, longest, store, vocabulary)
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         head: Any = model.get_output_embeddings()
         if any(module is head for name, module in model.named_modules() if name in adapted):
