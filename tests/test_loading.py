@@ -11,11 +11,19 @@ import pytest
 import torch
 from conftest import BUILDERS, SIZES
 from huggingface_hub.errors import RevisionNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    T5Config,
+    ViTConfig,
+)
 
 from bayes_lora.cli.show import load_encoder
 from bayes_lora.episodes import collate
-from bayes_lora.errors import ConfigError, ModelFileError, PosteriorError, TaskError, did_you_mean
+from bayes_lora.errors import ConfigError, ModelError, ModelFileError, PosteriorError, TaskError, did_you_mean
 from bayes_lora.lm import loading
 from bayes_lora.lm.loading import from_peft, load_language_model
 from bayes_lora.lm.model_files import DEFAULT_MODEL
@@ -67,10 +75,6 @@ DAMAGE = {
     "no JSON": (lambda p: (p / "config.json").write_text("{"), "the config.json cannot be read .*valid JSON"),
     "no object": (lambda p: (p / "config.json").write_text("[]"), "the config.json cannot be read"),
     "no model type": (lambda p: (p / "config.json").write_text("{}"), "the config.json cannot be read"),
-    "no causal LM": (
-        lambda p: configure(p, model_type="t5", architectures=["T5Model"]),
-        "the weights cannot be read .*AutoModelForCausalLM",
-    ),
     "no tokenizer": (no_tokenizer, "the tokenizer cannot be read .*Put the model's tokenizer.json and"),
     "a damaged tokenizer": (lambda p: (p / "tokenizer.json").write_text("{"), "the tokenizer cannot be read"),
 }
@@ -288,6 +292,64 @@ def test_special_tokens_without_an_embedding_are_refused_in_texts(model_folder, 
             q.predict([example], num_draws=0)
         with pytest.raises(TaskError, match=message):
             q.predict([good], num_draws=0, demonstrations=[example])
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (T5Config(), "'t5' is an encoder-decoder"),
+        (BartConfig(), "'bart' is an encoder-decoder"),
+        (ViTConfig(), "'vit' is not a causal language model"),
+    ],
+)
+def test_a_model_that_is_not_causal_is_refused(model_folder, tmp_path, config, kind):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config.save_pretrained(folder)
+    message = rf"'{folder}': expected a causal language model .*but {kind}\. Choose a decoder-only model\."
+    with pytest.raises(ModelError, match=message):
+        load_language_model(folder, device="cpu")
+
+
+CURES = {
+    "dtype": ({"dtype": "float16"}, "dtype: expected a torch.dtype, 'float32' or 'bfloat16', got 'float16'"),
+    "number": ({"dtype": 16}, "dtype: expected a torch.dtype, .* got 16"),
+    "their dtype": ({"model_kwargs": {"dtype": "auto"}}, "model_kwargs: dtype is the argument dtype= .*Pass it there"),
+    "old dtype": ({"model_kwargs": {"torch_dtype": "auto"}}, "model_kwargs: torch_dtype is the argument dtype="),
+    "text": (
+        {"target_modules": "q_proj"},
+        r"target_modules: expected a list of names, got the text 'q_proj'\. Pass \['q_proj'\], or a regular",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CURES)
+def test_wrong_settings_are_not_damaged_files(model_folder, kind):
+    settings, message = CURES[kind]
+    with pytest.raises(ConfigError, match=message):
+        load_language_model(model_folder, device="cpu", **settings)
+
+
+def test_a_missing_package_is_not_a_damaged_file(model_folder, monkeypatch):
+    def fail(*_, **__):
+        raise ImportError("FlashAttention2 seems not to be installed.")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    chosen = {"attn_implementation": "flash_attention_2"}
+    message = (
+        r"\(ImportError: Flash.*\)\. Install the package that is missing, or change attn_impl\w+ in model_kwargs\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_language_model(model_folder, device="cpu", model_kwargs=chosen)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ConfigError, match=r"the tokenizer cannot .*\. Install the package that is missing\.$"):
+        load_language_model(model_folder, device="cpu")
+
+
+def test_wrong_model_kwargs_are_named_first(model_folder):
+    with pytest.raises(
+        ModelFileError, match=r"Check attn_implementation in model_kwargs\. Otherwise: copy or save the model"
+    ):
+        load_language_model(model_folder, device="cpu", model_kwargs={"attn_implementation": "no such"})
 
 
 def test_near_names():

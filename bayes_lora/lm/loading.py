@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from bayes_lora.errors import BayesLoraError, ConfigError, ModelFileError, SiteError, did_you_mean
+from bayes_lora.errors import BayesLoraError, ConfigError, ModelError, ModelFileError, SiteError, did_you_mean
 from bayes_lora.lm.adapters import active_adapter, check_lora_config, load_adapter_weights, read_lora_config
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder, find_model
@@ -57,9 +58,15 @@ def default_lora(
             the residual stream.
 
     Raises:
-        ConfigError: ``layers_to_transform`` and ``top_layers`` are both given, or the model has no such layer.
+        ConfigError: ``layers_to_transform`` and ``top_layers`` are both given, the model has no such layer, or
+            ``target_modules`` is a text.
     """
     _check_layers(layers_to_transform, top_layers)
+    if isinstance(target_modules, str):
+        raise ConfigError(
+            f"target_modules: expected a list of names, got the text {target_modules!r}. Pass [{target_modules!r}], or "
+            "a regular expression in a LoRA configuration: peft.LoraConfig(target_modules=...)."
+        )
     if target_modules is None:
         target_modules = _usual_modules(model)
     count = int(text_config(model.config).num_hidden_layers)
@@ -114,6 +121,14 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def _dtype(dtype: object, device: torch.device) -> torch.dtype:
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    found = default_dtype(device) if dtype is None else named.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype: expected a torch.dtype, 'float32' or 'bfloat16', got {dtype!r}.")
+    return found
 
 
 def _quantization(bits: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -173,7 +188,8 @@ def load_language_model(
     Raises:
         ModelFileError: files cannot be found, downloaded or read, or the adapter does not match the model.
         SiteError: a target module is not in the model, or the adapter is not plain LoRA on linear modules.
-        ConfigError: bitsandbytes is needed but not installed, or a setting is wrong or contradicts another.
+        ModelError: the model is not a causal language model.
+        ConfigError: a package is needed but not installed, or a setting is wrong or contradicts another.
     """
     choice: dict[str, Any] = {
         "r": r,
@@ -185,9 +201,10 @@ def load_language_model(
     _check_choice(lora_config, adapter, [name for name, value in choice.items() if value is not None])
     _check_layers(layers_to_transform, top_layers)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(dtype, str):
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    dtype, options = dtype or default_dtype(device), dict(model_kwargs or {})
+    dtype, options = _dtype(dtype, device), dict(model_kwargs or {})
+    for name in ("dtype", "torch_dtype"):
+        if name in options:
+            raise ConfigError(f"model_kwargs: {name} is the argument dtype= of load_language_model. Pass it there.")
     revision = _one_revision(revision, options.pop("revision", None))
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, dtype)
@@ -285,10 +302,10 @@ def _load_base(
     gguf = "gguf_file" in options
     with reading("config.json", name_or_path, found, revision):
         if not gguf:  # the settings of a GGUF file are read with its tokenizer
-            AutoConfig.from_pretrained(source, **shared)
+            _check_causal(AutoConfig.from_pretrained(source, **shared), found)
     with reading("file" if gguf else "tokenizer", name_or_path, found, revision):
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    with reading("weights", name_or_path, found, revision):
+    with reading("weights", name_or_path, found, revision, model_kwargs):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     model, info = loaded
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
@@ -300,18 +317,53 @@ def _load_base(
     return model, tokenizer
 
 
+def _check_causal(config: Any, found: Path) -> None:
+    own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code that comes with the model
+    if config.is_encoder_decoder or not (own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
+        raise ModelError(
+            f"'{found}': expected a causal language model (AutoModelForCausalLM), but {config.model_type!r} is {kind}. "
+            "Choose a decoder-only model."
+        )
+
+
 @contextmanager
-def reading(part: str, name_or_path: str | Path, found: Path, revision: str | None = None) -> Iterator[None]:
-    """Convert any error that transformers raises for damaged files into a one-line error with a remedy."""
+def reading(
+    part: str,
+    name_or_path: str | Path,
+    found: Path,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """Convert any error that transformers raises for damaged files into a one-line error with a remedy.
+
+    Args:
+        part: the part of the model that is read.
+        name_or_path: hub id or path, as the user gave it.
+        found: folder or file that is read.
+        revision: revision of a hub id.
+        model_kwargs: the user's arguments of ``from_pretrained``, which may be the cause.
+
+    Raises:
+        ConfigError: a package is missing.
+        ModelFileError: any other error.
+    """
+    chosen = f"{', '.join(model_kwargs)} in model_kwargs" if model_kwargs else ""
     try:
         yield
     except (BayesLoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
-        raise ModelFileError(
-            f"'{found}': the {part} cannot be read ({reason}). {_cure(part, name_or_path, found, revision)}"
-        ) from error
+        if isinstance(error, ImportError):
+            other = f", or change {chosen}" if chosen else ""
+            raise ConfigError(
+                f"'{found}': the {part} cannot be read ({reason}). Install the package that is missing{other}."
+            ) from error
+        cure = _cure(part, name_or_path, found, revision)
+        # Files are whole more often than arguments are right.
+        cure = f"Check {chosen}. Otherwise: {cure[0].lower()}{cure[1:]}" if chosen else cure
+        raise ModelFileError(f"'{found}': the {part} cannot be read ({reason}). {cure}") from error
 
 
 def _cure(part: str, name_or_path: str | Path, found: Path, revision: str | None = None) -> str:
