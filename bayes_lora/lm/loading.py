@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
     AutoConfig,
@@ -24,7 +25,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bayes_lora.errors import BayesLoraError, ConfigError, ModelError, ModelFileError, SiteError, did_you_mean
-from bayes_lora.lm.adapters import active_adapter, check_lora_config, load_adapter_weights, read_lora_config
+from bayes_lora.lm.adapters import (
+    active_adapter,
+    check_lora_config,
+    check_not_taken,
+    load_adapter_weights,
+    read_lora_config,
+)
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder, find_model
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
@@ -294,6 +301,11 @@ def _load_base(
     name_or_path: str | Path, revision: str | None, dtype: torch.dtype, model_kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     found = find_model(name_or_path, revision=revision)
+    if (found / "adapter_config.json").is_file():
+        raise ModelFileError(
+            f"'{found}': transformers would load the adapter in it (adapter_config.json) into the base model. Move the "
+            "adapter's files to another folder, and pass that folder as adapter= to start at the adapter."
+        )
     source, options = str(found), dict(model_kwargs)
     if isinstance(found, Path) and found.suffix == ".gguf":
         source, options["gguf_file"] = str(found.parent), found.name
@@ -383,9 +395,16 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
     """Inject LoRA in place, with PEFT's initial values drawn under ``seed``.
 
     Raises:
-        SiteError: a target module is not in the model, or the LoRA is not plain LoRA.
+        SiteError: a target module is not in the model, the LoRA is not plain LoRA, or the model has an adapter.
     """
     check_lora_config(lora)
+    check_not_taken(model)
+    there = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if there is not None:
+        raise SiteError(
+            f"module {there!r}: the model already has an adapter, which would change the base model. Load the model "
+            "without it, or make the adapter the LoRA: from_peft(peft_model, tokenizer)."
+        )
     wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
