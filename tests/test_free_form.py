@@ -7,10 +7,11 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
-from conftest import build_lm
+from conftest import BUILDERS, GPT2_SIZES, SIZES, TARGETS, build_lm
 from hypothesis import given
 from hypothesis import strategies as st
 from pyro.distributions import Normal
+from transformers import GPT2Config, GPT2LMHeadModel, MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
 from bayes_lora.episodes import Encoder, PromptTemplate
 from bayes_lora.episodes.episode import collate
@@ -188,6 +189,54 @@ def test_draws_of_whole_updates_do_not_decode(tokenizer):
         q.generate([task.query])
     assert q.generate([task.query], num_draws=0, max_new_tokens=2)
     assert isinstance(q.evaluate([task], num_draws=2, max_new_tokens=2)["free"], TextMetrics)
+
+
+TABLES = {
+    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES | {"n_positions": 48})), ["c_attn"]),
+    "opt": (
+        lambda: OPTForCausalLM(
+            OPTConfig(**SIZES | {"max_position_embeddings": 48}, ffn_dim=24, word_embed_proj_dim=16)
+        ),
+        ["q_proj"],
+    ),
+    "mpt": (
+        lambda: MptForCausalLM(MptConfig(vocab_size=320, d_model=16, n_layers=4, n_heads=4, max_seq_len=48)),
+        ["Wqkv"],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts are longer", "ignore:.*key-value cache")
+@pytest.mark.parametrize("kind", TABLES)
+def test_positions_beyond_the_model_s_table(kind, tokenizer, monkeypatch):
+    """Rows are cut to the table; a prompt and an answer that may pass its end are refused, and not before."""
+    build, targets = TABLES[kind]
+    monkeypatch.setitem(BUILDERS, kind, build)
+    monkeypatch.setitem(TARGETS, kind, targets)
+    lm = build_lm(kind, tokenizer, max_length=1024, dtype=torch.float32)
+    assert lm.encoder.max_length == 48
+    q = TaskPosterior(lm, {}, lm.sites.initial(), ("one",))
+    long = Example("good and bad " * 30, references=("x",))
+    assert torch.isfinite(q.predict([[long]], num_draws=0)[0]).all()
+    with pytest.raises(ConfigError) as caught:
+        q.generate(["no", long.input], num_draws=0, max_new_tokens=8)
+    [length] = {len(ids) for ids in lm.encoder.prompts([long.input])}
+    model = type(lm.model).__name__
+    assert str(caught.value) == (
+        f"task 0, query 1: a prompt of {length} tokens and max_new_tokens=8 need {length + 7} positions, but {model} "
+        "has 48. Lower max_new_tokens, give fewer demonstrations, or load the model with max_length=41."
+    )
+    with pytest.raises(ConfigError, match=r"but .* has 48\. Lower max_new_tokens\.$"):
+        q.generate(["no"], num_draws=0, max_new_tokens=60)
+    [prompt] = lm.encoder.prompts(["no"])
+    assert q.generate(["no"], num_draws=0, max_new_tokens=48 - len(prompt) + 1)
+    assert q.generate([()], num_draws=0) == [[]]
+
+
+def test_rotary_positions_have_no_last_one(tokenizer):
+    lm = build_lm("llama", tokenizer)
+    q = TaskPosterior(lm, {}, lm.sites.initial(), ("one",))
+    assert q.generate(["film"], num_draws=0, max_new_tokens=300)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import peft
@@ -17,7 +18,7 @@ from bayes_lora.errors import ConfigError, ModelFileError, PosteriorError, SiteE
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.lm.fingerprint import adapter_sample, weight_sample
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.loading import from_peft, load_language_model
+from bayes_lora.lm.loading import from_peft, inject, load_language_model
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.posterior.baselines import finetune_lora, pretrained
 from bayes_lora.posterior.posterior import Posterior
@@ -285,6 +286,70 @@ def test_another_active_adapter_is_refused_by_find_sites(tokenizer):
         LanguageModel(model.get_base_model(), tokenizer, model.peft_config["default"])
 
 
+def test_an_inactive_or_merged_adapter_is_refused_by_find_sites(tokenizer):
+    for build, message in ((disabled, "adapter 'default' is not active"), (merged, "are merged. Call unmerge")):
+        model = build()
+        with pytest.raises(SiteError, match=message):
+            LanguageModel(model.get_base_model(), tokenizer, model.peft_config["default"])
+
+
+def inject_ours(model, tokenizer):
+    inject(lora_config(target_modules=["k_proj"]), model)
+
+
+def inject_theirs(model, tokenizer):
+    """PEFT replaces the slots of an adapter of the same name, or deactivates it for one of another name."""
+    config = lora_config(target_modules=["k_proj"], layers_to_transform=[1])
+    peft.inject_adapter_in_model(config, model, "second")
+    LanguageModel(model, tokenizer, config, adapter_name="second")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("second", [inject_ours, inject_theirs])
+def test_a_second_language_model_on_one_base_is_refused(tokenizer, second):
+    lm = build_lm("llama", tokenizer)
+    phi = {site: value + 0.1 for site, value in lm.sites.initial().items()}
+    before = lm(phi, episode_of(lm))
+    with pytest.raises(SiteError, match=r"its LoRA already belongs to a LanguageModel. Load the model again"):
+        second(lm.model, tokenizer)
+    if second is inject_ours:
+        torch.testing.assert_close(lm(phi, episode_of(lm)), before, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_slots_that_peft_replaced_are_not_taken_for_a_new_model(tokenizer):
+    lm, config = build_lm("llama", tokenizer), lora_config()
+    peft.inject_adapter_in_model(config, lm.model)
+    with pytest.raises(SiteError, match="already belongs to a LanguageModel"):
+        LanguageModel(lm.model, tokenizer, config)
+
+
+def test_a_second_adapter_of_a_model_that_is_taken_over_is_refused(tokenizer):
+    model = two_adapters()
+    lm = ours(model, tokenizer)
+    before = lm(lm.sites.initial(), episode_of(lm))
+    with pytest.raises(SiteError, match="already belongs to a LanguageModel"):
+        ours(model, tokenizer, adapter="other")
+    torch.testing.assert_close(lm(lm.sites.initial(), episode_of(lm)), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("there", [lora_config(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])])
+def test_an_adapter_that_is_there_already_is_refused(tokenizer, there):
+    model = peft.inject_adapter_in_model(there, base_model())
+    message = r"module 'model.layers.\d.self_attn.\w_proj': the model already has an adapter.*from_peft\(peft_model"
+    with pytest.raises(SiteError, match=message):
+        inject(lora_config(target_modules=["v_proj"]), model)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_an_adapter_of_another_method_is_refused_by_find_sites(tokenizer):
+    model = peft.inject_adapter_in_model(lora_config(), base_model())
+    other = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    peft.inject_adapter_in_model(other, model, "other")
+    with pytest.raises(SiteError, match="expected LoRA alone, got an adapter of PEFT's Linear"):
+        LanguageModel(model, tokenizer, lora_config())
+
+
 def test_dropout_of_training_is_over(tokenizer):
     model = trained(lora_dropout=0.5)
     expected = all_scores(model, tokenizer)
@@ -321,6 +386,14 @@ def test_a_saved_adapter_is_loaded(model_folder, adapter, tokenizer, monkeypatch
         assert torch.equal(value, lm.sites.initial()[site])  # not rounded to the base's 16 bits
 
 
+def test_an_adapter_in_the_folder_of_the_model_is_refused(model_folder, adapter, tmp_path):
+    """transformers would load it into the base model."""
+    folder = shutil.copytree(model_folder, tmp_path / "both")
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    with pytest.raises(ModelFileError, match=r"both': transformers would load the adapter in it .*pass that folder as"):
+        load(folder)
+
+
 def test_a_saved_adapter_that_does_not_fit_is_refused(model_folder, adapter, tmp_path):
     file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     weights, settings = load_file(file), config.read_text()
@@ -343,6 +416,20 @@ def test_a_saved_adapter_that_does_not_fit_is_refused(model_folder, adapter, tmp
     config.write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]}))
     with pytest.raises(SiteError, match="expected a LoRA adapter .*IA3"):
         load(model_folder, adapter=adapter)
+
+
+@pytest.mark.parametrize("init", [False, "orthogonal"])
+def test_the_pretrained_baseline_is_the_base_model_whatever_the_initial_factors(model_folder, tokenizer, init):
+    """Both initialisations have B other than zero, and with the first the initial update is not zero."""
+    lm = load(model_folder, lora_config(init_lora_weights=init, r=2))
+    initial = lm.sites.initial()
+    assert all(value.abs().max() > 0 for value in initial.values())
+    task = make_tasks(2)["task-1"]
+    [found] = pretrained(lm, [task]).predict([EXAMPLES], num_draws=0)
+    without = all_scores(base_model(dtype=torch.float32), tokenizer)
+    torch.testing.assert_close(found, without.log_softmax(-1), rtol=1e-4, atol=1e-4)
+    with_update = lm(initial, episode_of(lm))[0]
+    assert ((with_update - without).abs().max() > 1e-3) == (init is False)
 
 
 # PEFT's words

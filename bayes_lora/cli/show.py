@@ -14,6 +14,7 @@ from bayes_lora.episodes.encoder import UNCUT, Encoder
 from bayes_lora.episodes.packing import EncodedExample
 from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.lm.model_files import DEFAULT_MODEL, find_tokenizer
+from bayes_lora.lm.text_config import max_row_length
 from bayes_lora.tasks.task import Example
 
 if TYPE_CHECKING:
@@ -184,7 +185,10 @@ def _visible(text: str) -> str:
 
 
 def load_encoder(
-    name_or_path: str | Path = DEFAULT_MODEL, template: PromptTemplate | None = None, max_length: int = 128
+    name_or_path: str | Path = DEFAULT_MODEL,
+    template: PromptTemplate | None = None,
+    max_length: int = 128,
+    revision: str | None = None,
 ) -> Encoder:
     """Load the encoder of :func:`bayes_lora.load_language_model` without the weights of the model.
 
@@ -192,6 +196,7 @@ def load_encoder(
         name_or_path: a hub id, a local folder, or a GGUF file.
         template: prompt template.
         max_length: maximum number of tokens of a row.
+        revision: branch, tag or commit of a hub id; by default the main branch.
 
     Raises:
         ModelFileError: the files cannot be found or downloaded, or are damaged.
@@ -200,7 +205,7 @@ def load_encoder(
 
     from bayes_lora.lm.loading import reading
 
-    found = find_tokenizer(name_or_path)
+    found = find_tokenizer(name_or_path, revision=revision)
     gguf = found.suffix == ".gguf" and found.is_file()
     source: str = str(found.parent if gguf else found)
     options: dict[str, Any] = {"gguf_file": found.name} if gguf else {}
@@ -208,7 +213,5 @@ def load_encoder(
         config = AutoConfig.from_pretrained(source, **options)
     with reading("file" if gguf else "tokenizer", name_or_path, found):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    # As in LanguageModel: rows must fit into the sliding window of models that have one.
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    longest = min((limit for limit in limits if limit), default=None)
+    longest = max_row_length(config)
     return Encoder(tokenizer, template, max_length if longest is None else min(max_length, longest), longest)

@@ -127,7 +127,8 @@ def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Enc
     settings = LanguageModelConfig() if model is None else LanguageModelConfig(name=model)
     if run is not None:
         settings = RunConfig.from_dict(read_json(run / "config.json"), str(run / "config.json")).language_model
-    return load_encoder(settings.name, settings.template, max_length or settings.max_length)
+    length = max_length or settings.max_length
+    return load_encoder(settings.name, settings.template, length, settings.revision)
 
 
 def _print_overlap(training: TaskSet, unseen: TaskSet) -> None:

@@ -33,6 +33,7 @@ class Encoder:
         max_positions: maximum number of positions of the model, for demonstrations and the example after them. If the
             demonstrations do not fit, the first ones are left out, with a warning; None sets no limit.
         store: keeps the tokens of large collections on disk; None keeps them in memory only.
+        num_embeddings: number of tokens that have an embedding; None if all have one.
 
     Attributes:
         prefix: tokens that the tokenizer puts before every text.
@@ -51,8 +52,9 @@ class Encoder:
         max_length: int = 512,
         max_positions: int | None = None,
         store: TokenStore | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
-        self.tokenizer, self.store = tokenizer, store
+        self.tokenizer, self.store, self.num_embeddings = tokenizer, store, num_embeddings
         self.template = template or PromptTemplate()
         self.max_length, self.max_positions = max_length, max_positions
         self._known: dict[tuple[Example, bool], tuple[EncodedExample, bool]] = {}
@@ -85,8 +87,8 @@ class Encoder:
                 demonstrations share them, see :mod:`bayes_lora.episodes.packing`.
 
         Raises:
-            TaskError: a text has no tokens, two options have the same ones, options fill ``max_length``, or no
-                demonstration fits.
+            TaskError: a text has no tokens or one without an embedding, two options have the same tokens, options fill
+                ``max_length``, or no demonstration fits.
         """
         if not demonstrations:
             return self._rows(examples)
@@ -103,6 +105,9 @@ class Encoder:
     def _rows(self, examples: Sequence[Example], begins: bool = True) -> list[EncodedExample]:
         self._fetch(examples, begins)
         encoded = [self.encode(example, begins) for example in examples]
+        if self.num_embeddings is not None:
+            for example, (row, _) in zip(examples, encoded, strict=True):
+                self._check_tokens(example, row, self.num_embeddings)
         cut = {example for example, (_, was_cut) in zip(examples, encoded, strict=True) if was_cut} - self._cut
         if cut:
             self._cut |= cut
@@ -113,6 +118,15 @@ class Encoder:
                 stacklevel=3,
             )
         return [row for row, _ in encoded]
+
+    def _check_tokens(self, example: Example, row: EncodedExample, limit: int) -> None:
+        last = max(int(row.tokens.max()), int(row.targets.max()))
+        if last >= limit:
+            raise TaskError(
+                f"example {example.input[:60]!r}: its token {self.tokenizer.decode([last])!r} with id {last} has no "
+                f"embedding, because the model has {limit}. Leave it out of the text, or add and train embeddings: "
+                "model.resize_token_embeddings(len(tokenizer))."
+            )
 
     def encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
         """Encode one example, and return its row and whether it was cut.

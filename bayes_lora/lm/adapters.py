@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import peft
 import torch
@@ -15,10 +16,33 @@ from transformers import PreTrainedModel
 
 from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_mean
 
-__all__ = ["active_adapter", "check_lora_config", "load_adapter_weights", "lora_layers", "read_lora_config"]
+__all__ = [
+    "TAKEN",
+    "active_adapter",
+    "check_lora_config",
+    "check_not_taken",
+    "load_adapter_weights",
+    "lora_layers",
+    "read_lora_config",
+]
 
 BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 """``init_lora_weights`` that subtract the initial update from the base weights."""
+
+
+TAKEN: WeakSet[LoraLayer] = WeakSet()
+"""LoRA layers of existing language models. PEFT may replace their slots, so slots alone do not tell."""
+
+
+def check_not_taken(model: nn.Module) -> None:
+    """Check that no LoRA layer belongs to a language model, whose predictions another adapter would change.
+
+    Raises:
+        SiteError: a layer does.
+    """
+    for name, layer in model.named_modules():
+        if layer in TAKEN:
+            raise SiteError(f"module {name!r}: its LoRA already belongs to a LanguageModel. Load the model again.")
 
 
 def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
@@ -66,10 +90,12 @@ def active_adapter(model: peft.PeftModel, adapter_name: str | None = None) -> st
 
     Raises:
         ConfigError: there is no such adapter, or several are active.
-        SiteError: the adapter is not plain LoRA, or it is merged, disabled or scaled.
+        SiteError: the adapter is not plain LoRA, it is merged, disabled or scaled, or the model already belongs to a
+            language model.
     """
     if not isinstance(model, peft.PeftModel):
         raise ConfigError(f"expected a peft.PeftModel, got {type(model).__name__}.")
+    check_not_taken(model.get_base_model())
     active = list(model.active_adapters)
     if adapter_name is not None and adapter_name not in model.peft_config:
         near = did_you_mean(adapter_name, model.peft_config, list_all=True)

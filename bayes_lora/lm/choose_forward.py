@@ -15,6 +15,7 @@ from bayes_lora.errors import ConfigError, ModelError
 from bayes_lora.lm.kv_cache_forward import PromptCacheForward
 from bayes_lora.lm.packed_forward import Forward, PackedForward, head_reads
 from bayes_lora.lm.sites import LoraSites
+from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.trunk import Trunk
 
 __all__ = ["choose_forward"]
@@ -80,9 +81,8 @@ def probe(model: Any) -> Episode:
         return drawn
 
     options = [[tokens(n) for n in counts] for counts in ((3, 1, 2), (1, 3), (2, 3, 1), (1, 2))]
-    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    room = min((limit for limit in limits if limit), default=1024) - 20
-    window = getattr(model.config, "window_size", None) or 0
+    room = (max_row_length(model.config) or 1024) - 20
+    window = getattr(text_config(model.config), "window_size", None) or 0
     context = Context.of(tokens(max(2, min(room, 8 + window))))
     shared = [in_context(pack(tokens(n), o, 0), context) for n, o in zip((7, 4), options, strict=False)]
     apart = [pack(tokens(n), o, 0) for n, o in zip((5, 3), options[2:], strict=True)]

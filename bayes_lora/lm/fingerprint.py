@@ -70,7 +70,9 @@ def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> N
         raise PosteriorError(
             f"{path} is damaged: {SETTINGS!r}, {WEIGHTS!r} and {ADAPTER!r} must be mappings. Run again."
         )
-    differ = [key for key in now if key != "name" and fitted.get(key) != now[key]]
+    # A copy of the same weights may have another name, and then revisions cannot be compared.
+    ignored = {"name"} if fitted.get("name") == now["name"] else {"name", "revision"}
+    differ = [key for key in now if key not in ignored and fitted.get(key) != now[key]]
     if differ:
         was, are = ({key: one.get(key) for key in differ} for one in (fitted, now))
         raise PosteriorError(

@@ -21,6 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from bayes_lora.episodes.batching import by_tokens
+from bayes_lora.errors import ConfigError
+from bayes_lora.lm.text_config import max_positions
+from bayes_lora.lm.vocabulary import num_embeddings
 from bayes_lora.types import Sites
 
 if TYPE_CHECKING:
@@ -116,7 +119,11 @@ def generate(
         phi: LoRA weights ``(S or 1, T or 1, 1, layers, out, in)`` per site.
         prompts: token ids of each prompt, per task.
         max_new_tokens: maximum number of tokens of an answer.
+
+    Raises:
+        ConfigError: a prompt and its answer may need more positions than the model has.
     """
+    _check_positions(lm, prompts, max_new_tokens)
     draws, tasks = max(len(value) for value in phi.values()), len(prompts)
     values = {site: value.expand(draws, tasks, *value.shape[2:])[:, :, 0] for site, value in phi.items()}
     places = [(t, i) for t, own in enumerate(prompts) for i in range(len(own))]
@@ -131,9 +138,25 @@ def generate(
     return [[answers[t, i] for i in range(len(own))] for t, own in enumerate(prompts)]
 
 
+def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> None:
+    limit = max_positions(lm.model.config)
+    lengths = [(len(ids), t, i) for t, own in enumerate(prompts) for i, ids in enumerate(own)]
+    length, task, row = max(lengths, default=(0, 0, 0))
+    needed = length + max_new_tokens - 1  # the last token is not read
+    if limit is not None and needed > limit:
+        room = limit - max_new_tokens + 1
+        other = f", give fewer demonstrations, or load the model with max_length={room}" if room > 0 else ""
+        raise ConfigError(
+            f"task {task}, query {row}: a prompt of {length} tokens and max_new_tokens={max_new_tokens} need {needed} "
+            f"positions, but {type(lm.model).__name__} has {limit}. Lower max_new_tokens{other}."
+        )
+
+
 def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, most: int) -> list[Generated]:
     tokenizer: Any = lm.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    # A padding token that was added to the tokenizer alone has no embedding.
+    blanks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((token for token in blanks if token is not None and token < num_embeddings(lm.model)), 0)
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

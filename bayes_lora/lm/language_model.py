@@ -25,8 +25,10 @@ from bayes_lora.lm.packed_forward import Forward, Read
 from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
+from bayes_lora.lm.vocabulary import check_vocabulary, num_embeddings
 from bayes_lora.types import Features, Sites
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class LanguageModel:
         tokenizer: the tokenizer of the model.
         lora_config: the PEFT configuration, needed for export.
         name: hub id or path of the model, needed for export.
+        revision: branch, tag or commit of a hub id, which is exported too; None is the main branch.
         adapter: hub id or path of the saved adapter whose weights were loaded; None if they are PEFT's initial values,
             or from a model in memory.
         adapter_name: PEFT's name of the adapter in the model.
@@ -72,6 +75,7 @@ class LanguageModel:
     Raises:
         SiteError: LoRA on one of its modules cannot be random.
         ConfigError: a setting is wrong, or the cache folder cannot be written.
+        ModelFileError: the tokenizer has tokens without an embedding.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class LanguageModel:
         lora_config: peft.LoraConfig,
         *,
         name: str = "",
+        revision: str | None = None,
         adapter: str | None = None,
         adapter_name: str = "default",
         template: PromptTemplate | None = None,
@@ -94,18 +99,18 @@ class LanguageModel:
     ) -> None:
         if normalize not in ("sum", "mean"):
             raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
-        self.model, self.tokenizer, self.name, self.adapter = model, tokenizer, name, adapter
+        self.model, self.tokenizer = model, tokenizer
+        self.name, self.revision, self.adapter = name, revision, adapter
         self.lora_config = check_lora_config(lora_config)
         self.model.requires_grad_(False).eval()
         keep_differentiable(model)
         self.sites: LoraSites = find_sites(model, adapter_name)
         self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
-        # A 4-D mask is used as it is, so rows must fit into the sliding window of models that have one.
-        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        longest = min((limit for limit in limits if limit), default=None)
+        longest = max_row_length(model.config)
         length = max_length if longest is None else min(max_length, longest)
         store = None if token_folder is None else TokenStore(Path(token_folder))
-        self.encoder = Encoder(tokenizer, template, length, longest, store)
+        vocabulary = None if check_vocabulary(tokenizer, model) else num_embeddings(model)
+        self.encoder = Encoder(tokenizer, template, length, longest, store, vocabulary)
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         head: Any = model.get_output_embeddings()
         if any(module is head for name, module in model.named_modules() if name in adapted):
@@ -129,6 +134,7 @@ class LanguageModel:
         """Settings that determine the scores, given the weights; saved with a posterior and compared on loading."""
         return {
             "name": self.name,
+            "revision": self.revision,
             "max_length": self.encoder.max_length,
             "template": asdict(self.encoder.template),
             "normalize": self.normalize,
@@ -139,7 +145,7 @@ class LanguageModel:
     @property
     def hidden_size(self) -> int:
         """Width d of the residual stream."""
-        return int(self.model.config.hidden_size)
+        return int(text_config(self.model.config).hidden_size)
 
     def __call__(self, phi: Sites, episode: Episode) -> Tensor:
         """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; :func:`absent_score` for absent options.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
     AutoConfig,
@@ -20,13 +22,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from bayes_lora.errors import BayesLoraError, ConfigError, ModelFileError, SiteError, did_you_mean
-from bayes_lora.lm.adapters import active_adapter, check_lora_config, load_adapter_weights, read_lora_config
+from bayes_lora.errors import BayesLoraError, ConfigError, ModelError, ModelFileError, SiteError, did_you_mean
+from bayes_lora.lm.adapters import (
+    active_adapter,
+    check_lora_config,
+    check_not_taken,
+    load_adapter_weights,
+    read_lora_config,
+)
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder, find_model
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
 from bayes_lora.lm.sites import remove_dropout
+from bayes_lora.lm.text_config import text_config
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["default_dtype", "default_lora", "from_peft", "inject", "load_language_model", "reading"]
@@ -55,14 +65,18 @@ def default_lora(
             the residual stream.
 
     Raises:
-        ConfigError: ``layers_to_transform`` and ``top_layers`` are both given, or the model has no such layer.
+        ConfigError: ``layers_to_transform`` and ``top_layers`` are both given, the model has no such layer, or
+            ``target_modules`` is a text.
     """
     _check_layers(layers_to_transform, top_layers)
+    if isinstance(target_modules, str):
+        raise ConfigError(
+            f"target_modules: expected a list of names, got the text {target_modules!r}. Pass [{target_modules!r}], or "
+            "a regular expression in a LoRA configuration: peft.LoraConfig(target_modules=...)."
+        )
     if target_modules is None:
-        kinds = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
-        target_modules = [*usual, *({"o_proj"} & kinds)] or None
-    count = int(model.config.num_hidden_layers)
+        target_modules = _usual_modules(model)
+    count = int(text_config(model.config).num_hidden_layers)
     if layers_to_transform is None:
         layers = list(range(max(0, count - (6 if top_layers is None else top_layers)), count))
     else:
@@ -74,9 +88,30 @@ def default_lora(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         target_modules=None if target_modules is None else list(target_modules),
+        exclude_modules=_outside_decoder(model),
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
+
+
+def _usual_modules(model: PreTrainedModel) -> list[str] | None:
+    names = [name for name, _ in model.named_modules()]
+    kinds = {name.rpartition(".")[2] for name in names}
+    known = (model.config.model_type, text_config(model.config).model_type)
+    defaults = (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind) for kind in known)
+    usual = next((modules for modules in defaults if modules is not None), [])
+    if isinstance(usual, str):  # a regular expression, as PEFT has it for some multimodal models
+        usual = sorted({name.rpartition(".")[2] for name in names if re.fullmatch(usual, name)})
+    return [*usual, *({"o_proj"} & kinds)] or None
+
+
+def _outside_decoder(model: PreTrainedModel) -> str | None:
+    """Return a regular expression of modules that text does not reach, such as a vision tower; None for no module."""
+    if text_config(model.config) is model.config:
+        return None
+    decoder = model.get_decoder()
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    return rf"(?!{re.escape(prefix)}\.).*" if prefix else None
 
 
 def _check_layers(layers_to_transform: object, top_layers: object) -> None:
@@ -93,6 +128,14 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def _dtype(dtype: object, device: torch.device) -> torch.dtype:
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    found = default_dtype(device) if dtype is None else named.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype: expected a torch.dtype, 'float32' or 'bfloat16', got {dtype!r}.")
+    return found
 
 
 def _quantization(bits: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -114,6 +157,7 @@ def load_language_model(
     top_layers: int | None = None,
     target_modules: Sequence[str] | None = None,
     adapter: str | Path | None = None,
+    revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
     quantization: Literal["8bit", "4bit"] | None = None,
@@ -136,12 +180,14 @@ def load_language_model(
         target_modules: names of module kinds (``q_proj``); by default see :func:`default_lora`.
         adapter: a LoRA adapter written by ``save_pretrained``: a folder or a hub id. Its weights are the initial values
             of the sites, ``lm.sites.initial()``, where guides start; see :func:`from_peft`.
+        revision: branch, tag or commit of a hub id, for its configuration, tokenizer and weights; by default the main
+            branch.
         device: by default a GPU if there is one.
         dtype: dtype of the base; by default :func:`default_dtype`. LoRA weights and scores have at least 32 bits.
         quantization: store the base's linear layers in 8 or 4 bits with bitsandbytes; alternatively, ``model_kwargs``
             may have a ``quantization_config``.
         seed: seed of PEFT's random initial A.
-        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation, revision).
+        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation).
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
             ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``; and ``token_folder``, which by default is
             ``tokens`` in the folder of :func:`bayes_lora.lm.model_files.cache_folder`.
@@ -149,7 +195,8 @@ def load_language_model(
     Raises:
         ModelFileError: files cannot be found, downloaded or read, or the adapter does not match the model.
         SiteError: a target module is not in the model, or the adapter is not plain LoRA on linear modules.
-        ConfigError: bitsandbytes is needed but not installed, or a setting is wrong or contradicts another.
+        ModelError: the model is not a causal language model.
+        ConfigError: a package is needed but not installed, or a setting is wrong or contradicts another.
     """
     choice: dict[str, Any] = {
         "r": r,
@@ -161,12 +208,14 @@ def load_language_model(
     _check_choice(lora_config, adapter, [name for name, value in choice.items() if value is not None])
     _check_layers(layers_to_transform, top_layers)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(dtype, str):
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    dtype, options = dtype or default_dtype(device), dict(model_kwargs or {})
+    dtype, options = _dtype(dtype, device), dict(model_kwargs or {})
+    for name in ("dtype", "torch_dtype"):
+        if name in options:
+            raise ConfigError(f"model_kwargs: {name} is the argument dtype= of load_language_model. Pass it there.")
+    revision = _one_revision(revision, options.pop("revision", None))
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, dtype)
-    model, tokenizer = _load_base(name_or_path, dtype, options)
+    model, tokenizer = _load_base(name_or_path, revision, dtype, options)
     source = None
     if adapter is not None:
         # An absolute path, so that a saved posterior finds the adapter from another folder.
@@ -177,7 +226,16 @@ def load_language_model(
         inject(lora_config, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
-    return LanguageModel(model, tokenizer, lora_config, name=str(name_or_path), adapter=source, **kwargs)
+    name = str(name_or_path)
+    return LanguageModel(model, tokenizer, lora_config, name=name, revision=revision, adapter=source, **kwargs)
+
+
+def _one_revision(revision: str | None, of_model: str | None) -> str | None:
+    if None not in (revision, of_model) and revision != of_model:
+        raise ConfigError(
+            f"revision={revision!r} and model_kwargs={{'revision': {of_model!r}}}: they differ. Give one."
+        )
+    return of_model if revision is None else revision
 
 
 def from_peft(
@@ -203,7 +261,7 @@ def from_peft(
         tokenizer: the tokenizer of the model.
         adapter: PEFT's name of the adapter; by default the active one.
         name: hub id or path of the base model, which is recorded in saved posteriors and exported adapters; by default
-            the one of the adapter's configuration.
+            the one of the adapter's configuration, and so is its ``revision``.
         **kwargs: as in :func:`load_language_model`.
 
     Raises:
@@ -216,6 +274,8 @@ def from_peft(
     model = cast(PreTrainedModel, peft_model.get_base_model())
     remove_dropout(model, adapter_name)  # without the warning of find_sites, because dropout was set for training
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
+    if name is None:
+        kwargs.setdefault("revision", lora_config.revision)
     name = name or lora_config.base_model_name_or_path or str(model.name_or_path)
     return LanguageModel(model, tokenizer, lora_config, name=name, adapter_name=adapter_name, **kwargs)
 
@@ -238,53 +298,94 @@ def _inject_adapter(adapter: str, model: PreTrainedModel) -> peft.LoraConfig:
 
 
 def _load_base(
-    name_or_path: str | Path, dtype: torch.dtype, model_kwargs: dict[str, Any]
+    name_or_path: str | Path, revision: str | None, dtype: torch.dtype, model_kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    found = find_model(name_or_path)
+    found = find_model(name_or_path, revision=revision)
+    if (found / "adapter_config.json").is_file():
+        raise ModelFileError(
+            f"'{found}': transformers would load the adapter in it (adapter_config.json) into the base model. Move the "
+            "adapter's files to another folder, and pass that folder as adapter= to start at the adapter."
+        )
     source, options = str(found), dict(model_kwargs)
     if isinstance(found, Path) and found.suffix == ".gguf":
         source, options["gguf_file"] = str(found.parent), found.name
     shared = {key: value for key, value in options.items() if key in ("gguf_file", "trust_remote_code")}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatched weights raise an error below
     gguf = "gguf_file" in options
-    with reading("config.json", name_or_path, found):
+    with reading("config.json", name_or_path, found, revision):
         if not gguf:  # the settings of a GGUF file are read with its tokenizer
-            AutoConfig.from_pretrained(source, **shared)
-    with reading("file" if gguf else "tokenizer", name_or_path, found):
+            _check_causal(AutoConfig.from_pretrained(source, **shared), found)
+    with reading("file" if gguf else "tokenizer", name_or_path, found, revision):
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-    with reading("weights", name_or_path, found):
+    with reading("weights", name_or_path, found, revision, model_kwargs):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     model, info = loaded
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
         raise ModelFileError(
             f"'{found}': {len(wrong)} weights are missing or have another shape than config.json says, such as "
-            f"{wrong[0]}. {_cure('weights', name_or_path, found)}"
+            f"{wrong[0]}. {_cure('weights', name_or_path, found, revision)}"
         )
     return model, tokenizer
 
 
+def _check_causal(config: Any, found: Path) -> None:
+    own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code that comes with the model
+    if config.is_encoder_decoder or not (own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
+        raise ModelError(
+            f"'{found}': expected a causal language model (AutoModelForCausalLM), but {config.model_type!r} is {kind}. "
+            "Choose a decoder-only model."
+        )
+
+
 @contextmanager
-def reading(part: str, name_or_path: str | Path, found: Path) -> Iterator[None]:
-    """Convert any error that transformers raises for damaged files into a one-line error with a remedy."""
+def reading(
+    part: str,
+    name_or_path: str | Path,
+    found: Path,
+    revision: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """Convert any error that transformers raises for damaged files into a one-line error with a remedy.
+
+    Args:
+        part: the part of the model that is read.
+        name_or_path: hub id or path, as the user gave it.
+        found: folder or file that is read.
+        revision: revision of a hub id.
+        model_kwargs: the user's arguments of ``from_pretrained``, which may be the cause.
+
+    Raises:
+        ConfigError: a package is missing.
+        ModelFileError: any other error.
+    """
+    chosen = f"{', '.join(model_kwargs)} in model_kwargs" if model_kwargs else ""
     try:
         yield
     except (BayesLoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
-        raise ModelFileError(
-            f"'{found}': the {part} cannot be read ({reason}). {_cure(part, name_or_path, found)}"
-        ) from error
+        if isinstance(error, ImportError):
+            other = f", or change {chosen}" if chosen else ""
+            raise ConfigError(
+                f"'{found}': the {part} cannot be read ({reason}). Install the package that is missing{other}."
+            ) from error
+        cure = _cure(part, name_or_path, found, revision)
+        # Files are whole more often than arguments are right.
+        cure = f"Check {chosen}. Otherwise: {cure[0].lower()}{cure[1:]}" if chosen else cure
+        raise ModelFileError(f"'{found}': the {part} cannot be read ({reason}). {cure}") from error
 
 
-def _cure(part: str, name_or_path: str | Path, found: Path) -> str:
+def _cure(part: str, name_or_path: str | Path, found: Path, revision: str | None = None) -> str:
     if part == "adapter":
         return "Expected adapter_config.json and adapter_model.safetensors of a LoRA on this model. Save it again."
     if found.name == CONVERTED_FOLDER:
         return "Delete this folder, then run: bayes-lora fetch"
     if not Path(name_or_path).expanduser().exists():
-        return f"Download it again: hf download --force-download {name_or_path}"
+        option = "" if revision is None else f" --revision {revision}"
+        return f"Download it again: hf download --force-download {name_or_path}{option}"
     if part == "tokenizer" and found.is_dir():
         return "Put the model's tokenizer.json and tokenizer_config.json there, or copy the model again."
     return "Copy or save the model again."
@@ -294,9 +395,16 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
     """Inject LoRA in place, with PEFT's initial values drawn under ``seed``.
 
     Raises:
-        SiteError: a target module is not in the model, or the LoRA is not plain LoRA.
+        SiteError: a target module is not in the model, the LoRA is not plain LoRA, or the model has an adapter.
     """
     check_lora_config(lora)
+    check_not_taken(model)
+    there = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if there is not None:
+        raise SiteError(
+            f"module {there!r}: the model already has an adapter, which would change the base model. Load the model "
+            "without it, or make the adapter the LoRA: from_peft(peft_model, tokenizer)."
+        )
     wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})

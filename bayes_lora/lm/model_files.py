@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bayes_lora.errors import ModelFileError
+from bayes_lora.errors import ConfigError, ModelFileError
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER, DEFAULT_MODEL, MEGABYTES, PACKAGE, convert_package
 
 __all__ = [
@@ -29,7 +29,9 @@ HUB_LIMIT_SECONDS = 8.0
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
-def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progress: bool = True) -> Path:
+def find_model(
+    name_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None, progress: bool = True
+) -> Path:
     """Find a causal language model's files, and download them if they are not on this machine.
 
     A path is used as it is, without network access. A hub id is looked up in the Hugging Face cache, then on the
@@ -37,6 +39,7 @@ def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progr
 
     Args:
         name_or_path: a folder with a ``config.json`` or one ``.gguf`` file, such a file, or a hub id.
+        revision: branch, tag or commit of a hub id; by default the main branch.
         cache_dir: folder for the converted copy of the default model; by default ``$BAYES_LORA_CACHE``, otherwise
             ``bayes_lora`` in the user's cache folder.
         progress: whether to report long operations on standard error.
@@ -45,43 +48,45 @@ def find_model(name_or_path: str | Path, *, cache_dir: Path | None = None, progr
         A folder that ``from_pretrained`` can read, or the path of a ``.gguf`` file.
 
     Raises:
-        ModelFileError: there is no such model, or it is not on this machine and cannot be downloaded.
+        ModelFileError: there is no such model or revision, or it is not on this machine and cannot be downloaded.
+        ConfigError: a ``revision`` is given for a local path.
     """
-    local = _find_local(name_or_path)
+    local = _find_local(name_or_path, revision)
     if local is not None:
         return local
-    if name_or_path == DEFAULT_MODEL:
+    if name_or_path == DEFAULT_MODEL and revision is None:
         return fetch_default_model(cache_dir=cache_dir, progress=progress)
-    return _find_in_hub_cache(str(name_or_path)) or _download_from_hub(str(name_or_path))
+    return _find_in_hub_cache(str(name_or_path), revision) or _download_from_hub(str(name_or_path), revision)
 
 
-def find_tokenizer(name_or_path: str | Path) -> Path:
+def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Path:
     """Find a model's tokenizer and configuration as :func:`find_model` does, but without the weights.
 
     For a hub id that is not on this machine, all files except the weights are downloaded.
 
     Raises:
         ModelFileError: there is no such model, or its files are not on this machine and cannot be downloaded.
+        ConfigError: a ``revision`` is given for a local path.
     """
-    local = _find_local(name_or_path)
-    if local is not None or name_or_path == DEFAULT_MODEL:
+    local = _find_local(name_or_path, revision)
+    if local is not None or (name_or_path == DEFAULT_MODEL and revision is None):
         return local or find_model(name_or_path)
     from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     name = str(name_or_path)
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json", None, revision)
         if isinstance(config, str):
             return Path(config).parent
-        files = _list_on_hub(name)  # gives up after some seconds without a network
+        files = _list_on_hub(name, revision)  # gives up after some seconds without a network
         if isinstance(files, Exception):
             raise files
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
-            f"'{name}' is not on this machine, and its tokenizer cannot be downloaded from the Hugging Face hub "
-            f"({reason}). Check the name, or pass a folder with the model's tokenizer and config.json."
+            f"{_hub_name(name, revision)} is not on this machine, and its tokenizer cannot be downloaded from the "
+            f"Hugging Face hub ({reason}). Check the name, or pass a folder with the model's tokenizer and config.json."
         ) from error
 
 
@@ -122,9 +127,11 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
         raise ModelFileError(message) from error
 
 
-def _find_local(name_or_path: str | Path) -> Path | None:
+def _find_local(name_or_path: str | Path, revision: str | None = None) -> Path | None:
     """Return the model at this path; None if the argument can only be a hub id."""
     path = Path(name_or_path).expanduser()
+    if revision is not None and path.exists():
+        raise ConfigError(f"revision {revision!r}: only a hub id has revisions, and '{path}' is a local path. Omit it.")
     expected = "expected a folder with a config.json, a .gguf file, or a hub id"
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -161,19 +168,23 @@ def _is_model_folder(folder: Path) -> bool:
     return False
 
 
-def _find_in_hub_cache(name: str) -> Path | None:
+def _hub_name(name: str, revision: str | None) -> str:
+    return f"'{name}'" if revision is None else f"'{name}' at revision {revision!r}"
+
+
+def _find_in_hub_cache(name: str, revision: str | None = None) -> Path | None:
     # Not snapshot_download(local_files_only=True): it rejects a snapshot from which any file was left out.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json", None, revision)
     except HFValidationError as error:
         raise ModelFileError(f"'{name}' is neither a path nor a hub id: {error}") from error
     return Path(config).parent if isinstance(config, str) and _is_model_folder(Path(config).parent) else None
 
 
-def _list_on_hub(name: str) -> list[str] | Exception:
+def _list_on_hub(name: str, revision: str | None = None) -> list[str] | Exception:
     """List a model's files on the hub, waiting a few seconds at most; on failure return the exception."""
     from huggingface_hub import HfApi
 
@@ -181,7 +192,7 @@ def _list_on_hub(name: str) -> list[str] | Exception:
 
     def ask() -> None:
         try:
-            info = HfApi().model_info(name, timeout=HUB_ANSWER_SECONDS)
+            info = HfApi().model_info(name, revision=revision, timeout=HUB_ANSWER_SECONDS)
             answer.append([file.rfilename for file in info.siblings or []])
         except Exception as error:
             answer.append(error)
@@ -192,16 +203,22 @@ def _list_on_hub(name: str) -> list[str] | Exception:
     return answer[0] if answer else TimeoutError(f"no answer in {HUB_LIMIT_SECONDS:.0f} s")
 
 
-def _download_from_hub(name: str) -> Path:
+def _download_from_hub(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        files = _list_on_hub(name)
+        files = _list_on_hub(name, revision)
         if isinstance(files, Exception):
             raise files
         weights = "model*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
-        folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, weights], ignore_patterns=["*/*"]))
+        patterns = [*HUB_FILES, weights]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except RevisionNotFoundError as error:
+        raise ModelFileError(
+            f"'{name}' has no revision {revision!r} on the Hugging Face hub. Expected a branch, a tag or a commit: see "
+            f"https://huggingface.co/{name}/commits"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ModelFileError(
             f"'{name}' is not accessible on the Hugging Face hub. Check the name; "
@@ -210,10 +227,13 @@ def _download_from_hub(name: str) -> Path:
     # The hub's client raises the errors of whichever HTTP library its version uses.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        option = "" if revision is None else f" --revision {revision}"
         raise ModelFileError(
-            f"'{name}' is not on this machine and the Hugging Face hub cannot be reached ({reason}). "
-            f"With a connection, run: hf download {name}"
+            f"{_hub_name(name, revision)} is not on this machine and the Hugging Face hub cannot be reached "
+            f"({reason}). With a connection, run: hf download {name}{option}"
         ) from error
     if not _is_model_folder(folder):
-        raise ModelFileError(f"'{name}' on the Hugging Face hub lacks a config.json, safetensors or .bin weights")
+        raise ModelFileError(
+            f"{_hub_name(name, revision)} on the Hugging Face hub lacks a config.json, safetensors or .bin weights"
+        )
     return folder

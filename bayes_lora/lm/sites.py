@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bayes_lora.errors import SiteError, did_you_mean
-from bayes_lora.lm.adapters import lora_layers
+from bayes_lora.lm.adapters import TAKEN, check_not_taken, lora_layers
 from bayes_lora.lm.slots import Bound, Slot, unchanged
 from bayes_lora.types import Sites, SiteShapes, delta_site, factor_sites
 from bayes_lora.utils.grouped_linear import RowGroups
@@ -234,17 +235,22 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
 
     Raises:
         SiteError: the model has no LoRA layer, the factors of a layer are not plain linears (embeddings,
-            convolutions, DoRA, ``lora_bias=True``), or other adapters of a layer are active.
+            convolutions, DoRA, ``lora_bias=True``), other adapters of a layer are active, the adapter is merged or
+            inactive, or the model already belongs to a language model.
     """
     found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot, Slot]]]] = {}
+    check_not_taken(model)
     layers = list(lora_layers(model, adapter))
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             _check_layer(name, layer, adapter)
+        elif isinstance(layer, BaseTunerLayer):
+            raise SiteError(f"module {name!r}: expected LoRA alone, got an adapter of PEFT's {type(layer).__name__}.")
     for name, layer in sorted(layers, key=lambda pair: _layer_index(pair[0])):
         a, b = (_replace(getattr(layer, factor), adapter) for factor in FACTORS)
         shapes = (*a.initial.shape, *b.initial.shape)
         found.setdefault(name.rpartition(".")[2], {}).setdefault(shapes, []).append((name, a, b))
+        TAKEN.add(layer)
     rate = remove_dropout(model, adapter)
     if rate:
         warnings.warn(
@@ -267,10 +273,14 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
     others = sorted((set(layer.active_adapters) & layer.r.keys()) - {adapter})
     if others:
         raise SiteError(f"module {name!r}: adapters {others} are active in addition to {adapter!r}. Deactivate them.")
+    if layer.merged:
+        raise SiteError(f"module {name!r}: {layer.merged_adapters} are merged. Call unmerge_adapter() first.")
     if adapter not in layer.r:
         return
     if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], Slot):
         raise SiteError(f"module {name!r}: its LoRA already belongs to a LanguageModel. Load the model again.")
+    if layer.disable_adapters or adapter not in layer.active_adapters:
+        raise SiteError(f"module {name!r}: adapter {adapter!r} is not active. Call set_adapter({adapter!r}) first.")
     variant = layer.lora_variant.get(adapter)
     if variant is not None or adapter not in layer.lora_A or not isinstance(layer.lora_A[adapter], nn.Linear):
         kind = type(layer).__name__ if variant is None else type(variant).__name__

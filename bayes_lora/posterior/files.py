@@ -120,5 +120,5 @@ def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, ov
             {f"base_model.model.{name}.weight": value for name, value in weights.items()},
         )
         config = copy.copy(lm.lora_config)
-        config.base_model_name_or_path, config.inference_mode = lm.name, True
+        config.base_model_name_or_path, config.revision, config.inference_mode = lm.name, lm.revision, True
         config.save_pretrained(str(folder))

@@ -257,7 +257,8 @@ class TaskPosterior:
 
         Raises:
             TaskError: see :meth:`predict`.
-            ConfigError: ``num_draws`` is positive for whole updates, whose noise differs between forwards.
+            ConfigError: ``num_draws`` is positive for whole updates, whose noise differs between forwards, or a prompt
+                and its answer may need more positions than the model has.
         """
         if self.is_deferred and num_draws:
             raise ConfigError("generate: draws of whole updates differ between forwards. Use num_draws=0.")

@@ -13,6 +13,7 @@ from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.lm.model_files import DEFAULT_MODEL
+from bayes_lora.lm.text_config import text_config
 from bayes_lora.recipes.config_values import check_keys, merge, named_template, nested, read_yaml
 from bayes_lora.recipes.recipes import override, recipe_of
 from bayes_lora.recipes.registry import check_settings
@@ -38,6 +39,8 @@ class LanguageModelConfig:
     """The base model, its LoRA, its prompts, and how it runs. See :func:`bayes_lora.load_language_model`.
 
     Attributes:
+        name: hub id or path of the base model.
+        revision: branch, tag or commit of a hub id; None means the main branch.
         r: rank of the LoRA; None means 8.
         lora_alpha: PEFT scales the update by ``lora_alpha / r``; None means ``2 r``.
         layers_to_transform: indices of the adapted layers.
@@ -54,6 +57,7 @@ class LanguageModelConfig:
     """
 
     name: str = DEFAULT_MODEL
+    revision: str | None = None
     r: Count | None = None
     lora_alpha: Count | None = None
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
@@ -77,9 +81,10 @@ class LanguageModelConfig:
         A LoRA that the settings cannot describe (such as a regular expression of ``target_modules``, or an adapter in
         memory) is not recorded: pass ``lm=`` to load a posterior that was fitted on it.
         """
-        lora, count = lm.lora_config, int(lm.model.config.num_hidden_layers)
+        lora, count = lm.lora_config, int(text_config(lm.model.config).num_hidden_layers)
         kept: dict[str, Any] = {
             "name": lm.name or self.name,
+            "revision": lm.revision,
             "adapter": lm.adapter,
             "max_length": lm.encoder.max_length,
             "normalize": lm.normalize,

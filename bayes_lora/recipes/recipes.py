@@ -130,6 +130,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Load the language model that the settings describe."""
     return load_language_model(
         config.name,
+        revision=config.revision,
         r=config.r,
         lora_alpha=config.lora_alpha,
         layers_to_transform=config.layers_to_transform,
