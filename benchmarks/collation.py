@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -122,10 +123,12 @@ def main(given: list[str] | None = None) -> None:
     else:
         names, _ = load_split(args.tasks, args.split, allow_missing=True)
         tasks = load_tasks(args.tasks, names=names, merge_duplicates=True)
+    texts = {text for task in tasks.values() for one in task.examples for text in (one.input, *one.options)}
+    vocabulary = sorted({word for text in texts for word in text.split()})
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
     if args.quick:
-        shape, sizes = shape.tiny(), Sizes.quick()
-    words = word_tokenizer(shape.vocab)
+        shape, sizes = replace(shape.tiny(), vocab=len(vocabulary) + 1), Sizes.quick()
+    words = word_tokenizer(shape.vocab, vocabulary)
     encoders = [
         load_encoder(args.tokenizer, None, n) if args.tokenizer else Encoder(words, None, n) for n in (128, 256)
     ]

@@ -194,9 +194,10 @@ def lora_config(shape: Shape, layers: int | None, targets: Sequence[str]) -> pef
     )
 
 
-def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One token for each of the words w0, w1, ..."""
-    words = {"<unk>": 0} | {f"w{i}": i + 1 for i in range(min(WORDS, vocab - 1))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+def word_tokenizer(vocab: int, words: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """One token for each of the words that fit the vocabulary, by default w0, w1, ..."""
+    words = [f"w{i}" for i in range(WORDS)] if words is None else words
+    tokens = {"<unk>": 0} | {word: i + 1 for i, word in enumerate(words[: vocab - 1])}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
