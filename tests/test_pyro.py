@@ -31,6 +31,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal
 
+import peft  # with bitsandbytes installed, this import alone turns torch's validate_args off
 before = pyro.settings.get()
 import bayes_lora, bayes_lora.guides, bayes_lora.models, bayes_lora.posterior.posterior
 assert pyro.settings.get() == before, "importing bayes_lora changed Pyro's settings"
