@@ -1,8 +1,8 @@
-"""Columns that give the answer away, such as the text of a label beside its number.
+"""Find columns that give the answer away, such as a column with the name of each numeric label.
 
-A column does so if each of its values stands for one answer, each answer has at most :data:`MAX_VALUES` of its values,
-and a value occurs twice on average. A column of texts that all differ also determines the answer, but it is a column of
-inputs: hence the second and the third condition.
+A column gives the answer away if each of its values occurs with one answer only, each answer has at most
+:data:`MAX_VALUES` of its values, and a value occurs at least twice on average. The last two conditions keep inputs:
+a column of texts that all differ determines the answer too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bayes_lora.tasks.readers.table_rows import Row, is_blank
 __all__ = ["leaking_columns"]
 
 MAX_VALUES = 3
-"""Of one answer: a rating from 1 to 6 may be that of two labels, but a topic with more values is an input."""
+"""Maximum number of values per answer: ratings 1 to 6 behind two labels leak, a topic with more values does not."""
 
 
 def leaking_columns(rows: Sequence[Row], names: Sequence[str], label: str) -> list[str]:
