@@ -140,9 +140,9 @@ def by_hand(lm, phi, prompt, most):
         total = torch.stack(by_draw).logsumexp(0) - math.log(len(by_draw))
         tokens.append(int(total.argmax()))
         text = lm.tokenizer.decode(tokens).lstrip()
-        if lm.encoder.end_text in text or tokens[-1] == lm.tokenizer.eos_token_id:
+        if lm.encoder.end in text or tokens[-1] == lm.tokenizer.eos_token_id:
             break
-    text = text.partition(lm.encoder.end_text)[0].removesuffix(lm.tokenizer.eos_token)
+    text = text.partition(lm.encoder.end)[0].removesuffix(lm.tokenizer.eos_token)
     return Generated(text.strip(), float(total.max()))
 
 

@@ -8,6 +8,7 @@ from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.lm import packed_forward as forward
 from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.tasks import Example
 from bayes_lora.types import absent_score
 
 
@@ -126,10 +127,31 @@ def test_rows_fit_into_the_sliding_window(tokenizer, monkeypatch):
 def test_mean_divides_by_the_number_of_tokens(tokenizer):
     lm, mean = build_lm("llama", tokenizer), build_lm("llama", tokenizer, normalize="mean")
     episode, tasks = query_episode(lm)
-    lengths = [len(lm.encoder._option_ids(f" {option}")) for option in tasks[1].examples[0].options]
+    lengths = [len(lm.encoder._answers.ids(f" {option}")) for option in tasks[1].examples[0].options]
     assert len(set(lengths)) > 1
     phi = random_phi(lm)
     torch.testing.assert_close(mean(phi, episode)[1, 0], lm(phi, episode)[1, 0] / torch.tensor(lengths))
+
+
+def test_an_option_that_begins_with_another_can_win(tokenizer):
+    """Scores are log-probabilities of the text up to the end of the answer, from a plain forward of each option."""
+    lm, options = build_lm("llama", tokenizer), ("1", "2", "10")
+    episode = collate([lm.encoder([Example("how many stars?", options, 0)])])
+    phi = {site: value.requires_grad_() for site, value in random_phi(lm, 1, 1).items()}
+    optimizer = torch.optim.Adam(phi.values(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(lm(phi, episode)[0], torch.tensor([2])).backward()
+        optimizer.step()
+    [scores] = lm(phi, episode)[0].detach()
+    assert scores.argmax() == 2
+    with lm.bound({site: value.detach()[None, :, 0] for site, value in phi.items()}), torch.no_grad():
+        for option, score in zip(options, scores, strict=True):
+            prompt, text = (tokenizer(f"1 or 2 or 10?\nhow many stars?\nAnswer:{end}") for end in ("", f" {option}\n"))
+            ids, start = text["input_ids"], len(prompt["input_ids"])
+            log_probs = lm.model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+            expected = sum(log_probs[i - 1, ids[i]] for i in range(start, len(ids)))
+            torch.testing.assert_close(score, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_absent_options_have_no_probability(lm):

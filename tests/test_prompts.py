@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_zoo import LETTERS, TEMPLATES, finish, llama, unigram
+from tokenizer_zoo import LETTERS, TEMPLATES, finish, llama, merging, unigram
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -101,10 +101,14 @@ def test_tokens_spell_the_rendered_text(any_tokenizer: Any, data: st.DataObject,
     prompt_text, option_texts = template.render(example)
     assert prompt == ids_of(any_tokenizer, prompt_text, special=True)
     start = 0 if exact else 1
+    assert not any(a != b and b[: len(a)] == a for a in found for b in found)
+    ends = set()
     for text, option in zip(option_texts, found, strict=True):
         spelt = any_tokenizer.decode(prompt[start:] + option, clean_up_tokenization_spaces=False)
-        once = any_tokenizer.decode(ids_of(any_tokenizer, prompt_text + text), clean_up_tokenization_spaces=False)
-        assert spelt == (prompt_text + text if exact else once)
+        ids = [ids_of(any_tokenizer, prompt_text + text + end) for end in ("", template.end)]
+        once = [any_tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in ids]
+        ends.add([prompt_text + text, prompt_text + text + template.end].index(spelt) if exact else once.index(spelt))
+    assert len(ends) == 1  # with the end of the answer or without it, all alike
 
 
 def test_options_are_tokenised_as_after_the_prompt(sentencepiece: Any) -> None:
@@ -288,6 +292,54 @@ def test_template_refuses() -> None:
         PromptTemplate(option=" {input}")
 
 
+def test_spaces_at_the_end_of_a_prompt_are_moved_to_the_answer() -> None:
+    """Where a space and the word after it are one token, the answer is tokenised as in the whole text."""
+    for template, text in (
+        (PromptTemplate("{input}", "{option}"), "so "),
+        (PromptTemplate("{input} ", "{option}"), "so"),
+    ):
+        [row] = Encoder(llama(), template)([Example(text, ("yes", "no"), 0)])
+        assert unpack(row)[0] + row.gold.tolist() == ids_of(llama(), "so yes", special=True)
+    assert PromptTemplate("{input}: ", " {option}").render(Example("a", references=("b",)))[1] == [" b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "ended"),
+    [
+        (("1", "2", "10"), True),
+        (("yes", "no", "yes, but not so"), True),
+        (("yes", "maybe", "no"), False),
+        (("nothing", "not"), True),
+    ],
+)
+def test_options_that_begin_with_another_are_scored_with_their_end(options: tuple[str, ...], ended: bool) -> None:
+    """Otherwise the shorter one would always be at least as likely; letter by letter, `nothing` begins with `not`."""
+    letters = merging()
+    [row] = Encoder(letters)([Example("how many?", options, 1)])
+    assert unpack(row)[1] == [ids_of(letters, f" {option}" + "\n" * ended) for option in options]
+    [shown] = Encoder(letters)([QUERY], [Example("how many?", options, 1)])
+    assert shown.context is not None
+    assert letters.decode(shown.context.tokens).endswith(f"Answer: {options[1]}")  # the gap ends it
+
+
+@pytest.mark.parametrize("answer", ["cellar", "cellar."])
+@pytest.mark.parametrize("gap", ["\n\n", "\n", " | ", "\n\n###\n\n"])
+def test_an_answer_that_merges_with_its_end(answer: str, gap: str) -> None:
+    """Tokens of the ordinary text, of free answers, of options and of demonstrations."""
+    merges, text = merging(), f"where? A: {answer}"
+    encoder = Encoder(merges, PromptTemplate("{input} A:", free_prompt="{input} A:", gap=gap))
+    free = Example("where?", references=(answer,))
+    [row] = encoder([free])
+    assert unpack(row)[0] + row.gold.tolist() == ids_of(merges, f"{text}\n")
+    [row] = encoder([Example("where?", (answer, "attic"), 0)])
+    assert unpack(row)[0] + row.gold.tolist() == ids_of(merges, text + "\n" * answer.endswith("."))
+    choice = Example("what?", ("good", "bad."), 1)
+    [row] = encoder([QUERY], [free, choice, free])
+    assert row.context is not None
+    whole = f"{text}{gap}what? A: bad.{gap}{text}{gap}so so A:"
+    assert [*row.context.tokens.tolist(), *unpack(row)[0]] == ids_of(merges, whole)
+
+
 def test_texts_without_tokens_are_refused(sentencepiece: Any) -> None:
     """An option or a prompt of which the tokenizer makes nothing cannot be scored."""
     encoder = Encoder(sentencepiece, PromptTemplate("{input}", "{option}"))
@@ -433,27 +485,56 @@ def chatting(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTra
     return copied
 
 
-@pytest.mark.parametrize("chat_template", [CHATML, INST], ids=["chatml", "inst"])
-def test_a_chat_reads_as_the_tokenizer_renders_it(any_tokenizer: Any, chat_template: str) -> None:
-    """Token by token, demonstrations as earlier turns; the answer is the reply, without the option's space."""
-    chat = chatting(any_tokenizer, chat_template)
-    encoder = Encoder(chat, PromptTemplate("{options}?\n{input}", free_prompt="{input}", chat=True), max_length=200)
+TRIM = CHATML.replace("m.content", "m.content | trim")
+MISTRAL = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+LLAMA_2 = MISTRAL.replace("'[/INST]'", "' [/INST]'").replace("'</s>'", "' </s><s>'")
+THOUGHTS = (  # a thought before the last reply only, and an empty one if they are turned off
+    "{% for m in messages %}{{ '<s>' + m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<s>assistant:' }}{% if not thinking | default(true) %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 
-    def rendered(*messages: str) -> list[int]:
+
+@pytest.mark.parametrize(
+    ("chat_template", "arguments"),
+    [
+        pytest.param(CHATML, {}, id="chatml"),
+        pytest.param(INST, {}, id="inst"),
+        pytest.param(TRIM, {}, id="trim"),
+        pytest.param(MISTRAL, {}, id="mistral"),
+        pytest.param(LLAMA_2, {}, id="llama-2"),
+        pytest.param(THOUGHTS, {}, id="thoughts"),
+        pytest.param(THOUGHTS, {"thinking": False}, id="no thoughts"),
+    ],
+)
+def test_a_chat_reads_as_the_tokenizer_renders_it(
+    any_tokenizer: Any, chat_template: str, arguments: dict[str, bool]
+) -> None:
+    """Token by token, demonstrations as earlier turns and the gold answer as the reply."""
+    chat = chatting(any_tokenizer, chat_template)
+    template = PromptTemplate("{options}?\n{input}", free_prompt="{input}", chat=True, chat_arguments=arguments)
+    encoder = Encoder(chat, template, max_length=200)
+    texts = ("yes or not so?\na fine film", "not so", "yes or no?\ndull", "yes", "yes or maybe not?\nso so")
+
+    def rendered(*messages: str, reply: bool) -> str:
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
-        return list(chat.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        return str(chat.apply_chat_template(turns, add_generation_prompt=reply, tokenize=False, **arguments))
 
     [alone], [behind] = encoder([QUERY]), encoder([QUERY], DEMONSTRATIONS)
-    assert unpack(alone)[0] == rendered("yes or maybe not?\nso so")
     assert behind.context is not None
-    tokens = [*behind.context.tokens.tolist(), *unpack(behind)[0]]
-    texts = ("yes or not so?\na fine film", "not so", "yes or no?\ndull", "yes", "yes or maybe not?\nso so")
-    if chat_template == CHATML:
-        assert tokens == rendered(*texts)
-    # Behind [no] SentencePiece's marker is a token of its own or not, as the whole text has it.
-    assert chat.decode(tokens).replace(" ", "") == chat.decode(rendered(*texts)).replace(" ", "")
-    spelt = chat.decode(alone.gold, clean_up_tokenization_spaces=False)
-    assert spelt.lstrip() == "maybe not"
+    for before, row in ((texts[-1:], alone), (texts, behind)):
+        context = [] if row.context is None else row.context.tokens.tolist()
+        tokens = [*context, *unpack(row)[0], *row.gold.tolist()]
+        whole = ids_of(chat, rendered(*before, "maybe not", reply=False))
+        if chat_template == INST:  # after [no] SentencePiece's marker is a separate token or not
+            assert chat.decode(whole).replace(" ", "").startswith(chat.decode(tokens).replace(" ", ""))
+        else:
+            assert tokens == whole[: len(tokens)]
+            begins = ids_of(chat, rendered(*before, reply=True))
+            assert tokens[: len(begins)] == begins
 
 
 def test_a_cut_chat_keeps_its_frame(any_tokenizer: Any) -> None:
@@ -469,11 +550,11 @@ def test_a_cut_chat_keeps_its_frame(any_tokenizer: Any) -> None:
 
 def test_a_free_reply_ends_as_the_chat_template_ends_it(any_tokenizer: Any) -> None:
     encoder = Encoder(chatting(any_tokenizer, CHATML), PromptTemplate(chat=True))
-    spelt = encoder.tokenizer.decode(encoder.end)
     # One of these tokenizers has no such token, and spells it up to the next that it has.
-    assert spelt == ("</s>" if len(encoder.end) == 1 else "</s><s>")
+    known = "</s>" in any_tokenizer.all_special_tokens
+    assert encoder.end == ("</s>" if known else "</s><s>")
     [row] = encoder([Example("so?", references=("good",))])
-    assert row.gold[-len(encoder.end) :].tolist() == encoder.end
+    assert encoder.tokenizer.decode(row.gold).replace(" ", "") == f"good{encoder.end}"
 
 
 @pytest.mark.parametrize(
@@ -483,8 +564,33 @@ def test_a_free_reply_ends_as_the_chat_template_ends_it(any_tokenizer: Any) -> N
         ("{{ messages[-1].content }}", "does more than put text around each message"),
         (CHATML.replace("m.content", "m.content | upper"), "does more than put text around each message"),
         (CHATML.replace("loop.first", "messages | length > 1"), "does more than put text around each message"),
+        (
+            CHATML.replace("assistant:' }}", "assistant:<think>' }}"),
+            "begins a reply with '<think>', .*part of",
+        ),
+        (INST + "{{ raise_exception('roles') if messages | length > 2 }}", r"cannot render a conversation \(roles\)"),
     ],
 )
 def test_chat_templates_that_cannot_be_used(tokenizer: Any, chat_template: str | None, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         Encoder(chatting(tokenizer, chat_template), PromptTemplate(chat=True))
+
+
+def test_messages_are_stripped(tokenizer: Any) -> None:
+    """Some chat templates do so, others not: the reply is scored after the same text."""
+    encoder = Encoder(chatting(tokenizer, CHATML), PromptTemplate("{input}", "{option}", chat=True))
+    [row], [padded] = (encoder([Example(text, ("yes", "no"), 0)]) for text in ("good", " \ngood \n"))
+    assert row.key == padded.key
+
+
+def test_chat_arguments(tokenizer: Any) -> None:
+    """They reach the template, such as a date; one that it does not know is refused."""
+    chat = chatting(tokenizer, CHATML.replace("be brief", "today: ' + (date | default('unknown')) + '"))
+    dated = PromptTemplate(chat=True, chat_arguments={"date": "26 Jul 2024"})
+    assert Encoder(chat, dated).frame.first == "<s>today: 26 Jul 2024</s><s>user:"
+    assert Encoder(chat, PromptTemplate(chat=True)).frame.first == "<s>today: unknown</s><s>user:"
+    with pytest.raises(ConfigError, match=r"chat_arguments: the chat template of .* has no argument 'dat_string'"):
+        Encoder(chat, PromptTemplate(chat=True, chat_arguments={"dat_string": ""}))
+    with pytest.raises(ConfigError, match=r"chat_arguments: expected none without a chat template"):
+        PromptTemplate(chat_arguments={"date": ""})
+    assert hash(dated) == hash(PromptTemplate(chat=True))

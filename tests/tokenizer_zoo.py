@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.episodes import PromptTemplate
@@ -57,3 +57,18 @@ def llama() -> PreTrainedTokenizerFast:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     raw.decoder = decoders.Sequence(steps)
     return finish(raw)
+
+
+def merging() -> PreTrainedTokenizerFast:
+    """Bytes as Llama 3 and Qwen split them: newlines after punctuation belong to its token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    newline = "\u010a"  # how byte-level tokenizers write it
+    merges = [(".", newline), (newline, newline), (".", newline * 2)]
+    tokens = ["<s>", *alphabet, f".{newline}", newline * 2, f".{newline}{newline}"]
+    raw = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    split = Regex(r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+| ?\p{L}+|\s+(?!\S)|\s+")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<s>")

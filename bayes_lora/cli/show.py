@@ -135,25 +135,22 @@ def _demonstrations(
 ) -> list[tuple[Kind, list[int]]]:
     """Return the tokens of a row's context, and those that were cut from demonstrations or left out with them."""
     assert row.context is not None
-    room = len(row.context)
-    left_out = len(demonstrations)
-    while left_out and room > 0:  # the first ones are left out if they do not fit
-        left_out -= 1
-        begins = len(encoder.solved(demonstrations[left_out], True)) == room
-        room -= len(encoder.solved(demonstrations[left_out], begins))
-    first, *others = demonstrations[left_out:]
-    kept, whole = encoder.solved(first, True), uncut.solved(first, True)
-    before = [token for i, one in enumerate(demonstrations[: left_out + 1]) for token in uncut.solved(one, i == 0)]
+    left_out = 0  # the first ones are left out if they do not fit
+    while sum(map(len, encoder.solved(demonstrations[left_out:])[0])) > len(row.context):
+        left_out += 1
+    [kept, *others], [whole, *uncut_others] = (one.solved(demonstrations[left_out:])[0] for one in (encoder, uncut))
+    given = [token for ids in uncut.solved(demonstrations)[0] for token in ids]
+    lost = len(given) - len(whole) - sum(map(len, uncut_others))
     # The tokens at the beginning of every text are not part of a demonstration.
     begin = encoder.prefix or encoder.tokenizer(encoder.frame.first, add_special_tokens=False)["input_ids"]
     head = next((i for i, (a, b) in enumerate(zip(begin, kept, strict=False)) if a != b), len(begin))
     pieces: list[tuple[Kind, list[int]]] = [
         ("demonstration", kept[:head]),
-        ("cut", before[head : head + len(before) - len(whole)]),
+        ("cut", given[head : head + lost]),
         *_divide("demonstration", kept[head:], whole[head:]),
     ]
-    for one in others:
-        pieces += _divide("demonstration", encoder.solved(one, False), uncut.solved(one, False))
+    for ids, all_ids in zip(others, uncut_others, strict=True):
+        pieces += _divide("demonstration", ids, all_ids)
     return pieces
 
 

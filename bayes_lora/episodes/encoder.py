@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from bayes_lora.episodes.chat import Frame, chat_frame
+from bayes_lora.episodes.answers import AnswerTokens
+from bayes_lora.episodes.chat import Frame, chat_frame, end_of_reply
+from bayes_lora.episodes.continuation import Continuation
 from bayes_lora.episodes.packing import Context, EncodedExample, digest, in_context, pack
 from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.episodes.token_store import TokenStore, tokenizer_key
@@ -38,8 +40,7 @@ class Encoder:
     Attributes:
         prefix: tokens that the tokenizer puts before every text.
         frame: texts around prompts and answers.
-        end: tokens that end a free-form answer.
-        end_text: the text of ``end``.
+        end: text that ends a free-form answer.
 
     Raises:
         ConfigError: ``template.chat`` is set, but the tokenizer has no chat template.
@@ -57,24 +58,21 @@ class Encoder:
         self.tokenizer, self.store, self.num_embeddings = tokenizer, store, num_embeddings
         self.template = template or PromptTemplate()
         self.max_length, self.max_positions = max_length, max_positions
-        self._known: dict[tuple[Example, bool], tuple[EncodedExample, bool]] = {}
+        self._known: dict[tuple[Example, str | None, bool], tuple[EncodedExample, bool]] = {}
         self._key: bytes | None = None
         self._cut: set[Example] = set()
-        self._option_ids = lru_cache(maxsize=None)(self._encode_option)
+        self._text = Continuation(tokenizer)
         self._context = lru_cache(maxsize=None)(self._encode_context)
         # Tokens that the tokenizer adds before a text (Llama's <s>), kept when the prompt is cut.
-        plain, marked = self._ids("a"), self._ids("a", special=True)
+        plain, marked = self._text.beginning("a"), self._text.beginning("a", special=True)
         starts = (i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
         self.prefix = marked[: next(starts, 0)]
-        self.frame = Frame("", "", self.template.gap)
-        self.end, self.end_text = self._ids_after(self.template.end), self.template.end
+        self.frame, self.end = Frame(between=self.template.gap), self.template.end
+        before = self.template.prompt.rpartition("}")[2].strip()
         if self.template.chat:  # the frame contains the prefix already
-            self.frame, self.prefix = chat_frame(tokenizer), []
-            between = self._ids(self.frame.between)
-            special = next((i for i, token in enumerate(between) if token in tokenizer.all_special_ids), None)
-            if special is not None:
-                self.end = between[: special + 1]
-                self.end_text = str(tokenizer.decode(self.end))
+            self.frame, self.prefix = chat_frame(tokenizer, self.template.chat_arguments), []
+            before, self.end = self.frame.cue, end_of_reply(self.frame, tokenizer.all_special_tokens) or self.end
+        self._answers = AnswerTokens(self._text, before, self.end, max(1, max_length // 2))
 
     def __call__(self, examples: Sequence[Example], demonstrations: Sequence[Example] = ()) -> list[EncodedExample]:
         """Encode examples, each after the demonstrations if there are any.
@@ -92,8 +90,8 @@ class Encoder:
         """
         if not demonstrations:
             return self._rows(examples)
-        context = self._context(tuple(demonstrations))
-        return [in_context(row, context) for row in self._rows(examples, begins=False)]
+        context, opening = self._context(tuple(demonstrations))
+        return [in_context(row, context) for row in self._rows(examples, opening)]
 
     def prompts(self, questions: Sequence[Example | str], demonstrations: Sequence[Example] = ()) -> list[list[int]]:
         """Return the token ids before the answer; a string is a question with a free-form answer."""
@@ -102,9 +100,9 @@ class Encoder:
         contexts = ([] if row.context is None else row.context.tokens.tolist() for row in rows)
         return [[*before, *row.tokens[row.segments == 0].tolist()] for before, row in zip(contexts, rows, strict=True)]
 
-    def _rows(self, examples: Sequence[Example], begins: bool = True) -> list[EncodedExample]:
-        self._fetch(examples, begins)
-        encoded = [self.encode(example, begins) for example in examples]
+    def _rows(self, examples: Sequence[Example], opening: str | None = None) -> list[EncodedExample]:
+        self._fetch(examples, opening)
+        encoded = [self.encode(example, opening) for example in examples]
         if self.num_embeddings is not None:
             for example, (row, _) in zip(examples, encoded, strict=True):
                 self._check_tokens(example, row, self.num_embeddings)
@@ -128,106 +126,89 @@ class Encoder:
                 "model.resize_token_embeddings(len(tokenizer))."
             )
 
-    def encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
+    def encode(
+        self, example: Example, opening: str | None = None, *, solved: bool = False
+    ) -> tuple[EncodedExample, bool]:
         """Encode one example, and return its row and whether it was cut.
 
         Args:
             example: the example.
-            begins: whether the row begins the text, or follows demonstrations.
+            opening: text between the demonstrations and the prompt; None if the row begins the text.
+            solved: whether the example is a demonstration.
         """
-        found = self._known.get((example, begins))
+        key = (example, opening, solved and self.frame.shown != self.frame.cue)
+        found = self._known.get(key)
         if found is None:
-            found = self._known[example, begins] = self._encode(example, begins)
+            found = self._known[key] = self._encode(*key)
         return found
 
     def forget(self) -> None:
         """Clear the cache of rows."""
         self._known.clear()
 
-    def _fetch(self, examples: Sequence[Example], begins: bool) -> None:
+    def _fetch(self, examples: Sequence[Example], opening: str | None) -> None:
         """Read many new examples from the store, or encode and write them."""
         if self.store is None or len(examples) < self.store.fewest:
             return
-        new = [example for example in dict.fromkeys(examples) if (example, begins) not in self._known]
+        new = [example for example in dict.fromkeys(examples) if (example, opening, False) not in self._known]
         if len(new) < self.store.fewest:
             return
         if self._key is None:
-            self._key = digest(tokenizer_key(self.tokenizer), self.template, self.max_length)
-        key = digest(self._key, begins, [(e.input, e.options, e.answer, e.references) for e in new])
+            self._key = digest(VERSION, tokenizer_key(self.tokenizer), self.template, self.frame, self.max_length)
+        key = digest(self._key, opening, [(e.input, e.options, e.answer, e.references) for e in new])
         rows = self.store.read(key)
         if rows is None:
-            rows = [self.encode(example, begins) for example in new]
+            rows = [self.encode(example, opening) for example in new]
             self.store.write(key, rows)
-        self._known |= zip(((example, begins) for example in new), rows, strict=True)
+        self._known |= zip(((example, opening, False) for example in new), rows, strict=True)
 
-    def solved(self, demonstration: Example, begins: bool) -> list[int]:
-        """Return the tokens of a demonstration: its prompt, and the gold answer without its end.
+    def solved(self, demonstrations: Sequence[Example]) -> tuple[list[list[int]], str]:
+        """Return the tokens of each demonstration with its gold answer, and the text between them and the next prompt.
 
-        Args:
-            demonstration: a solved example.
-            begins: whether it begins the text, or follows another demonstration.
+        If a token spans the end of an answer and the text after it, it is the answer's last token.
         """
-        row, _ = self.encode(demonstration, begins)
-        prompt, gold = row.tokens[row.segments == 0].tolist(), row.gold.tolist()
-        # The text between a demonstration and the next prompt ends the answer.
-        if row.free_form and gold[-len(self.end) :] == self.end:
-            gold = gold[: -len(self.end)]
-        return [*prompt, *gold]
+        tokens, opening = [], None
+        for one in demonstrations:
+            row, _ = self.encode(one, opening, solved=True)
+            text = self.frame.lead + self.template.render(one)[1][one.answer]
+            answer, opening = self._answers.followed(text, self.frame.between, free_form=one.free_form)
+            tokens.append([*row.tokens[row.segments == 0].tolist(), *answer])
+        return tokens, opening or ""
 
-    def _encode_context(self, demonstrations: tuple[Example, ...]) -> Context:
-        self._rows(demonstrations, begins=False)  # warns if some are cut
-        first, later = ([self.solved(one, begins) for one in demonstrations] for begins in (True, False))
+    def _encode_context(self, demonstrations: tuple[Example, ...]) -> tuple[Context, str]:
+        self._rows(demonstrations, self.frame.between)  # warns if some are cut
         kept, room = 0, math.inf if self.max_positions is None else self.max_positions - self.max_length
-        while kept < len(first) and len(first[kept]) + sum(map(len, later[kept + 1 :])) > room:
+        while kept < len(demonstrations):
+            tokens, opening = self.solved(demonstrations[kept:])
+            if sum(map(len, tokens)) <= room:
+                break
             kept += 1
-        if kept == len(first):
+        else:
             raise TaskError(
-                f"demonstrations: the last one has {len(first[-1])} tokens, but the model has {self.max_positions} "
+                f"demonstrations: the last one has {len(tokens[-1])} tokens, but the model has {self.max_positions} "
                 f"positions, of which max_length={self.max_length} are reserved for the example. Lower max_length."
             )
         if kept:
             warnings.warn(
-                f"{kept} of {len(first)} demonstrations were left out: the model has {self.max_positions} positions, "
-                f"of which max_length={self.max_length} are reserved for the example.",
+                f"{kept} of {len(demonstrations)} demonstrations were left out: the model has {self.max_positions} "
+                f"positions, of which max_length={self.max_length} are reserved for the example.",
                 stacklevel=4,
             )
-        return Context.of([*first[kept], *(token for ids in later[kept + 1 :] for token in ids)])
+        return Context.of([token for ids in tokens for token in ids]), opening
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-    def _encode_option(self, text: str) -> tuple[int, ...]:
-        ids = self._ids_after(text)
-        if not ids:
-            raise TaskError(f"option {text!r}: the tokenizer returns no tokens for it. Change the text of the option.")
-        return tuple(ids)
-
-    def _ids_after(self, text: str) -> list[int]:
-        """Return the tokens of a text after other text: SentencePiece marks the beginning of a text."""
-        ids = self._ids(text)
-        for cue in (self.template.prompt.rpartition("}")[2].strip(), "Answer:", "\n"):
-            before, joined = self._ids(cue), self._ids(cue + text)
-            if before and joined[: len(before)] == before:  # otherwise a token spans the end of the cue and the text
-                return joined[len(before) :]
-        return ids
-
-    def _encode(self, example: Example, begins: bool = True) -> tuple[EncodedExample, bool]:
-        prefix = self.prefix if begins else []
-        lead = self.frame.first if begins else self.frame.between
-        ids_of = self._ids if begins or self.template.chat else self._ids_after
+    def _encode(self, example: Example, opening: str | None, solved: bool) -> tuple[EncodedExample, bool]:
+        prefix = self.prefix if opening is None else []
+        lead, cue = self.frame.first if opening is None else opening, self.frame.shown if solved else self.frame.cue
+        ids_of = self._text.beginning if opening is None else self._text.after
         prompt, option_texts = self.template.render(example)
-        options, shortened = [self._option_ids(text) for text in option_texts], False
-        if len(set(options)) < len(options):
-            raise _same_tokens(example, options)
-        if example.free_form:
-            options, shortened = self._with_end(options)
+        options, shortened = self._answers(example, [self.frame.lead + text for text in option_texts])
         room = self.max_length - len(prefix) - sum(len(option) - 1 for option in options)
         if room < 1:
             raise TaskError(
                 f"example {example.input[:60]!r}: its options alone fill max_length={self.max_length} tokens. "
                 "Raise max_length or shorten the options."
             )
-        ids = ids_of(lead + prompt + self.frame.cue)
+        ids = ids_of(lead + prompt + cue)
         if not ids:
             raise TaskError(f"example {example.input[:60]!r}: the tokenizer returns no tokens for its prompt.")
         if len(ids) > room:
@@ -240,22 +221,9 @@ class Encoder:
             ids, shortened = ids[:kept] + ids[kept - room :], True
         return pack(prefix + ids, options, example.answer, free_form=example.free_form), shortened
 
-    def _with_end(self, options: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], bool]:
-        """Append ``end`` to a free-form answer and cut it to its maximum length; also return whether it was cut."""
-        whole = [token for option in options for token in (*option, *self.end)]
-        most = max(1, self.max_length // 2)
-        return [tuple(whole[:most])], len(whole) > most
 
-
-def _same_tokens(example: Example, options: Sequence[tuple[int, ...]]) -> TaskError:
-    """Return the error that names the first two options with the same tokens."""
-    second = next(index for index, ids in enumerate(options) if ids in options[:index])
-    one, other = example.options[options.index(options[second])], example.options[second]
-    return TaskError(
-        f"example {example.input[:60]!r}: the tokenizer returns the same tokens for the options {one!r} and {other!r}, "
-        "so they would always be equally likely. Change the text of one, or use a template that scores letters."
-    )
-
+VERSION = 2
+"""Changed with the tokens of rows, so that those of former versions are not read from a store."""
 
 UNCUT = 1 << 40
 """A maximum row length that no text reaches."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from string import ascii_uppercase
+from typing import Any
 
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.tasks.task import Example
@@ -18,8 +19,8 @@ class PromptTemplate:
     """Templates that turn an example into text.
 
     Attributes:
-        prompt: text that the model reads before it answers, with ``{input}`` and optionally ``{options}``. It should
-            not end in a space, because ``option`` begins with one.
+        prompt: text that the model reads before it answers, with ``{input}`` and optionally ``{options}``. Spaces at
+            its end are moved to the beginning of the answer, because tokenizers merge a space with the word after it.
         option: text that is scored, with ``{option}``.
         separator: text between the options that the prompt lists.
         gap: text after each demonstration.
@@ -28,8 +29,10 @@ class PromptTemplate:
         free_prompt: template used in place of ``prompt`` if the answer is free text, with ``{input}``.
         end: text that ends a free-form answer. It is scored with the answer, and decoding stops at it.
         chat: whether prompts are messages to a chat model and answers its replies, formatted with the tokenizer's chat
-            template: for instruction-tuned models. The chat template replaces ``gap``, ``end`` and the leading spaces
-            of ``option``.
+            template: for instruction-tuned models. The chat template replaces ``gap`` and ``end``, and whitespace
+            around messages is removed.
+        chat_arguments: arguments of the chat template, passed to ``apply_chat_template``, such as
+            ``{"enable_thinking": False}``, or ``{"date_string": "26 Jul 2024"}`` where a template contains a date.
     """
 
     prompt: str = "{options}?\n{input}\nAnswer:"
@@ -40,6 +43,7 @@ class PromptTemplate:
     free_prompt: str = "{input}\nAnswer:"
     end: str = "\n"
     chat: bool = False
+    chat_arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "free_prompt"):
@@ -49,6 +53,8 @@ class PromptTemplate:
             raise ConfigError(f"option template {self.option!r}: expected the placeholder {{option}}.")
         if not self.end:
             raise ConfigError("template.end is empty: expected a text that ends a free-form answer, such as a newline.")
+        if self.chat_arguments and not self.chat:
+            raise ConfigError("template.chat_arguments: expected none without a chat template. Set template.chat=true.")
         if self.letters and "{options}" not in self.prompt:
             raise ConfigError(
                 f"prompt template {self.prompt!r}: expected the placeholder {{options}}, because letters are "
@@ -63,8 +69,11 @@ class PromptTemplate:
         answers: Sequence[str] = (example.output,) if example.free_form else example.options
         if self.letters and not example.free_form:
             answers = _letters(example)
-        option = self.option.lstrip(" ") if self.chat else self.option
-        return prompt, [option.replace("{option}", answer) for answer in answers]
+        answered = [self.option.replace("{option}", answer) for answer in answers]
+        if self.chat:  # some chat templates strip messages, others do not
+            return prompt.strip(), [text.strip() for text in answered]
+        spaces = prompt[len(prompt.rstrip(" ")) :]
+        return prompt.rstrip(" "), [spaces + text for text in answered]
 
     def prompt_of(self, example: Example) -> str:
         """Return the template of an example's prompt."""

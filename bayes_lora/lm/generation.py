@@ -160,7 +160,7 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    average, end = PosteriorAverage(draws), lm.encoder.end_text
+    average, end = PosteriorAverage(draws), lm.encoder.end.lstrip(" ") or lm.encoder.end
     model: Any = lm.model
     sequences: Tensor = model.generate(
         input_ids=ids.repeat(draws, 1).to(lm.device),

@@ -43,7 +43,8 @@ class LanguageModel:
 
     .. math:: \log p(o \mid x, \phi) = \sum_j \log p_{W_0 + \mathrm{LoRA}(\phi)}(o_j \mid x, o_{<j})
 
-    in nats, over the tokens of option o; with ``normalize="mean"`` divided by their number. T tasks times S draws run
+    in nats, over the tokens of option o; with ``normalize="mean"`` divided by their number. If the tokens of one option
+    begin with those of another, the end of the answer is scored with all options of the example. T tasks times S draws run
     in one forward, each prompt is read once for all its options, and the LM head runs on answer positions only.
 
     This is a plain object, not a module, because Pyro would make the parameters of a module trainable. All parameters
