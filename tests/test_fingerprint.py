@@ -1,6 +1,7 @@
 """What is saved is refused by a language model of other predictions, and accepted by one of the same predictions."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -20,11 +22,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bayes_lora.episodes import PromptTemplate
 from bayes_lora.episodes.tokenizer_facts import tokenizer_facts
-from bayes_lora.errors import PosteriorError
+from bayes_lora.errors import ModelFileError, PosteriorError
 from bayes_lora.infer.training import FitState
-from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
+from bayes_lora.lm.fingerprint import EXPORTED, FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.loading import inject
+from bayes_lora.lm.loading import inject, load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.recipes import build_objective
@@ -313,3 +315,74 @@ def test_a_tokenizer_that_gets_more_tokens_gets_other_facts(tokenizer):
     assert tokenizer_facts(changed) == before == tokenizer_facts(retokenized(tokenizer))
     after = tokenizer_facts(with_tokens(changed, "film"))
     assert before["added_tokens"]["size"] + 1 == after["added_tokens"]["size"]
+
+
+@pytest.fixture
+def exported(model_folder, tmp_path):
+    """A copy of a base model, and an adapter exported from a posterior on it."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    lm = load_language_model(base, layers_to_transform=[1], **LOCAL)
+    phi = {site: value + 0.1 for site, value in lm.sites.initial().items()}
+    TaskPosterior(lm, {}, phi, ("a",)).export_peft(tmp_path / "adapter")
+    return base, tmp_path / "adapter"
+
+
+LOCAL = dict(device="cpu", token_folder=None)
+
+
+def rewrite(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def other_weights(base, _):
+    torch.manual_seed(7)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(base)
+
+
+def other_alpha(_, adapter):
+    rewrite(adapter / "adapter_config.json", lambda config: config.update(lora_alpha=32))
+
+
+def other_tokenizer(base, _):
+    rewrite(base / "tokenizer.json", lambda parts: parts.update(normalizer={"type": "Lowercase"}))
+
+
+def other_config(base, _):
+    rewrite(base / "config.json", lambda config: config.update(rms_norm_eps=0.5))
+
+
+def another_revision(_, adapter):
+    rewrite(adapter / EXPORTED, lambda facts: facts[FINGERPRINT]["base"].update(revision="v2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_weights, "exported on base weights other than those of .*base: .* Use the same copy"),
+        (other_tokenizer, "exported with tokenizer.normalizer=None, .*'Lowercase'}, .*. Use the same tokenizer"),
+        (other_config, "exported with config.rms_norm_eps=1e-06, but .*0.5. Use the same config.json"),
+        (other_alpha, "exported with scalings.model.layers.1.self_attn.q_proj=2.0.*=4.0"),
+        (another_revision, "exported with revision='v2', but .*base has revision=None. Use the same revision"),
+    ],
+)
+def test_an_exported_adapter_is_refused_on_another_base(exported, change, message):
+    base, adapter = exported
+    change(base, adapter)
+    with pytest.raises(ModelFileError, match=rf"adapter.bayes_lora.json: {message}.*or delete this file") as caught:
+        load_language_model(base, adapter=adapter, **LOCAL)
+    assert "\n" not in str(caught.value)
+    (adapter / EXPORTED).unlink()
+    assert load_language_model(base, adapter=adapter, **LOCAL).adapter == str(adapter)
+
+
+def test_an_exported_adapter_may_have_other_prompts_and_another_folder(exported, tmp_path):
+    base, adapter = exported
+    base, adapter = (one.rename(tmp_path / f"moved-{one.name}") for one in (base, adapter))
+    options = dict(template=PromptTemplate("{input}:"), max_length=60, dtype="bfloat16")
+    lm = load_language_model(base, adapter=adapter, **LOCAL, **options)
+    assert lm.sites.modules["q_proj.lora_A"] == ["model.layers.1.self_attn.q_proj"]
+    facts = json.loads((adapter / EXPORTED).read_text())
+    assert facts[FINGERPRINT]["settings"]["max_length"] == 128  # that of the posterior
