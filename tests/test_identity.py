@@ -9,17 +9,18 @@ from conftest import build_lm, make_tasks
 
 from bayes_lora.episodes import PromptTemplate
 from bayes_lora.errors import PosteriorError
-from bayes_lora.lm.fingerprint import NUM_MATRICES, NUM_VALUES, check_identity, identity, weight_sample
+from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
+from bayes_lora.lm.weight_samples import NUM_MATRICES, NUM_VALUES, weight_sample
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 
-DIFFERENT = "fitted on base weights other than those of llama: .* matrices differ, such as .*Pass lm= loaded from"
+DIFFERENT = "fitted on base weights other than those of llama: .* matrices differ, such as .*Use the same copy"
 
 
-def through_json(facts):
-    return json.loads(json.dumps(facts))
+def through_json(lm):
+    return json.loads(json.dumps({FINGERPRINT: fingerprint(lm)}))
 
 
 def other_seed(lm):
@@ -41,17 +42,17 @@ def in_four_bits(lm):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_another_format_of_the_same_weights_fits(tmp_path, tokenizer, kind, dtype):
     low, high = build_lm(kind, tokenizer, dtype=dtype), build_lm(kind, tokenizer, dtype=torch.float32)
-    check_identity(through_json(identity(low)), high, tmp_path)
-    check_identity(through_json(identity(high)), low, tmp_path)
+    check_fingerprint(through_json(low), high, tmp_path)
+    check_fingerprint(through_json(high), low, tmp_path)
 
 
 @pytest.mark.parametrize("change", [other_seed, in_four_bits])
 def test_other_weights_are_refused(tmp_path, tokenizer, change):
-    facts, lm = through_json(identity(build_lm("llama", tokenizer))), build_lm("llama", tokenizer)
-    check_identity(facts, lm, tmp_path)
+    facts, lm = through_json(build_lm("llama", tokenizer)), build_lm("llama", tokenizer)
+    check_fingerprint(facts, lm, tmp_path)
     change(lm)
     with pytest.raises(PosteriorError, match=DIFFERENT):
-        check_identity(facts, lm, tmp_path)
+        check_fingerprint(facts, lm, tmp_path)
 
 
 def test_the_sample_is_small_and_knows_nothing_of_lora(tokenizer):
@@ -63,12 +64,14 @@ def test_the_sample_is_small_and_knows_nothing_of_lora(tokenizer):
 
 @pytest.mark.parametrize("values", [[1.0], ["a"] * NUM_VALUES, None, [[1.0]] * NUM_VALUES, [float("nan")] * NUM_VALUES])
 def test_a_damaged_sample_is_refused(lm, tmp_path, values):
-    facts = identity(lm)
-    facts["base_weights"] = dict.fromkeys(facts["base_weights"], values)
+    facts = through_json(lm)
+    sample = facts[FINGERPRINT]["base_weights"]
+    facts[FINGERPRINT]["base_weights"] = dict.fromkeys(sample, values)
     with pytest.raises(PosteriorError, match=DIFFERENT):
-        check_identity(facts, lm, tmp_path)
-    with pytest.raises(PosteriorError, match="'base_weights' and 'adapter_weights' must be mappings"):
-        check_identity({"base_weights": [1]}, lm, tmp_path)
+        check_fingerprint(facts, lm, tmp_path)
+    facts[FINGERPRINT]["base_weights"] = [1]
+    with pytest.raises(PosteriorError, match="is damaged: 'fingerprint' has no mapping 'base_weights'"):
+        check_fingerprint(facts, lm, tmp_path)
 
 
 @pytest.fixture
@@ -86,13 +89,14 @@ def test_saved_posteriors_are_compared_when_they_are_loaded(saved, lm, tmp_path,
     folder, load = tmp_path / kind, saved[kind]
     other, templated = (build_lm("llama", tokenizer, **k) for k in ({}, {"template": PromptTemplate("{input}:")}))
     load(folder, other)
-    with pytest.raises(PosteriorError, match=r"fitted with {'template'.*Pass lm= with these values"):
+    with pytest.raises(PosteriorError, match=r"fitted with template.prompt=.*Use the same template"):
         load(folder, templated)
     other_seed(other)
-    with pytest.raises(PosteriorError, match=f"{kind}: {DIFFERENT}"):
+    with pytest.raises(PosteriorError, match=f"{kind}.json: {DIFFERENT}"):
         load(folder, other)
-    file = folder / f"{kind}.json"  # a folder of a version that knew nothing of the weights
+    file = folder / f"{kind}.json"  # a folder of a version that had no fingerprint
     facts = json.loads(file.read_text())
-    del facts["base_weights"]
+    del facts[FINGERPRINT]
     file.write_text(json.dumps(facts))
-    load(folder, other)
+    with pytest.raises(PosteriorError, match=f"{kind}.json: it has no 'fingerprint' .* Fit again"):
+        load(folder, lm)

@@ -211,8 +211,12 @@ def test_a_reloaded_task_posterior_predicts_bit_for_bit_the_same(tmp_path, poste
         (lambda p: (p / "posterior.safetensors").write_bytes(b"\x00" * 40), "posterior.safetensors is damaged"),
         (lambda p: (p / "posterior.safetensors").unlink(), "posterior.safetensors is missing"),
         (lambda p: (p / "posterior.json").write_text("{"), "posterior.json is damaged"),
-        (lambda p: (p / "posterior.json").write_text("{}"), "it has no 'sites'"),
-        (lambda p: edit(p, lambda f: f["sites"].pop("o_proj.lora_A")), "made for LoRA sites"),
+        (lambda p: (p / "posterior.json").write_text("{}"), "it has no 'fingerprint' of its language"),
+        (
+            lambda p: edit(p, lambda f: f["fingerprint"]["shapes"].pop("o_proj.lora_A")),
+            "fitted with shapes.o_proj.lora_A=nothing, but llama has shapes",
+        ),
+        (lambda p: edit(p, lambda f: f.pop("beta")), "posterior.json is damaged: it has no 'beta'"),
         (lambda p: edit(p, lambda f: f["guide"]["settings"].update(hidden=7)), "damaged or of another version"),
         (
             lambda p: edit(p, lambda f: f["guide"]["settings"].update(hiden=7)),
@@ -241,7 +245,7 @@ def edit(path, change):
 )
 def test_a_language_model_made_otherwise_is_refused(tmp_path, posterior, tokenizer, change):
     posterior.save(tmp_path / "p")
-    with pytest.raises(PosteriorError, match=f"fitted with {{'{next(iter(change))}"):
+    with pytest.raises(PosteriorError, match=f"fitted with {next(iter(change))}"):
         Posterior.load(tmp_path / "p", build_lm("llama", tokenizer, **change))
 
 
@@ -286,7 +290,8 @@ def test_a_task_posterior_in_a_former_layout_is_refused(tmp_path, posterior, uns
         json.dumps({"names": ["a"], "random_sites": [], "families": {}})
     )
     with pytest.raises(
-        PosteriorError, match=r"t: the file has a former layout, which is no longer read. Adapt again\.$"
+        PosteriorError,
+        match=r"task_posterior.json: it has no 'fingerprint' of its .*, as files of former versions\. Fit again\.$",
     ):
         TaskPosterior.load(tmp_path / "t", posterior.lm)
 
@@ -304,7 +309,7 @@ def test_adaptation_that_diverges_names_what_did(posterior, unseen):
 
 def test_a_task_posterior_of_another_model_is_refused(tmp_path, posterior, unseen, tokenizer):
     posterior.adapt(unseen).save(tmp_path / "t")
-    with pytest.raises(PosteriorError, match="does not fit qwen2: .*site 'o_proj.lora_"):
+    with pytest.raises(PosteriorError, match="fitted with shapes.o_proj.lora_A=.*but qwen2 has"):
         TaskPosterior.load(tmp_path / "t", build_lm("qwen2", tokenizer, targets=["q_proj", "v_proj"]))
 
 

@@ -11,7 +11,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayes_lora.errors import ConfigError, PosteriorError
-from bayes_lora.lm.fingerprint import check_identity, identity
+from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.loading import load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
@@ -87,7 +87,7 @@ def test_a_posterior_belongs_to_its_quantised_base(folder, bits, tmp_path):
     episode = query_episode(lm)[0]
     objective = build_objective(lm, RunConfig())
     objective(episode).backward()
-    facts = identity(lm)
+    facts = {FINGERPRINT: fingerprint(lm)}
     Posterior.from_objective(lm, objective).save(tmp_path / "posterior")
     loaded = Posterior.load(tmp_path / "posterior", lm=load(folder, bits))  # used, and fresh
     tasks = [task.split(6, seed=0) for task in make_tasks(2).values()]
@@ -98,7 +98,7 @@ def test_a_posterior_belongs_to_its_quantised_base(folder, bits, tmp_path):
     for before, after in zip(*predictions, strict=True):
         torch.testing.assert_close(before, after)  # not to the bit: hidden states were kept from other batches
     with pytest.raises(PosteriorError, match="fitted on base weights other"):
-        check_identity(facts, load(folder), tmp_path)
+        check_fingerprint(facts, load(folder), tmp_path)
 
 
 def test_without_bitsandbytes_it_says_what_to_install(folder, monkeypatch):

@@ -25,8 +25,8 @@ class CutOff(Exception):
 def cut_off_after(monkeypatch, step):
     save = bayes_lora.runs.folder.save_checkpoint
 
-    def save_and_stop(path, objective, optimizer, state, settings):
-        save(path, objective, optimizer, state, settings)
+    def save_and_stop(path, objective, optimizer, state, settings, lm):
+        save(path, objective, optimizer, state, settings, lm)
         if state.step == step:
             raise CutOff
 
@@ -104,6 +104,19 @@ def test_resume_with_other_settings_or_tasks_changes_nothing(lm, tasks, tmp_path
     others, config = OTHERS[change](tasks, CONFIG)
     with pytest.raises(ConfigError, match="other settings or tasks"):
         fit_posterior(lm, others, config, run=run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_resume_after_the_weights_were_replaced_changes_nothing(lm, tasks, tmp_path):
+    """The files at a path of a model may be others than those at the beginning of the run."""
+    run = tmp_path / "a"
+    fit_posterior(lm, tasks, CONFIG, run=run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for parameter in lm.model.parameters():
+        parameter.add_(0.1)
+    more = replace(CONFIG, fit=replace(CONFIG.fit, steps=10))
+    with pytest.raises(PosteriorError, match="checkpoint.json: fitted on base weights other than those of llama"):
+        fit_posterior(lm, tasks, more, run=run, resume=True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -132,6 +132,10 @@ def fresh(tokenizer, config=CONFIG):
     return objective, sampler, held_out, torch.optim.Adam(objective.parameters(), lr=config.fit.learning_rate)
 
 
+def lm_of(objective):
+    return objective.model.likelihood
+
+
 @pytest.fixture
 def saved(tokenizer, tmp_path):
     """An uninterrupted fit, and the checkpoint of its second look, at step 4 of 6."""
@@ -141,7 +145,7 @@ def saved(tokenizer, tmp_path):
     def on_evaluate(state):
         looks.append(state.step)
         if state.step == 4:
-            save_checkpoint(path, objective, optimizer, state, CONFIG.to_dict())
+            save_checkpoint(path, objective, optimizer, state, CONFIG.to_dict(), lm_of(objective))
 
     state = fit(objective, sampler, held_out, CONFIG.fit, optimizer=optimizer, on_evaluate=on_evaluate)
     assert looks == [2, 4, 6]
@@ -152,7 +156,7 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(saved, tokenizer):
     path, whole, whole_optimizer, whole_state = saved
     torch.manual_seed(99)
     objective, sampler, held_out, optimizer = fresh(tokenizer)
-    state = load_checkpoint(path, objective, optimizer, CONFIG.to_dict())
+    state = load_checkpoint(path, objective, optimizer, CONFIG.to_dict(), lm_of(objective))
     assert state.step == 4 and len(state.history) == 2
     state = fit(objective, sampler, held_out, CONFIG.fit, state=state, optimizer=optimizer)
     assert (state.step, state.best) == (whole_state.step, whole_state.best)
@@ -176,12 +180,12 @@ def test_a_resumed_fit_keeps_the_rate_of_each_group(tokenizer, tmp_path):
 
     def on_evaluate(state):
         if state.step == 4:
-            save_checkpoint(tmp_path / "checkpoint", whole, optimizer, state, CONFIG.to_dict())
+            save_checkpoint(tmp_path / "checkpoint", whole, optimizer, state, CONFIG.to_dict(), lm_of(whole))
 
     whole, sampler, held_out, optimizer = grouped()
     fit(whole, sampler, held_out, CONFIG.fit, optimizer=optimizer, on_evaluate=on_evaluate)
     parts, sampler, held_out, again = grouped()
-    state = load_checkpoint(tmp_path / "checkpoint", parts, again, CONFIG.to_dict())
+    state = load_checkpoint(tmp_path / "checkpoint", parts, again, CONFIG.to_dict(), lm_of(parts))
     fit(parts, sampler, held_out, CONFIG.fit, state=state, optimizer=again)
     assert_equal(parts.state_dict(), whole.state_dict())
     assert [group["lr"] for group in again.param_groups] == [group["lr"] for group in optimizer.param_groups]
@@ -197,7 +201,7 @@ def test_a_checkpoint_of_other_settings_is_refused(saved, tokenizer):
     objective, _, _, optimizer = fresh(tokenizer)
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     with pytest.raises(ConfigError, match="other settings") as caught:
-        load_checkpoint(saved[0], objective, optimizer, CONFIG.to_dict() | {"seed": 1})
+        load_checkpoint(saved[0], objective, optimizer, CONFIG.to_dict() | {"seed": 1}, lm_of(objective))
     assert str(saved[0]) in str(caught.value)
     assert_equal(objective.state_dict(), before)
 
@@ -228,7 +232,7 @@ def test_a_damaged_checkpoint_is_refused(saved, tokenizer, change):
         write_tensors(tensors, {name: value for name, value in values.items() if name != parameter})
     objective, _, _, optimizer = fresh(tokenizer)
     with pytest.raises(PosteriorError, match="damaged|missing") as caught:
-        load_checkpoint(path, objective, optimizer, CONFIG.to_dict())
+        load_checkpoint(path, objective, optimizer, CONFIG.to_dict(), lm_of(objective))
     assert str(path) in str(caught.value)
 
 

@@ -1,150 +1,190 @@
-"""A fingerprint of the language model of a posterior: its settings, and samples of its frozen weights and adapter.
+"""The fingerprint of a language model: all that determines its predictions, given values of its LoRA weights.
 
-The name of a model is not enough: the hub's copy, a copy quantised to 4 bits and a fine-tuned copy may share it. A few
-values of a few weight matrices distinguish them in milliseconds. The tolerance accepts the same weights in another
-floating-point format (bfloat16 rounds by at most 2^-8 of a value, 0.4 %) but not coarser rounding: 4 bits change a
-matrix by about 8 %.
-
-If the LoRA starts at a trained adapter, its weights are sampled in the same way. PEFT's initial values are not sampled,
-because they do not change the model, and the tensors of a posterior include all that depends on them.
+A posterior, a checkpoint and an exported adapter hold the fingerprint of the language model that they were made with.
+The name of a model is not enough: the hub's copy, a copy quantised to 4 bits and a fine-tuned copy may share it, and
+the same weights may have another name. The sections are compared in the order of :data:`CURES`, and an error names the
+values that differ in the first section that differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_bnb_weight
-from torch import Tensor, nn
-
-from bayes_lora.errors import PosteriorError
+from bayes_lora.episodes.tokenizer_facts import tokenizer_facts
+from bayes_lora.errors import ModelFileError, PosteriorError
+from bayes_lora.lm.adapters import lora_layers
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.text_config import computation_values
+from bayes_lora.lm.weight_samples import adapter_mismatch, adapter_sample, weight_mismatch, weight_sample
+from bayes_lora.utils.storage import read_json
 
-__all__ = ["adapter_sample", "check_identity", "identity", "weight_sample"]
+__all__ = ["EXPORTED", "FINGERPRINT", "check_exported", "check_fingerprint", "fingerprint"]
 
-SETTINGS, WEIGHTS, ADAPTER = "language_model", "base_weights", "adapter_weights"
+FINGERPRINT = "fingerprint"
+"""The key of the fingerprint in files."""
 
-NUM_MATRICES, NUM_VALUES = 8, 8
-TOLERANCE = 0.005
-"""Root mean square difference of a matrix' values, relative to their root mean square."""
+EXPORTED = "bayes_lora.json"
+"""The file of an exported adapter that holds the fingerprint; PEFT ignores it."""
 
+BASE, WEIGHTS, ADAPTER = "base", "base_weights", "adapter_weights"
+CURES = {
+    BASE: "Use the same revision",
+    "settings": "Use the same settings",
+    "template": "Use the same template",
+    "shapes": "Use the same LoRA configuration",
+    "modules": "Use the same LoRA configuration",
+    "scalings": "Use the same LoRA configuration",
+    "tokenizer": "Use the same tokenizer",
+    "frame": "The tokenizer and its chat template define the texts around prompts. Use the same ones (a date in them "
+    "is set by template.chat_arguments, such as {'date_string': '26 Jul 2024'})",
+    "config": "Use the same config.json",
+    WEIGHTS: "Copies of a model may share its name (such as the hub's and one quantised to 4 bits). Use the same copy",
+    ADAPTER: "Use the same adapter (load_language_model(adapter=) or from_peft)",
+}
+"""How to fix a difference, by section, in the order of the comparison."""
 
-def identity(lm: LanguageModel) -> dict[str, Any]:
-    """Return the facts that :func:`check_identity` compares, as JSON values."""
-    return {SETTINGS: lm.settings, WEIGHTS: weight_sample(lm.model), ADAPTER: adapter_sample(lm)}
+EXPORTED_SECTIONS = (BASE, "shapes", "modules", "scalings", "tokenizer", "config", WEIGHTS)
+"""The sections that a language model that starts at an exported adapter must share; prompts may be other ones."""
 
-
-def weight_sample(model: nn.Module) -> dict[str, list[float]]:
-    """Return values at fixed positions of some of a model's matrices, by name, without LoRA weights."""
-    matrices = _matrices(model)
-    names = sorted(matrices)
-    chosen = [names[i] for i in _spread(len(names), NUM_MATRICES)]
-    return {name: _rounded(_values(*matrices[name])) for name in chosen}
-
-
-def adapter_sample(lm: LanguageModel) -> dict[str, list[float]]:
-    """Return values at fixed positions of the trained adapter at which the LoRA starts, by site; empty if B is zero."""
-    values = lm.sites.initial()
-    if not any(value.any() for site, value in values.items() if ".lora_B" in site):
-        return {}
-    return {site: _rounded(_at_places(value)) for site, value in values.items()}
-
-
-def check_identity(facts: Mapping[str, Any], lm: LanguageModel, path: Path) -> None:
-    """Check that saved results of :func:`identity` match a language model.
-
-    Args:
-        facts: the saved results; keys may be missing in files of earlier versions.
-        lm: the language model.
-        path: the folder of the saved results, for messages.
-
-    Raises:
-        PosteriorError: settings or weights differ, or the facts are damaged.
-    """
-    fitted, now = facts.get(SETTINGS, lm.settings), lm.settings
-    known, adapter = facts.get(WEIGHTS, {}), facts.get(ADAPTER)
-    if not isinstance(fitted, dict) or not isinstance(known, dict) or not isinstance(adapter, dict | None):
-        raise PosteriorError(
-            f"{path} is damaged: {SETTINGS!r}, {WEIGHTS!r} and {ADAPTER!r} must be mappings. Run again."
-        )
-    # A copy of the same weights may have another name, and then revisions cannot be compared.
-    ignored = {"name"} if fitted.get("name") == now["name"] else {"name", "revision"}
-    differ = [key for key in now if key not in ignored and fitted.get(key) != now[key]]
-    if differ:
-        was, are = ({key: one.get(key) for key in differ} for one in (fitted, now))
-        raise PosteriorError(
-            f"{path}: fitted with {was}, but the language model has {are}. Pass lm= with these values."
-        )
-    matrices = _matrices(lm.model)
-    other = [name for name, values in known.items() if name not in matrices or not _alike(values, *matrices[name])]
-    if other:
-        raise PosteriorError(
-            f"{path}: fitted on base weights other than those of {lm.name}: {len(other)} of {len(known)} sampled "
-            f"matrices differ, such as {other[0]}. Copies of a model may share its name (such as the hub's and one "
-            "quantised to 4 bits). Pass lm= loaded from the folder of the copy it was fitted on, or fit again."
-        )
-    if adapter is not None:
-        _check_adapter(adapter, lm, path)
+MOST = 2
+"""Maximum number of differences in a message."""
+LONGEST, CONTEXT = 60, 16
+"""Maximum number of characters of a value in a message, and of the text around a difference."""
+NOTHING = object()
 
 
-def _check_adapter(saved: dict[str, Any], lm: LanguageModel, path: Path) -> None:
-    here = adapter_sample(lm)
-    if bool(saved) != bool(here):
-        was, now = ("a trained adapter" if sample else "PEFT's initial values" for sample in (saved, here))
-        raise PosteriorError(
-            f"{path}: fitted on a LoRA that starts at {was}, but that of {lm.name} starts at {now}. Pass lm= made with "
-            "the adapter that it was fitted on (load_language_model(adapter=) or from_peft), or fit again."
-        )
-    values = {site: _at_places(value) for site, value in lm.sites.initial().items()}
-    other = [site for site, sample in saved.items() if site not in values or not _close(sample, values[site])]
-    if other:
-        raise PosteriorError(
-            f"{path}: fitted on an adapter other than that of {lm.name}: {len(other)} of {len(saved)} sampled sites "
-            f"differ, such as {other[0]}. Pass lm= made with the adapter that it was fitted on, or fit again."
-        )
-
-
-def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Return the frozen matrices and their modules, by their names before PEFT wrapped the layers."""
+def fingerprint(lm: LanguageModel) -> dict[str, Any]:
+    """Return the fingerprint of a language model, as JSON values. Dtype and device are no part of it."""
+    encoder, sites = lm.encoder, lm.sites
     return {
-        name.replace(".base_layer.", "."): (model.get_submodule(name.rpartition(".")[0]), value)
-        for name, value in model.named_parameters()
-        if value.ndim > 1 and not any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
+        BASE: {"name": lm.name, "revision": lm.revision},
+        "settings": {
+            "max_length": encoder.max_length,
+            "max_positions": encoder.max_positions,
+            "normalize": lm.normalize,
+        },
+        "template": asdict(encoder.template),
+        "shapes": {site: list(shape) for site, shape in sites.shapes.items()},
+        "modules": {site: names for site, names in sites.modules.items() if ".lora_A" in site},
+        "scalings": {name: layer.scaling[lm.adapter_name] for name, layer in lora_layers(lm.model, lm.adapter_name)},
+        "tokenizer": tokenizer_facts(lm.tokenizer),
+        "frame": encoder.frame._asdict() | {"prefix": encoder.prefix, "end": encoder.end, "end_text": encoder.end_text},
+        "config": computation_values(lm.model.config),
+        WEIGHTS: weight_sample(lm.model),
+        ADAPTER: adapter_sample(lm),
     }
 
 
-def _spread(size: int, count: int) -> list[int]:
-    """Return up to ``count`` distinct indices below ``size``, evenly spaced."""
-    return sorted({size * (2 * i + 1) // (2 * count) for i in range(count)} if size else ())
+def check_fingerprint(facts: Any, lm: LanguageModel, path: Path) -> None:
+    """Check that a language model has the fingerprint in a file.
+
+    Args:
+        facts: the content of the file, with the key :data:`FINGERPRINT`.
+        lm: the language model.
+        path: the file, for messages.
+
+    Raises:
+        PosteriorError: it has another fingerprint; or the file has none, or a damaged one.
+    """
+    found = _first_mismatch(_saved(facts, path), lm, CURES)
+    if found is not None:
+        section, text = found
+        raise PosteriorError(f"{path}: fitted {text}. {CURES[section]}, or fit again.")
 
 
-def _values(module: nn.Module, matrix: nn.Parameter | Tensor) -> Tensor:
-    # The codes of bitsandbytes are meaningless without their scales.
-    if isinstance(matrix, nn.Parameter) and type(matrix).__name__ in ("Params4bit", "Int8Params"):
-        matrix = dequantize_bnb_weight(matrix, state=getattr(module, "state", None))
-    return _at_places(matrix)
+def check_exported(folder: Path, lm: LanguageModel) -> None:
+    """Check that a language model matches the adapter that was exported to a folder; adapters of others pass.
+
+    Raises:
+        ModelFileError: the base model, its revision, the tokenizer or the LoRA differ.
+        PosteriorError: the file is damaged.
+    """
+    path = folder / EXPORTED
+    if not path.is_file():
+        return
+    found = _first_mismatch(_saved(read_json(path), path), lm, EXPORTED_SECTIONS)
+    if found is not None:
+        section, text = found
+        raise ModelFileError(
+            f"{path}: exported {text}. {CURES[section]}, or delete this file to start at the adapter nevertheless."
+        )
 
 
-def _at_places(values: Tensor) -> Tensor:
-    places = torch.tensor(_spread(values.numel(), NUM_VALUES), device=values.device)
-    return values.detach().flatten()[places].to("cpu", torch.float64)
+def _saved(facts: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(facts, dict) or FINGERPRINT not in facts:
+        raise PosteriorError(
+            f"{path}: it has no {FINGERPRINT!r} of its language model, as files of former versions. Fit again."
+        )
+    saved = facts[FINGERPRINT]
+    wrong = [name for name in CURES if not isinstance(saved, dict) or not isinstance(saved.get(name), dict)]
+    if wrong:
+        raise PosteriorError(
+            f"{path} is damaged: {FINGERPRINT!r} has no mapping {wrong[0]!r}. Restore it, or fit again."
+        )
+    return dict(saved)
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.6g}") for value in values.tolist()]
+def _first_mismatch(saved: Mapping[str, Any], lm: LanguageModel, sections: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first section that differs, and what differs in it; None if no section differs."""
+    here = fingerprint(lm)
+    for section in sections:
+        was, now = saved[section], here[section]
+        if section == WEIGHTS:
+            text = weight_mismatch(was, lm)
+        elif section == ADAPTER:
+            text = adapter_mismatch(was, lm)
+        else:
+            if section == BASE and was.get("name") != now["name"]:
+                continue  # A copy of the same weights may have another name, and then revisions cannot be compared.
+            if section == "config":  # A key that only one of them has is of another version of transformers.
+                was, now = ({key: one[key] for key in was if key in now} for one in (was, now))
+            text = _describe(list(_differences(was, now, "" if section in (BASE, "settings") else section)), lm)
+        if text is not None:
+            return section, text
+    return None
 
 
-def _alike(saved: Any, module: nn.Module, matrix: nn.Parameter) -> bool:
-    return _close(saved, _values(module, matrix))
+def _differences(was: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the place of each difference between two JSON values, and both values there."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in [*was, *(key for key in now if key not in was)]:
+            yield from _differences(was.get(key, NOTHING), now.get(key, NOTHING), f"{where}.{key}".lstrip("."))
+    elif isinstance(was, list) and isinstance(now, list) and len(repr(was)) > LONGEST:
+        pairs = enumerate(zip_longest(was, now, fillvalue=NOTHING))
+        index, one, other = next(((i, a, b) for i, (a, b) in pairs if not _equal(a, b)), (0, 0, 0))
+        yield from _differences(one, other, f"{where}[{index}]")
+    elif not _equal(was, now):
+        yield where, was, now
 
 
-def _close(saved: Any, values: Tensor) -> bool:
-    """Return whether a saved sample equals these values up to the tolerance."""
-    try:
-        expected = torch.tensor(saved, dtype=torch.float64)
-    except (TypeError, ValueError):
-        return False
-    return expected.shape == values.shape and bool((values - expected).norm() <= TOLERANCE * expected.norm())
+def _equal(was: Any, now: Any) -> bool:
+    if isinstance(was, float) and isinstance(now, float | int):
+        return math.isclose(was, now, rel_tol=1e-6)  # GGUF files hold float32
+    return bool(was == now)
+
+
+def _describe(differences: Sequence[tuple[str, Any, Any]], lm: LanguageModel) -> str | None:
+    if not differences:
+        return None
+    shown = [(where, *_shown(was, now)) for where, was, now in differences[:MOST]]
+    before, here = (", ".join(f"{one[0]}={one[index]}" for one in shown) for index in (1, 2))
+    more = f" (and {len(differences) - MOST} more differences)" * (len(differences) > MOST)
+    return f"with {before}, but {lm.name or 'the language model'} has {here}{more}"
+
+
+def _shown(was: Any, now: Any) -> tuple[str, str]:
+    """Return two values as short texts; of two long texts, the piece that differs."""
+    if isinstance(was, str) and isinstance(now, str) and max(len(was), len(now)) > LONGEST:
+        begin = len(commonprefix([was, now]))
+        end = len(commonprefix([was[begin:][::-1], now[begin:][::-1]]))
+        first, left = max(0, begin - CONTEXT), max(0, end - CONTEXT)
+        was, now = ("..." * (first > 0) + one[first : len(one) - left] + "..." * (left > 0) for one in (was, now))
+    texts = ("nothing" if one is NOTHING else repr(one) for one in (was, now))
+    one, other = (t if len(t) <= 2 * LONGEST else f"{t[:LONGEST]}...{t[-LONGEST:]}" for t in texts)
+    return one, other

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,7 +100,7 @@ class LanguageModel:
         if normalize not in ("sum", "mean"):
             raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
         self.model, self.tokenizer = model, tokenizer
-        self.name, self.revision, self.adapter = name, revision, adapter
+        self.name, self.revision, self.adapter, self.adapter_name = name, revision, adapter, adapter_name
         self.lora_config = check_lora_config(lora_config)
         self.model.requires_grad_(False).eval()
         keep_differentiable(model)
@@ -129,19 +128,6 @@ class LanguageModel:
     def device(self) -> torch.device:
         """The device of the base model."""
         return self.model.device
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that determine the scores, given the weights; saved with a posterior and compared on loading."""
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "max_length": self.encoder.max_length,
-            "template": asdict(self.encoder.template),
-            "normalize": self.normalize,
-            "lora_alpha": self.lora_config.lora_alpha,
-            "use_rslora": bool(self.lora_config.use_rslora),
-        }
 
     @property
     def hidden_size(self) -> int:

@@ -32,6 +32,7 @@ from bayes_lora.lm.adapters import (
     load_adapter_weights,
     read_lora_config,
 )
+from bayes_lora.lm.fingerprint import check_exported
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder, find_model
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
@@ -179,7 +180,8 @@ def load_language_model(
         top_layers: alternatively, the number of adapted layers, counted from the top; by default 6.
         target_modules: names of module kinds (``q_proj``); by default see :func:`default_lora`.
         adapter: a LoRA adapter written by ``save_pretrained``: a folder or a hub id. Its weights are the initial values
-            of the sites, ``lm.sites.initial()``, where guides start; see :func:`from_peft`.
+            of the sites, ``lm.sites.initial()``, where guides start; see :func:`from_peft`. A folder written by
+            :meth:`bayes_lora.TaskPosterior.export_peft` is refused on another base, revision or tokenizer.
         revision: branch, tag or commit of a hub id, for its configuration, tokenizer and weights; by default the main
             branch.
         device: by default a GPU if there is one.
@@ -227,7 +229,10 @@ def load_language_model(
     model.to(device)  # type: ignore[arg-type]
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
     name = str(name_or_path)
-    return LanguageModel(model, tokenizer, lora_config, name=name, revision=revision, adapter=source, **kwargs)
+    lm = LanguageModel(model, tokenizer, lora_config, name=name, revision=revision, adapter=source, **kwargs)
+    if source is not None:
+        check_exported(Path(source), lm)
+    return lm
 
 
 def _one_revision(revision: str | None, of_model: str | None) -> str | None:

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-__all__ = ["max_positions", "max_row_length", "text_config"]
+__all__ = ["computation_values", "max_positions", "max_row_length", "text_config"]
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names of the number of positions; transformers maps those of most other architectures to the first."""
+
+BOOKKEEPING = {
+    "architectures",
+    "auto_map",
+    "chunk_size_feed_forward",
+    "dtype",
+    "gradient_checkpointing",
+    "id2label",
+    "init_std",
+    "is_encoder_decoder",
+    "label2id",
+    "pretraining_tp",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "task_specific_params",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Values of a configuration that do not change what a model computes, apart from those with the affixes below."""
+
+BOOKKEEPING_PREFIXES = ("_", "initializer_", "output_", "summary_")
+BOOKKEEPING_SUFFIXES = ("_jitter_noise", "_loss_coef", "_pdrop", "_token_id", "dropout", "layerdrop")
 
 
 def text_config(config: Any) -> Any:
@@ -17,6 +43,24 @@ def text_config(config: Any) -> Any:
         config: the configuration of a transformers model.
     """
     return config.get_text_config(decoder=True)
+
+
+def computation_values(config: Any) -> dict[str, Any]:
+    """Return the values of a configuration that determine what the model computes, given its weights, as JSON values.
+
+    Among them are the rotary angles, the sliding window, scaling factors and softcaps, and the number of experts of a
+    token. The dtype, the implementation of attention, settings of training and bookkeeping are left out. Weights that
+    are tied, and the tokens that begin and end a text, are compared as such.
+    """
+    values = {
+        name: value
+        for name, value in sorted(text_config(config).to_dict().items())
+        if name not in BOOKKEEPING
+        and not name.startswith(BOOKKEEPING_PREFIXES)
+        and not name.endswith(BOOKKEEPING_SUFFIXES)
+    }
+    found: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return found
 
 
 def max_positions(config: Any) -> int | None:

@@ -18,7 +18,7 @@ from bayes_lora.distributions.unconstrained import parameters
 from bayes_lora.distributions.weight_distribution import Parameters, WeightDistribution
 from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
 from bayes_lora.infer.components import Components
-from bayes_lora.lm.fingerprint import check_identity, identity
+from bayes_lora.lm.fingerprint import EXPORTED, FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.types import Distributions
 from bayes_lora.utils.storage import new_folder, read_json, read_tensors, write_json, write_tensors
@@ -50,17 +50,17 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
         "temperature": posterior.temperature,
         "components": isinstance(posterior.phi, Components),
         "sites": sites,
+        FINGERPRINT: fingerprint(posterior.lm),
     }
     with new_folder(path, overwrite=overwrite) as folder:
         write_tensors(folder / TENSORS, tensors)
-        write_json(folder / FACTS, facts | identity(posterior.lm))
+        write_json(folder / FACTS, facts)
 
 
 def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
     """Read the fields of a saved posterior except the language model; see :meth:`TaskPosterior.load`."""
     facts = read_json(path / FACTS)
-    if isinstance(facts, dict) and "random_sites" in facts:
-        raise PosteriorError(f"{path}: the file has a former layout, which is no longer read. Adapt again.")
+    check_fingerprint(facts, lm, path / FACTS)
     tensors = {name: value.to(lm.device) for name, value in read_tensors(path / TENSORS).items()}
     try:
         names, temperature, components = tuple(facts["names"]), facts["temperature"], bool(facts["components"])
@@ -75,7 +75,6 @@ def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
         raise PosteriorError(f"{path}: damaged, or does not fit {lm.name}: it has no {error}. Adapt again.") from error
     except (SiteError, TypeError, ValueError, RuntimeError) as error:
         raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
-    check_identity(facts, lm, path)
     if not isinstance(temperature, int | float) or not temperature > 0:
         raise PosteriorError(f"{path}: expected a positive 'temperature', got {temperature!r}. Adapt again.")
     phi = Components(phi) if components else phi
@@ -122,3 +121,4 @@ def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, ov
         config = copy.copy(lm.lora_config)
         config.base_model_name_or_path, config.revision, config.inference_mode = lm.name, lm.revision, True
         config.save_pretrained(str(folder))
+        write_json(folder / EXPORTED, {FINGERPRINT: fingerprint(lm)})

@@ -14,7 +14,7 @@ import transformers
 from bayes_lora.errors import ConfigError, PosteriorError, TaskError
 from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.lm.fingerprint import check_identity, identity
+from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.classes import Made, describe, make_guide, make_model
@@ -138,7 +138,7 @@ class Posterior:
             "width": self.width,
             "temperature": self.temperature,
             "frozen": [name for name, parameter in objective.named_parameters() if not parameter.requires_grad],
-            "sites": {site: list(shape) for site, shape in self.lm.sites.shapes.items()},
+            FINGERPRINT: fingerprint(self.lm),
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -150,7 +150,7 @@ class Posterior:
         if any(not torch.equal(value, own[site]) for site, value in model.initial.items()):
             tensors |= {f"{INITIAL}{site}": value for site, value in model.initial.items()}
         write_tensors(folder / TENSORS, tensors)
-        write_json(folder / FACTS, facts | identity(self.lm))
+        write_json(folder / FACTS, facts)
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel, *, model: Made = None, guide: Made = None) -> Posterior:
@@ -169,10 +169,7 @@ class Posterior:
         """
         path = Path(path)
         facts, tensors = read_json(path / FACTS), read_tensors(path / TENSORS)
-        saved, here = _section(facts, "sites", path), {s: list(shape) for s, shape in lm.sites.shapes.items()}
-        if saved != here:
-            raise PosteriorError(f"{path / FACTS}: made for LoRA sites {saved}, but {lm.name} has {here}.")
-        check_identity(facts, lm, path)
+        check_fingerprint(facts, lm, path / FACTS)
         where = str(path / FACTS)
         # In the order of the sites, in which random numbers are drawn: a file has none.
         own = [site for site in lm.sites.shapes if f"{INITIAL}{site}" in tensors]

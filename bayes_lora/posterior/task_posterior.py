@@ -340,13 +340,16 @@ class TaskPosterior:
         """Load a saved posterior. Its predictions are equal to those before saving, bit for bit.
 
         Raises:
-            PosteriorError: the files are missing or damaged, or were saved with other LoRA sites, settings or base
-                weights than those of ``lm``.
+            PosteriorError: the files are missing or damaged, or were saved with a language model of other predictions
+                than ``lm``, see :mod:`bayes_lora.lm.fingerprint`.
         """
         return cls(lm, **read_posterior(Path(path), lm))
 
     def export_peft(self, path: str | Path, *, draw: int | None = None, overwrite: bool = False) -> None:
         """Save the LoRA weights of one task as a PEFT adapter, which ``PeftModel.from_pretrained`` loads.
+
+        The file ``bayes_lora.json`` in the folder, which PEFT ignores, holds the fingerprint of the language model, see
+        :mod:`bayes_lora.lm.fingerprint`.
 
         Args:
             path: folder of the adapter.

@@ -13,6 +13,8 @@ from torch import Tensor
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitState
+from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
+from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.utils.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -21,7 +23,12 @@ TENSORS, STATE = "checkpoint.safetensors", "checkpoint.json"
 
 
 def save_checkpoint(
-    path: Path, objective: BetaELBO, optimizer: torch.optim.Optimizer, state: FitState, settings: Any
+    path: Path,
+    objective: BetaELBO,
+    optimizer: torch.optim.Optimizer,
+    state: FitState,
+    settings: Any,
+    lm: LanguageModel,
 ) -> None:
     """Write a checkpoint folder, replacing the previous one."""
     tensors = {f"parameters.{name}": value for name, value in objective.state_dict().items()}
@@ -29,23 +36,26 @@ def save_checkpoint(
     tensors |= {f"average.{name}": value for name, value in (state.average or {}).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"moments.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    facts = {"step": state.step, "history": state.history, "best": state.best, "settings": _fingerprint(settings)}
+    facts = {"step": state.step, "history": state.history, "best": state.best, "settings": _digest(settings)}
     with new_folder(path, overwrite=True) as folder:
         write_tensors(folder / TENSORS, tensors)
-        write_json(folder / STATE, facts)
+        write_json(folder / STATE, facts | {FINGERPRINT: fingerprint(lm)})
 
 
-def load_checkpoint(path: Path, objective: BetaELBO, optimizer: torch.optim.Optimizer, settings: Any) -> FitState:
+def load_checkpoint(
+    path: Path, objective: BetaELBO, optimizer: torch.optim.Optimizer, settings: Any, lm: LanguageModel
+) -> FitState:
     """Load a checkpoint into an objective and an optimizer, and return the state.
 
     Raises:
         ConfigError: the checkpoint was made with other settings.
-        PosteriorError: the checkpoint is missing or damaged.
+        PosteriorError: the checkpoint is missing or damaged, or was made with another language model.
     """
     facts, tensors = read_json(path / STATE), read_tensors(path / TENSORS)
     if not isinstance(facts, dict) or "settings" not in facts:
         raise PosteriorError(f"{path / STATE} is damaged: it has no 'settings'. Start over with --overwrite.")
-    if facts["settings"] != _fingerprint(settings):
+    check_fingerprint(facts, lm, path / STATE)
+    if facts["settings"] != _digest(settings):
         raise ConfigError(
             f"{path} was made with other settings or tasks. Resume with the settings and tasks of that run."
         )
@@ -67,5 +77,5 @@ def load_checkpoint(path: Path, objective: BetaELBO, optimizer: torch.optim.Opti
         raise PosteriorError(f"{path} is damaged ({error}). Start over with --overwrite.") from error
 
 
-def _fingerprint(settings: Any) -> str:
+def _digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -66,6 +66,7 @@ def fit_posterior(
     Raises:
         TaskError: a task is too small for the episodes.
         ConfigError: the checkpoint was made with other settings or tasks.
+        PosteriorError: the checkpoint was made with another language model, see :mod:`bayes_lora.lm.fingerprint`.
         RunFolderError: the folder already has a run, or is not a run folder.
     """
     if isinstance(config, Mapping):
@@ -99,7 +100,7 @@ def fit_posterior(
     if not steps:
         warn_of_no_fit(config)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
-    logger = RunLogger(run, objective, optimizer, [*identity(config, tasks), parts], progress)
+    logger = RunLogger(run, lm, objective, optimizer, [*identity(config, tasks), parts], progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
     state = logger.resumed()

@@ -214,6 +214,7 @@ class RunLogger:
 
     Attributes:
         run: the run folder; None writes nothing.
+        lm: the language model.
         objective: model and guide.
         optimizer: the optimizer, whose moments are part of a checkpoint.
         identity: see :func:`identity`.
@@ -222,6 +223,7 @@ class RunLogger:
     """
 
     run: Path | None
+    lm: LanguageModel
     objective: BetaELBO
     optimizer: torch.optim.Optimizer
     identity: list[Any]
@@ -232,7 +234,7 @@ class RunLogger:
         """Return the state of the folder's checkpoint, or the initial state if there is none."""
         if self.run is None or not (self.run / CHECKPOINT).exists():
             return FitState()
-        return load_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, self.identity)
+        return load_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, self.identity, self.lm)
 
     def open_bar(self, state: FitState, steps: int) -> None:
         """Open the progress bar of ``steps`` steps."""
@@ -250,7 +252,7 @@ class RunLogger:
             values = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in state.history[-1].items())
             self.progress.console.print(", ".join(values))
         if self.run is not None:
-            save_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, state, self.identity)
+            save_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, state, self.identity, self.lm)
             write_json(self.run / CURVE, state.history)
 
     def close_bar(self, state: FitState) -> None:
