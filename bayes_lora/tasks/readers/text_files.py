@@ -1,8 +1,9 @@
 r"""Text files of tasks: lines of bounded length, and paths that stay in their folder.
 
-A text file is UTF-8, with or without a byte-order mark. Only ``\n`` ends a line, with or without ``\r`` before it. The
-length of a line is limited, so that a broken file of gigabytes is refused before it fills the memory. Each problem is a
-`TaskError` that begins with ``<file>:<line>:``, counted from 1.
+A text file is UTF-8, with or without a byte-order mark. Only ``\n`` ends a line, with or without ``\r`` before it; a
+file whose lines end in ``\r`` alone is refused, because it would be read as one line. The length of a line is limited,
+so that a broken file of gigabytes is refused before it fills the memory. Each problem is a `TaskError` that begins with
+``<file>:<line>:``, counted from 1.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ def _decode(place: str, raw: bytes, first: bool) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {raw[error.start]:#04x} at position {error.start + 1}"
         raise TaskError(f"{place}: expected UTF-8, got {byte}; save the file as UTF-8") from None
+    if first and "\r" in text.strip("\r\n") and not text.endswith("\n"):
+        cure = r"save the file with line ends \n or \r\n"
+        raise TaskError(f"{place}: expected lines, got carriage returns (\\r) and no \\n in the whole file; {cure}")
     if "\0" in text:
         at = f"a null byte at position {text.index(chr(0)) + 1}"
         raise TaskError(f"{place}: expected text, got {at}; if the file is UTF-16, save it as UTF-8")
