@@ -9,6 +9,7 @@ so that a broken file of gigabytes is refused before it fills the memory. Each p
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "option_texts",
     "read_text",
     "short",
+    "warn_caller",
     "warn_left_out",
 ]
 
@@ -164,6 +166,14 @@ def option_texts(options: Sequence[str]) -> tuple[str, ...]:
     if isinstance(options, str):
         raise TaskError(f"`options` must be a list of texts, got the string {options!r}; pass its parts in a list")
     return tuple(options)
+
+
+def warn_caller(message: str) -> None:
+    """Warn, with the place in the code that has called the package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "bayes_lora":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def warn_left_out(root: str | Path, left_out: Mapping[str, CannotScore], total: int, stacklevel: int = 3) -> None:
