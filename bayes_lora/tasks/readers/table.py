@@ -72,7 +72,8 @@ def _cells(card: Card, row: Mapping[str, Any], columns: list[str]) -> dict[str, 
     if is_blank(answer) or (free and (not answers or any(map(is_blank, answers)))):
         raise TaskError(f"column {card.label!r}: the value is missing; fill it in, or remove the row")
     if free and not all(isinstance(text, (str, int, float)) for text in answers):
-        raise TaskError(f"column {card.label!r}: expected a text or a list of texts, got {short(repr(answer))}")
+        problem = f"expected a text or a list of texts, got {short(repr(answer))}"
+        raise TaskError(f"column {card.label!r}: {problem}; write it as text")
     cells = filled(row, columns, card.options.column if isinstance(card.options, RowOptions) else None)
     if free:
         cells[card.label] = [label_text(text) for text in answers]

@@ -28,6 +28,7 @@ __all__ = [
     "option_texts",
     "read_text",
     "short",
+    "warn_above_limit",
     "warn_caller",
     "warn_left_out",
 ]
@@ -174,6 +175,14 @@ def warn_caller(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "bayes_lora":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def warn_above_limit(path: str | Path, num_answers: int, max_options: int) -> None:
+    """Warn that the answers of a task are free text because of a limit, unless this turns all options off."""
+    if max_options > 1:
+        problem = f"answers are free text, because there are {num_answers} different ones, and at most {max_options}"
+        cure = f"pass max_options={num_answers} (--max-options {num_answers}) to make options of them"
+        warn_caller(f"{path}: {problem} would be options; {cure}")
 
 
 def warn_left_out(root: str | Path, left_out: Mapping[str, CannotScore], total: int, stacklevel: int = 3) -> None:
