@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,7 @@ def test_names_that_no_file_can_have(tmp_path, reader, name):
     ("text", "match"),
     [
         ("", "t: the file is empty; expected a first row that names the columns"),
-        ("\n a,b \n1,2\n\n1\n", "t:5: expected 2 cells, as many as the header; got 1; quote a cell that holds ','"),
+        ("\n a,b \n1,2\n\n1\n", "t:5: expected 2 cells, as many as the header; got 1; write an empty cell"),
         ('a,b\n"1\n2",3\n1,2,3\n', "t:4: expected 2 cells, as many as the header; got 3"),
         ('a,b\n1,2\n"1,2\n3,4\n', r"t:3: broken table \(unexpected end of data\); is a quote left open"),
         ('a,b\n"1"2,3\n', r"t:2: broken table \(',' expected after '\"'\)"),
@@ -227,6 +229,31 @@ def test_crossfit_free_form_by_seed(tmp_path):
     assert references(read_crossfit(tmp_path / "t", max_options=0).support)[1:] == [("bb", ("y",)), ("cc", ("x",))]
 
 
+def test_the_limit_of_options_is_told(tmp_path):
+    """A warning names the count and the option where only the limit makes answers free text; 0 and 1 ask for it."""
+    rows = "".join(f"text {i} of it\tlabel {i % 35}\n" for i in range(70))
+    file = write(tmp_path / "c/t/t_16_13_train.tsv", rows)
+    folder = legal(tmp_path / "l/t", "{{text}}", "text\tanswer\n" + rows)
+    limits = {read_crossfit: (34, file.parent), read_legalbench: (32, folder)}
+    for reader, (limit, path) in limits.items():
+        there = re.escape(str(path))
+        match = (
+            rf"^{there}.*: answers are free text, because there are 35 different ones, and at most {limit} would be "
+        )
+        for read in (reader, partial(load_tasks, format=reader.__name__.removeprefix("read_"))):
+            options = {"max_options": 34} if reader is read_crossfit else {}
+            with pytest.warns(
+                UserWarning, match=match + r"options; pass max_options=35 \(--max-options 35\)"
+            ) as caught:
+                made = read(path, **options)
+            assert [warning.filename for warning in caught] == [__file__]
+            assert (made if isinstance(made, Task) else made["t"]).free_form
+        assert len(reader(path, max_options=35).support[0].options) == 35
+        assert reader(path, max_options=0).free_form and reader(path, max_options=1).free_form
+    write(file, rows.removesuffix("text 69 of it\tlabel 34\n"))
+    assert read_crossfit(file, max_options=34).free_form  # more than half as many as lines: free text at any limit
+
+
 def test_crossfit_of_one_label(tmp_path):
     """Nothing is to be learnt from it, unless the labels that are missing are named."""
     path = write(tmp_path / "t.tsv", "a\tx\nb\tx\n")
@@ -263,7 +290,7 @@ def test_crossfit_refuses(tmp_path):
         read_crossfit(file, options=["x", "z"])
     with pytest.raises(TaskError, match="`options` must be a list of texts, got the string 'xy'"):
         read_crossfit(file, options="xy")
-    assert read_crossfit(file, max_options=1).free_form and not read_crossfit(file).free_form
+    assert not read_crossfit(file).free_form
     with pytest.raises(TaskError, match=r"train\.tsv:1: expected one output, got 2: 'x', 'z'; keep one"):
         read_crossfit(write(tmp_path / "train.tsv", "a\tx\tz\n"), options=["x", "z"])
     write(tmp_path / "t/t_16_13_train.tsv", "a\tx\n")
@@ -538,7 +565,7 @@ def test_legalbench_free_form_refuses(tmp_path):
         (
             PROMPT,
             ROWS * 2,
-            r"train\.tsv:4: `answer` must be one of the options: got 'answer', options are \['Duty', 'Right'\]",
+            r"train\.tsv:4: expected a row of the table, got the header again; remove this line",
         ),
         (
             PROMPT,

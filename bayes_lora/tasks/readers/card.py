@@ -92,8 +92,8 @@ class Card:
             Relative paths begin at the card's folder, and stay in it.
         config: which configuration of the data set.
         revision: which commit, tag or branch of the data set.
-        delimiter: separates the cells of a CSV or TSV file; by default a tab in a TSV file, and in a CSV file a comma,
-            or a semicolon or a tab if its first line has no comma.
+        delimiter: separates the cells of a CSV or TSV file; by default detected from its first rows: a comma, a
+            semicolon, a tab or ``|``.
         split: rows of the support set, as `datasets` spells it.
         query_split: rows of the query set, without those whose input is in support.
         letters: what the options are called in the label column, in order: of all rows, or the columns of a row's own.

@@ -167,9 +167,12 @@ def _answer(card: Card, label: object, options: list[str], row: Mapping[str, Any
 def _labelled(card: Card, label: object, options: list[str]) -> int:
     key = key_of(label)
     if key not in card.texts:
-        raise TaskError(f"got {label!r}, which is none of `labels`{did_you_mean(key, card.texts, list_all=True)}")
+        raise TaskError(
+            f"got {label!r}, which is none of `labels`{did_you_mean(key, card.texts, list_all=True)}; add it"
+        )
     if card.texts[key] not in options:
-        raise TaskError(f"got {label!r}, which `labels` maps to {card.texts[key]!r}, none of {options}")
+        cure = "correct `labels`, or the row's options"
+        raise TaskError(f"got {label!r}, which `labels` maps to {card.texts[key]!r}, none of {options}; {cure}")
     return options.index(str(card.texts[key]))
 
 
@@ -191,14 +194,14 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
         for record in records:
             if not isinstance(record, Mapping) or key not in record:
                 held = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)
-                raise TaskError(f"column {name!r}: no {key!r} there, only {held}")
+                raise TaskError(f"column {name!r}: no {key!r} there, only {held}; correct the card, or the row")
         value = [record[key] for record in records] if isinstance(value, list) else value[key]
     return value
 
 
 def _texts(name: str, value: Any) -> list[str]:
     if not isinstance(value, list):
-        raise TaskError(f"column {name!r}: expected a list, got {value!r}")
+        raise TaskError(f"column {name!r}: expected a list, got {value!r}; name columns of a text each as `columns`")
     if len({isinstance(item, str) for item in value}) > 1:
         raise TaskError(f"column {name!r}: mixed types, expected a list of texts; got {value!r}")
     return [_text(name, item) for item in value]
@@ -212,5 +215,5 @@ def _scalar(name: str, value: Any) -> str | int | float | bool:
     if value is None or isinstance(value, float) and math.isnan(value):
         raise TaskError(f"column {name!r}: the value is missing; fill it in, or remove the row")
     if not isinstance(value, (str, int, float, bool)):
-        raise TaskError(f"column {name!r}: expected a text or a number, got {value!r}")
+        raise TaskError(f"column {name!r}: expected a text or a number, got {value!r}; convert the column")
     return value

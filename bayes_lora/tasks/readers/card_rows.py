@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.card import Card
-from bayes_lora.tasks.readers.table_rows import DELIMITERS, Table, read_table
+from bayes_lora.tasks.readers.table_cells import DELIMITERS
+from bayes_lora.tasks.readers.table_rows import Table, read_table
 
 __all__ = ["CardRows", "card_tables", "hub_rows", "local_rows"]
 

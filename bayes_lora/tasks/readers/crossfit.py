@@ -22,7 +22,15 @@ from pathlib import Path
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.folders import seeded_files, seeded_task
 from bayes_lora.tasks.readers.table_rows import at
-from bayes_lora.tasks.readers.text_files import CannotScore, inside, lines, listed, option_texts, short
+from bayes_lora.tasks.readers.text_files import (
+    CannotScore,
+    inside,
+    lines,
+    listed,
+    option_texts,
+    short,
+    warn_above_limit,
+)
 from bayes_lora.tasks.readers.unifiedqa import MARKER, MAX_READINGS, options_in, same
 from bayes_lora.tasks.task import Example, Task
 
@@ -45,7 +53,8 @@ def read_crossfit(
         path: the folder or the file.
         seed: which of the folder's seeds to read.
         options: the options of all lines, in order, instead of the distinct outputs.
-        max_options: a task of more distinct outputs is free-form; 0 reads outputs as free-form however few there are.
+        max_options: a task of more distinct outputs is free-form, with a warning if they are at most half as many as
+            the lines; 0 reads outputs as free-form however few there are.
 
     Raises:
         CannotScore: all outputs are the same, and few as they are, they are labels.
@@ -87,7 +96,10 @@ def _maker(
     if 2 * sum(_listed(line) is not None for line in every) > len(every):
         return _choice
     labels = sorted({output for _, _, outputs in every for output in outputs})
-    if len(labels) > min(max_options, len(every) // 2) or any(len(outputs) > 1 for _, _, outputs in every):
+    if 2 * len(labels) > len(every) or any(len(outputs) > 1 for _, _, outputs in every):
+        return _free_form
+    if len(labels) > max_options:
+        warn_above_limit(every[0][0].rpartition(":")[0], len(labels), max_options)
         return _free_form
     if len(labels) < 2:
         problem = f"every output is {short(labels[0])}, and one option leaves nothing to choose"
@@ -98,7 +110,8 @@ def _maker(
 def _line(place: str, text: str) -> Line:
     fields = [field.strip() for field in text.split("\t")]
     if len(fields) < 2:
-        raise TaskError(f"{place}: the output is missing; expected an input and its output, a tab between them")
+        expected = "expected an input and its output, a tab between them"
+        raise TaskError(f"{place}: the output is missing; {expected}; add it, or remove the line")
     if not all(fields[1:]):
         raise TaskError(f"{place}: output {fields.index('', 1)} is empty; fill it in or remove it")
     return place, fields[0], list(dict.fromkeys(fields[1:]))
@@ -109,7 +122,8 @@ def _labelled(line: Line, labels: tuple[str, ...]) -> Example:
     if len(outputs) > 1:
         raise TaskError(f"expected one output, got {len(outputs)}: {', '.join(map(short, outputs))}; keep one")
     if outputs[0] not in labels:
-        raise TaskError(f"the output must be one of the options: got {short(outputs[0])}, options are {listed(labels)}")
+        problem = f"the output must be one of the options: got {short(outputs[0])}, options are {listed(labels)}"
+        raise TaskError(f"{problem}; correct it, or add it to `options`")
     return Example(text, labels, labels.index(outputs[0]))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
 from bayes_lora.tasks.readers.card import Card, card_of, read_yaml
 from bayes_lora.tasks.readers.molecules import SMILES_COLUMNS
-from bayes_lora.tasks.readers.table_columns import LABELS
+from bayes_lora.tasks.readers.table_columns import LABELS, plain
 from bayes_lora.tasks.readers.table_rows import Table, scan_table
 from bayes_lora.tasks.readers.text_files import children, inside
 
@@ -128,7 +128,7 @@ def look_at(path: Path, format: str | None = None) -> Place:
     if suffix == ".parquet" or not known:
         return Place(path, known)
     table = scan_table(path)
-    names = {column.lower() for column in table.columns}
+    names = {plain(column) for column in table.columns}
     if suffix == ".jsonl":
         table_or_not = bool(table.rows) and not {"input", "options"} <= table.rows[0][1].keys()
         return Place(path, ["table" if table_or_not else "metaicl"], table)

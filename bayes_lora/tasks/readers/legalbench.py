@@ -20,7 +20,15 @@ from pathlib import Path
 
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.table_rows import Row, Table, at, read_table
-from bayes_lora.tasks.readers.text_files import CannotScore, inside, listed, option_texts, read_text, short
+from bayes_lora.tasks.readers.text_files import (
+    CannotScore,
+    inside,
+    listed,
+    option_texts,
+    read_text,
+    short,
+    warn_above_limit,
+)
 from bayes_lora.tasks.task import Example, Task
 
 __all__ = ["read_legalbench", "without_demonstrations"]
@@ -56,7 +64,7 @@ def read_legalbench(
             their answers: a model that reads them need not learn from support, and they take most of its context.
         answer: column of the answers.
         options: the options of all rows, in order.
-        max_options: a task of more distinct answers is free-form.
+        max_options: a task of more distinct answers is free-form, with a warning if they would otherwise be options.
         separator: separates answers that are all right in a cell of a free-form task, as the comma in
             the test half of definition_extraction.
 
@@ -133,7 +141,10 @@ def _options(path: Path, prompt: str, rows: Sequence[Row], answer: str, max_opti
     if answers and set(answers) <= set(NO_YES):
         return NO_YES
     named = all(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", prompt, re.IGNORECASE) for text in answers)
-    if len(answers) > max_options or not (named or 2 * len(answers) <= len(rows)):
+    if not (named or 2 * len(answers) <= len(rows)):
+        return ()
+    if len(answers) > max_options:
+        warn_above_limit(path, len(answers), max_options)
         return ()
     if len(answers) < 2:
         problem = f"every answer is {short(''.join(answers))}, and one option leaves nothing to choose"
@@ -149,7 +160,7 @@ def _example(row: Row, template: str, answer: str, options: tuple[str, ...], sep
         raise TaskError(f"{place}: `{answer}` is empty; fill it in or remove the row")
     if options and gold not in options:
         problem = f"`{answer}` must be one of the options: got {short(gold)}, options are {listed(options)}"
-        raise TaskError(f"{place}: {problem}")
+        raise TaskError(f"{place}: {problem}; correct it, or name all answers as `options`")
     columns = PLACEHOLDER.findall(template)
     if not any(cells[column].strip() for column in columns):
         raise TaskError(f"{place}: nothing to put into the prompt: {', '.join(columns)} empty; remove the row")

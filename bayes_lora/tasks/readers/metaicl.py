@@ -108,10 +108,11 @@ def _questions(
 
 def _field(record: dict[str, Any], field: str, kind: type) -> Any:
     if field not in record:
-        cure = "; write [] if the answer is free" * (field == "options")
+        cure = "; write [] if the answer is free" if field == "options" else "; add it"
         raise TaskError(f"field `{field}` is missing; got only {listed(sorted(record))}{cure}")
     if not isinstance(record[field], kind):
-        raise TaskError(f"field `{field}` must be a {kind.__name__}, got {reprlib.repr(record[field])}")
+        cure = "write it in brackets" if kind is list else "write it in quotes"
+        raise TaskError(f"field `{field}` must be a {kind.__name__}, got {reprlib.repr(record[field])}; {cure}")
     return record[field]
 
 
@@ -124,9 +125,10 @@ def example_from(record: dict[str, Any], merge_duplicates: bool, labelled: bool)
         return example if known else example.input
     output = _field(record, "output", str) if labelled or "output" in record else options[0]
     if output not in options:
-        raise TaskError(
+        problem = (
             f"`output` must be one of `options`: got {short(output)}, options are {listed(list(map(str, options)))}"
         )
+        raise TaskError(f"{problem}; spell it as the option, or add it to `options`")
     answer = options.index(output)
     if merge_duplicates and all(isinstance(option, str) for option in options):
         return Example(text, *merge_alike(options, answer))

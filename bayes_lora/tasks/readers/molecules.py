@@ -54,7 +54,7 @@ def read_molecules(
     if isinstance(options, str) or len(options) != 2:
         raise TaskError(f"`options` must be two texts, of the labels 0 and 1; got {options!r}")
     if "{smiles}" not in template:
-        raise TaskError(f"`template` {template!r}: expected the placeholder {{smiles}} in it")
+        raise TaskError(f"`template` {template!r}: expected the placeholder {{smiles}} in it; add it")
     table = read_table(path, ".csv")
     molecules = _smiles_column(table, smiles)
     for column in labels or ():

@@ -7,7 +7,7 @@ from pathlib import Path
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.card import Card, RowOptions
 from bayes_lora.tasks.readers.card_examples import input_of, row_texts
-from bayes_lora.tasks.readers.table_columns import LABELS, OPTIONS, find_input
+from bayes_lora.tasks.readers.table_columns import LABELS, OPTIONS, find_input, plain
 from bayes_lora.tasks.readers.table_rows import Table, at, filled, read_table
 from bayes_lora.tasks.readers.text_files import listed
 from bayes_lora.tasks.task import Example, Task
@@ -45,7 +45,7 @@ def read_table_questions(path: str | Path | Table, card: Card = OWN_OPTIONS) -> 
     rows = table.filled_rows()
     options = _present(table, card.options) if isinstance(card.options, RowOptions) else card.options
     own = options if isinstance(options, RowOptions) else None
-    answers = [name for name in table.columns if name == card.label or (not card.label and name.lower() in LABELS)]
+    answers = [name for name in table.columns if name == card.label or (not card.label and plain(name) in LABELS)]
     label = answers[0] if len(answers) == 1 else None
     template = find_input(table, rows, card.input, [*answers, *(own.names if own else [])], label)
     inputs, examples = [], []
@@ -64,7 +64,7 @@ def _present(table: Table, options: RowOptions) -> RowOptions:
     names = []
     for name in options.names:
         spelled = {name, name.partition(".")[0]} & {*table.columns}
-        alike = [column for column in table.columns if column.lower() == name.lower()]
+        alike = [column for column in table.columns if plain(column) == plain(name)]
         if not (spelled or alike):
             columns = f"columns are {listed(table.columns)}"
             raise TaskError(f"{table.path}: no column `{name}`, of options; {columns}; add one, with a list a row")

@@ -1,39 +1,59 @@
-"""A card for a table of a user's own: columns as the caller says, or guessed from their names.
+"""A card for a table of a user's own: columns as the caller says, or guessed from their names and values.
 
 The answer is the one column whose name is in :data:`LABELS`, in any case. The input is the column that is left, or, if
-several are left, a line ``<name>: {<name>}`` for each column of texts. Columns whose name is in :data:`IDS`, or ends as
-in :data:`ID_ENDS`, are not read, nor are columns that give the answer away
-(:mod:`bayes_lora.tasks.readers.table_leaks`). A column named ``options`` holds the options of its row. Otherwise the
-options are the distinct answers in alphabetical order, unless these are more than ``max_options``, or more than
-half of the rows: then answers are free text.
+several are left, a line ``<name>: {<name>}`` for each column of texts. Columns of ids are not read (their names are in
+:data:`IDS`, or end as in :data:`ID_ENDS`, or each of their values is another number with a prefix), nor are columns
+that give the answer away (:mod:`bayes_lora.tasks.readers.table_leaks`). A column named ``options`` holds the options of
+its row. Otherwise the options are the distinct answers in alphabetical order, unless these are more than
+``max_options``, or more than half of the rows: then answers are free text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
 from bayes_lora.tasks.appearance import appearance
-from bayes_lora.tasks.readers.card import Card, RowOptions, card_values, key_of, placeholders
-from bayes_lora.tasks.readers.table_leaks import leaking_columns
+from bayes_lora.tasks.readers.card import Card, RowOptions, card_values, placeholders
+from bayes_lora.tasks.readers.table_answers import (
+    MAX_OPTIONS,
+    distinct_answers,
+    distinct_options,
+    first_row_as_data,
+    label_text,
+)
+from bayes_lora.tasks.readers.table_leaks import NAMED, leaking_columns
 from bayes_lora.tasks.readers.table_rows import Row, Table, is_blank
-from bayes_lora.tasks.readers.text_files import CannotScore, listed, short
+from bayes_lora.tasks.readers.text_files import listed, short
 
-__all__ = ["LABELS", "MAX_OPTIONS", "OPTIONS", "describe", "find_input", "label_text", "table_card"]
+__all__ = [
+    "LABELS",
+    "OPTIONS",
+    "SHOWN",
+    "find_input",
+    "left_out_columns",
+    "only_column_leak",
+    "plain",
+    "table_card",
+]
 
 LABELS = ("label", "output", "answer", "target", "class", "category", "sentiment", "intent", "gold")
-IDS = ("", "id", "uid", "uuid", "guid", "idx", "index", "row", "nr", "unnamed: 0")
+IDS = ("", "id", "uid", "uuid", "guid", "idx", "index", "row", "nr")
 ID_ENDS = ("_id", " id")
+# Names that pandas gives to an index that has none.
+INDEX = re.compile(r"unnamed: \d+(\.\d+)*|level_\d+|__index_level_\d+__")
+ID_VALUE = re.compile(r"[A-Za-z]{0,8}[-_:#]?\d+|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{24,}")
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 OPTIONS = "options"
-MAX_OPTIONS = 64
-"""By default: every option is scored for every example, so a forward pass grows with their number."""
 SHOWN, LONGEST_CARD = 10, 400
+LIKE_ID, NO_TEXT = "the values of {} look like ids", "other columns hold texts"
 
 
-def label_text(value: object) -> str:
-    """Spell an answer as an option; a text without the spaces around it."""
-    return value.strip() if isinstance(value, str) else key_of(value)
+def plain(name: str) -> str:
+    """Return the name of a column as it is compared: in lower case, without what cannot be seen."""
+    return appearance(name).casefold()
 
 
 def table_card(
@@ -63,12 +83,12 @@ def table_card(
     if not isinstance(max_options, int) or max_options < 2:  # True is below 2
         raise TaskError(f"`max_options` (--max-options) must be an integer of 2 or more, got {max_options!r}")
     label = _guess_label(table, rows) if label is None else _named(table, label, "label")
-    own = [name for name in table.columns if name.lower() == OPTIONS and name != label] if options is None else []
+    own = [name for name in table.columns if plain(name) == OPTIONS and name != label] if options is None else []
     template = find_input(table, rows, input, [label, *own], label)
     if options is not None:
         found: tuple[str, ...] | RowOptions | None = tuple(options)
     else:
-        found = RowOptions(own[0]) if own else _distinct(table, rows, label, max_options)
+        found = RowOptions(own[0]) if own else distinct_options(table, rows, label, max_options)
     try:
         return _card(table, template, found, label)
     except ConfigError as error:
@@ -82,36 +102,6 @@ def _card(table: Table, input: str, options: tuple[str, ...] | RowOptions | None
         labels = {text: text for text in options}
     path = table.path
     return Card(path.stem, input, options, label, files=path.name, labels=labels, folder=path.parent)
-
-
-def describe(
-    card: Card, table: Table, rows: Sequence[Row], input: str | None = None, max_options: int = MAX_OPTIONS
-) -> str:
-    """Say in one line how a table is read by a card that :func:`table_card` has made with these arguments."""
-    if card.options is None:
-        reason = _too_many(_answers(rows, card.label), len(rows), max_options)
-        answers = f"free text, because {reason}" if reason else "free text"
-    elif isinstance(card.options, RowOptions):
-        answers = f"one of the row's {', '.join(card.options.names)}"
-    else:
-        more = f" and {len(card.options) - SHOWN} more" * (len(card.options) > SHOWN)
-        answers = ", ".join(card.options[:SHOWN]) + more
-    read = {name for column in card.columns for name in (column, column.partition(".")[0])}
-    left_out = [name for name in table.columns if name not in read]
-    leaks = [] if input else leaking_columns(rows, [name for name in table.columns if not _is_id(name)], card.label)
-    unread = [name for name in left_out if name in leaks]
-    others = [name for name in left_out if name not in leaks]
-    not_read = f"; not read: {', '.join(others[:SHOWN])}" if others else ""
-    if unread:
-        them = "it" if len(unread) == 1 else "them"
-        not_read += f"; not read: {', '.join(unread[:SHOWN])}, because each value of {them} stands for one answer"
-    not_read += "".join(
-        f"; each value of {name}, the only column left, stands for one answer"
-        for name in placeholders(card.input)
-        if name in leaks
-    )
-    text = f"input is {card.input}, answers from {card.label}: {answers}{not_read}"
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def find_input(
@@ -131,17 +121,15 @@ def find_input(
     """
     if input:
         return _given_input(table, input)
-    left = [name for name in table.columns if name not in taken and not _is_id(name)]
-    # A table of an answer and one more column leaves no doubt which the input is.
-    leaks = [] if label is None or len(left) == 1 else leaking_columns(rows, left, label)
-    if leaks and len(leaks) == len(left):
+    names = [name for name in table.columns if name not in taken]
+    reasons = left_out_columns(rows, names, label)
+    left = [name for name in names if name not in reasons]
+    if leaks := [name for name in names if reasons.get(name)] * (not left):
         raise TaskError(
-            f"{table.path}: no column is left for the input: {listed(leaks)} would give the answer away, because each "
-            f"value stands for one answer; add a column of inputs, or say --input {short(leaks[0])} if it is the input"
+            f"{table.path}: no column is left for the input: {listed(leaks)} would give the answer away, because "
+            f"{reasons[leaks[0]].format('them')}; add a column of inputs, or say --input {short(leaks[0])} if it is "
+            "the input"
         )
-    left = [name for name in left if name not in leaks]
-    if len(left) > 1:
-        left = [name for name in left if _holds_text(rows, name)] or left
     for name in left:
         if "{" in name or "}" in name:
             raise TaskError(
@@ -153,6 +141,41 @@ def find_input(
             f"{listed(list(taken))} are the answer's; say which as `input` (--input)"
         )
     return f"{{{left[0]}}}" if len(left) == 1 else "\n".join(f"{name}: {{{name}}}" for name in left)
+
+
+def left_out_columns(rows: Sequence[Row], names: Sequence[str], label: str | None) -> dict[str, str]:
+    """Return which columns a guess of the input leaves out, each with the reason; an empty one for the name of an id.
+
+    Args:
+        rows: rows that are not blank.
+        names: the columns.
+        label: the column of the answer, if there is one: columns that give it away are left out.
+    """
+    reasons = dict.fromkeys(filter(_is_id, names), "")
+    left = [name for name in names if name not in reasons]
+    # A table of an answer and one more column leaves no doubt which the input is.
+    if label is not None and len(left) > 1:
+        leaks = leaking_columns(rows, left, label, fixed=_fixed(rows, label))
+        if not any(_holds_text(rows, name) for name in left if name not in leaks):
+            leaks = {name: kind for name, kind in leaks.items() if kind != NAMED}
+        reasons |= leaks
+    texts = [name for name in left if name not in reasons and _holds_text(rows, name)]
+    ids = [name for name in texts if _holds_ids(rows, name)]
+    if 0 < len(ids) < len(texts):
+        reasons |= dict.fromkeys(ids, LIKE_ID)
+    if texts:
+        reasons |= {name: NO_TEXT for name in left if name not in reasons and name not in texts}
+    return reasons
+
+
+def only_column_leak(rows: Sequence[Row], names: Sequence[str], label: str) -> dict[str, str]:
+    """Return the columns of a guessed input that give the answer away, with the kind: they were the only ones left."""
+    return leaking_columns(rows, names, label, fixed=_fixed(rows, label))
+
+
+def _fixed(rows: Sequence[Row], label: str) -> bool:
+    texts = distinct_answers(rows, label)
+    return texts is not None and 2 * len(texts) <= len(rows)
 
 
 def _given_input(table: Table, input: str) -> str:
@@ -177,15 +200,17 @@ def _named(table: Table, name: str, option: str) -> str:
 
 
 def _guess_label(table: Table, rows: Sequence[Row]) -> str:
-    found = [name for name in table.columns if name.lower() in LABELS]
+    found = [name for name in table.columns if plain(name) in LABELS]
     if len(found) == 1:
         return found[0]
     problem = f"{listed(found)} may all be" if found else f"none is named {', '.join(LABELS)}"
     likely = found[0] if found else _fewest_answers(table, rows)
     example = "" if likely is None else f", as in --label {short(likely)}{_offer(table, rows, likely)}"
+    value = first_row_as_data(table, rows, table.columns)
+    header = f"; if the first row is no header ({short(value)} is also a value), add one" if value else ""
     raise TaskError(
         f"{table.path}: cannot tell which column holds the answer: columns are {listed(table.columns)}, and {problem}; "
-        f"say which{example}"
+        f"say which{example}{header}"
     )
 
 
@@ -215,7 +240,13 @@ def _fewest_answers(table: Table, rows: Sequence[Row]) -> str | None:
 
 
 def _is_id(name: str) -> bool:
-    return name.lower() in IDS or name.lower().endswith(ID_ENDS)
+    return plain(name) in IDS or plain(name).endswith(ID_ENDS) or INDEX.fullmatch(plain(name)) is not None
+
+
+def _holds_ids(rows: Sequence[Row], name: str) -> bool:
+    """Whether each value is another one, and each is a number with a prefix, or hexadecimal."""
+    values = [cell.strip() for _, row in rows if isinstance(cell := row.get(name), str) and cell.strip()]
+    return 0 < len(set(values)) == len(values) and all(map(ID_VALUE.fullmatch, values))
 
 
 def _holds_text(rows: Sequence[Row], name: str) -> bool:
@@ -227,48 +258,5 @@ def _is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
-        return False
+        return DECIMAL_COMMA.fullmatch(text.strip()) is not None
     return True
-
-
-def _distinct(table: Table, rows: Sequence[Row], label: str, max_options: int) -> tuple[str, ...] | None:
-    """Return the distinct answers, or None if they are free text."""
-    texts = _answers(rows, label)
-    if texts is None:
-        return None
-    if len(texts) < 2:
-        held = f"only {short(min(texts))}" if texts else "nothing"
-        problem = f"column {label!r} holds {held}, but a task needs two answers"
-        raise CannotScore(f"{table.path}: {problem}; give the options, or rows with another answer", "one label")
-    if _too_many(texts, len(rows), max_options):
-        return None
-    alike: dict[str, str] = {}
-    for text in sorted(texts):
-        first = alike.setdefault(appearance(text).casefold(), text)
-        if first != text:
-            # Where more than the case differs, only code points show what it is.
-            spell = short if first.casefold() == text.casefold() else ascii
-            look = ", which look the same" * (appearance(first) == appearance(text))
-            problem = f"column {label!r} holds both {spell(first)} and {spell(text)}{look}"
-            raise TaskError(f"{table.path}: {problem}; write them alike")
-    return tuple(sorted(texts))
-
-
-def _answers(rows: Sequence[Row], label: str) -> set[str] | None:
-    """Return the texts of the answers; None if some are lists, which only free answers are."""
-    values = [value for _, row in rows if not is_blank(value := row.get(label))]
-    if any(isinstance(value, (list, Mapping)) for value in values):
-        return None
-    return {label_text(value) for value in values}
-
-
-def _too_many(texts: Collection[str] | None, num_rows: int, max_options: int) -> str:
-    """Say why these answers are free text rather than options; nothing if they are options, or lists."""
-    if texts is None:
-        return ""
-    if 2 * len(texts) > num_rows:
-        return f"there are {len(texts)} different answers in {num_rows} rows"
-    if len(texts) > max_options:
-        limit = f"at most {max_options} would be options (--max-options)"
-        return f"there are {len(texts)} different answers, and {limit}"
-    return ""

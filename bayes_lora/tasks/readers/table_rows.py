@@ -1,9 +1,7 @@
 """Tables: the rows of CSV, TSV, JSON-lines, JSON and Parquet files, read once and by one set of rules.
 
 - Text files are UTF-8 (:mod:`bayes_lora.tasks.readers.text_files`).
-- The first row of a CSV or TSV file names the columns, each differently. Every other row has as many cells. Cells in
-  double quotes may contain delimiters and line ends. Cells are texts and are not converted. A CSV file whose first line
-  has no comma, but semicolons or tabs, is divided at these.
+- The first row of a CSV or TSV file names the columns (:mod:`bayes_lora.tasks.readers.table_cells`).
 - A line of a JSON-lines file, or an element of the list in a JSON file, is an object.
 - Each row has a place, which error messages begin with: ``<file>:<line>``, the line on which the row begins, or
   ``<file>, row <number>`` if the file has no lines.
@@ -14,7 +12,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,21 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError, did_you_mean
-from bayes_lora.tasks.readers.text_files import (
-    MAX_LINE_BYTES,
-    MAX_LISTED,
-    decoded_lines,
-    lines,
-    listed,
-    read_text,
-    short,
-)
+from bayes_lora.tasks.readers.table_cells import DELIMITERS, Cells
+from bayes_lora.tasks.readers.text_files import MAX_LINE_BYTES, MAX_LISTED, lines, listed, read_text
 
 __all__ = ["TABLES", "Row", "Table", "at", "filled", "is_blank", "read_table", "scan_table"]
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
-DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 MAX_CELL = MAX_LINE_BYTES
 """Characters of a cell: a quote that is left open must not swallow a large file."""
 
@@ -51,12 +40,14 @@ class Table:
         path: the file.
         columns: their names, in order.
         rows: the place and the cells of each row.
+        delimiter: separates the cells of a CSV or TSV file; None for other files.
         error: why reading ended early, if it did.
     """
 
     path: Path
     columns: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    delimiter: str | None = None
     error: TaskError | None = None
 
     def require(self, column: str, cure: str) -> None:
@@ -79,7 +70,7 @@ def read_table(source: str | Path | Table, suffix: str | None = None, delimiter:
     Args:
         source: the file or the table.
         suffix: the kind of the file, such as ``.csv``; by default that of its name.
-        delimiter: separates the cells of a CSV or TSV file; by default as the module says.
+        delimiter: separates the cells of a CSV or TSV file; by default detected.
 
     Raises:
         TaskError: the file is of no known kind or cannot be read, or a row is malformed.
@@ -97,7 +88,12 @@ def scan_table(path: str | Path, suffix: str | None = None, delimiter: str | Non
     limit = csv.field_size_limit(MAX_CELL)
     try:
         if suffix in DELIMITERS:
-            _read_cells(table, delimiter, DELIMITERS[suffix])
+            cells = Cells(table.path, suffix, delimiter)
+            table.delimiter = cells.delimiter
+            try:
+                table.rows.extend(cells)
+            finally:
+                table.columns = cells.columns
         elif suffix == ".parquet":
             _read_parquet(table)
         elif suffix in (".jsonl", ".json"):
@@ -151,41 +147,6 @@ def _divided(text: str) -> list[Any]:
         if isinstance(found, list):
             return found
     return [part.strip() for part in text.split("|")] if text else []
-
-
-def _read_cells(table: Table, delimiter: str | None, known: str) -> None:
-    texts = (text for _, text in decoded_lines(table.path, "table"))
-    begin = []
-    for text in texts:
-        begin.append(text)
-        if text.strip():
-            break
-    delimiter = delimiter or next((one for one in known if one in "".join(begin)), known[0])
-    reader = csv.reader(itertools.chain(begin, texts), delimiter=delimiter, strict=True)
-    while True:
-        place = f"{table.path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            cure = f"is a quote left open, or a cell longer than {csv.field_size_limit():,} characters?"
-            raise TaskError(f"{place}: broken table ({error}); {cure}") from None
-        if cells is None:
-            break
-        if len(cells) < 2 and not any(cell.strip() for cell in cells):
-            continue
-        if not table.columns:
-            table.columns = [cell.strip() for cell in cells]
-            name, count = Counter(table.columns).most_common(1)[0]
-            if count > 1:
-                cure = "rename or remove one of the two"
-                raise TaskError(f"{place}: column {short(name)} occurs twice in {listed(table.columns)}; {cure}")
-        elif len(cells) != len(table.columns):
-            problem = f"expected {len(table.columns)} cells, as many as the header; got {len(cells)}"
-            raise TaskError(f"{place}: {problem}; quote a cell that holds {delimiter!r} or a line end")
-        else:
-            table.rows.append((place, dict(zip(table.columns, cells, strict=True))))
-    if not table.columns:
-        raise TaskError(f"{table.path}: the file is empty; expected a first row that names the columns")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

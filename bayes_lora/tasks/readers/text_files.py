@@ -1,13 +1,15 @@
 r"""Text files of tasks: lines of bounded length, and paths that stay in their folder.
 
-A text file is UTF-8, with or without a byte-order mark. Only ``\n`` ends a line, with or without ``\r`` before it. The
-length of a line is limited, so that a broken file of gigabytes is refused before it fills the memory. Each problem is a
-`TaskError` that begins with ``<file>:<line>:``, counted from 1.
+A text file is UTF-8, with or without a byte-order mark. Only ``\n`` ends a line, with or without ``\r`` before it; a
+file whose lines end in ``\r`` alone is refused, because it would be read as one line. The length of a line is limited,
+so that a broken file of gigabytes is refused before it fills the memory. Each problem is a `TaskError` that begins with
+``<file>:<line>:``, counted from 1.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ __all__ = [
     "option_texts",
     "read_text",
     "short",
+    "warn_above_limit",
+    "warn_caller",
     "warn_left_out",
 ]
 
@@ -103,6 +107,9 @@ def _decode(place: str, raw: bytes, first: bool) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {raw[error.start]:#04x} at position {error.start + 1}"
         raise TaskError(f"{place}: expected UTF-8, got {byte}; save the file as UTF-8") from None
+    if first and "\r" in text.strip("\r\n") and not text.endswith("\n"):
+        cure = r"save the file with line ends \n or \r\n"
+        raise TaskError(f"{place}: expected lines, got carriage returns (\\r) and no \\n in the whole file; {cure}")
     if "\0" in text:
         at = f"a null byte at position {text.index(chr(0)) + 1}"
         raise TaskError(f"{place}: expected text, got {at}; if the file is UTF-16, save it as UTF-8")
@@ -160,6 +167,22 @@ def option_texts(options: Sequence[str]) -> tuple[str, ...]:
     if isinstance(options, str):
         raise TaskError(f"`options` must be a list of texts, got the string {options!r}; pass its parts in a list")
     return tuple(options)
+
+
+def warn_caller(message: str) -> None:
+    """Warn, with the place in the code that has called the package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "bayes_lora":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def warn_above_limit(path: str | Path, num_answers: int, max_options: int) -> None:
+    """Warn that the answers of a task are free text because of a limit, unless this turns all options off."""
+    if max_options > 1:
+        problem = f"answers are free text, because there are {num_answers} different ones, and at most {max_options}"
+        cure = f"pass max_options={num_answers} (--max-options {num_answers}) to make options of them"
+        warn_caller(f"{path}: {problem} would be options; {cure}")
 
 
 def warn_left_out(root: str | Path, left_out: Mapping[str, CannotScore], total: int, stacklevel: int = 3) -> None:

@@ -57,10 +57,11 @@ def read_unifiedqa(path: str | Path, *, query: str | None = None, merge_duplicat
         return Task(path.stem, tuple(_examples([path], merge_duplicates)[path]))
     files = {part: inside(path, path / f"{part}.tsv") for part in PARTS if (path / f"{part}.tsv").exists()}
     if query not in (None, "dev", "test"):
-        raise TaskError(f"{path}: `query` must be 'dev' or 'test', got {query!r}")
+        raise TaskError(f"{path}: `query` must be 'dev' or 'test', got {query!r}; pass one of these")
     for part in ("train", query or "train"):
         if part not in files:
-            raise TaskError(f"{path}: expected {part}.tsv here, got {[file.name for file in files.values()]}")
+            found = [file.name for file in files.values()]
+            raise TaskError(f"{path}: expected {part}.tsv here, got {found}; add the file")
     part = query or next((part for part in PARTS[1:] if part in files), "")
     chosen = [files[part] for part in ("train", part) if part in files]
     examples = _examples(chosen, merge_duplicates)
@@ -117,10 +118,12 @@ def _free_form(question: str, answer: str) -> Example:
 def _choice(question: str, answer: str, merge_duplicates: bool) -> Example:
     text, listing = _divide(question)
     if not listing:
-        raise TaskError(r"no options here, but other lines list them; expected `\n (a) ... (b) ...` in the question")
+        problem = r"no options here, but other lines list them; expected `\n (a) ... (b) ...` in the question"
+        raise TaskError(f"{problem}; add them, or remove the line")
     options = options_in(listing, answer)
     if not any(same(option, answer) for option in options):
-        raise TaskError(f"the answer must be one of the options: got {short(answer)}, options are {listed(options)}")
+        problem = f"the answer must be one of the options: got {short(answer)}, options are {listed(options)}"
+        raise TaskError(f"{problem}; spell it as the option, or add it to the list")
     return _example(text, options, answer, merge_duplicates)
 
 
