@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -19,8 +20,10 @@ from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_me
 __all__ = [
     "TAKEN",
     "active_adapter",
+    "check_drawn",
     "check_lora_config",
     "check_not_taken",
+    "check_unwrapped",
     "load_adapter_weights",
     "lora_layers",
     "read_lora_config",
@@ -28,7 +31,20 @@ __all__ = [
 
 BASE_CHANGING_INITS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 """``init_lora_weights`` that subtract the initial update from the base weights."""
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
+PLAIN_SETTINGS = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layer_replication"),
+        *("fan_in_fan_out", "init_lora_weights", "runtime_config"),
+        # These have no effect unless another setting is refused.
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
+        "ensure_weight_tying",
+    }
+)
+"""Settings of plain LoRA. Any other one, such as those of later versions of PEFT, must have its default value."""
 
 TAKEN: WeakSet[LoraLayer] = WeakSet()
 """LoRA layers of existing language models. PEFT may replace their slots, so slots alone do not tell."""
@@ -45,6 +61,21 @@ def check_not_taken(model: nn.Module) -> None:
             raise SiteError(f"module {name!r}: its LoRA already belongs to a LanguageModel. Load the model again.")
 
 
+def check_unwrapped(model: object) -> None:
+    """Check that a model is one of transformers, because a wrapper changes the names of modules, and so of exports.
+
+    Raises:
+        ConfigError: the model is a ``PeftModel``, compiled, distributed, or otherwise wrapped.
+    """
+    if isinstance(model, peft.PeftModel):
+        cure = "Use from_peft(peft_model, tokenizer)"
+    elif isinstance(model, PreTrainedModel):
+        return
+    else:
+        cure = "Pass the model inside it"
+    raise ConfigError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}. {cure}.")
+
+
 def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
     """Return the configuration if it trains only LoRA factors of linear modules.
 
@@ -56,14 +87,14 @@ def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
     if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise SiteError(f"expected a LoRA adapter (peft.LoraConfig), got one of type {kind}.")
-    for name, expected in (("use_dora", False), ("lora_bias", False), ("bias", "none")):
-        if getattr(config, name) != expected:
-            found = getattr(config, name)
-            raise SiteError(f"LoraConfig({name}={found!r}): only plain LoRA can be random. Set {name}={expected!r}.")
-    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
-        if getattr(config, name, None):
+    for field in fields(config):
+        value, default = getattr(config, field.name), _default(field)
+        unset = value == default or (value in (False, []) and not default)
+        if field.name not in PLAIN_SETTINGS and not unset:
+            cure = f"Leave {field.name} out" if default is None else f"Set {field.name}={default!r}"
             raise SiteError(
-                f"LoraConfig({name}={getattr(config, name)!r}): these weights are not LoRA sites. Leave {name} out."
+                f"LoraConfig({field.name}={value!r}): only plain LoRA can be random, because its factors are the only "
+                f"weights that are sampled. {cure}."
             )
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
@@ -71,7 +102,28 @@ def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
             f"LoraConfig(init_lora_weights={init!r}): this changes the base weights. Use True or 'gaussian', or "
             "convert a trained adapter to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)."
         )
+    if (init.lower() if isinstance(init, str) else init) not in PLAIN_INITS:
+        raise SiteError(
+            f"LoraConfig(init_lora_weights={init!r}): expected True, False, 'gaussian', 'orthogonal' or 'eva'."
+        )
     return config
+
+
+def check_drawn(config: peft.LoraConfig) -> None:
+    """Check that PEFT draws the initial values of a new adapter when it is injected.
+
+    Raises:
+        SiteError: they are computed from data.
+    """
+    if config.init_lora_weights == "eva":
+        raise SiteError(
+            "LoraConfig(init_lora_weights='eva'): PEFT computes these values from data. Use True or 'gaussian', or "
+            "call peft.initialize_lora_eva_weights, then from_peft(peft_model, tokenizer)."
+        )
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:

@@ -74,7 +74,7 @@ def fingerprint(lm: LanguageModel) -> dict[str, Any]:
         "modules": {site: names for site, names in sites.modules.items() if ".lora_A" in site},
         "scalings": {name: layer.scaling[lm.adapter_name] for name, layer in lora_layers(lm.model, lm.adapter_name)},
         "tokenizer": tokenizer_facts(lm.tokenizer),
-        "frame": encoder.frame._asdict() | {"prefix": encoder.prefix, "end": encoder.end, "end_text": encoder.end_text},
+        "frame": encoder.frame._asdict() | {"prefix": encoder.prefix, "end": encoder.end},
         "config": computation_values(lm.model.config),
         WEIGHTS: weight_sample(lm.model),
         ADAPTER: adapter_sample(lm),

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from bayes_lora.episodes.batching import by_tokens
 from bayes_lora.errors import ConfigError
-from bayes_lora.lm.text_config import max_positions
+from bayes_lora.lm.text_config import constant_rotary_length, max_positions
 from bayes_lora.lm.vocabulary import num_embeddings
 from bayes_lora.types import Sites
 
@@ -121,7 +121,7 @@ def generate(
         max_new_tokens: maximum number of tokens of an answer.
 
     Raises:
-        ConfigError: a prompt and its answer may need more positions than the model has.
+        ConfigError: a prompt and its answer may need more positions than :func:`max_positions`.
     """
     _check_positions(lm, prompts, max_new_tokens)
     draws, tasks = max(len(value) for value in phi.values()), len(prompts)
@@ -146,9 +146,11 @@ def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]
     if limit is not None and needed > limit:
         room = limit - max_new_tokens + 1
         other = f", give fewer demonstrations, or load the model with max_length={room}" if room > 0 else ""
+        rotary = constant_rotary_length(lm.model.config) is not None
+        reason = f"changes the rotary angles of all prompts after {limit}" if rotary else f"has {limit}"
         raise ConfigError(
             f"task {task}, query {row}: a prompt of {length} tokens and max_new_tokens={max_new_tokens} need {needed} "
-            f"positions, but {type(lm.model).__name__} has {limit}. Lower max_new_tokens{other}."
+            f"positions, but {type(lm.model).__name__} {reason}. Lower max_new_tokens{other}."
         )
 
 

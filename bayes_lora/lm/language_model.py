@@ -17,7 +17,7 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.episodes.token_store import TokenStore
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.lm.adapters import check_lora_config
+from bayes_lora.lm.adapters import check_lora_config, check_unwrapped
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
 from bayes_lora.lm.packed_forward import Forward, Read
@@ -74,7 +74,7 @@ class LanguageModel:
 
     Raises:
         SiteError: LoRA on one of its modules cannot be random.
-        ConfigError: a setting is wrong, or the cache folder cannot be written.
+        ConfigError: a setting is wrong, the model is wrapped, or the cache folder cannot be written.
         ModelFileError: the tokenizer has tokens without an embedding.
     """
 
@@ -97,6 +97,7 @@ class LanguageModel:
         token_folder: str | Path | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
+        check_unwrapped(model)
         if normalize not in ("sum", "mean"):
             raise ConfigError(f"normalize: expected 'sum' or 'mean', got {normalize!r}.")
         self.model, self.tokenizer = model, tokenizer

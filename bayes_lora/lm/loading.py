@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from bayes_lora.errors import BayesLoraError, ConfigError, ModelError, ModelFileError, SiteError, did_you_mean
 from bayes_lora.lm.adapters import (
     active_adapter,
+    check_drawn,
     check_lora_config,
     check_not_taken,
     load_adapter_weights,
@@ -225,6 +226,7 @@ def load_language_model(
         lora_config = _inject_adapter(source, model)
     else:
         lora_config = lora_config or default_lora(model, **choice)
+        check_drawn(lora_config)
         inject(lora_config, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
     kwargs.setdefault("token_folder", cache_folder() / "tokens")

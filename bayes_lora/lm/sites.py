@@ -65,6 +65,11 @@ class LoraSites:
         """Number of LoRA weights of one draw."""
         return sum(layers * rows * columns for layers, rows, columns in self.shapes.values())
 
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """Yield the name of each adapted module with the slot of each of its factors."""
+        for site, slots in self._slots.items():
+            yield from zip(self.modules[site], slots, strict=True)
+
     def initial(self) -> Sites:
         """Return the values of the LoRA linears before they became slots, ``(layers, out, in)`` per site.
 

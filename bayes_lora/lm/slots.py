@@ -48,6 +48,12 @@ class Slot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(rows, ..., in)`` to ``(rows, ..., out)``."""
+        if x.ndim == 2 and self.row_groups is not None:
+            # Some layers flatten rows and tokens (OPT's MLP).
+            return self._apply_bound(x.unflatten(0, (len(self.row_groups.group), -1))).flatten(0, 1)
+        return self._apply_bound(x)
+
+    def _apply_bound(self, x: Tensor) -> Tensor:
         if self.bound is None:
             return x.new_zeros(*x.shape[:-1], len(self.initial))
         if isinstance(self.bound, Tensor):

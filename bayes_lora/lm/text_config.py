@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["computation_values", "max_positions", "max_row_length", "text_config"]
+__all__ = ["computation_values", "constant_rotary_length", "max_positions", "max_row_length", "text_config"]
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names of the number of positions; transformers maps those of most other architectures to the first."""
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+"""Names of the number of tokens beyond which some layers attend to a part of a row."""
 
 BOOKKEEPING = {
     "architectures",
@@ -64,23 +66,49 @@ def computation_values(config: Any) -> dict[str, Any]:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the size of a model's table of positions, beyond which it cannot run; None if it has none.
+    """Return the number of positions beyond which a model cannot run, or a row changes others; None if there is none.
 
-    Rotary angles are computed for any position, so ``max_position_embeddings`` is no such limit there.
+    A table of positions ends there. Rotary angles are computed for any position, see :func:`constant_rotary_length`.
     """
     text = text_config(config)
     rotary = any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
-    return None if rotary else _lowest(config, *POSITIONS)
+    return constant_rotary_length(config) if rotary else _lowest(config, *POSITIONS)
+
+
+def constant_rotary_length(config: Any) -> int | None:
+    """Return the row length beyond which rotary angles of the whole batch change; None if they are constant.
+
+    With the types "longrope" and "dynamic", frequencies depend on the longest row of a batch.
+    """
+    text, lengths = text_config(config), []
+    for parameters in _rotary_parameters(text):
+        kind = str(parameters.get("rope_type", parameters.get("type")))
+        if kind == "longrope":
+            own = getattr(text, "original_max_position_embeddings", None)
+            lengths.append(parameters.get("original_max_position_embeddings") or own or text.max_position_embeddings)
+        elif "dynamic" in kind:
+            lengths.append(text.max_position_embeddings)
+    return min(map(int, lengths), default=None)
+
+
+def _rotary_parameters(text: Any) -> list[dict[str, Any]]:
+    """Return the rotary parameters of all kinds of layers."""
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [value for value in found.values() if isinstance(value, dict)]
+    return kinds or [found]
 
 
 def max_row_length(config: Any) -> int | None:
     """Return the maximum number of tokens of a packed row; None if there is no limit.
 
-    A 4-D mask is used as it is, so rows must fit into the sliding window of models that have one.
+    A 4-D mask is used as it is, so rows must fit into the sliding window or the chunk of models that have one. No text
+    may change rotary angles; it has one token more than its row, because the last token of an option is not read.
     """
-    return _lowest(config, *POSITIONS, "sliding_window")
+    rotary = constant_rotary_length(config)
+    limits = (_lowest(config, *POSITIONS, *WINDOWS), None if rotary is None else rotary - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _lowest(config: Any, *names: str) -> int | None:
     found = (getattr(text_config(config), name, None) for name in names)
-    return min((int(limit) for limit in found if limit), default=None)
+    return min((int(limit) for limit in found if limit and limit > 0), default=None)
