@@ -54,6 +54,14 @@ BUILDERS = {
 TARGETS = {"gpt2": ["c_attn"]}
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Keep hidden states and tokens out of the user's cache; the default model is still read from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bayes_lora.lm.loading.cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def clean_state():
     pyro.clear_param_store()

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_lora.cli import main as cli
 from bayes_lora.cli.task_source import TaskSource, one_task, support_of, unseen_tasks
+from bayes_lora.lm.tensor_store import TensorStore
 from bayes_lora.recipes.registry import GUIDES, PRIORS
 from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "dry-run", "tasks", "show"]
+COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "cache", "dry-run", "tasks", "show"]
 SMALL = [
     "language_model.r=2",
     "language_model.top_layers=2",
@@ -94,6 +95,21 @@ def test_help_lists_the_commands(call):
     code, out, _ = call("--help")
     assert code == 0
     assert all(command in out for command in COMMANDS)
+
+
+def test_the_cache_is_shown_and_cleared(call, tmp_path):
+    put = {b"k": (torch.ones(100, 40),)}
+    facts = {"what": "hidden states", "model": "some/model", "layer": 24, "dtype": "torch.float32"}
+    TensorStore(tmp_path / "states", lambda: facts).put(put)
+    (tmp_path / "tokens" / "a1").mkdir(parents=True)
+    (tmp_path / "kept.txt").write_text("not a cache")
+    code, out, err = call("cache", "--folder", tmp_path)
+    assert (code, err) == (0, "")
+    assert all(word in out for word in ("hidden states", "some/model", "24", "tokens", "1 collections", "MiB"))
+    code, out, _ = call("cache", "--folder", tmp_path, "--clear")
+    assert code == 0 and f"{tmp_path}: deleted 0." in out.replace("\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+    assert call("cache", "--folder", tmp_path / "new")[0] == 0
 
 
 # PEFT reads a name that transformers 5 calls deprecated.

@@ -33,8 +33,8 @@ from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 
 CHAT = (
-    "{% for m in messages %}[{{ m.role }}]%s{{ m.content }}[end]{% endfor %}"
-    "{% if add_generation_prompt %}[a]{% endif %}"
+    "{% if messages %}%s{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 TODAY = " The current date is 26 November 2026, and the assistant is polite. "
 MOE = dict(num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8, layer_types=None)
@@ -213,7 +213,7 @@ TOKENIZERS = {
     "end of a message": (
         chatting,
         lambda t: setattr(c := chatting(t), "chat_template", c.chat_template.replace("[end]", "[.]")) or c,
-        r"with frame.cue='\[end\]\[a\]'",
+        r"with frame.cue='\[end\]\[assistant\]'",
     ),
 }  # fmt: skip
 
@@ -328,7 +328,7 @@ def exported(model_folder, tmp_path):
     return base, tmp_path / "adapter"
 
 
-LOCAL = dict(device="cpu", token_folder=None)
+LOCAL = dict(device="cpu", cache_folder=None)
 
 
 def rewrite(path, change):

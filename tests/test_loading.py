@@ -155,7 +155,7 @@ def hub_cache(model_folder, tmp_path, monkeypatch):
 
 
 def load(**kwargs):
-    return load_language_model("org/model", device="cpu", token_folder=None, **kwargs)
+    return load_language_model("org/model", device="cpu", cache_folder=None, **kwargs)
 
 
 @pytest.mark.parametrize("how", ["v2", "b" * 40, {"model_kwargs": {"revision": "v2"}}])
@@ -167,7 +167,7 @@ def test_a_revision_is_loaded_whole(hub_cache, how):
     first = load()
     assert not torch.equal(first.model.get_input_embeddings().weight, expected.get_input_embeddings().weight)
     assert first.revision is None and first.tokenizer.chat_template is None
-    settings = LanguageModelConfig(token_cache=False).matching(lm)
+    settings = LanguageModelConfig(disk_cache=False).matching(lm)
     assert settings.revision == lm.revision == (how if isinstance(how, str) else "v2")
     assert fingerprint(build_language_model(settings)) == fingerprint(lm)
 
@@ -204,12 +204,12 @@ def test_a_revision_is_part_of_a_posterior_and_of_an_adapter(hub_cache, tmp_path
     TaskPosterior.load(tmp_path / "posterior", second)
     with pytest.raises(PosteriorError, match="fitted with revision='v2', but .* revision=None"):
         TaskPosterior.load(tmp_path / "posterior", first)
-    copied = load_language_model(hub_cache / "snapshots" / ("b" * 40), device="cpu", token_folder=None, top_layers=1)
+    copied = load_language_model(hub_cache / "snapshots" / ("b" * 40), device="cpu", cache_folder=None, top_layers=1)
     TaskPosterior.load(tmp_path / "posterior", copied)  # the same weights under another name
     adapted.export_peft(tmp_path / "adapter")
     assert peft.LoraConfig.from_pretrained(tmp_path / "adapter").revision == "v2"
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(copied.name), tmp_path / "adapter")
-    assert from_peft(model, second.tokenizer, token_folder=None).revision == "v2"
+    assert from_peft(model, second.tokenizer, cache_folder=None).revision == "v2"
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def gemma3(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("chosen", [{}, {"target_modules": ["q_proj"]}])
 def test_a_multimodal_model_keeps_its_settings_in_its_text_part(gemma3, tokenizer, chosen):
-    lm = load_language_model(gemma3, device="cpu", token_folder=None, top_layers=2, max_length=200, **chosen)
+    lm = load_language_model(gemma3, device="cpu", cache_folder=None, top_layers=2, max_length=200, **chosen)
     kinds = chosen.get("target_modules", ["q_proj", "v_proj", "o_proj"])
     modules = {name for names in lm.sites.modules.values() for name in names}
     assert modules == {f"model.language_model.layers.{i}.self_attn.{kind}" for i in (2, 3) for kind in kinds}
@@ -278,7 +278,7 @@ def test_added_tokens_without_an_embedding_are_refused(model_folder, tokenizer, 
 def test_special_tokens_without_an_embedding_are_refused_in_texts(model_folder, tokenizer, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     first, _ = add_tokens(folder, tokenizer, special=True)
-    lm = load_language_model(folder, device="cpu", token_folder=None)
+    lm = load_language_model(folder, device="cpu", cache_folder=None)
     q = TaskPosterior(lm, {}, lm.sites.initial(), ("one",))
     good = Example("good", ("yes", "no"), 0)
     q.predict([good], num_draws=0)

@@ -60,7 +60,7 @@ def trained(kind="llama", seed=3, dtype=torch.float64, **kwargs):
 
 
 def ours(model, tokenizer, **kwargs):
-    return from_peft(model, tokenizer, **{"name": "llama", "max_length": 96, "token_folder": None} | kwargs)
+    return from_peft(model, tokenizer, **{"name": "llama", "max_length": 96, "cache_folder": None} | kwargs)
 
 
 def plain_scores(model, tokenizer, example):
@@ -122,14 +122,14 @@ def test_base_weights_are_left_alone_and_named(tokenizer):
     model, before = trained(), base_model().state_dict()
     model.get_base_model().name_or_path = "here/base"
     model.peft_config["default"].base_model_name_or_path = None
-    lm = from_peft(model, tokenizer, token_folder=None)
+    lm = from_peft(model, tokenizer, cache_folder=None)
     after = {name.replace(".base_layer.", "."): value for name, value in lm.model.state_dict().items()}
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert lm.name == "here/base" and lm.adapter is None
     model = trained()
     model.peft_config["default"].base_model_name_or_path = "their/base"
-    assert from_peft(model, tokenizer, token_folder=None).name == "their/base"
+    assert from_peft(model, tokenizer, cache_folder=None).name == "their/base"
 
 
 def test_gradients_are_those_of_peft_s_parameters(tokenizer):
@@ -370,7 +370,7 @@ def adapter(tmp_path, model_folder):
 
 
 def load(model_folder, lora=None, **kwargs):
-    return load_language_model(model_folder, lora, device="cpu", token_folder=None, **kwargs)
+    return load_language_model(model_folder, lora, device="cpu", cache_folder=None, **kwargs)
 
 
 def test_a_saved_adapter_is_loaded(model_folder, adapter, tokenizer, monkeypatch):
@@ -481,7 +481,7 @@ CHOICES = [
 def test_settings_that_are_saved_say_what_was_loaded(choice, model_folder, adapter, monkeypatch):
     monkeypatch.chdir(adapter.parent)
     lm = load(model_folder, **choice)
-    settings = LanguageModelConfig(top_layers=1, token_cache=False).matching(lm)
+    settings = LanguageModelConfig(top_layers=1, disk_cache=False).matching(lm)
     values = json.loads(json.dumps(RunConfig(language_model=settings).to_dict()))
     monkeypatch.chdir(adapter)
     again = build_language_model(RunConfig.from_dict(values).language_model)

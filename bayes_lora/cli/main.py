@@ -1,4 +1,4 @@
-"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch | dry-run | tasks | show."""
+"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch | cache | dry-run | tasks | show."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bayes_lora.cli import adapt as cli_adapt
+from bayes_lora.cli import cache as cli_cache
 from bayes_lora.cli import tasks as cli_tasks
 from bayes_lora.cli.console import err, error, out, print_line, warn
 from bayes_lora.cli.options import (
@@ -191,6 +192,9 @@ def fetch() -> None:
     from bayes_lora.lm.model_files import fetch_default_model
 
     print_line(str(fetch_default_model()))
+
+
+app.command()(cli_cache.cache)
 
 
 @app.command("dry-run")

@@ -95,8 +95,8 @@ def _frame(render: Any, name: str) -> Frame:
     if not begin.startswith(alone):
         opened = alone[len(commonprefix([begin, alone])) :]
         raise ConfigError(
-            f"template.chat: the chat template of {name} begins a reply with {opened!r}, which is not how it renders "
-            "a given reply, so options would be scored as part of a thought. Turn thoughts off in "
+            f"template.chat: the chat template of {name} begins a reply with {opened!r}, but puts no given reply "
+            "after that, so options would be scored where no reply is, such as in a thought. Turn thoughts off in "
             "template.chat_arguments, such as {'enable_thinking': False}, or set template.chat=false."
         )
     lead = begin[len(alone) :]

@@ -45,9 +45,11 @@ class FeatureReader:
     def __call__(self, episode: Episode) -> Features:
         """Return the features of an episode's examples on the episode's device. They do not depend on labels."""
         flat = [example for task in episode.examples for example in task]
-        missing = {e.key: e for e in flat if e is not None and e.key not in self.cache}
-        fresh = self._compute(list(missing.values()), episode.input_ids.device) if missing else {}
-        known = [None if e is None else fresh.get(e.key) or self.cache.get(e.key) for e in flat]
+        cached = self.cache.get(e.key for e in flat if e is not None)
+        missing = {e.key: e for e in flat if e is not None and e.key not in cached}
+        if missing:
+            cached |= self._compute(list(missing.values()), episode.input_ids.device)
+        known = [None if e is None else cached[e.key] for e in flat]
         shape, (like, _, scores) = episode.shape, next(features for features in known if features is not None)
         hidden = like.new_zeros(len(flat), *like.shape)
         options = like.new_zeros(len(flat), shape[-1], like.shape[-1])
@@ -60,13 +62,16 @@ class FeatureReader:
         return Features(*(part.unflatten(0, shape[:2]) for part in parts))
 
     def _compute(self, examples: Sequence[EncodedExample], device: torch.device) -> dict[bytes, tuple[Tensor, ...]]:
-        fresh = {}
+        fresh: dict[bytes, tuple[Tensor, ...]] = {}
         for batch in by_tokens([len(e) + len(e.context or ()) for e in examples], self.budget.per_item(1)):
             chosen = [examples[i] for i in batch]
             hidden, options, log_probs = self._read(collate([chosen]).to(device))
-            for i, example in enumerate(chosen):
-                k = example.num_options
-                fresh[example.key] = self.cache.put(example.key, (hidden[i], options[i, :k], log_probs[i, :k]))
+            counts = [example.num_options for example in chosen]
+            read = {
+                example.key: (hidden[i], options[i, :k], log_probs[i, :k])
+                for i, (example, k) in enumerate(zip(chosen, counts, strict=True))
+            }
+            fresh |= self.cache.put(read)
         return fresh
 
     @torch.no_grad()

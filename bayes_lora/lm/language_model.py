@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from bayes_lora.lm.packed_forward import Forward, Read
 from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.lm.tensor_cache import TensorCache
+from bayes_lora.lm.tensor_store import TensorStore, base_facts
 from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
@@ -43,8 +45,8 @@ class LanguageModel:
     .. math:: \log p(o \mid x, \phi) = \sum_j \log p_{W_0 + \mathrm{LoRA}(\phi)}(o_j \mid x, o_{<j})
 
     in nats, over the tokens of option o; with ``normalize="mean"`` divided by their number. If the tokens of one option
-    begin with those of another, the end of the answer is scored with all options of the example. T tasks times S draws run
-    in one forward, each prompt is read once for all its options, and the LM head runs on answer positions only.
+    begin with those of another, the end of the answer is scored with all options of the example. T tasks times S draws
+    run in one forward, each prompt is read once for all its options, and the LM head runs on answer positions only.
 
     This is a plain object, not a module, because Pyro would make the parameters of a module trainable. All parameters
     of ``model`` are frozen.
@@ -65,11 +67,11 @@ class LanguageModel:
         token_budget: maximum number of tokens per forward without gradients, for which draws are divided into chunks;
             None sets it automatically, on a GPU by measuring the memory of the first chunk (see
             :mod:`bayes_lora.lm.token_budget`).
-        cache_bytes: RAM for the hidden states at the input of the lowest adapted layer. States that do not fit are
-            stored in ``cache_folder``, or computed again each time.
-        cache_folder: folder for memory-mapped files, which are deleted when the process ends.
-        token_folder: folder for the tokens of large collections, which persist, see
-            :mod:`bayes_lora.episodes.token_store`; None keeps them in memory only.
+        cache_bytes: RAM for the hidden states at the input of the lowest adapted layer. States that do not fit are read
+            from ``cache_folder``, or computed again each time.
+        cache_folder: folder for what persists and what several processes share: hidden states and features of the base
+            model (:mod:`bayes_lora.lm.tensor_store`) and tokens of large collections
+            (:mod:`bayes_lora.episodes.token_store`); None keeps them in RAM only.
         gradient_checkpointing: whether activations are computed again in backward, layer by layer, instead of stored.
 
     Raises:
@@ -94,7 +96,6 @@ class LanguageModel:
         token_budget: int | None = None,
         cache_bytes: int = 4 << 30,
         cache_folder: str | Path | None = None,
-        token_folder: str | Path | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         check_unwrapped(model)
@@ -109,7 +110,7 @@ class LanguageModel:
         self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
         longest = max_row_length(model.config)
         length = max_length if longest is None else min(max_length, longest)
-        store = None if token_folder is None else TokenStore(Path(token_folder))
+        store = None if cache_folder is None else TokenStore(Path(cache_folder) / "tokens")
         vocabulary = None if check_vocabulary(tokenizer, model) else num_embeddings(model)
         self.encoder = Encoder(tokenizer, template, length, longest, store, vocabulary)
         adapted = [module for modules in self.sites.modules.values() for module in modules]
@@ -118,8 +119,14 @@ class LanguageModel:
             raise SiteError(
                 "LoRA on the LM head cannot be random: its input is answer positions, not the rows of a draw."
             )
-        self.trunk = Trunk(model, adapted, TensorCache(cache_bytes, cache_folder), self.budget)
-        known = TensorCache(1 << 30, cache_folder)
+        self.trunk = Trunk(model, adapted, TensorCache(cache_bytes), self.budget)
+        known = TensorCache(1 << 30)
+        if cache_folder is not None:
+            folder, facts = Path(cache_folder) / "states", cache(lambda: base_facts(model, name))
+            kinds = {"what": "hidden states"}, {"what": "features", "normalize": normalize}
+            self.trunk.cache.store, known.store = (
+                TensorStore(folder, lambda kind=kind: kind | {"layer": self.trunk.depth} | facts()) for kind in kinds
+            )
         self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)
         self._forward: Forward | None = None
         if gradient_checkpointing:

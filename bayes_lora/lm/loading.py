@@ -192,8 +192,8 @@ def load_language_model(
         seed: seed of PEFT's random initial A.
         model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation).
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
-            ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``; and ``token_folder``, which by default is
-            ``tokens`` in the folder of :func:`bayes_lora.lm.model_files.cache_folder`.
+            ``cache_bytes``, ``gradient_checkpointing``; and ``cache_folder``, which by default is
+            :func:`bayes_lora.lm.model_files.cache_folder`.
 
     Raises:
         ModelFileError: files cannot be found, downloaded or read, or the adapter does not match the model.
@@ -229,7 +229,7 @@ def load_language_model(
         check_drawn(lora_config)
         inject(lora_config, model, seed=seed)
     model.to(device)  # type: ignore[arg-type]
-    kwargs.setdefault("token_folder", cache_folder() / "tokens")
+    kwargs.setdefault("cache_folder", cache_folder())
     name = str(name_or_path)
     lm = LanguageModel(model, tokenizer, lora_config, name=name, revision=revision, adapter=source, **kwargs)
     if source is not None:
@@ -280,7 +280,7 @@ def from_peft(
     lora_config = check_lora_config(peft_model.peft_config[adapter_name])
     model = cast(PreTrainedModel, peft_model.get_base_model())
     remove_dropout(model, adapter_name)  # without the warning of find_sites, because dropout was set for training
-    kwargs.setdefault("token_folder", cache_folder() / "tokens")
+    kwargs.setdefault("cache_folder", cache_folder())
     if name is None:
         kwargs.setdefault("revision", lora_config.revision)
     name = name or lora_config.base_model_name_or_path or str(model.name_or_path)

@@ -145,13 +145,14 @@ class Trunk:
         if self.depth == 0:
             return None
         pieces = [piece for r, row in enumerate(chain(*episode.rows)) for piece in _pieces(r, row)]
-        missing = {piece.key: piece for piece in pieces if piece.key not in self.cache}
-        fresh = self._compute({key: piece.as_row() for key, piece in missing.items()}, run) if missing else {}
-        known = [fresh.get(piece.key) or self.cache.get(piece.key) for piece in pieces]
-        [like] = known[0] or ()
+        known = self.cache.get(piece.key for piece in pieces)
+        missing = {piece.key: piece for piece in pieces if piece.key not in known}
+        if missing:
+            known |= self._compute({key: piece.as_row() for key, piece in missing.items()}, run)
+        [like] = known[pieces[0].key]
         states = like.new_zeros(*episode.input_ids.shape, like.shape[-1])
-        for piece, found in zip(pieces, known, strict=True):
-            [own] = found or ()
+        for piece in pieces:
+            [own] = known[piece.key]
             states[piece.row, piece.start : piece.start + len(own)] = own
         return send(states, episode.input_ids.device)
 
@@ -167,6 +168,6 @@ class Trunk:
                 run(chosen)
                 seen = stand_ins[0].seen
                 assert seen is not None
-                for i, states in zip(batch, seen, strict=True):
-                    fresh[keys[i]] = self.cache.put(keys[i], (states[: len(rows[i])],))
+                read = {keys[i]: (states[: len(rows[i])],) for i, states in zip(batch, seen, strict=True)}
+                fresh |= self.cache.put(read)
         return fresh

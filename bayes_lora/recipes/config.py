@@ -52,8 +52,8 @@ class LanguageModelConfig:
         template: prompt template, or the name of one of :data:`bayes_lora.episodes.TEMPLATES`.
         gradient_checkpointing: reduces memory in training at the cost of a second forward through the adapted layers.
         cache_gib: RAM in GiB for hidden states below the adapted layers.
-        cache_folder: folder for hidden states that do not fit into RAM, until the process ends.
-        token_cache: whether tokens of large collections are stored on disk for later runs.
+        disk_cache: whether hidden states, features and tokens are stored on disk for later runs and other processes.
+        cache_folder: folder for them; None means that of :func:`bayes_lora.lm.model_files.cache_folder`.
     """
 
     name: str = DEFAULT_MODEL
@@ -72,8 +72,8 @@ class LanguageModelConfig:
     quantization: Literal["8bit", "4bit"] | None = None
     gradient_checkpointing: bool = False
     cache_gib: NonNegative = 4.0
+    disk_cache: bool = True
     cache_folder: str | None = None
-    token_cache: bool = True
 
     def matching(self, lm: LanguageModel) -> LanguageModelConfig:
         """Return these settings, updated to describe a given language model.

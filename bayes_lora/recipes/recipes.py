@@ -145,9 +145,14 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
         cache_bytes=int(config.cache_gib * 2**30),
-        cache_folder=config.cache_folder,
-        **({} if config.token_cache else {"token_folder": None}),
+        **_cache_folder(config),
     )
+
+
+def _cache_folder(config: LanguageModelConfig) -> dict[str, Any]:
+    if not config.disk_cache:
+        return {"cache_folder": None}
+    return {} if config.cache_folder is None else {"cache_folder": config.cache_folder}
 
 
 def recipe_of(config: RunConfig) -> Recipe:

@@ -189,7 +189,7 @@ def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     ``fit.steps`` and ``fit.patience`` are left out, because they only decide when to stop, and so are cache settings.
     """
     settings = config.to_dict()
-    for name in ("cache_gib", "cache_folder", "token_cache"):
+    for name in ("cache_gib", "cache_folder", "disk_cache"):
         del settings["language_model"][name]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in ("steps", "patience")}
     return [settings, [[name, _digest(task)] for name, task in tasks.items()]]
