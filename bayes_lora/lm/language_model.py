@@ -123,9 +123,13 @@ class LanguageModel:
         known = TensorCache(1 << 30)
         if cache_folder is not None:
             folder, facts = Path(cache_folder) / "states", cache(lambda: base_facts(model, name))
-            kinds = {"what": "hidden states"}, {"what": "features", "normalize": normalize}
+
+            def store(**kind: str) -> TensorStore:
+                return TensorStore(folder, lambda: kind | {"layer": self.trunk.depth} | facts())
+
             self.trunk.cache.store, known.store = (
-                TensorStore(folder, lambda kind=kind: kind | {"layer": self.trunk.depth} | facts()) for kind in kinds
+                store(what="hidden states"),
+                store(what="features", normalize=normalize),
             )
         self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)
         self._forward: Forward | None = None
