@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from bayes_lora.episodes.chat import Frame, chat_frame
 from bayes_lora.episodes.packing import Context, EncodedExample, digest, in_context, pack
 from bayes_lora.episodes.templates import PromptTemplate
-from bayes_lora.episodes.token_store import TokenStore, tokenizer_key
+from bayes_lora.episodes.token_store import TokenStore
+from bayes_lora.episodes.tokenizer_facts import tokenizer_facts
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.statistics import Lengths
 from bayes_lora.tasks.task import Example
@@ -152,7 +153,8 @@ class Encoder:
         if len(new) < self.store.fewest:
             return
         if self._key is None:
-            self._key = digest(tokenizer_key(self.tokenizer), self.template, self.max_length)
+            around = (self.prefix, self.frame, self.end)  # a chat template may write today's date
+            self._key = digest(tokenizer_facts(self.tokenizer), self.template, self.max_length, around)
         key = digest(self._key, begins, [(e.input, e.options, e.answer, e.references) for e in new])
         rows = self.store.read(key)
         if rows is None:
