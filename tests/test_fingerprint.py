@@ -149,7 +149,7 @@ DIFFERENT = {
         lora(alpha_pattern={"layers.1.self_attn.q_proj": 2}),
         r"fitted with scalings.model.layers.1.self_attn.q_proj=2.0, but tiny has .*q_proj=0.5\.",
     ),
-    "weights": ({}, {"seed": 3}, "on base weights other than those of tiny: .* Use the same copy, or fit again"),
+    "weights": ({}, {"seed": 3}, "on base weights other than those of tiny, .* Use the same copy, or fit again"),
     "revision": ({"revision": "v2"}, {"revision": "v3"}, "with revision='v2', but tiny has revision='v3'. Use"),
     "template": ({}, {"template": PromptTemplate(gap=" | ")}, r"template.gap='\\n\\n', .* template.gap=' | '"),
     "max_length": ({}, {"max_length": 50}, "fitted with max_length=96, but tiny has max_length=50. Use the same"),
@@ -361,7 +361,7 @@ def another_revision(_, adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_weights, "exported on base weights other than those of .*base: .* Use the same copy"),
+        (other_weights, "exported on base weights other than those of .*base, .* Use the same copy"),
         (other_tokenizer, "exported with tokenizer.normalizer=None, .*'Lowercase'}, .*. Use the same tokenizer"),
         (other_config, "exported with config.rms_norm_eps=1e-06, but .*0.5. Use the same config.json"),
         (other_alpha, "exported with scalings.model.layers.1.self_attn.q_proj=2.0.*=4.0"),

@@ -5,18 +5,19 @@ import math
 
 import pytest
 import torch
-from conftest import build_lm, make_tasks
+from conftest import SIZES, build_lm, make_tasks
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayes_lora.episodes import PromptTemplate
 from bayes_lora.errors import PosteriorError
 from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
-from bayes_lora.lm.weight_samples import NUM_MATRICES, NUM_VALUES, weight_sample
+from bayes_lora.lm.weight_samples import NUM_VALUES, weight_sample
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 
-DIFFERENT = "fitted on base weights other than those of llama: .* matrices differ, such as .*Use the same copy"
+DIFFERENT = "fitted on base weights other than those of llama, such as .*Use the same copy"
 
 
 def through_json(lm):
@@ -46,6 +47,48 @@ def test_another_format_of_the_same_weights_fits(tmp_path, tokenizer, kind, dtyp
     check_fingerprint(through_json(high), low, tmp_path)
 
 
+def of(name, change):
+    """A change of one parameter, as by fine-tuning of a few, or of all that have this name."""
+
+    def changed(lm):
+        found = [value for key, value in lm.model.named_parameters() if key.endswith(name)]
+        assert found
+        for parameter in found:
+            change(parameter)
+
+    return changed
+
+
+FINE_TUNED = {
+    "one matrix": of("layers.2.mlp.up_proj.weight", lambda value: value.mul_(1.1)),
+    "another matrix": of("layers.0.self_attn.k_proj.weight", lambda value: value.add_(0.1)),
+    "an adapted matrix": of("layers.3.self_attn.q_proj.base_layer.weight", lambda value: value.add_(0.1)),
+    "norms": of("model.norm.weight", lambda value: value.add_(0.1)),
+    "all a little": of("", lambda value: value.mul_(1.001)),
+}
+
+
+@pytest.mark.parametrize("change", FINE_TUNED)
+def test_a_fine_tuned_copy_is_refused(tmp_path, tokenizer, change):
+    facts, lm = through_json(build_lm("llama", tokenizer)), build_lm("llama", tokenizer)
+    FINE_TUNED[change](lm)
+    with pytest.raises(PosteriorError, match=DIFFERENT):
+        check_fingerprint(facts, lm, tmp_path)
+
+
+def test_a_copy_that_stores_its_tied_head_is_accepted(tmp_path, tokenizer):
+    tied, untied = build_lm("gemma", tokenizer), build_lm("gemma", tokenizer)
+    head, embedding = untied.model.get_output_embeddings(), untied.model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    head.weight = torch.nn.Parameter(embedding.weight.clone(), requires_grad=False)
+    check_fingerprint(through_json(tied), untied, tmp_path)
+    check_fingerprint(through_json(untied), tied, tmp_path)
+    head.weight.mul_(1.1)
+    for saved, here in ((tied, untied), (untied, tied)):
+        with pytest.raises(PosteriorError, match="base weights other than those of gemma, such as lm_head.weight"):
+            check_fingerprint(through_json(saved), here, tmp_path)
+
+
 @pytest.mark.parametrize("change", [other_seed, in_four_bits])
 def test_other_weights_are_refused(tmp_path, tokenizer, change):
     facts, lm = through_json(build_lm("llama", tokenizer)), build_lm("llama", tokenizer)
@@ -58,17 +101,20 @@ def test_other_weights_are_refused(tmp_path, tokenizer, change):
 def test_the_sample_is_small_and_knows_nothing_of_lora(tokenizer):
     sample = weight_sample(build_lm("llama", tokenizer, top_layers=None).model)
     assert sample == weight_sample(build_lm("llama", tokenizer, top_layers=1, targets=["v_proj"]).model)
-    assert len(sample) == NUM_MATRICES
-    assert all(len(values) == NUM_VALUES and all(map(math.isfinite, values)) for values in sample.values())
+    [by_name] = sample.values()
+    names = LlamaForCausalLM(LlamaConfig(**SIZES)).state_dict().keys()
+    assert list(sample) == ["float64"] and by_name.keys() == names
+    assert all(len(values) == NUM_VALUES and all(map(math.isfinite, values)) for values in by_name.values())
 
 
 @pytest.mark.parametrize("values", [[1.0], ["a"] * NUM_VALUES, None, [[1.0]] * NUM_VALUES, [float("nan")] * NUM_VALUES])
 def test_a_damaged_sample_is_refused(lm, tmp_path, values):
     facts = through_json(lm)
-    sample = facts[FINGERPRINT]["base_weights"]
-    facts[FINGERPRINT]["base_weights"] = dict.fromkeys(sample, values)
-    with pytest.raises(PosteriorError, match=DIFFERENT):
-        check_fingerprint(facts, lm, tmp_path)
+    names = facts[FINGERPRINT]["base_weights"]["float64"]
+    for by_name in (dict.fromkeys(names, values), values):
+        facts[FINGERPRINT]["base_weights"] = {"float64": by_name}
+        with pytest.raises(PosteriorError, match=DIFFERENT):
+            check_fingerprint(facts, lm, tmp_path)
     facts[FINGERPRINT]["base_weights"] = [1]
     with pytest.raises(PosteriorError, match="is damaged: 'fingerprint' has no mapping 'base_weights'"):
         check_fingerprint(facts, lm, tmp_path)

@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.episodes import Encoder, PromptTemplate
-from bayes_lora.episodes.token_store import TokenStore, tokenizer_key
+from bayes_lora.episodes.token_store import TokenStore
 from bayes_lora.tasks import Example
 
 EXAMPLES = [
@@ -86,16 +89,39 @@ def test_few_new_examples_are_not_stored(tokenizer, store):
     assert not store.folder.exists()
 
 
-def test_tokenizers_are_told_apart(tokenizer):
-    from transformers import PreTrainedTokenizerFast
+def test_what_is_around_a_text_decides_the_entry(tokenizer, store):
+    """A chat template may write today's date, and a tokenizer may begin to put a token before every text."""
+    tokenizer, chat = copied(tokenizer), PromptTemplate("{input}", chat=True)
+    tokenizer.chat_template = "{% for m in messages %}[{{ today }}]{{ m.content }}|{% endfor %}"
+    render = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = partial(render, today="26 November")
+    made(Encoder(tokenizer, chat, store=store))
+    tokenizer.apply_chat_template = partial(render, today="27 November")
+    found, expected = made(Encoder(tokenizer, chat, store=store)), made(Encoder(tokenizer, chat))
+    assert [row.key for row in found] == [row.key for row in expected]
+    made(Encoder(tokenizer, store=store))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    found, expected = made(Encoder(tokenizer, store=store)), made(Encoder(tokenizer))
+    assert [row.key for row in found] == [row.key for row in expected]
+    assert len(list(store.folder.iterdir())) == 4
 
-    def copied(**special):
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
 
-    same, other, chat = copied(bos_token="<s>"), copied(bos_token="<s>", eos_token="<s>"), copied(bos_token="<s>")
-    chat.chat_template = "{{ messages }}"
-    assert tokenizer_key(same) == tokenizer_key(copied(bos_token="<s>"))
-    assert len({tokenizer_key(one) for one in (same, other, chat)}) == 3
+def copied(tokenizer, **special):
+    """A tokenizer of the same file, which shares nothing with the other."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{"bos_token": "<s>"} | special)
+
+
+def test_tokenizers_share_entries_if_they_do_the_same(tokenizer, store):
+    for one in (tokenizer, copied(tokenizer, eos_token="<s>", pad_token="<s>"), copied(tokenizer, eos_token="<s>")):
+        made(Encoder(one, store=store))
+    assert len(list(store.folder.iterdir())) == 1
+    other = copied(tokenizer, eos_token="<s>")
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    made(Encoder(other, store=store))
+    assert len(list(store.folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing column"])

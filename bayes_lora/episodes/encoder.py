@@ -13,7 +13,8 @@ from bayes_lora.episodes.chat import Frame, chat_frame, end_of_reply
 from bayes_lora.episodes.continuation import Continuation
 from bayes_lora.episodes.packing import Context, EncodedExample, digest, in_context, pack
 from bayes_lora.episodes.templates import PromptTemplate
-from bayes_lora.episodes.token_store import TokenStore, tokenizer_key
+from bayes_lora.episodes.token_store import TokenStore
+from bayes_lora.episodes.tokenizer_facts import tokenizer_facts
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.statistics import Lengths
 from bayes_lora.tasks.task import Example
@@ -154,7 +155,8 @@ class Encoder:
         if len(new) < self.store.fewest:
             return
         if self._key is None:
-            self._key = digest(VERSION, tokenizer_key(self.tokenizer), self.template, self.frame, self.max_length)
+            around = (self.prefix, self.frame, self.end)  # a chat template may write today's date
+            self._key = digest(VERSION, tokenizer_facts(self.tokenizer), self.template, self.max_length, around)
         key = digest(self._key, opening, [(e.input, e.options, e.answer, e.references) for e in new])
         rows = self.store.read(key)
         if rows is None:

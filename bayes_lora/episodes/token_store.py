@@ -1,7 +1,7 @@
 """Encoded examples on disk, so that a collection is tokenised once: Arrow files, written with the library `datasets`.
 
-The name of an entry is a hash of all that determines its content: the tokenizer, the template, ``max_length`` and the
-examples. Entries are therefore immutable and never out of date.
+The name of an entry is a hash of all that determines its content: the tokenizer, the template, the texts around
+prompts, ``max_length`` and the examples. Entries are therefore immutable and never out of date.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from bayes_lora.episodes.packing import EncodedExample, digest
+from bayes_lora.episodes.packing import EncodedExample
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TokenStore", "tokenizer_key"]
+__all__ = ["TokenStore"]
 
 TENSORS = ("tokens", "segments", "positions", "sources", "target_sources", "targets", "target_options")
 FACTS = {"num_options": "int32", "answer": "int32", "free_form": "bool", "key": "binary"}
@@ -32,15 +29,6 @@ FEWEST = 1000
 
 Encoded = tuple[EncodedExample, bool]
 """A row, and whether it was cut."""
-
-
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Return a hash of all that determines how a tokenizer splits a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return digest(
-        type(tokenizer).__name__, rules, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)
-    )
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class LanguageModel:
         if cache_folder is not None:
             folder, facts = Path(cache_folder) / "states", cache(lambda: base_facts(model, name))
 
-            def store(**kind: str) -> TensorStore:
+            def stored(**kind: str) -> TensorStore:
                 return TensorStore(folder, lambda: kind | {"layer": self.trunk.depth} | facts())
 
             self.trunk.cache.store, known.store = (

@@ -1,8 +1,8 @@
 """Samples of a model's frozen weights, and of the adapter at which its LoRA starts, to compare saved ones with.
 
-A few values of a few weight matrices distinguish models in milliseconds. The tolerance accepts the same weights in
-another floating-point format (bfloat16 rounds by at most 2^-8 of a value, 0.4 %) but not coarser rounding: 4 bits
-change a matrix by about 8 %.
+A few values of each weight distinguish models in milliseconds, also those that differ in some layers alone. In the same
+floating-point format they must be equal. In another format a tolerance accepts the same weights (bfloat16 rounds by at
+most 2^-8 of a value, 0.4 %) but not coarser rounding: 4 bits change a matrix by about 8 %.
 
 If the LoRA starts at a trained adapter, its weights are sampled in the same way. PEFT's initial values are not sampled,
 because they do not change the model, and the tensors of a posterior include all that depends on them.
@@ -10,7 +10,7 @@ because they do not change the model, and the tensors of a posterior include all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,37 +22,44 @@ from bayes_lora.lm.language_model import LanguageModel
 
 __all__ = ["adapter_mismatch", "adapter_sample", "weight_mismatch", "weight_sample"]
 
-NUM_MATRICES, NUM_VALUES = 8, 8
+NUM_VALUES = 4
+NUM_QUANTIZED = 8
+"""Number of quantised matrices that are sampled: their values have to be computed first."""
+
 TOLERANCE = 0.005
-"""Root mean square difference of a matrix' values, relative to their root mean square."""
+"""Root mean square difference of a sample, relative to its root mean square."""
+ROUNDING = 2e-5
+"""The same for weights in the same format: samples are saved with six digits."""
 
 
-def weight_sample(model: nn.Module) -> dict[str, list[float]]:
-    """Return values at fixed positions of some of a model's matrices, by name, without LoRA weights."""
-    matrices = _matrices(model)
-    names = sorted(matrices)
-    chosen = [names[i] for i in _spread(len(names), NUM_MATRICES)]
-    return {name: _rounded(_values(*matrices[name])) for name in chosen}
+def weight_sample(model: nn.Module) -> dict[str, dict[str, list[float]]]:
+    """Return values at fixed positions of a model's weights, by format and name, without LoRA weights."""
+    weights = _weights(model)
+    quantized = sorted(name for name, (_, value) in weights.items() if _is_quantized(value))
+    chosen = [quantized[i] for i in _spread(len(quantized), NUM_QUANTIZED)]
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in sorted(weights.keys() - (set(quantized) - set(chosen))):
+        found.setdefault(_format(weights[name][1]), {})[name] = _rounded(_values(*weights[name]))
+    return found
 
 
 def adapter_sample(lm: LanguageModel) -> dict[str, list[float]]:
-    """Return values at fixed positions of the trained adapter at which the LoRA starts, by site; empty if B is zero."""
+    """Return values at fixed positions of each matrix of the adapter at which the LoRA starts; empty if B is zero."""
     values = lm.sites.initial()
     if not any(value.any() for site, value in values.items() if ".lora_B" in site):
         return {}
-    return {site: _rounded(_at_places(value)) for site, value in values.items()}
+    return {name: _rounded(_at_places(value)) for name, value in lm.sites.unstack(values).items()}
 
 
 def weight_mismatch(saved: Mapping[str, Any], lm: LanguageModel) -> str | None:
     """Return how a language model's weights differ from a saved :func:`weight_sample`; None if they do not."""
-    matrices = _matrices(lm.model)
-    other = [name for name, values in saved.items() if name not in matrices or not _alike(values, *matrices[name])]
-    if not other:
-        return None
-    return (
-        f"on base weights other than those of {lm.name}: {len(other)} of {len(saved)} sampled matrices differ, such as "
-        f"{other[0]}"
-    )
+    weights = _weights(lm.model)
+    samples = [(kind, *pair) for kind, by_name in saved.items() for pair in _items(by_name)]
+    known = {name for _, name, _ in samples}
+    other = next((name for name, (_, value) in weights.items() if name not in known and not _is_quantized(value)), None)
+    if other is None:  # stops at the first, because quantised weights take time
+        other = next((name for kind, name, values in samples if not _alike(values, kind, *weights.get(name, ()))), None)
+    return None if other is None else f"on base weights other than those of {lm.name}, such as {other}"
 
 
 def adapter_mismatch(saved: Mapping[str, Any], lm: LanguageModel) -> str | None:
@@ -61,23 +68,30 @@ def adapter_mismatch(saved: Mapping[str, Any], lm: LanguageModel) -> str | None:
     if bool(saved) != bool(here):
         was, now = ("a trained adapter" if sample else "PEFT's initial values" for sample in (saved, here))
         return f"on a LoRA that starts at {was}, but that of {lm.name} starts at {now}"
-    values = {site: _at_places(value) for site, value in lm.sites.initial().items()}
-    other = [site for site, sample in saved.items() if site not in values or not _close(sample, values[site])]
-    if not other:
-        return None
-    return (
-        f"on an adapter other than that of {lm.name}: {len(other)} of {len(saved)} sampled sites differ, such as "
-        f"{other[0]}"
-    )
+    values = {name: _at_places(value) for name, value in lm.sites.unstack(lm.sites.initial()).items()}
+    other = next((n for n, value in values.items() if n not in saved or not _close(saved[n], value, TOLERANCE)), None)
+    return None if other is None else f"on an adapter other than that of {lm.name}, such as {other}"
 
 
-def _matrices(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Return the frozen matrices and their modules, by their names before PEFT wrapped the layers."""
+def _weights(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """Return the frozen weights and their modules, by their names before PEFT wrapped the layers."""
     return {
         name.replace(".base_layer.", "."): (model.get_submodule(name.rpartition(".")[0]), value)
-        for name, value in model.named_parameters()
-        if value.ndim > 1 and not any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
+        for name, value in model.named_parameters(remove_duplicate=False)  # tied weights may be stored twice or once
+        if not any(f".{part}." in name for part in LoraLayer.adapter_layer_names)
     }
+
+
+def _items(samples: Any) -> Iterable[tuple[str, Any]]:
+    return samples.items() if isinstance(samples, dict) else [(repr(samples), None)]
+
+
+def _is_quantized(weight: nn.Parameter) -> bool:
+    return type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def _format(weight: nn.Parameter) -> str:
+    return type(weight).__name__ if _is_quantized(weight) else str(weight.dtype).removeprefix("torch.")
 
 
 def _spread(size: int, count: int) -> list[int]:
@@ -85,11 +99,11 @@ def _spread(size: int, count: int) -> list[int]:
     return sorted({size * (2 * i + 1) // (2 * count) for i in range(count)} if size else ())
 
 
-def _values(module: nn.Module, matrix: nn.Parameter | Tensor) -> Tensor:
+def _values(module: nn.Module, weight: nn.Parameter) -> Tensor:
     # The codes of bitsandbytes are meaningless without their scales.
-    if isinstance(matrix, nn.Parameter) and type(matrix).__name__ in ("Params4bit", "Int8Params"):
-        matrix = dequantize_bnb_weight(matrix, state=getattr(module, "state", None))
-    return _at_places(matrix)
+    if _is_quantized(weight):
+        return _at_places(dequantize_bnb_weight(weight, state=getattr(module, "state", None)))
+    return _at_places(weight)
 
 
 def _at_places(values: Tensor) -> Tensor:
@@ -101,14 +115,17 @@ def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
-def _alike(saved: Any, module: nn.Module, matrix: nn.Parameter) -> bool:
-    return _close(saved, _values(module, matrix))
+def _alike(saved: Any, kind: str, module: nn.Module | None = None, weight: nn.Parameter | None = None) -> bool:
+    if module is None or weight is None:
+        return False
+    same = kind == _format(weight) and not _is_quantized(weight)  # devices round the scales of bitsandbytes differently
+    return _close(saved, _values(module, weight), ROUNDING if same else TOLERANCE)
 
 
-def _close(saved: Any, values: Tensor) -> bool:
-    """Return whether a saved sample equals these values up to the tolerance."""
+def _close(saved: Any, values: Tensor, tolerance: float) -> bool:
+    """Return whether a saved sample equals these values up to a tolerance."""
     try:
         expected = torch.tensor(saved, dtype=torch.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         return False
-    return expected.shape == values.shape and bool((values - expected).norm() <= TOLERANCE * expected.norm())
+    return expected.shape == values.shape and bool((values - expected).norm() <= tolerance * expected.norm())
