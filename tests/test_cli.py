@@ -703,6 +703,7 @@ def test_questions_of_a_table(call, refuse, data, adapted, tmp_path):
     assert "q.csv: no column `options`" in refuse(*words)
 
 
+@pytest.mark.filterwarnings("always:.*answers are free text")
 def test_the_limit_of_options(call, refuse, data, tmp_path):
     """Told where it decides, and set by a flag, of formats whose options are the answers that occur."""
     table = tmp_path / "intents.csv"
@@ -715,8 +716,9 @@ def test_the_limit_of_options(call, refuse, data, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("".join(f"do thing {i}\tintent {i % 3}\n" for i in range(9)))
     assert " free " not in call("tasks", tmp_path / "crossfit")[1]
-    code, out, _ = call("tasks", tmp_path / "crossfit", "--max-options", 2)
+    code, out, err = call("tasks", tmp_path / "crossfit", "--max-options", 2)
     assert code == 0 and " free " in out
+    assert err.startswith("warning: ") and "at most 2 would be options; pass max_options=3 (--max-options 3)" in err
     assert "the format 'metaicl' has no option `max_options`" in refuse("tasks", data / "unseen", "--max-options", 9)
 
 

@@ -133,6 +133,29 @@ def test_refused(tmp_path: Path, text: str | bytes, match: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "num_lines"),
+    {
+        "two rows": ('text\tlabel\n"Hm he said\tbad\nfilm 2"\tgood\n', 2),
+        "four rows": ('text\tlabel\n"Hm he said\tbad\nfilm 2\tgood\nfilm 3\tbad\nfilm 4"\tgood\n', 4),
+        "in another column": ('n\ttext\tlabel\n1\t"Hm\tbad\n2\tfilm\tgood\n3\tfilm"\tgood\n', 3),
+    }.values(),
+)
+def test_a_quote_that_is_left_open_does_not_swallow_rows(tmp_path: Path, text: str, num_lines: int) -> None:
+    """A later quote closes it, and the number of cells is right."""
+    with pytest.raises(
+        TaskError, match=rf"t\.tsv:2: a cell in quotes holds {num_lines} lines that have as many tabs as"
+    ):
+        read_table(write(tmp_path / "t.tsv", text))
+
+
+def test_cells_of_lines_and_tabs_are_read(tmp_path: Path) -> None:
+    rows = [["text", "label"], ["one\ttwo\nthree\tfour", "x"], ["a\nb", "y"], ["a\tb", "y"]]
+    assert cells(read_table(write(tmp_path / "t.tsv", written(rows, delimiter="\t", lineterminator="\n")))) == rows
+    rows = [["text", "label"], ["Paris, France\nRome, Italy\nend", "x"]]
+    assert cells(read_table(write(tmp_path / "t.csv", written(rows, lineterminator="\n")))) == rows
+
+
 def test_carriage_returns_are_refused_by_other_readers(tmp_path: Path) -> None:
     """Where they ended lines, CrossFit would read one line of many outputs."""
     path = write(tmp_path / "t.tsv", "a\tx\rb\ty\rc\tx\r")

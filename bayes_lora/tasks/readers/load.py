@@ -98,6 +98,11 @@ def load_tasks(
         free_form: whether to load free-form tasks as well. False skips them; the same warning counts them.
         options: of the format's reader, such as ``seed`` or ``demonstrations``.
 
+    Warns:
+        UserWarning: of a table, something was decided that names of columns and files do not say, such as columns that
+            are left out (see `load_table`); or of CrossFit and LegalBench, answers are free text because they are more
+            than ``max_options``.
+
     Raises:
         TaskError: the format cannot be detected, names are missing (all are listed, with near names), a path leads out
             of the folder, no task is left, or one is malformed.

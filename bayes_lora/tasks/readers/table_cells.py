@@ -63,6 +63,12 @@ class Cells:
                 raise TaskError(f"{place}: {self._problem(header, cells)}")
             if len(header) > 1 and [cell.strip() for cell in cells[: len(header)]] == header:
                 raise TaskError(f"{place}: expected a row of the table, got the header again; remove this line")
+            if self.delimiter == "\t" and any(_swallows(len(header), *cell) for cell in enumerate(cells)):
+                num_lines = sum(cell.count("\n") for cell in cells) + 1
+                problem = (
+                    f"a cell in quotes holds {num_lines} lines that have as many tabs as rows; is a quote left open?"
+                )
+                raise TaskError(f"{place}: {problem} A quote that begins a cell is written three times")
             yield place, dict(zip(header, cells, strict=False))
         if not header:
             raise TaskError(f"{self.path}: the file is empty; expected a first row that names the columns")
@@ -94,6 +100,13 @@ class Cells:
             return f"{problem}; write an empty cell for a missing value, and quote a cell that holds a line end"
         cure = f"quote a cell that holds {self.delimiter!r} or a line end, without a space before the quote"
         return f"{problem}; {cure}, or name the column that the header lacks"
+
+
+def _swallows(num_columns: int, index: int, cell: str) -> bool:
+    """Whether the lines of a cell are those of whole rows of a table, of which the first and the last are cut."""
+    first, *inner, last = cell.split("\n") if "\n" in cell else ("", "")
+    ends = first.count("\t") == num_columns - 1 - index and last.count("\t") == index
+    return "\t" in cell and ends and all(line.count("\t") == num_columns - 1 for line in inner)
 
 
 def _cure(error: str) -> str:

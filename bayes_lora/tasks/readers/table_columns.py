@@ -32,9 +32,9 @@ __all__ = [
     "LABELS",
     "OPTIONS",
     "SHOWN",
+    "column_leaks",
     "find_input",
     "left_out_columns",
-    "only_column_leak",
     "plain",
     "table_card",
 ]
@@ -155,7 +155,7 @@ def left_out_columns(rows: Sequence[Row], names: Sequence[str], label: str | Non
     left = [name for name in names if name not in reasons]
     # A table of an answer and one more column leaves no doubt which the input is.
     if label is not None and len(left) > 1:
-        leaks = leaking_columns(rows, left, label, fixed=_fixed(rows, label))
+        leaks = column_leaks(rows, left, label)
         if not any(_holds_text(rows, name) for name in left if name not in leaks):
             leaks = {name: kind for name, kind in leaks.items() if kind != NAMED}
         reasons |= leaks
@@ -168,14 +168,10 @@ def left_out_columns(rows: Sequence[Row], names: Sequence[str], label: str | Non
     return reasons
 
 
-def only_column_leak(rows: Sequence[Row], names: Sequence[str], label: str) -> dict[str, str]:
-    """Return the columns of a guessed input that give the answer away, with the kind: they were the only ones left."""
-    return leaking_columns(rows, names, label, fixed=_fixed(rows, label))
-
-
-def _fixed(rows: Sequence[Row], label: str) -> bool:
+def column_leaks(rows: Sequence[Row], names: Sequence[str], label: str) -> dict[str, str]:
+    """Return which of the columns give the answer away, each with its kind; see `leaking_columns`."""
     texts = distinct_answers(rows, label)
-    return texts is not None and 2 * len(texts) <= len(rows)
+    return leaking_columns(rows, names, label, fixed=texts is not None and 2 * len(texts) <= len(rows))
 
 
 def _given_input(table: Table, input: str) -> str:

@@ -14,7 +14,7 @@ from bayes_lora.tasks.readers.table_answers import (
     too_many,
 )
 from bayes_lora.tasks.readers.table_cells import DELIMITER_NAMES, DELIMITERS
-from bayes_lora.tasks.readers.table_columns import SHOWN, left_out_columns, only_column_leak, plain
+from bayes_lora.tasks.readers.table_columns import SHOWN, column_leaks, left_out_columns, plain
 from bayes_lora.tasks.readers.table_rows import Row, Table
 
 __all__ = ["Description", "describe"]
@@ -82,7 +82,7 @@ def _left_out(card: Card, table: Table, rows: Sequence[Row]) -> tuple[str, list[
         for reason, found in by_reason.items()
         if reason
     ]
-    for name, kind in only_column_leak(rows, placeholders(card.input), card.label).items():
+    for name, kind in column_leaks(rows, placeholders(card.input), card.label).items():
         notes.append(kind.format(f"{name}, the only column left,"))
     return _listed(by_reason.get("", [])), notes
 
