@@ -24,7 +24,7 @@ from transformers import (
 from bayes_lora.cli.show import load_encoder
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, ModelError, ModelFileError, PosteriorError, TaskError, did_you_mean
-from bayes_lora.lm import loading
+from bayes_lora.lm import base_model
 from bayes_lora.lm.loading import from_peft, load_language_model
 from bayes_lora.lm.model_files import DEFAULT_MODEL
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
@@ -111,7 +111,7 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
 def test_the_cure_depends_on_where_the_files_are_from(tmp_path, monkeypatch, name, folder, cure):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "config.json").write_text("{")
-    monkeypatch.setattr(loading, "find_model", lambda *_, **__: tmp_path / folder)
+    monkeypatch.setattr(base_model, "find_model", lambda *_, **__: tmp_path / folder)
     with pytest.raises(ModelFileError, match=cure):
         load_language_model(name)
 
@@ -120,7 +120,7 @@ def test_a_full_memory_is_no_damage(model_folder, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(torch.OutOfMemoryError):
         load_language_model(model_folder, device="cpu")
 
@@ -333,14 +333,14 @@ def test_a_missing_package_is_not_a_damaged_file(model_folder, monkeypatch):
     def fail(*_, **__):
         raise ImportError("FlashAttention2 seems not to be installed.")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", fail)
     chosen = {"attn_implementation": "flash_attention_2"}
     message = (
         r"\(ImportError: Flash.*\)\. Install the package that is missing, or change attn_impl\w+ in model_kwargs\.$"
     )
     with pytest.raises(ConfigError, match=message):
         load_language_model(model_folder, device="cpu", model_kwargs=chosen)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(base_model.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ConfigError, match=r"the tokenizer cannot .*\. Install the package that is missing\.$"):
         load_language_model(model_folder, device="cpu")
 
