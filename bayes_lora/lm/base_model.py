@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bayes_lora.errors import BayesLoraError, ConfigError, ModelError, ModelFileError
-from bayes_lora.lm.model_files import find_model
+from bayes_lora.lm.model_files import HubOptions, find_model
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
 
 __all__ = ["choose_dtype", "default_dtype", "load_base", "quantization_config", "reading"]
@@ -79,13 +79,17 @@ def load_base(
         ModelError: the model is not a causal language model.
         ConfigError: a package is missing, or a setting is wrong.
     """
-    found = find_model(name_or_path, revision=revision)
-    if (found / "adapter_config.json").is_file():
+    options = dict(model_kwargs)
+    own = {name: options.pop(name) for name in HubOptions._fields if options.get(name) is not None}
+    found = find_model(name_or_path, revision=revision, hub=HubOptions(**own))
+    if (found / "adapter_config.json").is_file() and any(found.glob("adapter_model.*")):
         raise ModelFileError(
             f"'{found}': transformers would load the adapter in it (adapter_config.json) into the base model. Move the "
             "adapter's files to another folder, and pass that folder as adapter= to start at the adapter."
         )
-    source, options = str(found), dict(model_kwargs)
+    source = str(found)
+    # A configuration without weights is left over from merging; transformers would look for the adapter.
+    options["adapter_kwargs"] = {"subfolder": "no-adapter"}
     if isinstance(found, Path) and found.suffix == ".gguf":
         source, options["gguf_file"] = str(found.parent), found.name
     shared = {key: value for key, value in options.items() if key in ("gguf_file", "trust_remote_code")}
@@ -105,7 +109,17 @@ def load_base(
             f"'{found}': {len(wrong)} weights are missing or have another shape than config.json says, such as "
             f"{wrong[0]}. {_cure('weights', name_or_path, found, revision)}"
         )
+    _check_one_device(model, options.get("device_map"))
     return model, tokenizer
+
+
+def _check_one_device(model: PreTrainedModel, device_map: object) -> None:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if device_map is not None and len(devices) > 1 or devices == ["meta"]:
+        raise ConfigError(
+            f"device_map={device_map!r}: expected the whole model on one device, got {devices} (meta: on disk or "
+            "offloaded). Pass {'': device}, and quantization='4bit' if it is too large."
+        )
 
 
 def _check_causal(config: Any, found: Path) -> None:

@@ -64,12 +64,14 @@ def load_language_model(
         revision: branch, tag or commit of a hub id, for its configuration, tokenizer and weights; by default the main
             branch.
         device: by default a GPU if there is one.
-        dtype: dtype of the base; by default :func:`bayes_lora.lm.base_model.default_dtype`. LoRA weights and scores have at
-            least 32 bits.
+        dtype: dtype of the base; by default :func:`bayes_lora.lm.base_model.default_dtype`. LoRA weights and scores
+            have at least 32 bits.
         quantization: store the base's linear layers in 8 or 4 bits with bitsandbytes; alternatively, ``model_kwargs``
             may have a ``quantization_config``.
         seed: seed of PEFT's random initial A.
-        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation).
+        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation). ``cache_dir``,
+            ``token``, ``local_files_only`` and ``subfolder`` apply to the configuration and the tokenizer too. A
+            ``device_map`` in place of ``device`` must put the whole model on one device.
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
             ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``; and ``token_folder``, which by default is
             ``tokens`` in the folder of :func:`bayes_lora.lm.model_files.cache_folder`.
@@ -89,8 +91,14 @@ def load_language_model(
     }
     _check_choice(lora_config, adapter, [name for name, value in choice.items() if value is not None])
     check_layers(layers_to_transform, top_layers)
+    options = dict(model_kwargs or {})
+    if device is not None and options.get("device_map") is not None:
+        raise ConfigError(
+            f"device={str(device)!r} and model_kwargs={{'device_map': {options['device_map']!r}}}: both choose the "
+            "device. Give one."
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, options = choose_dtype(dtype, device), dict(model_kwargs or {})
+    dtype = choose_dtype(dtype, device)
     for name in ("dtype", "torch_dtype"):
         if name in options:
             raise ConfigError(f"model_kwargs: {name} is the argument dtype= of load_language_model. Pass it there.")
@@ -107,7 +115,8 @@ def load_language_model(
         lora_config = lora_config or default_lora(model, **choice)
         check_drawn(lora_config)
         inject(lora_config, model, seed=seed)
-    model.to(device)  # type: ignore[arg-type]
+    if options.get("device_map") is None:
+        model.to(device)  # type: ignore[arg-type]
     kwargs.setdefault("token_folder", cache_folder() / "tokens")
     name = str(name_or_path)
     return LanguageModel(model, tokenizer, lora_config, name=name, revision=revision, adapter=source, **kwargs)
