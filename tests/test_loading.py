@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from unittest.mock import MagicMock
 
@@ -23,7 +24,15 @@ from transformers import (
 
 from bayes_lora.cli.show import load_encoder
 from bayes_lora.episodes import collate
-from bayes_lora.errors import ConfigError, ModelError, ModelFileError, PosteriorError, TaskError, did_you_mean
+from bayes_lora.errors import (
+    ConfigError,
+    ModelError,
+    ModelFileError,
+    PosteriorError,
+    SiteError,
+    TaskError,
+    did_you_mean,
+)
 from bayes_lora.lm import base_model
 from bayes_lora.lm.loading import from_peft, load_language_model
 from bayes_lora.lm.model_files import DEFAULT_MODEL
@@ -243,6 +252,20 @@ def test_a_multimodal_model_keeps_its_settings_in_its_text_part(gemma3, tokenize
         expected = sum(log_probs[i - 1, whole[i]] for i in range(len(before), len(whole)))
         torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-3)
     assert lm.trunk.depth == 2
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*(language_model.*v_proj|vision_tower.*fc1)"])
+def test_lora_outside_the_decoder_is_refused(gemma3, targets):
+    """Text does not reach a vision tower, whose layers have the names of the decoder's."""
+    lora = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    message = (
+        r"'model\.vision_tower\..*': text does not reach it, because it is outside the decoder 'model\.language_mod"
+    )
+    with pytest.raises(SiteError, match=message) as caught:
+        load_language_model(gemma3, lora, device="cpu", token_folder=None)
+    lora.exclude_modules = re.search(r"exclude_modules='(.*)'\.$", str(caught.value))[1]
+    lm = load_language_model(gemma3, lora, device="cpu", token_folder=None)
+    assert all(name.startswith("model.language_model.") for names in lm.sites.modules.values() for name in names)
 
 
 def add_tokens(folder, tokenizer, special):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bayes_lora.errors import ConfigError, SiteError, did_you_mean
 from bayes_lora.lm.adapters import check_lora_config, check_not_taken
-from bayes_lora.lm.text_config import text_config
+from bayes_lora.lm.text_config import decoder_name, text_config
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["check_layers", "default_lora", "inject"]
@@ -83,10 +83,7 @@ def _usual_modules(model: PreTrainedModel) -> list[str] | None:
 
 def _outside_decoder(model: PreTrainedModel) -> str | None:
     """Return a regular expression of modules that text does not reach, such as a vision tower; None for no module."""
-    if text_config(model.config) is model.config:
-        return None
-    decoder = model.get_decoder()
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    prefix = decoder_name(model)
     return rf"(?!{re.escape(prefix)}\.).*" if prefix else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["constant_rotary_length", "max_positions", "max_row_length", "text_config"]
+__all__ = ["constant_rotary_length", "decoder_name", "max_positions", "max_row_length", "text_config"]
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names of the number of positions; transformers maps those of most other architectures to the first."""
@@ -19,6 +19,18 @@ def text_config(config: Any) -> Any:
         config: the configuration of a transformers model.
     """
     return config.get_text_config(decoder=True)
+
+
+def decoder_name(model: Any) -> str:
+    """Return the name of the text decoder in a multimodal model; of a text model, the empty string.
+
+    Args:
+        model: a transformers model.
+    """
+    if text_config(model.config) is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def max_positions(config: Any) -> int | None:
