@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from bayes_lora.episodes import PromptTemplate
+from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.loading import inject
 from bayes_lora.tasks import Example, Task
 
 WORDS = 4096

@@ -21,8 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.loading import inject
 from bayes_lora.tasks import Example, Task, TaskSet
 
 # pytest explains the failed assertions of these, as it does those of test files.

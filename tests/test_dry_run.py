@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ModelFileError, SiteError
+from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.loading import inject
 from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs.dry_run import dry_run, read_architecture

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from unittest.mock import MagicMock
 
@@ -23,8 +24,16 @@ from transformers import (
 
 from bayes_lora.cli.show import load_encoder
 from bayes_lora.episodes import collate
-from bayes_lora.errors import ConfigError, ModelError, ModelFileError, PosteriorError, TaskError, did_you_mean
-from bayes_lora.lm import loading
+from bayes_lora.errors import (
+    ConfigError,
+    ModelError,
+    ModelFileError,
+    PosteriorError,
+    SiteError,
+    TaskError,
+    did_you_mean,
+)
+from bayes_lora.lm import base_model
 from bayes_lora.lm.fingerprint import fingerprint
 from bayes_lora.lm.loading import from_peft, load_language_model
 from bayes_lora.lm.model_files import DEFAULT_MODEL
@@ -112,7 +121,7 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
 def test_the_cure_depends_on_where_the_files_are_from(tmp_path, monkeypatch, name, folder, cure):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "config.json").write_text("{")
-    monkeypatch.setattr(loading, "find_model", lambda *_, **__: tmp_path / folder)
+    monkeypatch.setattr(base_model, "find_model", lambda *_, **__: tmp_path / folder)
     with pytest.raises(ModelFileError, match=cure):
         load_language_model(name)
 
@@ -121,7 +130,7 @@ def test_a_full_memory_is_no_damage(model_folder, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(torch.OutOfMemoryError):
         load_language_model(model_folder, device="cpu")
 
@@ -246,6 +255,20 @@ def test_a_multimodal_model_keeps_its_settings_in_its_text_part(gemma3, tokenize
     assert lm.trunk.depth == 2
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], r".*(language_model.*v_proj|vision_tower.*fc1)"])
+def test_lora_outside_the_decoder_is_refused(gemma3, targets):
+    """Text does not reach a vision tower, whose layers have the names of the decoder's."""
+    lora = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    message = (
+        r"'model\.vision_tower\..*': text does not reach it, because it is outside the decoder 'model\.language_mod"
+    )
+    with pytest.raises(SiteError, match=message) as caught:
+        load_language_model(gemma3, lora, device="cpu", cache_folder=None)
+    lora.exclude_modules = re.search(r"exclude_modules='(.*)'\.$", str(caught.value))[1]
+    lm = load_language_model(gemma3, lora, device="cpu", cache_folder=None)
+    assert all(name.startswith("model.language_model.") for names in lm.sites.modules.values() for name in names)
+
+
 def add_tokens(folder, tokenizer, special):
     """Give the model in a folder a tokenizer with more tokens than the 320 of its embeddings."""
     own = copy.deepcopy(tokenizer)
@@ -334,14 +357,14 @@ def test_a_missing_package_is_not_a_damaged_file(model_folder, monkeypatch):
     def fail(*_, **__):
         raise ImportError("FlashAttention2 seems not to be installed.")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", fail)
     chosen = {"attn_implementation": "flash_attention_2"}
     message = (
         r"\(ImportError: Flash.*\)\. Install the package that is missing, or change attn_impl\w+ in model_kwargs\.$"
     )
     with pytest.raises(ConfigError, match=message):
         load_language_model(model_folder, device="cpu", model_kwargs=chosen)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(base_model.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ConfigError, match=r"the tokenizer cannot .*\. Install the package that is missing\.$"):
         load_language_model(model_folder, device="cpu")
 

@@ -9,8 +9,8 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, Llama
 
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
+from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.loading import inject
 from bayes_lora.lm.text_config import max_positions, max_row_length
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks import Example

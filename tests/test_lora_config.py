@@ -9,7 +9,8 @@ from peft.tuners.lora.config import KasaConfig
 
 from bayes_lora.errors import SiteError
 from bayes_lora.lm.adapters import check_lora_config
-from bayes_lora.lm.loading import inject, load_language_model
+from bayes_lora.lm.inject import inject
+from bayes_lora.lm.loading import load_language_model
 
 # PEFT 0.21 on transformers 5.23
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

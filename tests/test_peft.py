@@ -17,8 +17,9 @@ from bayes_lora.episodes import PromptTemplate, collate
 from bayes_lora.errors import ConfigError, ModelFileError, PosteriorError, SiteError
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.lm.fingerprint import FINGERPRINT, fingerprint
+from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.loading import from_peft, inject, load_language_model
+from bayes_lora.lm.loading import from_peft, load_language_model
 from bayes_lora.lm.weight_samples import adapter_sample, weight_sample
 from bayes_lora.models import HierarchicalNormal
 from bayes_lora.posterior.baselines import finetune_lora, pretrained

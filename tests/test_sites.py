@@ -6,7 +6,7 @@ from torch import nn
 
 from bayes_lora.distributions.deferred_weight import DeferredWeight
 from bayes_lora.errors import SiteError
-from bayes_lora.lm.loading import inject
+from bayes_lora.lm.inject import inject
 from bayes_lora.lm.sites import Slot, find_sites
 from bayes_lora.utils.grouped_linear import RowGroups, linear
 

@@ -200,7 +200,7 @@ def load_encoder(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from bayes_lora.lm.loading import reading
+    from bayes_lora.lm.base_model import reading
 
     found = find_tokenizer(name_or_path, revision=revision)
     gguf = found.suffix == ".gguf" and found.is_file()

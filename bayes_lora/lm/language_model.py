@@ -26,7 +26,7 @@ from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.lm.tensor_store import TensorStore, base_facts
-from bayes_lora.lm.text_config import max_row_length, text_config
+from bayes_lora.lm.text_config import decoder_name, max_row_length, text_config
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
 from bayes_lora.lm.vocabulary import check_vocabulary, num_embeddings
@@ -115,10 +115,7 @@ class LanguageModel:
         self.encoder = Encoder(tokenizer, template, length, longest, store, vocabulary)
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         head: Any = model.get_output_embeddings()
-        if any(module is head for name, module in model.named_modules() if name in adapted):
-            raise SiteError(
-                "LoRA on the LM head cannot be random: its input is answer positions, not the rows of a draw."
-            )
+        check_adapted(model, adapted)
         self.trunk = Trunk(model, adapted, TensorCache(cache_bytes), self.budget)
         known = TensorCache(1 << 30)
         if cache_folder is not None:
@@ -127,10 +124,8 @@ class LanguageModel:
             def stored(**kind: str) -> TensorStore:
                 return TensorStore(folder, lambda: kind | {"layer": self.trunk.depth} | facts())
 
-            self.trunk.cache.store, known.store = (
-                store(what="hidden states"),
-                store(what="features", normalize=normalize),
-            )
+            self.trunk.cache.store = stored(what="hidden states")
+            known.store = stored(what="features", normalize=normalize)
         self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)
         self._forward: Forward | None = None
         if gradient_checkpointing:
@@ -217,6 +212,23 @@ class LanguageModel:
     def features(self, episode: Episode) -> Features:
         """Return features of each example from the base model without an adapter. They are cached."""
         return self.feature_reader(episode)
+
+
+def check_adapted(model: Any, adapted: Sequence[str]) -> None:
+    """Check that modules are inside the text decoder, and not the LM head.
+
+    Raises:
+        SiteError: one is not.
+    """
+    head, prefix = model.get_output_embeddings(), decoder_name(model)
+    if any(module is head for name, module in model.named_modules() if name in adapted):
+        raise SiteError("LoRA on the LM head cannot be random: its input is answer positions, not the rows of a draw.")
+    outside = next((name for name in adapted if prefix and not name.startswith(f"{prefix}.")), None)
+    if outside is not None:
+        raise SiteError(
+            f"module {outside!r}: text does not reach it, because it is outside the decoder {prefix!r}, so LoRA on it "
+            f"has no effect. Set exclude_modules='(?!{prefix}.).*'."
+        )
 
 
 def keep_differentiable(model: Any) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from bayes_lora.lm.packaged_model import CONVERTED_FOLDER, DEFAULT_MODEL, MEGABY
 
 __all__ = [
     "DEFAULT_MODEL",
+    "HubOptions",
     "cache_folder",
     "default_model_here",
     "fetch_default_model",
@@ -29,8 +31,33 @@ HUB_LIMIT_SECONDS = 8.0
 HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
+class HubOptions(NamedTuple):
+    """Where the files of a hub id are, with the names of ``from_pretrained``.
+
+    Attributes:
+        cache_dir: folder of the Hugging Face cache; by default its usual one.
+        token: token of the hub; by default the one of ``hf auth login``.
+        local_files_only: whether files must be on this machine.
+        subfolder: folder of the repository or of a local folder in which the model is.
+    """
+
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    subfolder: str = ""
+
+    def file(self, name: str) -> str:
+        """Return the path of a file, or of a pattern of files, in the repository."""
+        return f"{self.subfolder.strip('/')}/{name}" if self.subfolder else name
+
+
 def find_model(
-    name_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None, progress: bool = True
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+    hub: HubOptions = HubOptions(),  # noqa: B008
 ) -> Path:
     """Find a causal language model's files, and download them if they are not on this machine.
 
@@ -43,6 +70,7 @@ def find_model(
         cache_dir: folder for the converted copy of the default model; by default ``$BAYES_LORA_CACHE``, otherwise
             ``bayes_lora`` in the user's cache folder.
         progress: whether to report long operations on standard error.
+        hub: where the files of a hub id are.
 
     Returns:
         A folder that ``from_pretrained`` can read, or the path of a ``.gguf`` file.
@@ -51,12 +79,16 @@ def find_model(
         ModelFileError: there is no such model or revision, or it is not on this machine and cannot be downloaded.
         ConfigError: a ``revision`` is given for a local path.
     """
-    local = _find_local(name_or_path, revision)
+    local = _find_local(name_or_path, revision, hub.subfolder)
     if local is not None:
         return local
-    if name_or_path == DEFAULT_MODEL and revision is None:
+    name, default = str(name_or_path), name_or_path == DEFAULT_MODEL and revision is None
+    if default and hub == HubOptions():
         return fetch_default_model(cache_dir=cache_dir, progress=progress)
-    return _find_in_hub_cache(str(name_or_path), revision) or _download_from_hub(str(name_or_path), revision)
+    here = _find_in_hub_cache(name, revision, hub)
+    if here is None and default and hub == HubOptions(local_files_only=True):
+        here = default_model_here(cache_dir)
+    return here or _download_from_hub(name, revision, hub)
 
 
 def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Path:
@@ -127,9 +159,11 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
         raise ModelFileError(message) from error
 
 
-def _find_local(name_or_path: str | Path, revision: str | None = None) -> Path | None:
+def _find_local(name_or_path: str | Path, revision: str | None = None, subfolder: str = "") -> Path | None:
     """Return the model at this path; None if the argument can only be a hub id."""
     path = Path(name_or_path).expanduser()
+    if subfolder and path.exists():
+        name_or_path = path = path / subfolder
     if revision is not None and path.exists():
         raise ConfigError(f"revision {revision!r}: only a hub id has revisions, and '{path}' is a local path. Omit it.")
     expected = "expected a folder with a config.json, a .gguf file, or a hub id"
@@ -172,19 +206,19 @@ def _hub_name(name: str, revision: str | None) -> str:
     return f"'{name}'" if revision is None else f"'{name}' at revision {revision!r}"
 
 
-def _find_in_hub_cache(name: str, revision: str | None = None) -> Path | None:
+def _find_in_hub_cache(name: str, revision: str | None = None, hub: HubOptions = HubOptions()) -> Path | None:  # noqa: B008
     # Not snapshot_download(local_files_only=True): it rejects a snapshot from which any file was left out.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json", None, revision)
+        config = try_to_load_from_cache(name, hub.file("config.json"), hub.cache_dir, revision)
     except HFValidationError as error:
         raise ModelFileError(f"'{name}' is neither a path nor a hub id: {error}") from error
     return Path(config).parent if isinstance(config, str) and _is_model_folder(Path(config).parent) else None
 
 
-def _list_on_hub(name: str, revision: str | None = None) -> list[str] | Exception:
+def _list_on_hub(name: str, revision: str | None = None, token: str | bool | None = None) -> list[str] | Exception:
     """List a model's files on the hub, waiting a few seconds at most; on failure return the exception."""
     from huggingface_hub import HfApi
 
@@ -192,7 +226,7 @@ def _list_on_hub(name: str, revision: str | None = None) -> list[str] | Exceptio
 
     def ask() -> None:
         try:
-            info = HfApi().model_info(name, revision=revision, timeout=HUB_ANSWER_SECONDS)
+            info = HfApi().model_info(name, revision=revision, timeout=HUB_ANSWER_SECONDS, token=token)
             answer.append([file.rfilename for file in info.siblings or []])
         except Exception as error:
             answer.append(error)
@@ -203,17 +237,30 @@ def _list_on_hub(name: str, revision: str | None = None) -> list[str] | Exceptio
     return answer[0] if answer else TimeoutError(f"no answer in {HUB_LIMIT_SECONDS:.0f} s")
 
 
-def _download_from_hub(name: str, revision: str | None = None) -> Path:
+def _download_from_hub(name: str, revision: str | None = None, hub: HubOptions = HubOptions()) -> Path:  # noqa: B008
+    if hub.local_files_only:
+        where = "this machine" if hub.cache_dir is None else f"this machine, in '{hub.cache_dir}'"
+        raise ModelFileError(
+            f"{_hub_name(name, revision)} is not on {where}, and local_files_only=True. Leave it out to download it."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        files = _list_on_hub(name, revision)
+        files = _list_on_hub(name, revision, hub.token)
         if isinstance(files, Exception):
             raise files
         weights = "model*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
-        patterns = [*HUB_FILES, weights]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        patterns = [hub.file(pattern) for pattern in (*HUB_FILES, weights)]
+        snapshot = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=hub.cache_dir,
+            token=hub.token,
+            allow_patterns=patterns,
+            ignore_patterns=[hub.file("*/*")],
+        )
+        folder = Path(snapshot) / hub.subfolder
     except RevisionNotFoundError as error:
         raise ModelFileError(
             f"'{name}' has no revision {revision!r} on the Hugging Face hub. Expected a branch, a tag or a commit: see "

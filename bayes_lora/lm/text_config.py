@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["computation_values", "constant_rotary_length", "max_positions", "max_row_length", "text_config"]
+__all__ = [
+    "computation_values",
+    "constant_rotary_length",
+    "decoder_name",
+    "max_positions",
+    "max_row_length",
+    "text_config",
+]
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names of the number of positions; transformers maps those of most other architectures to the first."""
@@ -63,6 +70,18 @@ def computation_values(config: Any) -> dict[str, Any]:
     }
     found: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return found
+
+
+def decoder_name(model: Any) -> str:
+    """Return the name of the text decoder in a multimodal model; of a text model, the empty string.
+
+    Args:
+        model: a transformers model.
+    """
+    if text_config(model.config) is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def max_positions(config: Any) -> int | None:

@@ -26,7 +26,8 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ModelFileError, SiteError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.adapters import read_lora_config
-from bayes_lora.lm.loading import default_dtype, default_lora, inject, reading
+from bayes_lora.lm.base_model import default_dtype, reading
+from bayes_lora.lm.inject import default_lora, inject
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import RunConfig
