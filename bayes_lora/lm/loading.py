@@ -187,7 +187,8 @@ def load_language_model(
         quantization: store the base's linear layers in 8 or 4 bits with bitsandbytes; alternatively, ``model_kwargs``
             may have a ``quantization_config``.
         seed: seed of PEFT's random initial A.
-        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation).
+        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation). Python code that
+            comes with a model runs only with ``{"trust_remote_code": True}``.
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
             ``cache_bytes``, ``cache_folder``, ``gradient_checkpointing``; and ``token_folder``, which by default is
             ``tokens`` in the folder of :func:`bayes_lora.lm.model_files.cache_folder`.
@@ -306,7 +307,8 @@ def _load_base(
             f"'{found}': transformers would load the adapter in it (adapter_config.json) into the base model. Move the "
             "adapter's files to another folder, and pass that folder as adapter= to start at the adapter."
         )
-    source, options = str(found), dict(model_kwargs)
+    # Without a value, transformers asks on the terminal whether to run code that comes with the model.
+    source, options = str(found), {"trust_remote_code": False, **model_kwargs}
     if isinstance(found, Path) and found.suffix == ".gguf":
         source, options["gguf_file"] = str(found.parent), found.name
     shared = {key: value for key, value in options.items() if key in ("gguf_file", "trust_remote_code")}
@@ -372,6 +374,11 @@ def reading(
             raise ConfigError(
                 f"'{found}': the {part} cannot be read ({reason}). Install the package that is missing{other}."
             ) from error
+        if "trust_remote_code" in str(error):
+            raise ModelFileError(
+                f"'{found}': the {part} needs Python code that comes with the model. Inspect it; to run it, pass "
+                "model_kwargs={'trust_remote_code': True} to load_language_model."
+            ) from error
         cure = _cure(part, name_or_path, found, revision)
         # Files are whole more often than arguments are right.
         cure = f"Check {chosen}. Otherwise: {cure[0].lower()}{cure[1:]}" if chosen else cure
@@ -405,6 +412,7 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
             f"module {there!r}: the model already has an adapter, which would change the base model. Load the model "
             "without it, or make the adapter the LoRA: from_peft(peft_model, tokenizer)."
         )
+    _check_rank(lora, model)
     wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
@@ -420,3 +428,13 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
             raise SiteError(
                 f"target_modules {wanted or lora.target_modules}: {error}. The model has {kinds}."
             ) from error
+
+
+def _check_rank(lora: peft.LoraConfig, model: PreTrainedModel) -> None:
+    """Refuse a rank that no matrix has, which may need more memory than there is."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    modules = (module for module in model.modules() if module not in embeddings)
+    sizes = (max(value.shape) for module in modules for value in module.parameters(recurse=False) if value.ndim == 2)
+    largest, rank = max(sizes, default=None), max([lora.r, *lora.rank_pattern.values()])
+    if largest is not None and rank > largest:
+        raise SiteError(f"LoraConfig(r={rank}): the model's largest matrix has {largest} rows. Choose a smaller rank.")

@@ -140,8 +140,10 @@ def positive(facts: Mapping[str, Any], name: str, path: Path) -> float:
     """
     value = facts.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
-        expected = f"expected a positive {name!r} between {SMALLEST:.1g} and {LARGEST:.1g}"
-        raise PosteriorError(f"{path} is damaged: {expected}, got {value!r:.80}. {_CURE}")
+        expected = (
+            f"expected a positive {name!r}, got {value!r:.80}, which must be a number that 32-bit floats can hold"
+        )
+        raise PosteriorError(f"{path} is damaged: {expected}. {_CURE}")
     return float(value)
 
 
