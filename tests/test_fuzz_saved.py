@@ -31,7 +31,7 @@ SETTINGS = {
     "language_model": {"name": "here", "r": 3, "template": "letters"},
 }
 JUNK = [None, True, False, 0, -1, 0.5, 10**7, 10**19, 10**400, float("nan"), float("inf"), -float("inf"), 1e308]
-JUNK += ["", "x", "\ud800", "1", [], {}, [[]], [1], ["x"], {"": None}, {"x": [1, {}]}, ["\0"] * 1000]
+JUNK += ["", "x", "\ud800", "1", [], {}, [[]], [1], ["x"], {"": None}, {"x": [1, {}]}, ["\0"] * 100]
 SECONDS = 2.0
 """CPU time of a load, which otherwise takes a tenth of it."""
 
@@ -167,7 +167,7 @@ def test_changed_values_of_json(kind, saved, lm, support, tmp_path):
     expected, rng, seen = read(kind, saved, lm, support), random.Random(2), Counter()
     run = shutil.copytree(saved, tmp_path / "run")
     found = places(facts)
-    for trial in range(200):
+    for trial in range(100):
         path, value = rng.choice(found), rng.choice(JUNK)
         change_facts(
             run / name, lambda _, path=path, value=value, delete=trial % 8 == 0: _changed(facts, path, value, delete)
@@ -176,7 +176,7 @@ def test_changed_values_of_json(kind, saved, lm, support, tmp_path):
             seen[outcome(kind, run, lm, support, expected, strict=False)] += 1
         except Exception as error:
             raise AssertionError(f"{name}: {path} = {value!r:.50}, deleted {trial % 8 == 0}") from error
-    assert seen["refused"] > 50 and seen["equal"]
+    assert seen["refused"] > 25 and seen["equal"]
 
 
 def _changed(facts, path, value, delete):

@@ -14,7 +14,7 @@ from bayes_lora.errors import PosteriorError
 
 __all__ = ["AllocationLimit"]
 
-FACTOR, LEAST = 16, 1 << 16
+FACTOR, LEAST = 64, 1 << 16
 """Constructors make temporary values too, such as random numbers that are then scaled."""
 
 
