@@ -264,7 +264,6 @@ def test_lora_weights_are_float32_on_a_base_of_lower_precision(tokenizer, unseen
     [
         ("missing scale", "it has no 'scale.v_proj.lora_B'. Adapt again"),
         ("other T", r"site 'q_proj.lora_A': expected batch shape \(3, 1\), got \(2, 1\)"),
-        ("negative scale", "scale.* to satisfy the constraint"),
         ("extra tensor", "site 'loc.unknown': the model has no such site"),
     ],
 )
@@ -275,8 +274,6 @@ def test_a_damaged_task_posterior_is_refused(tmp_path, posterior, unseen, damage
         del tensors["scale.v_proj.lora_B"]
     elif damage == "other T":
         tensors = {name: value[:2].contiguous() for name, value in tensors.items()}
-    elif damage == "negative scale":
-        tensors["scale.v_proj.lora_B"] *= -1
     else:
         tensors["loc.unknown"] = torch.zeros(1, 1, 1)
     save_file(tensors, tmp_path / "t" / "task_posterior.safetensors")

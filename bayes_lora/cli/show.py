@@ -206,6 +206,7 @@ def load_encoder(
     gguf = found.suffix == ".gguf" and found.is_file()
     source: str = str(found.parent if gguf else found)
     options: dict[str, Any] = {"gguf_file": found.name} if gguf else {}
+    options["trust_remote_code"] = False  # otherwise transformers asks on the terminal whether to run a model's code
     with reading("file" if gguf else "config.json", name_or_path, found):
         config = AutoConfig.from_pretrained(source, **options)
     with reading("file" if gguf else "tokenizer", name_or_path, found):

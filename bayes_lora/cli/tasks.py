@@ -119,14 +119,17 @@ def _check_seed(path: Path, seed: int | None) -> None:
 def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Encoder:
     """Return the encoder of a run, or that of a model with default settings."""
     from bayes_lora.cli.show import load_encoder
+    from bayes_lora.lm.model_files import warn_of_download
     from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
-    from bayes_lora.utils.storage import read_json
+    from bayes_lora.utils.reading import read_facts
 
     if model is not None and run is not None:
         raise ConfigError("--model and --run: expected one of them, because a run defines its model.")
     settings = LanguageModelConfig() if model is None else LanguageModelConfig(name=model)
     if run is not None:
-        settings = RunConfig.from_dict(read_json(run / "config.json"), str(run / "config.json")).language_model
+        path = run / "config.json"
+        settings = RunConfig.from_dict(read_facts(path), str(path)).language_model
+        warn_of_download(settings.name, settings.revision, path, weights=False)
     length = max_length or settings.max_length
     return load_encoder(settings.name, settings.template, length, settings.revision)
 

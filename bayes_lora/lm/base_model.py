@@ -79,7 +79,8 @@ def load_base(
         ModelError: the model is not a causal language model.
         ConfigError: a package is missing, or a setting is wrong.
     """
-    options = dict(model_kwargs)
+    # Without a value, transformers asks on the terminal whether to run code that comes with the model.
+    options = {"trust_remote_code": False, **model_kwargs}
     own = {name: options.pop(name) for name in HubOptions._fields if options.get(name) is not None}
     found = find_model(name_or_path, revision=revision, hub=HubOptions(**own))
     if (found / "adapter_config.json").is_file() and any(found.glob("adapter_model.*")):
@@ -164,6 +165,11 @@ def reading(
             other = f", or change {chosen}" if chosen else ""
             raise ConfigError(
                 f"'{found}': the {part} cannot be read ({reason}). Install the package that is missing{other}."
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise ModelFileError(
+                f"'{found}': the {part} needs Python code that comes with the model. Inspect it; to run it, pass "
+                "model_kwargs={'trust_remote_code': True} to load_language_model."
             ) from error
         cure = _cure(part, name_or_path, found, revision)
         # Files are whole more often than arguments are right.

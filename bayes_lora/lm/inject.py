@@ -109,6 +109,7 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
             f"module {there!r}: the model already has an adapter, which would change the base model. Load the model "
             "without it, or make the adapter the LoRA: from_peft(peft_model, tokenizer)."
         )
+    _check_rank(lora, model)
     wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
@@ -124,3 +125,13 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
             raise SiteError(
                 f"target_modules {wanted or lora.target_modules}: {error}. The model has {kinds}."
             ) from error
+
+
+def _check_rank(lora: peft.LoraConfig, model: PreTrainedModel) -> None:
+    """Refuse a rank that no matrix has, which may need more memory than there is."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    modules = (module for module in model.modules() if module not in embeddings)
+    sizes = (max(value.shape) for module in modules for value in module.parameters(recurse=False) if value.ndim == 2)
+    largest, rank = max(sizes, default=None), max([lora.r, *(lora.rank_pattern or {}).values()])
+    if largest is not None and rank > largest:
+        raise SiteError(f"LoraConfig(r={rank}): the model's largest matrix has {largest} rows. Choose a smaller rank.")

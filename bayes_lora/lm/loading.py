@@ -73,7 +73,8 @@ def load_language_model(
         seed: seed of PEFT's random initial A.
         model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (attention implementation). ``cache_dir``,
             ``token``, ``local_files_only`` and ``subfolder`` apply to the configuration and the tokenizer too. A
-            ``device_map`` in place of ``device`` must put the whole model on one device.
+            ``device_map`` in place of ``device`` must put the whole model on one device. Python code that comes with a
+            model runs only with ``{"trust_remote_code": True}``.
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
             ``cache_bytes``, ``gradient_checkpointing``; and ``cache_folder``, which by default is
             :func:`bayes_lora.lm.model_files.cache_folder`.

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
     "fetch_default_model",
     "find_model",
     "find_tokenizer",
+    "warn_of_download",
 ]
 
 HUB_ANSWER_SECONDS = 5.0
@@ -181,6 +183,46 @@ def _find_local(name_or_path: str | Path, revision: str | None = None, subfolder
     if isinstance(name_or_path, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path):
         raise ModelFileError(f"'{path}' does not exist; {expected}")
     return None
+
+
+def warn_of_download(
+    name: str, revision: str | None, source: Path, *, adapter: str | None = None, weights: bool = True
+) -> None:
+    """Warn, before it is loaded, of a language model or an adapter that will be downloaded because a file names it.
+
+    Args:
+        name: hub id or path of the language model.
+        revision: branch, tag or commit of a hub id.
+        source: the file.
+        adapter: hub id or path of an adapter.
+        weights: whether the model's weights are needed, or its tokenizer alone.
+
+    Raises:
+        ModelFileError: there is no such path.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    def cached(hub_id: str, file: str, of_revision: str | None) -> bool:
+        try:
+            return isinstance(try_to_load_from_cache(hub_id, file, None, of_revision), str)
+        except HFValidationError:
+            return True  # it is a path that does not exist, which is refused when it is loaded
+
+    here = _find_local(name, revision) is not None or (name == DEFAULT_MODEL and default_model_here() is not None)
+    if not here and not (_find_in_hub_cache(name, revision) if weights else cached(name, "config.json", revision)):
+        warnings.warn(
+            f"{source} names the language model {_hub_name(name, revision)}, which is not on this machine: it is "
+            "downloaded from the Hugging Face hub",
+            stacklevel=3,
+        )
+    if adapter is not None and not Path(adapter).expanduser().exists():
+        if not cached(adapter, "adapter_config.json", None):
+            warnings.warn(
+                f"{source} names the adapter '{adapter}', which is not on this machine: it is downloaded from the "
+                "Hugging Face hub",
+                stacklevel=3,
+            )
 
 
 def cache_folder() -> Path:

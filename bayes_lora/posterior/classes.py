@@ -118,7 +118,7 @@ def _make(facts: Any, arguments: tuple[Any, ...], own: Made, room: Any, what: st
     try:
         settings = {key: _value(value, arguments, what) for key, value in facts.get("settings", {}).items()}
         return cls(*arguments, **settings)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise PosteriorError(f"{where}: the {what} {name} cannot be made of its saved settings: {error}") from error
 
 

@@ -21,7 +21,8 @@ from bayes_lora.infer.components import Components
 from bayes_lora.lm.fingerprint import EXPORTED, FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.types import Distributions
-from bayes_lora.utils.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from bayes_lora.utils.reading import SHA256, check_finite, positive, read_facts, read_header, read_tensors
+from bayes_lora.utils.storage import new_folder, write_json, write_tensors, writing
 
 if TYPE_CHECKING:
     from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -53,41 +54,68 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
         FINGERPRINT: fingerprint(posterior.lm),
     }
     with new_folder(path, overwrite=overwrite) as folder:
-        write_tensors(folder / TENSORS, tensors)
+        facts[SHA256] = write_tensors(folder / TENSORS, tensors)
         write_json(folder / FACTS, facts)
 
 
 def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
     """Read the fields of a saved posterior except the language model; see :meth:`TaskPosterior.load`."""
-    facts = read_json(path / FACTS)
+    facts, header = read_facts(path / FACTS), read_header(path / TENSORS)
     check_fingerprint(facts, lm, path / FACTS)
-    tensors = {name: value.to(lm.device) for name, value in read_tensors(path / TENSORS).items()}
+    _fields(facts, header, lm, path)  # shapes do not fit more often than values are wrong
+    temperature = positive(facts, "temperature", path / FACTS)
+    tensors = read_tensors(path / TENSORS, facts.get(SHA256))
+    check_finite(tensors, path / TENSORS)
+    found = _fields(facts, {name: value.to(lm.device) for name, value in tensors.items()}, lm, path)
+    for site, fn in found["phi"].items():
+        _check_positive(site, fn, path / TENSORS)
+    return found | {"temperature": temperature}
+
+
+def _fields(facts: dict[str, Any], tensors: Parameters, lm: LanguageModel, path: Path) -> dict[str, Any]:
+    """Make the distributions of a file; of tensors on the ``meta`` device to check their shapes."""
+    rest = dict(tensors)
     try:
-        names, temperature, components = tuple(facts["names"]), facts["temperature"], bool(facts["components"])
+        names, components = tuple(facts["names"]), bool(facts["components"])
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"expected a list of names of tasks, got {facts['names']!r:.100}")
         phi: Distributions = {
-            site: _distribution(one["family"], {name: tensors.pop(f"{name}.{site}") for name in one["tensors"]})
+            site: _distribution(one["family"], {name: rest.pop(f"{name}.{site}") for name in one["tensors"]})
             for site, one in facts["sites"].items()
         }
-        shared = {name.removeprefix("shared."): value for name, value in tensors.items()}
+        shared = {name.removeprefix("shared."): value for name, value in rest.items()}
         lm.sites.check(shared | {site: _like_values(fn) for site, fn in phi.items()})
         _check_batches(phi, len(names), components)
+        _check_shared(shared, phi if components else {})
     except KeyError as error:
-        raise PosteriorError(f"{path}: damaged, or does not fit {lm.name}: it has no {error}. Adapt again.") from error
-    except (SiteError, TypeError, ValueError, RuntimeError) as error:
-        raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}") from error
-    if not isinstance(temperature, int | float) or not temperature > 0:
-        raise PosteriorError(f"{path}: expected a positive 'temperature', got {temperature!r}. Adapt again.")
-    phi = Components(phi) if components else phi
-    return {"phi": phi, "shared": shared, "names": names, "temperature": float(temperature)}
+        where = path / FACTS
+        raise PosteriorError(f"{where}: damaged, or does not fit {lm.name}: it has no {error}. Adapt again.") from error
+    except (SiteError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}. Adapt again.") from error
+    return {"phi": Components(phi) if components else phi, "shared": shared, "names": names}
 
 
 def _distribution(family: str, tensors: Parameters) -> Any:
     if family not in FAMILIES:
-        raise ValueError(f"expected one of the families {sorted(FAMILIES)}, got {family!r}")
+        raise ValueError(f"expected one of the families {sorted(FAMILIES)}, got {family!r:.100}")
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(f"tensor {name!r}: expected floating-point values, got {value.dtype}")
     if family == Delta.__name__:
-        return Delta(**tensors, event_dim=3)
-    made = FAMILIES[family](**tensors)
+        return Delta(**tensors, event_dim=3, validate_args=False)
+    made = FAMILIES[family](**tensors, validate_args=False)
     return made if isinstance(made, WeightDistribution) else made.to_event(3)
+
+
+def _check_positive(site: str, fn: Any, path: Path) -> None:
+    """Raise :class:`PosteriorError` if a scale is not positive, or the rate of a dropout is not a probability."""
+    base = fn.base_dist if isinstance(fn, Independent) else fn
+    names = {"scale"} if isinstance(base, Normal) else getattr(base, "positive", frozenset())
+    for name in {"keep"} if isinstance(base, DroppedPoint) else names:
+        value = getattr(base, name)
+        if value is not None and not bool((value > 0).all() and (name != "keep" or (value <= 1).all())):
+            expected = "positive values" if name != "keep" else "values in (0, 1]"
+            raise PosteriorError(f"{path} is damaged: tensor '{name}.{site}': expected {expected}. Adapt again.")
 
 
 def _like_values(fn: Any) -> Any:
@@ -101,6 +129,19 @@ def _check_batches(phi: Distributions, tasks: int, components: bool) -> None:
         if fn.batch_shape[-2:] != (tasks, 1) or len(fn.batch_shape) != 2 + components or len(sizes) > 1:
             expected = f"(K, {tasks}, 1)" if components else f"({tasks}, 1)"
             raise ValueError(f"site {site!r}: expected batch shape {expected}, got {tuple(fn.batch_shape)}")
+    if not tasks or (components and not all(fn.batch_shape[0] for fn in phi.values())) or (components and not phi):
+        raise ValueError("expected the name of at least one task, and at least one component")
+
+
+def _check_shared(shared: Parameters, components: Distributions) -> None:
+    """Check that a value that is shared by all tasks is one, or one for each component."""
+    counts = {fn.batch_shape[0] for fn in components.values()}
+    for site, value in shared.items():
+        if not value.is_floating_point() or value.ndim != 6 or value.shape[0] not in {1, *counts}:
+            got = f"{tuple(value.shape)} of {value.dtype}"
+            raise ValueError(f"site {site!r}: expected floating-point values of shape (1 or K, 1, 1, ...), got {got}")
+        if value.shape[1:3] != (1, 1):
+            raise ValueError(f"site {site!r}: expected shape (1 or K, 1, 1, ...), got {tuple(value.shape)}")
 
 
 def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, overwrite: bool) -> None:
@@ -120,5 +161,6 @@ def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, ov
         )
         config = copy.copy(lm.lora_config)
         config.base_model_name_or_path, config.revision, config.inference_mode = lm.name, lm.revision, True
-        config.save_pretrained(str(folder))
+        with writing(folder):
+            config.save_pretrained(str(folder))
         write_json(folder / EXPORTED, {FINGERPRINT: fingerprint(lm)})

@@ -21,8 +21,10 @@ from bayes_lora.posterior.classes import Made, describe, make_guide, make_model
 from bayes_lora.posterior.diagnose import Diagnosis, diagnose
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
-from bayes_lora.types import Guide, Model
-from bayes_lora.utils.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from bayes_lora.types import Guide, Model, Sites
+from bayes_lora.utils.allocation import AllocationLimit
+from bayes_lora.utils.reading import SHA256, check_finite, check_like, positive, read_facts, read_header, read_tensors
+from bayes_lora.utils.storage import new_folder, write_json, write_tensors
 
 __all__ = ["Posterior", "check_pair"]
 
@@ -149,7 +151,7 @@ class Posterior:
         own = self.lm.sites.initial()
         if any(not torch.equal(value, own[site]) for site, value in model.initial.items()):
             tensors |= {f"{INITIAL}{site}": value for site, value in model.initial.items()}
-        write_tensors(folder / TENSORS, tensors)
+        facts[SHA256] = write_tensors(folder / TENSORS, tensors)
         write_json(folder / FACTS, facts)
 
     @classmethod
@@ -168,27 +170,44 @@ class Posterior:
                 that is not one of this package's, and that was not passed.
         """
         path = Path(path)
-        facts, tensors = read_json(path / FACTS), read_tensors(path / TENSORS)
-        check_fingerprint(facts, lm, path / FACTS)
-        where = str(path / FACTS)
-        # In the order of the sites, in which random numbers are drawn: a file has none.
-        own = [site for site in lm.sites.shapes if f"{INITIAL}{site}" in tensors]
-        initial = {site: tensors.pop(f"{INITIAL}{site}").to(lm.device) for site in own} or None
-        made = make_model(_section(facts, "model", path), lm, initial, model, where)
-        fitted = make_guide(_section(facts, "guide", path), made, guide, where)
-        factors = {name: _positive(facts, name, path) for name in ("beta", "gamma", "width", "temperature")}
-        found = cls(lm, made, fitted, **factors)
-        for name, value in [*found.objective.named_parameters(), *found.objective.named_buffers()]:
-            if name in tensors:  # of the dtype that was saved, which may be another than the constructor's
-                value.data = value.data.to(tensors[name].dtype)
-        for name, parameter in found.objective.named_parameters():
-            parameter.requires_grad_(name not in _section(facts, "frozen", path))
-        found.objective.to(lm.device)
-        try:
-            found.objective.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise PosteriorError(f"{path / TENSORS} is damaged or of another version: {error}") from error
+        facts, header = read_facts(path / FACTS), read_header(path / TENSORS)
+        found = _made(facts, header, path, lm, model, guide)
+        objective = found.objective
+        initial = {f"{INITIAL}{site}" for site in lm.sites.shapes}
+        saved = {name: value for name, value in header.items() if name not in initial}
+        check_like(saved, objective.state_dict(), path / TENSORS)
+        tensors = read_tensors(path / TENSORS, facts.get(SHA256))
+        check_finite(tensors, path / TENSORS)
+        for name, value in [*objective.named_parameters(), *objective.named_buffers()]:
+            if name in saved:  # of the dtype that was saved, which may be another than the constructor's
+                value.data = value.data.to(saved[name].dtype)
+        frozen = _section(facts, "frozen", path)
+        if not isinstance(frozen, list) or not all(isinstance(name, str) and name in saved for name in frozen):
+            raise PosteriorError(
+                f"{path / FACTS} is damaged: expected names of parameters 'frozen', got {frozen!r:.200}."
+            )
+        for name, parameter in objective.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        objective.to(lm.device).load_state_dict({name: tensors[name] for name in saved})
         return found
+
+
+def _made(facts: dict[str, Any], header: Sites, path: Path, lm: LanguageModel, model: Made, guide: Made) -> Posterior:
+    """Make the posterior that was saved, with initial parameters."""
+    check_fingerprint(facts, lm, path / FACTS)
+    # In the order of the sites, in which random numbers are drawn: a file has none.
+    own = {site: f"{INITIAL}{site}" for site in lm.sites.shapes if f"{INITIAL}{site}" in header}
+    initial = lm.sites.initial()
+    check_like(
+        {site: header[name] for site, name in own.items()}, {site: initial[site] for site in own}, path / TENSORS
+    )
+    values = read_tensors(path / TENSORS, names=own.values()) if own else {}
+    given = {site: values[name].to(lm.device) for site, name in own.items()} or None
+    factors = {name: positive(facts, name, path / FACTS) for name in ("beta", "gamma", "width", "temperature")}
+    where = str(path / FACTS)
+    with AllocationLimit([*header.values(), *initial.values()]):
+        made = make_model(_section(facts, "model", path), lm, given, model, where)
+        return Posterior(lm, made, make_guide(_section(facts, "guide", path), made, guide, where), **factors)
 
 
 def check_pair(model: Model, guide: Guide) -> None:
@@ -204,14 +223,7 @@ def check_pair(model: Model, guide: Guide) -> None:
         )
 
 
-def _positive(facts: Any, name: str, path: Path) -> float:
-    value = _section(facts, name, path)
-    if not isinstance(value, int | float) or not value > 0:
-        raise PosteriorError(f"{path / FACTS} is damaged: expected a positive {name!r}, got {value!r}.")
-    return float(value)
-
-
-def _section(facts: Any, name: str, path: Path) -> Any:
-    if not isinstance(facts, dict) or name not in facts:
+def _section(facts: dict[str, Any], name: str, path: Path) -> Any:
+    if name not in facts:
         raise PosteriorError(f"{path / FACTS} is damaged: it has no {name!r}. Restore it, or run again.")
     return facts[name]

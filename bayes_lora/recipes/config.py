@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -179,7 +180,7 @@ class RunConfig:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raised = first.get("ctx", {}).get("error")  # by the check of a section, whose message names the value
-            problem = f".{raised}" if raised else f": {first['msg']}, got {first['input']!r}."
+            problem = f".{raised}" if raised else f": {first['msg']}, got {reprlib.repr(first['input'])}."
             raise ConfigError(f"{source}: {where}{problem}") from error
         try:
             recipe = recipe_of(config)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bayes_lora.episodes.templates import TEMPLATES
 from bayes_lora.errors import ConfigError, did_you_mean
+from bayes_lora.utils import yaml_files
 
 PARTS = ("prior", "guide")
 """Sections with the name of a class and its settings."""
@@ -23,11 +23,8 @@ __all__ = ["check_keys", "merge", "named_template", "nested", "read_yaml"]
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Read a mapping; an empty file is an empty mapping."""
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    return {} if read is None else read
+    read = yaml_files.read_yaml(path)
+    return {} if read is None else read  # type: ignore[no-any-return]
 
 
 def nested(setting: str) -> Mapping[str, Any]:
@@ -35,10 +32,7 @@ def nested(setting: str) -> Mapping[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {setting!r}: expected section.key=value, such as objective.beta=1e-4.")
-    try:
-        value = yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {setting!r}: {text!r} is not a YAML value: {error}") from error
+    value = yaml_files.parse_yaml(text, f"--set {setting!r:.200}")
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
@@ -79,13 +73,14 @@ def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str =
     """Raise :class:`ConfigError` for an unknown key; the message names similar keys."""
     if not isinstance(values, Mapping):
         where = f"{prefix[:-1]}: expected a section" if prefix else "expected a mapping"
-        raise ConfigError(f"{source}: {where} with {list(known)}, got {values!r}.")
+        raise ConfigError(f"{source}: {where} with {list(known)}, got {reprlib.repr(values)}.")
     for key, value in values.items():
         if key not in known:
             near = did_you_mean(str(key), known, list_all=True)
             raise ConfigError(f"{source}: unknown key {prefix + str(key)!r}{near}.")
         if not prefix and key in PARTS:  # the keys of these sections are checked with the named class
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: {key}: expected a section with a name and settings, got {value!r}.")
+                got = reprlib.repr(value)
+                raise ConfigError(f"{source}: {key}: expected a section with a name and settings, got {got}.")
         elif isinstance(known[key], Mapping) and not is_dataclass(value):
             check_keys(value, known[key], source, f"{prefix}{key}.")

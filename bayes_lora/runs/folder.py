@@ -19,9 +19,10 @@ from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitState
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.model_files import warn_of_download
 from bayes_lora.posterior.classes import Made
-from bayes_lora.posterior.posterior import Posterior
-from bayes_lora.recipes.config import RunConfig
+from bayes_lora.posterior.posterior import FACTS, Posterior
+from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from bayes_lora.tasks.readers.card import Card, card_from, card_values
@@ -29,7 +30,8 @@ from bayes_lora.tasks.readers.questions import OWN_OPTIONS
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Sites
-from bayes_lora.utils.storage import read_json, write_json
+from bayes_lora.utils.reading import read_facts, read_json
+from bayes_lora.utils.storage import write_json, writing
 
 __all__ = [
     "RunLogger",
@@ -58,12 +60,10 @@ def prepare_run_folder(run: Path, *, resume: bool = False, overwrite: bool = Fal
         RunFolderError: see :func:`check_run_folder`; or the folder cannot be written.
     """
     check_run_folder(run, resume=resume, overwrite=overwrite)
-    try:
+    with writing(run):
         if run.exists() and not resume:
             shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{run} cannot be written: {error}") from error
     return run
 
 
@@ -155,11 +155,24 @@ def load_language_model_of(run: Path) -> LanguageModel:
         PosteriorError: the settings of the run are missing or damaged.
     """
     path = run / CONFIG
-    facts = read_json(path)
-    if not isinstance(facts, dict):
-        raise PosteriorError(f"{path} is damaged: expected settings, got {facts!r}. Restore it, or run again.")
-    settings = RunConfig.from_dict(facts, str(path)).language_model
-    return build_language_model(replace(settings, cache_folder=None))  # the folder is of the machine that fitted
+    settings = RunConfig.from_dict(read_facts(path), str(path)).language_model
+    _check_rank(settings, run)
+    warn_of_download(settings.name, settings.revision, path, adapter=settings.adapter)
+    # The cache is of the machine that fitted.
+    return build_language_model(replace(settings, cache_folder=None, cache_gib=LanguageModelConfig().cache_gib))
+
+
+def _check_rank(settings: LanguageModelConfig, run: Path) -> None:
+    """Check that the settings ask for LoRA factors as large as those of the posterior, before these are made."""
+    path = run / POSTERIOR / FACTS
+    sites = read_facts(path).get("sites") if path.exists() else None
+    shapes = [shape for site, shape in sites.items() if ".lora_A" in site] if isinstance(sites, dict) else []
+    ranks = [shape[1] for shape in shapes if isinstance(shape, list) and len(shape) == 3 and type(shape[1]) is int]
+    if settings.r is not None and ranks and settings.r > max(ranks):
+        raise PosteriorError(
+            f"{run / CONFIG} is damaged: expected the rank of the posterior's LoRA, {max(ranks)}, got "
+            f"{settings.r:.6g}. Restore it, or run again."
+        )
 
 
 def load_posterior(

@@ -1,23 +1,50 @@
-"""Read and write folders of safetensors and JSON files (never pickle) under a temporary name, then rename them."""
+"""Write folders of safetensors and JSON files (never pickle): under a temporary name, which is then renamed.
+
+Files are written to disk before they are renamed, so that a loss of power leaves the old or the new one. Their modes
+are those of the umask. :mod:`bayes_lora.utils.reading` reads them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from bayes_lora.errors import PosteriorError, RunFolderError
+from bayes_lora.errors import BayesLoraError, RunFolderError
+from bayes_lora.utils.reading import read_json, read_tensors
 
-__all__ = ["check_new_folder", "new_folder", "read_json", "read_tensors", "write_json", "write_tensors"]
+__all__ = [
+    "check_new_folder",
+    "new_folder",
+    "read_json",
+    "read_tensors",
+    "write_json",
+    "write_tensors",
+    "writing",
+]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Convert errors of the file system inside the block, such as a full disk, into :class:`RunFolderError`."""
+    try:
+        yield
+    except BayesLoraError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(
+            f"{path} cannot be written: {error}. Make room or allow writing there, or choose another folder."
+        ) from error
 
 
 @contextmanager
@@ -34,22 +61,30 @@ def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None
     """
     path = Path(path)
     check_new_folder(path, overwrite=overwrite, marker=marker)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be written: {error}") from error
-    temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary = _made_next_to(path, "")
     try:
         yield temporary
-        _put_in_place(temporary, path)
+        with writing(path):
+            for written in (*temporary.rglob("*"), temporary):
+                _flush(written)
+            _put_in_place(temporary, path)
+            _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _made_next_to(path: Path, kind: str) -> Path:
+    """Make a hidden folder next to ``path``. Unlike tempfile's, it is not private, and can take its place."""
+    made = path.parent / f".{path.name}.{kind}{secrets.token_hex(4)}"
+    made.mkdir()
+    return made
+
+
 def _put_in_place(new: Path, path: Path) -> None:
     """Rename ``new`` to ``path``. An existing folder is deleted only afterwards, and is restored if renaming fails."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    aside = _made_next_to(path, "old.")
     old = aside / path.name
     try:
         if path.exists():
@@ -67,50 +102,64 @@ def _put_in_place(new: Path, path: Path) -> None:
 
 def check_new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
     """Raise :class:`RunFolderError` if :func:`new_folder` would, so that long work is not lost."""
-    if path.exists() and not overwrite:
-        raise RunFolderError(f"{path} already exists. Choose another name, or allow overwriting.")
-    if path.exists() and marker is not None:
-        if not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists()):
-            raise RunFolderError(f"{path} has no {marker}, so it is not replaced. Choose another name.")
+    with writing(path):
+        if path.exists() and not overwrite:
+            raise RunFolderError(f"{path} already exists. Choose another name, or allow overwriting.")
+        if path.exists() and marker is not None:
+            if not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists()):
+                raise RunFolderError(f"{path} has no {marker}, so it is not replaced. Choose another name.")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Write JSON under a temporary name, then rename.
 
     Raises:
-        PosteriorError: the file is missing or damaged.
+        RunFolderError: the file cannot be written.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PosteriorError(f"{path} is missing. Check that {path.parent} is the right folder.") from error
-    except (OSError, ValueError) as error:
-        raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error
+    text = json.dumps(value, indent=2) + "\n"
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read safetensors.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write safetensors under a temporary name, then rename.
+
+    Returns:
+        The file's SHA-256. Write it as :data:`bayes_lora.utils.reading.SHA256` into the JSON file next to it.
 
     Raises:
-        PosteriorError: the file is missing or damaged.
+        RunFolderError: the file cannot be written.
     """
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with _replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would write a private file
+        save_file(contiguous, temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file that replaces ``path`` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Write a file, or the names in a folder, from the system's memory to disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise PosteriorError(f"{path} is missing. Check that {path.parent} is the right folder.") from error
-    except (OSError, SafetensorError) as error:
-        raise PosteriorError(f"{path} is damaged ({error}). Restore it, or run again.") from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

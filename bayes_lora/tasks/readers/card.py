@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -27,11 +28,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
 from bayes_lora.tasks.task import check_options
+from bayes_lora.utils.yaml_files import read_yaml
 
 __all__ = [
     "Card",
@@ -44,7 +45,6 @@ __all__ = [
     "key_of",
     "placeholders",
     "read_card",
-    "read_yaml",
 ]
 
 KINDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -246,14 +246,6 @@ def read_card(path: str | Path) -> Card:
     return card_of(path, read_yaml(path))
 
 
-def read_yaml(path: str | Path) -> Any:
-    """Return what a YAML file holds; raise `ConfigError` if it cannot be read."""
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-
-
 def card_of(path: str | Path, values: Any) -> Card:
     """Make the card that a file holds; raises as `read_card`."""
     try:
@@ -286,7 +278,7 @@ def card_values(card: Card) -> dict[str, Any]:
 
 def _check_keys(values: Any, known: list[str], prefix: str = "") -> None:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"expected a mapping with {', '.join(known)}; got {values!r}.")
+        raise ConfigError(f"expected a mapping with {', '.join(known)}; got {reprlib.repr(values)}.")
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown key {prefix + str(key)!r}{did_you_mean(str(key), known, list_all=True)}.")
@@ -303,4 +295,4 @@ def _problem(error: ValidationError) -> str:
         return f"key {key!r} is missing; every card has name, input and label."
     # YAML reads a bare yes, no, on and off as true and false.
     cure = "; put it in quotes" if worst["type"] == "string_type" and isinstance(value, (bool, int, float)) else ""
-    return f"`{key}`: {worst['msg']}, got {value!r}{cure}."
+    return f"`{key}`: {worst['msg']}, got {reprlib.repr(value)}{cure}."

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bayes_lora.errors import ConfigError, TaskError, did_you_mean
-from bayes_lora.tasks.readers.card import Card, card_of, read_yaml
+from bayes_lora.tasks.readers.card import Card, card_of
 from bayes_lora.tasks.readers.molecules import SMILES_COLUMNS
 from bayes_lora.tasks.readers.table_columns import LABELS, plain
 from bayes_lora.tasks.readers.table_rows import Table, scan_table
 from bayes_lora.tasks.readers.text_files import children, inside
+from bayes_lora.utils.yaml_files import read_yaml
 
 __all__ = ["FORMATS", "Found", "Place", "find_tasks", "look_at"]
 

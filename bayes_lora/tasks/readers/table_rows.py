@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_lora.errors import TaskError, did_you_mean
+from bayes_lora.tasks.readers.parquet_files import read_parquet
 from bayes_lora.tasks.readers.table_cells import DELIMITERS, Cells
 from bayes_lora.tasks.readers.text_files import MAX_LINE_BYTES, MAX_LISTED, lines, listed, read_text
 
@@ -95,7 +95,8 @@ def scan_table(path: str | Path, suffix: str | None = None, delimiter: str | Non
             finally:
                 table.columns = cells.columns
         elif suffix == ".parquet":
-            _read_parquet(table)
+            table.columns, read = read_parquet(table.path)
+            table.rows.extend((f"{path}, row {number}", row) for number, row in enumerate(read, start=1))
         elif suffix in (".jsonl", ".json"):
             table.rows.extend(_json_lines(table.path) if suffix == ".jsonl" else _json_list(table.path))
         else:
@@ -178,20 +179,3 @@ def _object(place: str, record: object) -> dict[str, Any]:
         expected = "an object with named fields such as `input`, `output`, `options`"
         raise TaskError(f"{place}: expected {expected}; got {type(record).__name__}")
     return record
-
-
-def _read_parquet(table: Table) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(table.path) as file:
-            table.columns = list(file.schema_arrow.names)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-            table.rows.extend((f"{table.path}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        problem = f"expected a Parquet file that can be read, got: {reason}; write it again"
-        raise TaskError(f"{table.path}: {problem}") from error
-    if len(set(table.columns)) < len(table.columns):
-        raise TaskError(f"{table.path}: expected columns of different names, got {listed(table.columns)}; rename one")

@@ -1,0 +1,300 @@
+"""Saved posteriors and checkpoints that are damaged, or made by someone else: each is refused in one line."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+
+import pytest
+import torch
+from conftest import build_lm, make_tasks
+from runs import CONFIG
+from saved import change_facts, change_tensors, flip
+
+from bayes_lora.errors import PosteriorError, RunFolderError
+from bayes_lora.infer.training import FitState
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.utils import storage
+from bayes_lora.utils.reading import read_facts, read_json, read_tensors
+from bayes_lora.utils.storage import new_folder, write_json, write_tensors
+
+NETWORK = {"guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
+KINDS = ["posterior", "task_posterior", "checkpoint"]
+
+
+def objective_of(lm, config=NETWORK):
+    return build_objective(lm, RunConfig.from_dict(config)).double()
+
+
+def save(lm, folder, config=NETWORK):
+    """Save one of each kind."""
+    objective = objective_of(lm, config)
+    optimizer = torch.optim.Adam(objective.parameters())
+    sum(parameter.sum() for parameter in objective.parameters() if parameter.requires_grad).backward()
+    optimizer.step()
+    state = FitState(4, [{"step": 4, "loss": 1.5, "held_out_nll": 0.5}], 0)
+    state.best_parameters = {name: value.clone() for name, value in objective.state_dict().items()}
+    state.average = {name: value.detach().clone() for name, value in objective.named_parameters()}
+    save_checkpoint(folder / "checkpoint", objective, optimizer, state, CONFIG.to_dict())
+    posterior = Posterior.from_objective(lm, objective.eval())
+    posterior.save(folder / "posterior")
+    posterior.adapt([task.split(3, seed=0) for task in make_tasks(2).values()]).save(folder / "task_posterior")
+
+
+def load(kind, lm, folder):
+    """Load what lies in a folder, and return tensors that define it."""
+    if kind == "checkpoint":
+        objective = objective_of(lm)
+        optimizer = torch.optim.Adam(objective.parameters())
+        state = load_checkpoint(folder / kind, objective, optimizer, CONFIG.to_dict())
+        assert state.step == 4 and state.best in (0, None)
+        return objective.state_dict()
+    if kind == "posterior":
+        return Posterior.load(folder / kind, lm).objective.state_dict()
+    found = TaskPosterior.load(folder / kind, lm)
+    return found.mean() | {f"drawn.{site}": value for site, value in found.draw(2).items()}
+
+
+@pytest.fixture(scope="module")
+def lm(tokenizer):
+    return build_lm("llama", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def saved(lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save(lm, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "saved")
+
+
+def refused(kind, lm, folder, *parts):
+    """Load what must be refused: at once, and in one line that names the file."""
+    began = time.process_time()
+    with pytest.raises(PosteriorError) as caught:
+        load(kind, lm, folder)
+    assert time.process_time() - began < 5
+    message = str(caught.value)
+    assert str(folder / kind) in message and len(message) < 1500
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_bit_of_the_tensors_is_told(lm, folder, kind):
+    tensors = folder / kind / f"{kind}.safetensors"
+    facts = json.loads(tensors.with_suffix(".json").read_text())
+    assert facts["sha256"] == hashlib.sha256(tensors.read_bytes()).hexdigest()
+    before = load(kind, lm, folder)
+    flip(tensors, 1.0, 0)
+    refused(kind, lm, folder, f"{kind}.safetensors is damaged (its SHA-256 is", "Restore it, or run again")
+    flip(tensors, 1.0, 0)
+    change_facts(tensors.with_suffix(".json"), lambda facts: facts.pop("sha256") and None)  # of an earlier version
+    after = load(kind, lm, folder)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(lm, folder, kind, value):
+    def change(tensors):
+        name = max(tensors, key=lambda name: tensors[name].numel())
+        tensors[name].flatten()[-1] = value
+        return tensors
+
+    change_tensors(folder / kind / f"{kind}.safetensors", change)
+    refused(kind, lm, folder, f"{kind}.safetensors is damaged: tensor '", "NaN or infinite")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
+def test_dtypes_other_than_floating_point_are_refused(lm, folder, kind, dtype):
+    change_tensors(
+        folder / kind / f"{kind}.safetensors", lambda tensors: {name: v.to(dtype) for name, v in tensors.items()}
+    )
+    refused(kind, lm, folder, {torch.complex64: "dtype C64"}.get(dtype, str(dtype)))
+
+
+@pytest.mark.parametrize("sign", [-1.0, 0.0])
+def test_scales_that_are_not_positive_are_refused(lm, folder, sign):
+    change_tensors(
+        folder / "task_posterior" / "task_posterior.safetensors",
+        lambda tensors: {name: sign * v if name.startswith("scale.") else v for name, v in tensors.items()},
+    )
+    refused("task_posterior", lm, folder, "tensor 'scale.", "expected positive values")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("inf"), 1e308, float("nan"), True, 10**400, 0, -1, "1", None, [1.0]],
+    ids=lambda value: repr(value)[:9],
+)
+@pytest.mark.parametrize("name", ["beta", "gamma", "width", "temperature"])
+def test_factors_are_positive_finite_numbers(lm, folder, name, value):
+    kinds = ["posterior", "task_posterior"] if name == "temperature" else ["posterior"]
+    for kind in kinds:
+        change_facts(folder / kind / f"{kind}.json", lambda facts: facts.update({name: value}))
+        refused(kind, lm, folder, f"{kind}.json is damaged: expected a positive '{name}'")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts["guide"]["settings"].update(directions=10**7),
+        lambda facts: facts["guide"]["settings"].update(hidden=10**7),
+        lambda facts: facts.update(guide={"class": "Ensemble", "settings": {"num_members": 10**6}}),
+        lambda facts: facts.update(guide={"class": "MeanField", "settings": {"num_tasks": 10**7}}),
+        lambda facts: facts["model"].update({"class": "ClusterMixture", "settings": {"num_clusters": 10**7}}),
+    ],
+    ids=["directions", "hidden", "num_members", "num_tasks", "num_clusters"],
+)
+def test_settings_that_ask_for_much_memory_are_refused_before_it_is_taken(lm, folder, change):
+    change_facts(folder / "posterior" / "posterior.json", change)
+    refused("posterior", lm, folder, "posterior.json")
+
+
+def test_a_rank_for_each_task_is_compared_with_the_sites(lm, folder):
+    def change(facts):
+        facts["sites"] = {site: [layers, 10**7, n] for site, (layers, _, n) in facts["sites"].items()}
+
+    change_facts(folder / "posterior" / "posterior.json", change)
+    refused("posterior", lm, folder, "made for LoRA sites")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_are_compared_before_values_are_read(lm, folder, kind, monkeypatch):
+    def change(tensors):
+        name = next(name for name in tensors if "log_scale" in name or name.startswith("scale."))
+        return tensors | {name: torch.zeros(7, 5)}
+
+    change_tensors(folder / kind / f"{kind}.safetensors", change)
+    module = {"posterior": "posterior.posterior", "task_posterior": "posterior.files", "checkpoint": "runs.checkpoint"}
+    monkeypatch.setattr(f"bayes_lora.{module[kind]}.read_tensors", lambda *args, names=None, **kwargs: {}[args])
+    refused(kind, lm, folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, "[" * 60 + "]" * 60, '"x"', "{}", "1" * 5000, "\x00", ""])
+def test_json_of_another_form_is_refused(lm, folder, kind, content):
+    (folder / kind / f"{kind}.json").write_text(content)
+    refused(kind, lm, folder, f"{kind}.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_pipes_devices_and_folders_are_refused(lm, folder, kind, suffix):
+    path = folder / kind / f"{kind}.{suffix}"
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()):
+        path.unlink()
+        make(path)
+        refused(kind, lm, folder, f"{kind}.{suffix} is damaged (expected a file, got a folder, a pipe or a device)")
+        path.rmdir() if path.is_dir() else None
+        path.touch()
+
+
+def test_a_json_file_is_limited_in_size(tmp_path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(PosteriorError, match="x.json is damaged .expected at most 33,554,432 bytes, got more"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(PosteriorError, match="expected a JSON object, got list"):
+        write_json(tmp_path / "y.json", [1])
+        read_facts(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 10**400},
+        {"step": float("inf")},
+        {"step": True},
+        {"step": -1},
+        {"best": 1},
+        {"best": -1},
+        {"best": 0.0},
+        {"history": {}},
+        {"history": [1]},
+        {"history": [{"loss": "1"}]},
+        {"history": [{"loss": 10**400}]},
+    ],
+)
+def test_the_state_of_a_checkpoint_is_checked(lm, folder, change):
+    change_facts(folder / "checkpoint" / "checkpoint.json", lambda facts: facts.update(change))
+    refused("checkpoint", lm, folder, "checkpoint.json is damaged: expected an integer 'step'")
+
+
+def test_nothing_of_a_damaged_checkpoint_is_loaded(lm, folder):
+    change_tensors(
+        folder / "checkpoint" / "checkpoint.safetensors",
+        lambda tensors: {
+            name: value[..., :0] if name == "moments.3.exp_avg" else value for name, value in tensors.items()
+        },
+    )
+    objective = objective_of(lm)
+    optimizer, before = torch.optim.Adam(objective.parameters()), objective.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    with pytest.raises(PosteriorError, match="tensor 'moments.3.exp_avg': expected"):
+        load_checkpoint(folder / "checkpoint", objective, optimizer, CONFIG.to_dict())
+    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+    assert not optimizer.state_dict()["state"]
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["json", "tensors", "folder"])
+def test_a_disk_that_cannot_be_written_is_one_error(tmp_path, monkeypatch, what):
+    write = {
+        "json": lambda: write_json(tmp_path / "x", {}),
+        "tensors": lambda: write_tensors(tmp_path / "x", {"a": torch.zeros(9)}),
+        "folder": lambda: new_folder(tmp_path / "x").__enter__(),
+    }[what]
+    write()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(storage.SafetensorError("no room")))
+    monkeypatch.setattr(storage.Path, "mkdir", full)
+    monkeypatch.setattr(storage.Path, "write_text", full)
+    with pytest.raises(RunFolderError, match="x cannot be written: .*(No space left|no room).*choose another folder"):
+        write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_modes_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "x") as folder:
+            write_tensors(folder / "a", {"a": torch.zeros(2)})
+            write_json(folder / "b", {})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "x").iterdir()} == {mode}
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o777 & ~umask
+
+
+def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
+    order = []
+    replace, fsync = os.replace, os.fsync
+
+    def noted(descriptor):
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("renamed"), replace(*paths)))
+    write_tensors(tmp_path / "a", {"a": torch.zeros(2)})
+    assert order == [".a.tmp", "renamed", tmp_path.name]
+    order.clear()
+    write_json(tmp_path / "b", {})
+    assert order == [".b.tmp", "renamed", tmp_path.name]
+    assert read_tensors(tmp_path / "a")["a"].tolist() == [0.0, 0.0]
