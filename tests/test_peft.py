@@ -520,7 +520,7 @@ def test_a_posterior_is_refused_on_another_adapter(kind, tokenizer, tmp_path):
     if kind == "posterior":
         loaded = loaded.adapt([make_tasks(2)["task-1"].split(3, seed=0)])
     assert torch.equal(loaded.predict([EXAMPLES], num_draws=2)[0], expected)
-    with pytest.raises(PosteriorError, match=r"fitted on an adapter other than that of llama: 6 of 6 sampled sites"):
+    with pytest.raises(PosteriorError, match=r"fitted on an adapter other than that of llama, such as model.layers."):
         read(folder, other)
     with pytest.raises(
         PosteriorError, match=r"starts at a trained adapter, but that of llama starts at PEFT's initial"
@@ -533,6 +533,16 @@ def test_a_posterior_is_refused_on_another_adapter(kind, tokenizer, tmp_path):
     file.write_text(json.dumps(facts))
     with pytest.raises(PosteriorError, match="is damaged: 'fingerprint' has no mapping 'adapter_weights'"):
         read(folder, same)
+
+
+def test_a_posterior_is_refused_on_an_adapter_that_differs_in_one_layer(tokenizer, tmp_path):
+    saved(ours(trained(), tokenizer), tmp_path)
+    changed = trained()
+    [layer] = [value for name, value in changed.named_parameters() if "layers.2.self_attn.v_proj.lora_B" in name]
+    layer.data *= 1.1
+    message = r"on an adapter other than that of llama, such as model\.layers\.2\.self_attn\.v_proj\.lora_B"
+    with pytest.raises(PosteriorError, match=message):
+        Posterior.load(tmp_path / "posterior", ours(changed, tokenizer))
 
 
 def test_a_posterior_of_a_fresh_lora_is_refused_on_a_trained_adapter(lm, tokenizer, tmp_path):

@@ -44,11 +44,11 @@ def weight_sample(model: nn.Module) -> dict[str, dict[str, list[float]]]:
 
 
 def adapter_sample(lm: LanguageModel) -> dict[str, list[float]]:
-    """Return values at fixed positions of the trained adapter at which the LoRA starts, by site; empty if B is zero."""
+    """Return values at fixed positions of each matrix of the adapter at which the LoRA starts; empty if B is zero."""
     values = lm.sites.initial()
     if not any(value.any() for site, value in values.items() if ".lora_B" in site):
         return {}
-    return {site: _rounded(_at_places(value)) for site, value in values.items()}
+    return {name: _rounded(_at_places(value)) for name, value in lm.sites.unstack(values).items()}
 
 
 def weight_mismatch(saved: Mapping[str, Any], lm: LanguageModel) -> str | None:
@@ -68,14 +68,9 @@ def adapter_mismatch(saved: Mapping[str, Any], lm: LanguageModel) -> str | None:
     if bool(saved) != bool(here):
         was, now = ("a trained adapter" if sample else "PEFT's initial values" for sample in (saved, here))
         return f"on a LoRA that starts at {was}, but that of {lm.name} starts at {now}"
-    values = {site: _at_places(value) for site, value in lm.sites.initial().items()}
-    other = [site for site, sample in saved.items() if site not in values or not _close(sample, values[site])]
-    if not other:
-        return None
-    return (
-        f"on an adapter other than that of {lm.name}: {len(other)} of {len(saved)} sampled sites differ, such as "
-        f"{other[0]}"
-    )
+    pairs = ((name, saved.get(name), torch.tensor(values)) for name, values in here.items())
+    other = next((name for name, sample, values in pairs if not _close(sample, values, TOLERANCE)), None)
+    return None if other is None else f"on an adapter other than that of {lm.name}, such as {other}"
 
 
 def _weights(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
@@ -127,7 +122,7 @@ def _alike(saved: Any, kind: str, module: nn.Module | None = None, weight: nn.Pa
     return _close(saved, _values(module, weight), ROUNDING if same else TOLERANCE)
 
 
-def _close(saved: Any, values: Tensor, tolerance: float = TOLERANCE) -> bool:
+def _close(saved: Any, values: Tensor, tolerance: float) -> bool:
     """Return whether a saved sample equals these values up to a tolerance."""
     try:
         expected = torch.tensor(saved, dtype=torch.float64)
