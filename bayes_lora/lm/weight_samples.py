@@ -68,8 +68,8 @@ def adapter_mismatch(saved: Mapping[str, Any], lm: LanguageModel) -> str | None:
     if bool(saved) != bool(here):
         was, now = ("a trained adapter" if sample else "PEFT's initial values" for sample in (saved, here))
         return f"on a LoRA that starts at {was}, but that of {lm.name} starts at {now}"
-    values = {name: _at_places(value) for name, value in lm.sites.unstack(lm.sites.initial()).items()}
-    other = next((n for n, value in values.items() if n not in saved or not _close(saved[n], value, TOLERANCE)), None)
+    pairs = ((name, saved.get(name), torch.tensor(values)) for name, values in here.items())
+    other = next((name for name, sample, values in pairs if not _close(sample, values, TOLERANCE)), None)
     return None if other is None else f"on an adapter other than that of {lm.name}, such as {other}"
 
 
