@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
+from bayes_lora.lm.float32 import in_float32
 from bayes_lora.lm.loading import load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
@@ -79,6 +80,27 @@ def test_four_bits_are_those_of_the_dequantised_weights(folder):
     episode, phi = query_episode(lm)[0], random_phi(lm, 2, 2, 1, scale=0.1, dtype=torch.float32)
     found, expected = (scores_and_gradients(one, phi, episode) for one in (lm, plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_bitsandbytes
+def test_in_float32_a_model_has_its_dequantised_weights(folder, bits):
+    """Used and fresh; its own forward rounds activations too, in 8 bits."""
+    lm, plain = load(folder, bits), load(folder)
+    layers = dict(plain.model.named_modules())
+    for name, module in lm.model.named_modules():
+        weight = module._parameters.get("weight")
+        if type(weight).__name__ in ("Params4bit", "Int8Params"):
+            found = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+            layers[name].weight.data = found.float().clone()
+    tokens = torch.arange(1, 21).view(2, 10)
+    with torch.no_grad():
+        expected = plain.model(tokens).logits
+        for _ in range(2):
+            with in_float32(lm.model):
+                torch.testing.assert_close(lm.model(tokens).logits, expected, rtol=1e-5, atol=1e-4)
+            own = lm.model(tokens).logits
+    assert bits == "4bit" or (own - expected).abs().max() > 1e-3
+    assert not any("forward" in vars(module) for module in lm.model.modules())
 
 
 @needs_bitsandbytes

@@ -172,7 +172,8 @@ def plain_scores(model: Any, example: EncodedExample) -> Tensor:
     with head_reads(model.get_output_embeddings(), lambda hidden: hidden.flatten(0, 1)[None, places]):
         logits = model(input_ids=rows.to(model.device), use_cache=False).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    scores: Tensor = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return scores
 
 
 def _warn(text: str) -> None:
