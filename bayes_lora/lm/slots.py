@@ -47,9 +47,14 @@ class Slot(nn.Module):
         return self.bound if isinstance(self.bound, Tensor) else self.initial
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(rows, ..., in)`` to ``(rows, ..., out)``."""
+        """Map ``(rows, ..., in)`` to ``(rows, ..., out)``, or ``(rows * length, in)`` to ``(rows * length, out)``."""
         if self.bound is None:
             return x.new_zeros(*x.shape[:-1], len(self.initial))
+        if x.ndim == 2 and self.row_groups is not None:  # some models flatten rows before an MLP or a router
+            return self._map(x.unflatten(0, (len(self.row_groups.group), -1))).flatten(0, 1)
+        return self._map(x)
+
+    def _map(self, x: Tensor) -> Tensor:
         if isinstance(self.bound, Tensor):
             return linear(x, self.bound, self.row_groups)
         return self.bound(x, self.row_groups)
