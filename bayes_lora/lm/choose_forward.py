@@ -14,6 +14,7 @@ from bayes_lora.episodes.packing import Context, EncodedExample, in_context, pac
 from bayes_lora.errors import ConfigError, ModelError
 from bayes_lora.lm.kv_cache_forward import PromptCacheForward
 from bayes_lora.lm.packed_forward import Forward, PackedForward, head_reads
+from bayes_lora.lm.row_check import check_divided, record_undivided
 from bayes_lora.lm.sites import LoraSites
 from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.trunk import Trunk
@@ -36,6 +37,7 @@ def choose_forward(model: Any, sites: LoraSites, trunk: Trunk) -> Forward:
 
     Raises:
         ModelError: no forward reproduces the scores.
+        SiteError: LoRA is on a module whose input is not divided into rows, such as a routed expert.
         ConfigError: the only forward that reproduces the model's scores does not support gradient checkpointing.
     """
     name, checked = type(model).__name__, probe(model)
@@ -44,12 +46,12 @@ def choose_forward(model: Any, sites: LoraSites, trunk: Trunk) -> Forward:
         with trunk.record_output_type():
             expected = torch.cat([plain_scores(model, example) for example in examples])
         packed = PackedForward(model, sites, trunk)
-        why = _difference(packed, checked, expected)
+        why = _difference(packed, sites, checked, expected)
         if why is None:
             return packed
         if trunk.depth:
             depth, trunk.depth = trunk.depth, 0
-            if _difference(packed, checked, expected) is None:
+            if _difference(packed, sites, checked, expected) is None:
                 _warn(f"{name}: with cached hidden states at layer {depth}, {why}. All layers run every time.")
                 return packed
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -58,7 +60,7 @@ def choose_forward(model: Any, sites: LoraSites, trunk: Trunk) -> Forward:
                 f"checkpointing, because with packed rows and a 4-D mask, {why}. Set gradient_checkpointing=False."
             )
         prompts = PromptCacheForward(model)
-        still = _difference(prompts, checked, expected)
+        still = _difference(prompts, sites, checked, expected)
     if still is not None:
         raise ModelError(
             f"{name} is not supported: with packed rows and a 4-D mask, {why}; with a key-value cache, {still}. "
@@ -105,12 +107,17 @@ def plain_scores(model: Any, example: EncodedExample) -> Tensor:
     return torch.cat(scores)
 
 
-def _difference(forward: Any, episode: Episode, expected: Tensor) -> str | None:
-    """Return how the scores of a forward, or of its head, differ from the expected ones; None if they are equal."""
+def _difference(forward: Any, sites: LoraSites, episode: Episode, expected: Tensor) -> str | None:
+    """Return how the scores of a forward, or of its head, differ from the expected ones; None if they are equal.
+
+    Raises:
+        SiteError: they are equal, but the input of an adapted module is not divided into rows.
+    """
     try:
-        found = [forward(episode).token_scores[0]]
-        if isinstance(forward, PackedForward):
-            found.append(forward(episode, most_positions=2).token_scores[0])
+        with record_undivided(forward.model, sites) as undivided:
+            found = [forward(episode).token_scores[0]]
+            if isinstance(forward, PackedForward):
+                found.append(forward(episode, most_positions=2).token_scores[0])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any type: models raise different errors for unsupported arguments
@@ -121,6 +128,7 @@ def _difference(forward: Any, episode: Episode, expected: Tensor) -> str | None:
     for scores in found:
         if not torch.allclose(scores, expected.to(scores.dtype), rtol=relative, atol=absolute):
             return f"its scores are off by {float((scores - expected).abs().max()):.3g} nats"
+    check_divided(undivided)
     return None
 
 

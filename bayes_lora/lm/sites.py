@@ -65,6 +65,12 @@ class LoraSites:
         """Number of LoRA weights of one draw."""
         return sum(layers * rows * columns for layers, rows, columns in self.shapes.values())
 
+    def first_slots(self) -> Iterator[tuple[str, Slot]]:
+        """Yield each adapted module's name and the slot of its A, which reads the module's input."""
+        for site, slots in self._slots.items():
+            if ".lora_A" in site:
+                yield from zip(self.modules[site], slots, strict=True)
+
     def initial(self) -> Sites:
         """Return the values of the LoRA linears before they became slots, ``(layers, out, in)`` per site.
 
