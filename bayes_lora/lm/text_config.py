@@ -9,6 +9,9 @@ __all__ = ["max_positions", "max_row_length", "text_config"]
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names of the number of positions; transformers maps those of most other architectures to the first."""
 
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "index_topk", "keep_window_size")
+"""Names of the number of tokens to which a token attends in some layers."""
+
 
 def text_config(config: Any) -> Any:
     """Return the configuration of the text decoder; of a text model, the configuration itself.
@@ -32,9 +35,10 @@ def max_positions(config: Any) -> int | None:
 def max_row_length(config: Any) -> int | None:
     """Return the maximum number of tokens of a packed row; None if there is no limit.
 
-    A 4-D mask is used as it is, so rows must fit into the sliding window of models that have one.
+    A 4-D mask is used as it is, so rows must fit into the sliding window or chunk of models that have one. Sparse
+    attention (``index_topk``) must keep all the tokens that a token may attend to.
     """
-    return _lowest(config, *POSITIONS, "sliding_window")
+    return _lowest(config, *POSITIONS, *WINDOWS)
 
 
 def _lowest(config: Any, *names: str) -> int | None:
