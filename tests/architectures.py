@@ -75,7 +75,7 @@ class Plain:
     """A model with plain PEFT, which scores one option at a time."""
 
     def __init__(self, model: Any, lora: peft.LoraConfig) -> None:
-        self.model = peft.get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False).eval()
+        self.model: Any = peft.get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False).eval()
         self.factors = {
             name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter
             for name, parameter in self.model.named_parameters()
@@ -96,17 +96,21 @@ class Plain:
                 self.factors[name].copy_(value)
 
     def scores(self, example: Any, padding: int = 0) -> torch.Tensor:
-        """Log-probabilities of the options, each in a row of its own, or followed by some tokens of padding."""
-        before = [] if example.context is None else example.context.tokens.tolist()
-        before = before + example.tokens[example.segments == 0].tolist()
-        found = []
-        for k in range(example.num_options):
-            option = example.targets[example.target_options == k].tolist()
-            row = torch.tensor([before + option[:-1] + [0] * padding])
-            mask = (torch.arange(row.shape[1]) < row.shape[1] - padding).long()[None]
-            logits = self.model(input_ids=row, attention_mask=mask, use_cache=False).logits[0].float().log_softmax(-1)
-            found.append(sum(logits[len(before) - 1 + i, token] for i, token in enumerate(option)))
-        return torch.stack(found)
+        return plain_scores(self.model, example, padding)
+
+
+def plain_scores(model: Any, example: Any, padding: int = 0) -> torch.Tensor:
+    """Log-probabilities of the options, each in a row of its own, or followed by some tokens of padding."""
+    before = [] if example.context is None else example.context.tokens.tolist()
+    before = before + example.tokens[example.segments == 0].tolist()
+    found = []
+    for k in range(example.num_options):
+        option = example.targets[example.target_options == k].tolist()
+        row = torch.tensor([before + option[:-1] + [0] * padding])
+        mask = (torch.arange(row.shape[1]) < row.shape[1] - padding).long()[None]
+        logits = model(input_ids=row, attention_mask=mask, use_cache=False).logits[0].float().log_softmax(-1)
+        found.append(sum(logits[len(before) - 1 + i, token] for i, token in enumerate(option)))
+    return torch.stack(found)
 
 
 def random_rows(longest: int) -> Any:

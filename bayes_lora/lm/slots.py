@@ -10,7 +10,8 @@ from bayes_lora.utils.grouped_linear import RowGroups, linear
 
 __all__ = ["Bound", "Slot", "unchanged"]
 
-Bound = Tensor | Callable[[Tensor, RowGroups | None], Tensor] | None
+Function = Callable[[Tensor, RowGroups | None], Tensor]
+Bound = Tensor | Function | None
 """A weight, a function of activations, or nothing."""
 
 
@@ -51,10 +52,9 @@ class Slot(nn.Module):
         if self.bound is None:
             return x.new_zeros(*x.shape[:-1], len(self.initial))
         if x.ndim == 2 and self.row_groups is not None:  # some models flatten rows before an MLP or a router
-            return self._map(x.unflatten(0, (len(self.row_groups.group), -1))).flatten(0, 1)
-        return self._map(x)
+            return _apply(self.bound, x.unflatten(0, (len(self.row_groups.group), -1)), self.row_groups).flatten(0, 1)
+        return _apply(self.bound, x, self.row_groups)
 
-    def _map(self, x: Tensor) -> Tensor:
-        if isinstance(self.bound, Tensor):
-            return linear(x, self.bound, self.row_groups)
-        return self.bound(x, self.row_groups)
+
+def _apply(bound: Tensor | Function, x: Tensor, row_groups: RowGroups | None) -> Tensor:
+    return linear(x, bound, row_groups) if isinstance(bound, Tensor) else bound(x, row_groups)
