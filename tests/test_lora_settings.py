@@ -104,6 +104,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "tokens": ("llama", dict(trainable_token_indices=[3], target_modules=ATTENTION), r"trainable_token_indices=\[3\]"),
     "parameters": ("mixtral", dict(target_parameters=["mlp.experts.down_proj"], target_modules=ATTENTION), "Leave"),
     "experts": ("mixtral", dict(target_modules=["w1", "w2"]), "target_modules: the model has no module 'w1'"),
+    "all-linear with experts": (
+        "mixtral",
+        dict(target_modules="all-linear"),
+        r"target_modules 'all-linear': PEFT adapts .*'gate_up_proj'.* of experts or routers, not linear",
+    ),
     "no such module": ("llama", dict(target_modules=["q_projj"]), "the model has no module 'q_projj'.*did you mean"),
     "no such regex": ("llama", dict(target_modules=r".*query"), "Target modules .*query not found"),
     "all excluded": ("llama", dict(exclude_modules=["q_proj"], target_modules=["q_proj"]), "excluded"),
@@ -176,6 +181,7 @@ def test_an_adapter_from_peft_is_exported(
     check_export(lm, folders[kind], tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's own keys
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_settings_are_refused(name: str, folders: dict[str, Path]) -> None:
     kind, settings, message = REFUSED[name]
