@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import Plain, build, language_model, lora_config, random_rows
+from architectures import WINDOW, Plain, build, language_model, lora_config, random_rows
 
+from bayes_lora.episodes import collate
 from bayes_lora.errors import ModelError
 from bayes_lora.lm.kv_cache_forward import PromptCacheForward
 from bayes_lora.lm.packed_forward import PackedForward
 from bayes_lora.lm.text_config import max_row_length
+from bayes_lora.tasks import Example
 
 # PEFT 0.21 on transformers 5.23
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -156,6 +158,21 @@ def test_other_architectures_are_refused_with_the_reason(kind: str, tokenizer: A
     setting = Setting(kind, overrides, tokenizer)
     with pytest.raises(ModelError, match=f"{type(setting.lm.model).__name__} is not supported: .*{reason}"):
         setting.scores()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "llama4_text", "deepseek_v32"])
+@pytest.mark.filterwarnings("ignore:.*prompts are longer")
+@torch.no_grad()
+def test_texts_beyond_a_window_are_cut_and_scored_as_the_ordinary_forward_does(kind: str, tokenizer: Any) -> None:
+    """The window is 24 tokens, ``max_length`` 64."""
+    setting = Setting(kind, PACKED[kind], tokenizer)
+    long = Example("the film was good and bad so maybe not " * 20, ("yes", "not so", "not so negative"), 0)
+    short = Example("the film", ("yes", "no"), 1)
+    encoded = [setting.lm.encoder(task) for task in ([long, short, long], [short], [long, short])]
+    lengths = [int(example.positions.max()) + 1 for task in encoded for example in task]
+    assert WINDOW - 2 <= max(lengths) <= WINDOW
+    setting.episode = collate(encoded)
+    torch.testing.assert_close(setting.scores(), setting.plain_scores(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt", "qwen2_moe", "bloom"])
