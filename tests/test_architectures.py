@@ -22,6 +22,7 @@ MLA = {"num_key_value_heads": 4, "head_dim": 4}
 SPARSE = MLA | {"index_topk": 24, "index_n_heads": 2, "index_head_dim": 8}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 DBRX = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}
+PER_LAYER = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8}
 PACKED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         "apertus arcee aria_text beam biogpt bitnet cohere cohere2 cohere2_moe ctrl cwm diffllama ernie4_5 "
@@ -43,6 +44,8 @@ PACKED: dict[str, dict[str, Any]] = {
     "doge": {"keep_window_size": 24, "sliding_window": None},
     "dots1": {"n_shared_experts": 1},
     "falcon": {"head_dim": ...},
+    "gemma3n_text": PER_LAYER,
+    "gemma4_text": PER_LAYER | {"head_dim": ...},
     "glm4_moe_lite": MLA,
     "gptj": {"rotary_dim": 4},
     "hrm_text": {"num_hidden_layers": 2},
@@ -71,16 +74,20 @@ NO_COPIES = (
     "with a key-value cache, it raises AttributeError: 'LinearAttentionLayer' object has no attribute 'batch_rep"
 )
 NO_LENGTH = "with a key-value cache, it raises ValueError: `get_seq_length` can only be called on Attention layers"
+NO_ROWS = "with a key-value cache, it raises RuntimeError: Sizes of tensors must match"
 NOT_CAUSAL = "with a key-value cache, it raises AttributeError: 'NoneType' object has no attribute 'batch_repeat"
 OFF = "with a key-value cache, its scores are off by"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "bailing_hybrid": ({}, NO_LENGTH),
     "bamba": (MAMBA | {"attn_layer_indices": [1]}, NO_COPIES),
     "bart": ({}, OFF),
     "bert": ({}, NOT_CAUSAL),
     "blenderbot": ({}, OFF),
     "electra": ({}, NOT_CAUSAL),
+    "falcon_h1": (MAMBA | {"mamba_d_ssm": 64}, NO_ROWS),
     "falcon_mamba": ({}, NO_CACHE),
     "granitemoehybrid": (MAMBA | {"layer_types": ["mamba", "attention", "mamba"]}, NO_COPIES),
+    "inkling_text": ({"sliding_window_size": 24}, NO_ROWS),
     "jamba": ({}, NO_LENGTH),
     "lfm2_moe": ({"layer_types": ["conv", "full_attention", "conv"]}, NO_COPIES),
     "lfm3": ({}, NO_COPIES),
@@ -100,6 +107,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rwkv": ({}, NO_CACHE),
     "xlstm": ({"v_head_dim": ..., "head_dim": ...}, "it raises ValueError: matC_old has wrong shape"),
     "zamba": ({"num_hidden_layers": 8}, NO_COPIES),
+    "zaya": ({"num_experts_per_tok": 1}, NO_ROWS),
 }
 """Architectures that are refused on first use: recurrent states, no cache that can be copied, or not causal."""
 
