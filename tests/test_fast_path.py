@@ -22,7 +22,7 @@ from transformers import (
 
 from bayes_lora.episodes import collate, packing
 from bayes_lora.episodes.episode import attention_mask
-from bayes_lora.errors import ConfigError, ModelError
+from bayes_lora.errors import ConfigError, ModelError, SiteError
 from bayes_lora.lm import choose_forward as fast_path
 from bayes_lora.lm import packed_forward as forward
 from bayes_lora.lm.kv_cache_forward import PromptCacheForward
@@ -266,6 +266,45 @@ def test_examples_that_see_one_another_are_noticed(lm: Any, monkeypatch: pytest.
     with pytest.warns(UserWarning, match="LlamaForCausalLM: with packed rows .* its scores are off"):
         lm.features(query_episode(lm)[0])
     check_against_plain(lm, query_episode(lm)[0])
+
+
+class RoutedExperts(torch.nn.Module):
+    """Experts that are linear modules and get the tokens sent to them, as in some models with code of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(width, 2, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.flatten(0, -2)
+        weights, chosen = self.router(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            out[chosen == index] = expert(flat[chosen == index])
+        return (weights[:, None] * out).view_as(hidden)
+
+
+@pytest.mark.parametrize("targets", [["experts.0", "experts.1"], ["router", "q_proj"]])
+def test_lora_on_routed_experts_is_refused(targets: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tokens are not grouped by task, and an even number of them would be divided among tasks silently."""
+
+    def routed() -> Any:
+        model = original()
+        for layer in model.model.layers:
+            layer.mlp = RoutedExperts(model.config.hidden_size)
+        return model
+
+    original = BUILDERS["llama"]
+    monkeypatch.setitem(BUILDERS, "routed", routed)
+    lm = build_lm("routed", tokenizer, targets=targets)
+    episode, _ = query_episode(lm)
+    if "router" in targets:
+        check_against_plain(lm, episode)
+        return
+    expected = r"module 'model.layers.2.mlp.experts.0': LoRA on it cannot be random, .* exclude_modules"
+    with pytest.raises(SiteError, match=expected):
+        lm(random_phi(lm, 2, 2, 1), episode)
 
 
 # --- examples that share a row ---

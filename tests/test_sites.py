@@ -66,6 +66,20 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("sizes", [(1, 3, 2), (2, 2, 2)])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_flattened_rows_equal_rows(sizes, deferred):
+    """Some models flatten ``(rows, length, in)`` before an MLP: OPT, and Qwen2-MoE before its shared expert."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    slot = Slot(torch.zeros(5, 4, dtype=torch.float64))
+    weight = torch.randn(3, 5, 4, dtype=torch.float64)
+    slot.bound = (lambda value, groups: linear(value, weight, groups)) if deferred else weight
+    slot.row_groups = RowGroups.of(sizes, torch.device("cpu"))
+    expected = torch.cat([rows @ own.T for rows, own in zip(x.split(sizes), weight, strict=True)])
+    torch.testing.assert_close(slot(x.flatten(0, 1)), expected.flatten(0, 1))
+
+
 @pytest.mark.parametrize("of_x", [False, True])
 def test_groups_of_unequal_size_have_second_derivatives(of_x):
     """As second-order steps need them, and one alone where only the weight is random."""

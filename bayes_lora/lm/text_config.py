@@ -16,7 +16,7 @@ __all__ = [
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names of the number of positions; transformers maps those of most other architectures to the first."""
-WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "index_topk", "keep_window_size")
 """Names of the number of tokens beyond which some layers attend to a part of a row."""
 
 BOOKKEEPING = {
