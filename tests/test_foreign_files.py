@@ -206,3 +206,18 @@ def test_a_rank_of_the_settings_is_compared_before_the_model_is_loaded(run, monk
 def test_damaged_settings_of_a_run_are_refused(run, content):
     (run / "config.json").write_text(content)
     refused(BayesLoraError, lambda: run_folder.load_posterior(run), "config.json")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's
+def test_an_adapter_with_values_that_are_not_finite_is_refused(model_folder, tmp_path):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(BUILDERS["llama"](), lora)
+    with torch.no_grad():
+        next(value for name, value in model.named_parameters() if "lora_B" in name)[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "adapter")
+    refused(
+        ModelFileError,
+        lambda: load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu"),
+        "lora_B.weight has NaN or infinite values",
+        seconds=30,
+    )

@@ -19,7 +19,9 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.runs import report
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.runs.report import Comparison
 from bayes_lora.utils import storage
 from bayes_lora.utils.reading import read_facts, read_json, read_tensors
 from bayes_lora.utils.storage import new_folder, write_json, write_tensors
@@ -298,3 +300,12 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
     write_json(tmp_path / "b", {})
     assert order == [".b.tmp", "renamed", tmp_path.name]
     assert read_tensors(tmp_path / "a")["a"].tolist() == [0.0, 0.0]
+
+
+def test_a_report_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written: .*Not a directory"):
+        Comparison({}).write(tmp_path / "file" / "report")
+    monkeypatch.setattr(report, "reliability_diagram", full)
+    with pytest.raises(RunFolderError, match="reliability.png cannot be written: .*No space left"):
+        Comparison({}).write(tmp_path / "report")

@@ -143,13 +143,16 @@ def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
     They have at least 32 bits, whatever the dtype of the base model.
 
     Raises:
-        ModelFileError: weights of adapted modules are missing, or there are weights of other modules.
+        ModelFileError: weights of adapted modules are missing or not finite, or there are weights of other modules.
     """
     for _, layer in lora_layers(model, "default"):
         for factors in (layer.lora_A, layer.lora_B):
             factor: Any = factors["default"]
             factor.to(torch.promote_types(factor.weight.dtype, torch.float32))
     weights = peft.load_peft_weights(str(adapter), device=str(model.device))
+    broken = next((name for name, value in weights.items() if not bool(value.isfinite().all())), None)
+    if broken is not None:
+        raise ModelFileError(f"'{adapter}': {broken} has NaN or infinite values. Train or save the adapter again.")
     named = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     result: Any = peft.set_peft_model_state_dict(model, named)
     missing = sorted(name for name in result.missing_keys if ".lora_" in name)

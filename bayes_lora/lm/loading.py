@@ -435,6 +435,6 @@ def _check_rank(lora: peft.LoraConfig, model: PreTrainedModel) -> None:
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     modules = (module for module in model.modules() if module not in embeddings)
     sizes = (max(value.shape) for module in modules for value in module.parameters(recurse=False) if value.ndim == 2)
-    largest, rank = max(sizes, default=None), max([lora.r, *lora.rank_pattern.values()])
+    largest, rank = max(sizes, default=None), max([lora.r, *(lora.rank_pattern or {}).values()])
     if largest is not None and rank > largest:
         raise SiteError(f"LoraConfig(r={rank}): the model's largest matrix has {largest} rows. Choose a smaller rank.")

@@ -111,8 +111,8 @@ def _distribution(family: str, tensors: Parameters) -> Any:
 def _check_positive(site: str, fn: Any, path: Path) -> None:
     """Raise :class:`PosteriorError` if a scale is not positive, or the rate of a dropout is not a probability."""
     base = fn.base_dist if isinstance(fn, Independent) else fn
-    names = {"scale"} if isinstance(base, Normal) else getattr(base, "positive", frozenset())
-    for name in {"keep"} if isinstance(base, DroppedPoint) else names:
+    names = ("scale",) if isinstance(base, Normal) else tuple(getattr(base, "positive", ()))
+    for name in ("keep",) if isinstance(base, DroppedPoint) else names:
         value = getattr(base, name)
         if value is not None and not bool((value > 0).all() and (name != "keep" or (value <= 1).all())):
             expected = "positive values" if name != "keep" else "values in (0, 1]"
