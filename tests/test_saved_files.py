@@ -13,8 +13,9 @@ from conftest import build_lm, make_tasks
 from runs import CONFIG
 from saved import change_facts, change_tensors, flip
 
-from bayes_lora.errors import PosteriorError, RunFolderError
+from bayes_lora.errors import ModelFileError, PosteriorError, RunFolderError
 from bayes_lora.infer.training import FitState
+from bayes_lora.lm.loading import load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
@@ -309,3 +310,19 @@ def test_a_report_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "reliability_diagram", full)
     with pytest.raises(RunFolderError, match="reliability.png cannot be written: .*No space left"):
         Comparison({}).write(tmp_path / "report")
+
+
+def test_a_flipped_bit_of_an_exported_adapter_is_told(model_folder, tmp_path):
+    lm = load_language_model(model_folder, r=2, device="cpu")
+    config = RunConfig.from_dict(NETWORK)
+    adapted = Posterior.from_objective(lm, build_objective(lm, config).eval()).adapt(
+        make_tasks(1)["task-0"].split(3, seed=0)
+    )
+    adapted.export_peft(tmp_path / "adapter")
+    load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    flip(weights, 1.0, 0)
+    with pytest.raises(ModelFileError, match="adapter_model.safetensors' is damaged: .* another SHA-256"):
+        load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu")
+    write_tensors(weights, read_tensors(weights))  # PEFT writes no SHA-256
+    load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -11,10 +11,12 @@ from weakref import WeakSet
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_mean
+from bayes_lora.utils.reading import SHA256, digest_of
 
 __all__ = [
     "TAKEN",
@@ -150,6 +152,7 @@ def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
             factor: Any = factors["default"]
             factor.to(torch.promote_types(factor.weight.dtype, torch.float32))
     weights = peft.load_peft_weights(str(adapter), device=str(model.device))
+    _check_digest(Path(adapter).expanduser() / "adapter_model.safetensors", weights)
     broken = next((name for name, value in weights.items() if not bool(value.isfinite().all())), None)
     if broken is not None:
         raise ModelFileError(f"'{adapter}': {broken} has NaN or infinite values. Train or save the adapter again.")
@@ -161,3 +164,13 @@ def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
             raise ModelFileError(
                 f"'{adapter}': {len(names)} weights {problem}, such as {names[0]}. Was it trained on another model?"
             )
+
+
+def _check_digest(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Compare weights with the SHA-256 that ``export_peft`` wrote into their file's header, if it did."""
+    if not path.is_file():
+        return  # of the hub, or pickled
+    with safe_open(path, framework="pt") as file:
+        expected = (file.metadata() or {}).get(SHA256)
+    if expected is not None and digest_of(weights) != expected:
+        raise ModelFileError(f"'{path}' is damaged: its weights have another SHA-256 than its header. Export it again.")
