@@ -21,9 +21,11 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs import folder as run_folder
+from bayes_lora.runs.dry_run import read_architecture
 from bayes_lora.tasks.readers import parquet_files
 from bayes_lora.tasks.readers.card import read_card
 from bayes_lora.tasks.readers.table_rows import read_table
+from bayes_lora.tasks.splits import load_split
 from bayes_lora.utils.limits import check_nesting
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -206,3 +208,35 @@ def test_a_rank_of_the_settings_is_compared_before_the_model_is_loaded(run, monk
 def test_damaged_settings_of_a_run_are_refused(run, content):
     (run / "config.json").write_text(content)
     refused(BayesLoraError, lambda: run_folder.load_posterior(run), "config.json")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's
+def test_an_adapter_with_values_that_are_not_finite_is_refused(model_folder, tmp_path):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(BUILDERS["llama"](), lora)
+    with torch.no_grad():
+        next(value for name, value in model.named_parameters() if "lora_B" in name)[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "adapter")
+    refused(
+        ModelFileError,
+        lambda: load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu"),
+        "lora_B.weight has NaN or infinite values",
+        seconds=30,
+    )
+
+
+@pytest.mark.parametrize(
+    "read, error, name",
+    [
+        (lambda path: load_split(path.parent, "s"), TaskError, "splits.json"),
+        (read_architecture, ModelFileError, "config.json"),
+    ],
+    ids=["splits", "architecture"],
+)
+def test_other_json_is_limited(tmp_path, read, error, name):
+    path = tmp_path / name
+    path.write_text("[" * 100_000)
+    refused(error, lambda: read(path), name)
+    path.unlink()
+    os.mkfifo(path)
+    refused(error, lambda: read(path), name, "expected a file, got a folder, a pipe or a device")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import time
 
 import pytest
@@ -13,16 +12,16 @@ from conftest import build_lm, make_tasks
 from runs import CONFIG
 from saved import change_facts, change_tensors, flip
 
-from bayes_lora.errors import PosteriorError, RunFolderError
+from bayes_lora.errors import ModelFileError, PosteriorError
 from bayes_lora.infer.training import FitState
+from bayes_lora.lm.loading import load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
-from bayes_lora.utils import storage
 from bayes_lora.utils.reading import read_facts, read_json, read_tensors
-from bayes_lora.utils.storage import new_folder, write_json, write_tensors
+from bayes_lora.utils.storage import write_json, write_tensors
 
 NETWORK = {"guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
 KINDS = ["posterior", "task_posterior", "checkpoint"]
@@ -248,53 +247,17 @@ def test_nothing_of_a_damaged_checkpoint_is_loaded(lm, folder):
     assert not optimizer.state_dict()["state"]
 
 
-def full(*_, **__):
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("what", ["json", "tensors", "folder"])
-def test_a_disk_that_cannot_be_written_is_one_error(tmp_path, monkeypatch, what):
-    write = {
-        "json": lambda: write_json(tmp_path / "x", {}),
-        "tensors": lambda: write_tensors(tmp_path / "x", {"a": torch.zeros(9)}),
-        "folder": lambda: new_folder(tmp_path / "x").__enter__(),
-    }[what]
-    write()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(storage.SafetensorError("no room")))
-    monkeypatch.setattr(storage.Path, "mkdir", full)
-    monkeypatch.setattr(storage.Path, "write_text", full)
-    with pytest.raises(RunFolderError, match="x cannot be written: .*(No space left|no room).*choose another folder"):
-        write()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-
-
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
-def test_modes_follow_the_umask(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        with new_folder(tmp_path / "x") as folder:
-            write_tensors(folder / "a", {"a": torch.zeros(2)})
-            write_json(folder / "b", {})
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "x").iterdir()} == {mode}
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o777 & ~umask
-
-
-def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
-    order = []
-    replace, fsync = os.replace, os.fsync
-
-    def noted(descriptor):
-        order.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("renamed"), replace(*paths)))
-    write_tensors(tmp_path / "a", {"a": torch.zeros(2)})
-    assert order == [".a.tmp", "renamed", tmp_path.name]
-    order.clear()
-    write_json(tmp_path / "b", {})
-    assert order == [".b.tmp", "renamed", tmp_path.name]
-    assert read_tensors(tmp_path / "a")["a"].tolist() == [0.0, 0.0]
+def test_a_flipped_bit_of_an_exported_adapter_is_told(model_folder, tmp_path):
+    lm = load_language_model(model_folder, r=2, device="cpu")
+    config = RunConfig.from_dict(NETWORK)
+    adapted = Posterior.from_objective(lm, build_objective(lm, config).eval()).adapt(
+        make_tasks(1)["task-0"].split(3, seed=0)
+    )
+    adapted.export_peft(tmp_path / "adapter")
+    load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    flip(weights, 1.0, 0)
+    with pytest.raises(ModelFileError, match="adapter_model.safetensors' is damaged: .* another SHA-256"):
+        load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu")
+    write_tensors(weights, read_tensors(weights))  # PEFT writes no SHA-256
+    load_language_model(model_folder, adapter=tmp_path / "adapter", device="cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from weakref import WeakSet
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_mean
+from bayes_lora.utils.reading import SHA256, digest_of
 
 __all__ = [
     "TAKEN",
@@ -195,13 +197,17 @@ def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
     They have at least 32 bits, whatever the dtype of the base model.
 
     Raises:
-        ModelFileError: weights of adapted modules are missing, or there are weights of other modules.
+        ModelFileError: weights of adapted modules are missing or not finite, or there are weights of other modules.
     """
     for _, layer in lora_layers(model, "default"):
         for factors in (layer.lora_A, layer.lora_B):
             factor: Any = factors["default"]
             factor.to(torch.promote_types(factor.weight.dtype, torch.float32))
     weights = peft.load_peft_weights(str(adapter), device=str(model.device))
+    _check_digest(Path(adapter).expanduser() / "adapter_model.safetensors", weights)
+    broken = next((name for name, value in weights.items() if not bool(value.isfinite().all())), None)
+    if broken is not None:
+        raise ModelFileError(f"'{adapter}': {broken} has NaN or infinite values. Train or save the adapter again.")
     named = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     result: Any = peft.set_peft_model_state_dict(model, named)
     missing = sorted(name for name in result.missing_keys if ".lora_" in name)
@@ -210,3 +216,13 @@ def load_adapter_weights(model: PreTrainedModel, adapter: str | Path) -> None:
             raise ModelFileError(
                 f"'{adapter}': {len(names)} weights {problem}, such as {names[0]}. Was it trained on another model?"
             )
+
+
+def _check_digest(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Compare weights with the SHA-256 that ``export_peft`` wrote into their file's header, if it did."""
+    if not path.is_file():
+        return  # of the hub, or pickled
+    with safe_open(path, framework="pt") as file:
+        expected = (file.metadata() or {}).get(SHA256)
+    if expected is not None and digest_of(weights) != expected:
+        raise ModelFileError(f"'{path}' is damaged: its weights have another SHA-256 than its header. Export it again.")

@@ -21,7 +21,7 @@ from bayes_lora.infer.components import Components
 from bayes_lora.lm.fingerprint import EXPORTED, FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.types import Distributions
-from bayes_lora.utils.reading import SHA256, check_finite, positive, read_facts, read_header, read_tensors
+from bayes_lora.utils.reading import SHA256, check_finite, digest_of, positive, read_facts, read_header, read_tensors
 from bayes_lora.utils.storage import new_folder, write_json, write_tensors, writing
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def _distribution(family: str, tensors: Parameters) -> Any:
 def _check_positive(site: str, fn: Any, path: Path) -> None:
     """Raise :class:`PosteriorError` if a scale is not positive, or the rate of a dropout is not a probability."""
     base = fn.base_dist if isinstance(fn, Independent) else fn
-    names = {"scale"} if isinstance(base, Normal) else getattr(base, "positive", frozenset())
-    for name in {"keep"} if isinstance(base, DroppedPoint) else names:
+    names = ("scale",) if isinstance(base, Normal) else tuple(getattr(base, "positive", ()))
+    for name in ("keep",) if isinstance(base, DroppedPoint) else names:
         value = getattr(base, name)
         if value is not None and not bool((value > 0).all() and (name != "keep" or (value <= 1).all())):
             expected = "positive values" if name != "keep" else "values in (0, 1]"
@@ -155,10 +155,9 @@ def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, ov
     phi, lm = posterior.mean() if draw is None else posterior.draw(1, seed=draw), posterior.lm
     weights = lm.sites.unstack({site: value.reshape(value.shape[-3:]) for site, value in phi.items()})
     with new_folder(path, overwrite=overwrite) as folder:
-        write_tensors(
-            folder / "adapter_model.safetensors",
-            {f"base_model.model.{name}.weight": value for name, value in weights.items()},
-        )
+        named = {f"base_model.model.{name}.weight": value for name, value in weights.items()}
+        # In the header, because adapter_config.json is PEFT's.
+        write_tensors(folder / "adapter_model.safetensors", named, {"format": "pt", SHA256: digest_of(named)})
         config = copy.copy(lm.lora_config)
         config.base_model_name_or_path, config.revision, config.inference_mode = lm.name, lm.revision, True
         with writing(folder):

@@ -24,7 +24,7 @@ __all__ = ["check_keys", "merge", "named_template", "nested", "read_yaml"]
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Read a mapping; an empty file is an empty mapping."""
     read = yaml_files.read_yaml(path)
-    return {} if read is None else read  # type: ignore[no-any-return]
+    return {} if read is None else read
 
 
 def nested(setting: str) -> Mapping[str, Any]:

@@ -90,7 +90,7 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 def _state(facts: Mapping[str, Any], path: Path) -> FitState:
     """Return the state without its tensors."""
     step, history, best = (facts.get(name) for name in ("step", "history", "best"))
-    rows = history if isinstance(history, list) else [None]
+    rows: list[Any] = history if isinstance(history, list) else [None]
     if (
         not all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in rows)
         or not (_is_number(step) and type(step) is int and step >= 0)

@@ -33,11 +33,13 @@ from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.types import Features, Guide
+from bayes_lora.utils.limits import read_limited
 
 __all__ = ["DryRun", "dry_run", "read_architecture"]
 
 META = torch.device("meta")
 BITS = {"8bit": 8, "4bit": 4}
+MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ def read_architecture(path: Path) -> PreTrainedConfig:
         ModelFileError: it cannot be read, or its model type is unknown to transformers.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_limited(path, MAX_BYTES))
         kind = values.pop("model_type")
         return AutoConfig.for_model(kind, **values)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelFileError(
             f"{path}: expected the config.json of a causal LM, with its model_type ({reason})."

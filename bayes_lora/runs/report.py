@@ -22,7 +22,7 @@ from bayes_lora.metrics.options import (
 )
 from bayes_lora.metrics.plots import reliability_diagram
 from bayes_lora.metrics.text import TextMetrics
-from bayes_lora.utils.storage import write_json
+from bayes_lora.utils.storage import write_json, writing
 
 __all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
 
@@ -83,12 +83,17 @@ class Comparison:
         """Write ``metrics.json`` and ``reliability.png`` to a folder, which is made if it does not exist.
 
         Generated answers have no confidence: if all tasks are free-form, there is no diagram.
+
+        Raises:
+            RunFolderError: the folder cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, self.to_dict())
         curves = {name: (result.confidence, result.correct) for name, result in self.chosen().items()}
         if all(len(confidence) for confidence, _ in curves.values()):
-            reliability_diagram(curves, folder / DIAGRAM)
+            with writing(folder / DIAGRAM):
+                reliability_diagram(curves, folder / DIAGRAM)
 
     def chosen(self) -> dict[str, MethodResult]:
         """Return all methods except the LoRA baselines, and the LoRA baseline with the lowest mean NLL."""

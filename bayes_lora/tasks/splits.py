@@ -19,10 +19,12 @@ from bayes_lora.errors import TaskError
 from bayes_lora.tasks.readers.folders import present_tasks
 from bayes_lora.tasks.readers.table_rows import TABLES
 from bayes_lora.tasks.readers.text_files import children
+from bayes_lora.utils.limits import read_limited
 
 __all__ = ["load_split", "shipped_splits"]
 
 FILE = "splits.json"
+MAX_BYTES = 1 << 25
 
 Splits = dict[str, tuple[list[str], list[str]]]
 
@@ -88,7 +90,7 @@ def _find(path: Path, split: str) -> tuple[list[str], list[str]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_limited(path, MAX_BYTES))
     except FileNotFoundError:
         raise
     except OSError as error:

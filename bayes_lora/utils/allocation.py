@@ -28,7 +28,7 @@ class AllocationLimit(TorchDispatchMode):
     """
 
     def __init__(self, saved: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit = LEAST + FACTOR * sum(value.numel() for value in saved)
         self.made = 0
 
@@ -48,13 +48,14 @@ class AllocationLimit(TorchDispatchMode):
 def _size(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Return about how many values an operation makes: those of the shape it is given, or of its largest tensor."""
     shapes = [value for value in (*args, *kwargs.values()) if _is_shape(value)]
-    largest = max((value.numel() for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)), default=0)
+    largest: int = max((value.numel() for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)), default=0)
     if name in ("eye", "arange", "linspace", "logspace", "randperm"):
         numbers = [abs(int(value)) for value in (*args, *kwargs.values()) if isinstance(value, int | float)]
         return max(numbers) ** 2 if name == "eye" else max(numbers)
     if name == "repeat":
-        return largest * math.prod(shapes[0])
-    return max([math.prod(shape) for shape in shapes], default=1) if not largest or name.startswith("new_") else largest
+        return int(largest * math.prod(shapes[0]))
+    of_shape: int = max([math.prod(shape) for shape in shapes], default=1)
+    return largest if largest and not name.startswith("new_") else of_shape
 
 
 def _is_shape(value: Any) -> bool:

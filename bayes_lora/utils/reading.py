@@ -25,6 +25,7 @@ __all__ = [
     "SHA256",
     "check_finite",
     "check_like",
+    "digest_of",
     "positive",
     "read_facts",
     "read_header",
@@ -123,6 +124,15 @@ def check_like(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path
                 f"{path} is damaged or of another version: tensor {name!r}: expected {was[0]} of {was[1]}, got "
                 f"{now[0]} of {now[1]}. {_CURE}"
             )
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, shapes and values of tensors of at least one dimension."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -121,8 +121,13 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write safetensors under a temporary name, then rename.
+
+    Args:
+        path: the file.
+        tensors: the tensors by name.
+        metadata: texts for the file's header.
 
     Returns:
         The file's SHA-256. Write it as :data:`bayes_lora.utils.reading.SHA256` into the JSON file next to it.
@@ -134,7 +139,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     with _replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # safetensors would write a private file
-        save_file(contiguous, temporary)
+        save_file(contiguous, temporary, metadata)
         temporary.chmod(mode)
         with temporary.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
