@@ -152,6 +152,7 @@ def by_hand(lm, phi, prompt, most):
 def test_decoding_follows_the_posterior_predictive(tokenizer, kind, num_draws, end):
     """Token by token, for prompts of unequal length, behind demonstrations, where answers end at different steps."""
     lm = build_lm(kind, tokenizer, template=PromptTemplate(free_prompt="{input} Answer:", end=end))
+    lm.model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=2)  # as some models have it
     q = posterior(lm)
     questions, shown = [FREE[0], "maybe not", FREE[2]], [FREE[1]]
     found = q.generate([[FREE[1]], questions], num_draws=num_draws, demonstrations=[(), shown], max_new_tokens=7)

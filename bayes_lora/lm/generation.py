@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -164,18 +165,32 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     average, end = PosteriorAverage(draws), lm.encoder.end.lstrip(" ") or lm.encoder.end
     model: Any = lm.model
-    sequences: Tensor = model.generate(
-        input_ids=ids.repeat(draws, 1).to(lm.device),
-        attention_mask=mask.repeat(draws, 1).to(lm.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
-        ),
-        logits_processor=LogitsProcessorList([average]),
-        stopping_criteria=StoppingCriteriaList([Ended(tokenizer, end, len(rows), ids.shape[1])]),
-    )
+    with _only_given_settings(model):
+        sequences: Tensor = model.generate(
+            input_ids=ids.repeat(draws, 1).to(lm.device),
+            attention_mask=mask.repeat(draws, 1).to(lm.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+            ),
+            logits_processor=LogitsProcessorList([average]),
+            stopping_criteria=StoppingCriteriaList([Ended(tokenizer, end, len(rows), ids.shape[1])]),
+        )
     log_probs = average.log_probs(sequences)
     new = sequences[: len(rows), ids.shape[1] :]
     return [_answer(tokenizer, end, row, scores) for row, scores in zip(new.cpu(), log_probs.cpu(), strict=True)]
+
+
+@contextmanager
+def _only_given_settings(model: Any) -> Iterator[None]:
+    """Keep settings of the model's ``generation_config.json``, such as a repetition penalty, out of the block.
+
+    They would replace the values that a configuration does not set, and change the probabilities.
+    """
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _answer(tokenizer: Any, end: str, tokens: Tensor, log_probs: Tensor) -> Generated:
