@@ -7,9 +7,10 @@ import pytest
 from conftest import BUILDERS
 from peft.tuners.lora.config import KasaConfig
 
-from bayes_lora.errors import SiteError
+from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.lm.adapters import check_lora_config
 from bayes_lora.lm.inject import inject
+from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.loading import load_language_model
 
 # PEFT 0.21 on transformers 5.23
@@ -55,6 +56,19 @@ def test_a_setting_that_a_later_version_of_peft_adds_is_refused():
     check_lora_config(Later(target_modules=["q_proj"]))
     with pytest.raises(SiteError, match=r"LoraConfig\(use_magic=True\): .*Set use_magic=False\."):
         check_lora_config(Later(target_modules=["q_proj"], use_magic=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("lora_alpha", 3), ("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("r", 4)]
+)
+def test_a_configuration_that_is_not_the_adapter_s_is_refused(tokenizer, setting, value):
+    """PEFT would multiply the exported weights by another scaling than the one that was predicted with."""
+    model = BUILDERS["llama"]()
+    inject(lora_config(), model)
+    with pytest.raises(
+        ConfigError, match=rf"lora_config: its {setting} is .*, but adapter 'default' was injected with"
+    ):
+        LanguageModel(model, tokenizer, lora_config(**{setting: value}))
 
 
 @pytest.mark.parametrize("init", ["pissa", "PiSSA", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])

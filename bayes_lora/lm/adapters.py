@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayes_lora.errors import ConfigError, ModelFileError, SiteError, did_you_mean
+from bayes_lora.lm.text_config import decoder_name
 from bayes_lora.utils.reading import SHA256, digest_of
 
 __all__ = [
     "TAKEN",
     "active_adapter",
+    "check_adapted",
     "check_drawn",
+    "check_injected",
     "check_lora_config",
     "check_not_taken",
     "check_unwrapped",
@@ -47,6 +50,9 @@ PLAIN_SETTINGS = frozenset(
     }
 )
 """Settings of plain LoRA. Any other one, such as those of later versions of PEFT, must have its default value."""
+
+EXPORTED_SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform")
+"""Settings by which PEFT computes the updates of an exported adapter."""
 
 TAKEN: WeakSet[LoraLayer] = WeakSet()
 """LoRA layers of existing language models. PEFT may replace their slots, so slots alone do not tell."""
@@ -109,6 +115,39 @@ def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
             f"LoraConfig(init_lora_weights={init!r}): expected True, False, 'gaussian', 'orthogonal' or 'eva'."
         )
     return config
+
+
+def check_injected(config: peft.LoraConfig, model: nn.Module, adapter_name: str) -> None:
+    """Check that the adapter in a model was injected with this configuration, which is exported with its weights.
+
+    Raises:
+        ConfigError: settings that change its updates differ.
+    """
+    injected = getattr(model, "peft_config", {}).get(adapter_name, config)
+    for name in EXPORTED_SETTINGS:
+        given, there = getattr(config, name), getattr(injected, name)
+        if given != there:
+            raise ConfigError(
+                f"lora_config: its {name} is {given!r}, but adapter {adapter_name!r} was injected with {there!r}. Pass "
+                "the configuration that it was injected with."
+            )
+
+
+def check_adapted(model: Any, adapted: Sequence[str]) -> None:
+    """Check that modules are inside the text decoder, and not the LM head.
+
+    Raises:
+        SiteError: one is not.
+    """
+    head, prefix = model.get_output_embeddings(), decoder_name(model)
+    if any(module is head for name, module in model.named_modules() if name in adapted):
+        raise SiteError("LoRA on the LM head cannot be random: its input is answer positions, not the rows of a draw.")
+    outside = next((name for name in adapted if prefix and not name.startswith(f"{prefix}.")), None)
+    if outside is not None:
+        raise SiteError(
+            f"module {outside!r}: text does not reach it, because it is outside the decoder {prefix!r}, so LoRA on it "
+            f"has no effect. Set exclude_modules='(?!{prefix}.).*'."
+        )
 
 
 def check_drawn(config: peft.LoraConfig) -> None:

@@ -18,7 +18,7 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.episodes.token_store import TokenStore
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.lm.adapters import check_lora_config, check_unwrapped
+from bayes_lora.lm.adapters import check_adapted, check_injected, check_lora_config, check_unwrapped
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
 from bayes_lora.lm.packed_forward import Forward, Read
@@ -26,7 +26,7 @@ from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.lm.tensor_store import TensorStore, base_facts
-from bayes_lora.lm.text_config import decoder_name, max_row_length, text_config
+from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
 from bayes_lora.lm.vocabulary import check_vocabulary, num_embeddings
@@ -54,7 +54,7 @@ class LanguageModel:
     Args:
         model: a causal LM with adapters injected by PEFT. Its LoRA linears are replaced by slots.
         tokenizer: the tokenizer of the model.
-        lora_config: the PEFT configuration, needed for export.
+        lora_config: the PEFT configuration with which LoRA was injected, needed for export.
         name: hub id or path of the model, needed for export.
         revision: branch, tag or commit of a hub id, which is exported too; None is the main branch.
         adapter: hub id or path of the saved adapter whose weights were loaded; None if they are PEFT's initial values,
@@ -76,7 +76,8 @@ class LanguageModel:
 
     Raises:
         SiteError: LoRA on one of its modules cannot be random.
-        ConfigError: a setting is wrong, the model is wrapped, or the cache folder cannot be written.
+        ConfigError: a setting is wrong, the model is wrapped, ``lora_config`` is not its own, or the cache folder
+            cannot be written.
         ModelFileError: the tokenizer has tokens without an embedding.
     """
 
@@ -107,6 +108,7 @@ class LanguageModel:
         self.model.requires_grad_(False).eval()
         keep_differentiable(model)
         self.sites: LoraSites = find_sites(model, adapter_name)
+        check_injected(lora_config, model, adapter_name)
         self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
         longest = max_row_length(model.config)
         length = max_length if longest is None else min(max_length, longest)
@@ -212,23 +214,6 @@ class LanguageModel:
     def features(self, episode: Episode) -> Features:
         """Return features of each example from the base model without an adapter. They are cached."""
         return self.feature_reader(episode)
-
-
-def check_adapted(model: Any, adapted: Sequence[str]) -> None:
-    """Check that modules are inside the text decoder, and not the LM head.
-
-    Raises:
-        SiteError: one is not.
-    """
-    head, prefix = model.get_output_embeddings(), decoder_name(model)
-    if any(module is head for name, module in model.named_modules() if name in adapted):
-        raise SiteError("LoRA on the LM head cannot be random: its input is answer positions, not the rows of a draw.")
-    outside = next((name for name in adapted if prefix and not name.startswith(f"{prefix}.")), None)
-    if outside is not None:
-        raise SiteError(
-            f"module {outside!r}: text does not reach it, because it is outside the decoder {prefix!r}, so LoRA on it "
-            f"has no effect. Set exclude_modules='(?!{prefix}.).*'."
-        )
 
 
 def keep_differentiable(model: Any) -> None:
