@@ -137,6 +137,9 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
         code, out, _ = call("predict", "--adapted", mine, "--examples", questions, "--draws", draws)
         assert code == 0
         check_predictions(out, questions)
+    words = ("--examples", support, "--output", mine, "--steps", 2, "--overwrite", "--predict", questions)
+    code, at_once, err = call("adapt", "--run", run, *words, "--draws", 3)
+    assert (code, at_once) == (0, out) and "adapted to 12 examples" in err
 
     words = ("--tasks", data / "unseen", "--shots", 4, "--queries", 5, "--steps", "0, 1,0", "--draws", 2)
     words += ("--demonstrations", 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayes_lora.cli.console import print_line
+from bayes_lora.cli.console import print_line, status
 from bayes_lora.cli.options import DATA, Draws, Format, Input, Label, MaxOptions, Overwrite, Run, Steps, Task
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Heavy imports (torch, transformers) are inside the commands, so that --help is fast.
 
 __all__ = ["adapt", "predict"]
+
+Tokens = Annotated[int, typer.Option(help="Maximum number of tokens of a generated answer.", min=1)]
 
 
 def adapt(
@@ -37,13 +39,18 @@ def adapt(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample, as in `evaluate`, or of the support set.")] = 13,
     steps: Steps = 10,
+    predict: Annotated[
+        Path | None, typer.Option(help="Then predict these examples, and print what the command `predict` prints.")
+    ] = None,
+    draws: Draws = 10,
+    max_new_tokens: Tokens = 32,
     overwrite: Overwrite = False,
 ) -> None:
     """Adapt to a new task from a few examples; write its posterior and a plain PEFT adapter.
 
     Example: `bayes-lora adapt --run runs/demo --examples tickets.csv --shots 16 --output runs/tickets`
     """
-    from bayes_lora.cli.task_source import TaskSource, one_task, support_of
+    from bayes_lora.cli.task_source import TaskSource, one_task, questions, support_of
     from bayes_lora.runs.folder import HOME, load_posterior, write_home
     from bayes_lora.utils.progress import hide_loading_bar
     from bayes_lora.utils.storage import check_new_folder, new_folder
@@ -51,6 +58,7 @@ def adapt(
     source = TaskSource(examples, format, input, label, max_options)
     chosen = one_task(source, task, seed)
     support = support_of(chosen, seed, shots)
+    found = None if predict is None else questions(predict, source.card(chosen))
     check_new_folder(output, overwrite=overwrite, marker=HOME)
     hide_loading_bar()
     posterior = load_posterior(run)
@@ -60,7 +68,11 @@ def adapt(
         adapted.export_peft(folder / "adapter")
         write_home(folder / HOME, run, output, source.card(chosen))
     places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
-    print_line(f"adapted to {len(support)} examples: {places}")
+    if found is None:
+        print_line(f"adapted to {len(support)} examples: {places}")
+        return
+    status(f"adapted to {len(support)} examples: {places}")
+    _print_answers(adapted, found, draws, max_new_tokens)
 
 
 def predict(
@@ -69,7 +81,7 @@ def predict(
         Path, typer.Option(help="A table without answers, or a .jsonl file with `input` and `options` per line.")
     ],
     draws: Draws = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a generated answer.", min=1)] = 32,
+    max_new_tokens: Tokens = 32,
 ) -> None:
     """Predict with a task's posterior, and print one JSON object per example.
 
@@ -86,7 +98,13 @@ def predict(
     found = questions(examples, read_question_card(adapted))
     hide_loading_bar()
     posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
-    for answer in _answers(posterior, found, draws, max_new_tokens):
+    _print_answers(posterior, found, draws, max_new_tokens)
+
+
+def _print_answers(
+    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
+) -> None:
+    for answer in _answers(posterior, questions, draws, max_new_tokens):
         sys.stdout.write(json.dumps(answer) + "\n")
 
 
