@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -49,6 +50,10 @@ def build(kind: str, overrides: dict[str, Any], dtype: torch.dtype = torch.float
     return model.to(dtype)
 
 
+def _parts(model: Any) -> Iterator[tuple[str, Any]]:
+    return ((part, module) for name, module in model.named_modules() for part in name.split("."))
+
+
 def lora_config(model: Any, targets: Any = None, layers: Any = None, exclude: Any = None) -> peft.LoraConfig:
     """LoRA on all linear maps of the decoder layers, or on the given ones."""
     head = model.get_output_embeddings()
@@ -60,6 +65,7 @@ def lora_config(model: Any, targets: Any = None, layers: Any = None, exclude: An
     return peft.LoraConfig(
         **LORA,
         target_modules=targets or sorted(linear - set(exclude or ())),
+        exclude_modules=r".*\.encoder_attn\..*" if "encoder_attn" in dict(_parts(model)) else None,  # never run
         layers_to_transform=layers,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )

@@ -174,7 +174,7 @@ def test_other_architectures_are_refused_with_the_reason(kind: str, tokenizer: A
 def test_texts_beyond_a_window_are_cut_and_scored_as_the_ordinary_forward_does(kind: str, tokenizer: Any) -> None:
     """The window is 24 tokens, ``max_length`` 64."""
     setting = Setting(kind, PACKED[kind], tokenizer)
-    long = Example("the film was good and bad so maybe not " * 20, ("yes", "not so", "not so negative"), 0)
+    long = Example("the film was good and bad so maybe not " * 20, ("yes", "no"), 0)
     short = Example("the film", ("yes", "no"), 1)
     encoded = [setting.lm.encoder(task) for task in ([long, short, long], [short], [long, short])]
     lengths = [int(example.positions.max()) + 1 for task in encoded for example in task]

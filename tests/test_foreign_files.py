@@ -196,6 +196,7 @@ def test_the_name_of_an_adapter_is_told_too(tmp_path, model_folder):
     model_files.warn_of_download(str(model_folder), None, tmp_path / "x.json", adapter=str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:.*names the language model:UserWarning")
 def test_a_rank_of_the_settings_is_compared_before_the_model_is_loaded(run, monkeypatch):
     facts = json.loads((run / "config.json").read_text())
     facts["language_model"]["r"] = 10**7

@@ -59,7 +59,7 @@ def saved(lm, support, tmp_path_factory):
     optimizer.step()
     state = FitState(2, [{"step": 2, "loss": 1.5, "held_out_nll": 0.5}], 0)
     state.best_parameters = copy.deepcopy(objective.state_dict())
-    save_checkpoint(run / "checkpoint", objective, optimizer, state, [])
+    save_checkpoint(run / "checkpoint", objective, optimizer, state, [], lm)
     posterior = Posterior.from_objective(lm, objective.eval(), width=0.5)
     posterior.save(run / "posterior")
     posterior.adapt(support).save(run / "task_posterior")
@@ -81,7 +81,7 @@ def read(kind, run, lm, support):
     if kind == "checkpoint":
         objective = build(lm)
         optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
-        state = load_checkpoint(run / kind, objective, optimizer, [])
+        state = load_checkpoint(run / kind, objective, optimizer, [], lm)
         tensors = [*objective.state_dict().values(), *state.best_parameters.values()]
         moments = [value for one in optimizer.state_dict()["state"].values() for value in one.values()]
         optimizer.step()

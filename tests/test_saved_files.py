@@ -14,6 +14,7 @@ from saved import change_facts, change_tensors, flip
 
 from bayes_lora.errors import ModelFileError, PosteriorError
 from bayes_lora.infer.training import FitState
+from bayes_lora.lm.fingerprint import FINGERPRINT
 from bayes_lora.lm.loading import load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -40,7 +41,7 @@ def save(lm, folder, config=NETWORK):
     state = FitState(4, [{"step": 4, "loss": 1.5, "held_out_nll": 0.5}], 0)
     state.best_parameters = {name: value.clone() for name, value in objective.state_dict().items()}
     state.average = {name: value.detach().clone() for name, value in objective.named_parameters()}
-    save_checkpoint(folder / "checkpoint", objective, optimizer, state, CONFIG.to_dict())
+    save_checkpoint(folder / "checkpoint", objective, optimizer, state, CONFIG.to_dict(), lm)
     posterior = Posterior.from_objective(lm, objective.eval())
     posterior.save(folder / "posterior")
     posterior.adapt([task.split(3, seed=0) for task in make_tasks(2).values()]).save(folder / "task_posterior")
@@ -51,7 +52,7 @@ def load(kind, lm, folder):
     if kind == "checkpoint":
         objective = objective_of(lm)
         optimizer = torch.optim.Adam(objective.parameters())
-        state = load_checkpoint(folder / kind, objective, optimizer, CONFIG.to_dict())
+        state = load_checkpoint(folder / kind, objective, optimizer, CONFIG.to_dict(), lm)
         assert state.step == 4 and state.best in (0, None)
         return objective.state_dict()
     if kind == "posterior":
@@ -163,10 +164,11 @@ def test_settings_that_ask_for_much_memory_are_refused_before_it_is_taken(lm, fo
 
 def test_a_rank_for_each_task_is_compared_with_the_sites(lm, folder):
     def change(facts):
-        facts["sites"] = {site: [layers, 10**7, n] for site, (layers, _, n) in facts["sites"].items()}
+        shapes = facts[FINGERPRINT]["shapes"]
+        facts[FINGERPRINT]["shapes"] = {site: [layers, 10**7, n] for site, (layers, _, n) in shapes.items()}
 
     change_facts(folder / "posterior" / "posterior.json", change)
-    refused("posterior", lm, folder, "made for LoRA sites")
+    refused("posterior", lm, folder, "fitted with shapes.", "10000000", "Use the same LoRA configuration")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +244,7 @@ def test_nothing_of_a_damaged_checkpoint_is_loaded(lm, folder):
     optimizer, before = torch.optim.Adam(objective.parameters()), objective.state_dict()
     before = {name: value.clone() for name, value in before.items()}
     with pytest.raises(PosteriorError, match="tensor 'moments.3.exp_avg': expected"):
-        load_checkpoint(folder / "checkpoint", objective, optimizer, CONFIG.to_dict())
+        load_checkpoint(folder / "checkpoint", objective, optimizer, CONFIG.to_dict(), lm)
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
     assert not optimizer.state_dict()["state"]
 

@@ -97,7 +97,7 @@ def check_lora_config(config: peft.PeftConfig) -> peft.LoraConfig:
         raise SiteError(f"expected a LoRA adapter (peft.LoraConfig), got one of type {kind}.")
     for field in fields(config):
         value, default = getattr(config, field.name), _default(field)
-        unset = value == default or (value in (False, []) and not default)
+        unset = value == default or (value in (False, [], {}, set()) and not default)
         if field.name not in PLAIN_SETTINGS and not unset:
             cure = f"Leave {field.name} out" if default is None else f"Set {field.name}={default!r}"
             raise SiteError(

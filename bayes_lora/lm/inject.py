@@ -110,7 +110,8 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
             "without it, or make the adapter the LoRA: from_peft(peft_model, tokenizer)."
         )
     _check_rank(lora, model)
-    wanted = sorted(lora.target_modules) if isinstance(lora.target_modules, (set, list)) else []
+    given = lora.target_modules  # PEFT replaces "all-linear" by names
+    wanted = sorted(given) if isinstance(given, (set, list)) else []
     names = [name for name, _ in model.named_modules()]
     kinds = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
     # PEFT ignores names that match no module if another name matches one.
@@ -125,6 +126,11 @@ def inject(lora: peft.LoraConfig, model: PreTrainedModel, *, seed: int = 0) -> N
             raise SiteError(
                 f"target_modules {wanted or lora.target_modules}: {error}. The model has {kinds}."
             ) from error
+    if lora.target_parameters:  # PEFT finds weights there that were modules in older versions of transformers
+        raise SiteError(
+            f"target_modules {wanted or repr(given)}: PEFT adapts {sorted(lora.target_parameters)} for them, which are "
+            f"parameters of experts or routers, not linear modules. Choose others of {kinds}."
+        )
 
 
 def _check_rank(lora: peft.LoraConfig, model: PreTrainedModel) -> None:

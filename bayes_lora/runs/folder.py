@@ -18,6 +18,7 @@ from rich.progress import Progress, TaskID
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitState
+from bayes_lora.lm.fingerprint import FINGERPRINT
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import warn_of_download
 from bayes_lora.posterior.classes import Made
@@ -165,7 +166,8 @@ def load_language_model_of(run: Path) -> LanguageModel:
 def _check_rank(settings: LanguageModelConfig, run: Path) -> None:
     """Check that the settings ask for LoRA factors as large as those of the posterior, before these are made."""
     path = run / POSTERIOR / FACTS
-    sites = read_facts(path).get("sites") if path.exists() else None
+    saved = read_facts(path).get(FINGERPRINT) if path.exists() else None
+    sites = saved.get("shapes") if isinstance(saved, dict) else None
     shapes = [shape for site, shape in sites.items() if ".lora_A" in site] if isinstance(sites, dict) else []
     ranks = [shape[1] for shape in shapes if isinstance(shape, list) and len(shape) == 3 and type(shape[1]) is int]
     if settings.r is not None and ranks and settings.r > max(ranks):

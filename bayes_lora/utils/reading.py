@@ -148,7 +148,9 @@ def positive(facts: Mapping[str, Any], name: str, path: Path) -> float:
     Raises:
         PosteriorError: it is missing, is not a number, or is not positive and finite in 32 bits.
     """
-    value = facts.get(name)
+    if name not in facts:
+        raise PosteriorError(f"{path} is damaged: it has no {name!r}. {_CURE}")
+    value = facts[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
         expected = (
             f"expected a positive {name!r}, got {value!r:.80}, which must be a number that 32-bit floats can hold"
