@@ -127,7 +127,7 @@ def test_rows_fit_into_the_sliding_window(tokenizer, monkeypatch):
 def test_mean_divides_by_the_number_of_tokens(tokenizer):
     lm, mean = build_lm("llama", tokenizer), build_lm("llama", tokenizer, normalize="mean")
     episode, tasks = query_episode(lm)
-    lengths = [len(lm.encoder._answers.ids(f" {option}")) for option in tasks[1].examples[0].options]
+    lengths = [len(lm.encoder.answers.ids(f" {option}")) for option in tasks[1].examples[0].options]
     assert len(set(lengths)) > 1
     phi = random_phi(lm)
     torch.testing.assert_close(mean(phi, episode)[1, 0], lm(phi, episode)[1, 0] / torch.tensor(lengths))

@@ -43,3 +43,9 @@ def test_links_of_the_readme_lead_somewhere():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))
     assert len(links) > 15
     assert not [link for link in links if not (README.parent / link).exists()]
+
+
+def test_the_reliability_page_names_tests_that_exist():
+    names = re.findall(r"`(test_\w+\.py)`", (README.parent / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    missing = {name for name in names if not (Path(__file__).parent / name).is_file()}
+    assert len(names) > 40 and not missing

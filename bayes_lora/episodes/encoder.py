@@ -41,7 +41,8 @@ class Encoder:
     Attributes:
         prefix: tokens that the tokenizer puts before every text.
         frame: texts around prompts and answers.
-        end: text that ends a free-form answer.
+        end: text that ends an answer.
+        answers: tokenises options and free-form answers.
 
     Raises:
         ConfigError: ``template.chat`` is set, but the tokenizer has no chat template.
@@ -73,7 +74,7 @@ class Encoder:
         if self.template.chat:  # the frame contains the prefix already
             self.frame, self.prefix = chat_frame(tokenizer, self.template.chat_arguments), []
             before, self.end = self.frame.cue, end_of_reply(self.frame, tokenizer.all_special_tokens) or self.end
-        self._answers = AnswerTokens(self._text, before, self.end, max(1, max_length // 2))
+        self.answers = AnswerTokens(self._text, before, self.end, max(1, max_length // 2))
 
     def __call__(self, examples: Sequence[Example], demonstrations: Sequence[Example] = ()) -> list[EncodedExample]:
         """Encode examples, each after the demonstrations if there are any.
@@ -173,7 +174,7 @@ class Encoder:
         for one in demonstrations:
             row, _ = self.encode(one, opening, solved=True)
             text = self.frame.lead + self.template.render(one)[1][one.answer]
-            answer, opening = self._answers.followed(text, self.frame.between, free_form=one.free_form)
+            answer, opening = self.answers.followed(text, self.frame.between, free_form=one.free_form)
             tokens.append([*row.tokens[row.segments == 0].tolist(), *answer])
         return tokens, opening or ""
 
@@ -203,7 +204,7 @@ class Encoder:
         lead, cue = self.frame.first if opening is None else opening, self.frame.shown if solved else self.frame.cue
         ids_of = self._text.beginning if opening is None else self._text.after
         prompt, option_texts = self.template.render(example)
-        options, shortened = self._answers(example, [self.frame.lead + text for text in option_texts])
+        options, shortened = self.answers(example, [self.frame.lead + text for text in option_texts])
         room = self.max_length - len(prefix) - sum(len(option) - 1 for option in options)
         if room < 1:
             raise TaskError(
