@@ -3,16 +3,19 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tasks
+from files import write_examples
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
+from bayes_lora.tasks import Example
 
 ROOT = Path(__file__).parents[1]
 CASES = {
@@ -287,3 +290,20 @@ def test_collation_is_measured(tmp_path, capsys):
         assert shared["tokens"] * (1 - shared["padding"]) == pytest.approx(alone["tokens"] * (1 - alone["padding"]))
     assert result["step"]["ratio"] > 0 and result["step"]["ratio_of_tokens"] >= 1
     assert "ms an example" in capsys.readouterr().out
+
+
+def test_the_ends_of_options_are_measured(tmp_path, model_folder, monkeypatch):
+    import option_ends
+
+    load = option_ends.load_language_model
+    monkeypatch.setattr(option_ends, "load_language_model", lambda **kwargs: load(model_folder, device="cpu", **kwargs))
+    examples = [Example(f"rate {i}", ("1", "2", "10") if i % 3 else ("yes", "no"), i % 2) for i in range(9)]
+    for path in ("a_16_13_train", "a_16_100_test"):
+        write_examples(tmp_path / "a" / f"{path}.jsonl", [replace(e, input=f"{e.input} {path}") for e in examples])
+    words = ["option_ends.py", tmp_path, "--tasks", "a", "--examples", 9, "--output", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    option_ends.main()
+    found = json.loads((tmp_path / "out.json").read_text())["a"]
+    tokens = {kind: found[kind]["tokens"] for kind in ("Never", "AnswerTokens", "Always")}
+    assert found["ended"] == 6 and tokens["Never"] < tokens["AnswerTokens"] < tokens["Always"]
+    assert found["Never"]["nll"] != found["AnswerTokens"]["nll"]
