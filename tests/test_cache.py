@@ -143,6 +143,15 @@ def test_a_damaged_file_is_rebuilt(tmp_path):
     check(get(kept, 1, 2), 2)
 
 
+def test_a_damaged_value_is_told(tmp_path, monkeypatch):
+    kept = store(tmp_path)
+    monkeypatch.setattr(tensor_store, "_pack", lambda tensors: b"no tensors")
+    put(kept, 1)
+    with pytest.warns(UserWarning, match="cannot be read .* Delete it: no more tensors are stored"):
+        assert get(kept, 1) == {}
+    assert get(kept, 1) == {}
+
+
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cache folder .*file: expected a folder, but it is a file"):

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bayes_lora.errors import ConfigError
@@ -73,9 +74,13 @@ class TensorStore:
         environment = self._environment()
         if environment is None:
             return {}
-        with environment.begin(buffers=True) as transaction:
-            found = {key: transaction.get(key) for key in keys}
-            return {key: _unpack(value) for key, value in found.items() if value is not None}
+        try:
+            with environment.begin(buffers=True) as transaction:
+                found = {key: transaction.get(key) for key in keys}
+                return {key: _unpack(value) for key, value in found.items() if value is not None}
+        except (lmdb.Error, SafetensorError) as error:
+            self._give_up(f"cannot be read ({error}). Delete it")
+            return {}
 
     def put(self, entries: Mapping[bytes, Entry]) -> None:
         """Store tensors of the CPU in one transaction; warn once if they cannot be written."""
