@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lm_helpers import query_episode, random_phi
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.lm import tensor_store
+from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.lm.tensor_store import TensorStore, entries
 
@@ -24,7 +27,7 @@ def tensors(i):
 
 
 def store(folder, about="a", **kwargs):
-    return TensorStore(folder, lambda: {"what": about}, **kwargs)
+    return TensorStore(folder, {"what": about}, **kwargs)
 
 
 def put(kept, *numbers):
@@ -132,6 +135,60 @@ def test_a_full_store_is_said_once(tmp_path):
     assert len(record) == 1 and get(kept, 1) == {}
 
 
+def test_what_a_full_store_holds_is_read(tmp_path):
+    kept = store(tmp_path, max_bytes=1 << 20)
+    put(kept, 1)
+    with pytest.warns(UserWarning, match="is full"):
+        kept.put({b"a": (torch.zeros(1 << 19),)})
+    check(get(kept, 1), 1)
+
+
+def test_one_folder_by_several_names_in_several_threads(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    stores = [store(tmp_path / "real"), store("real"), store(tmp_path / "link")] * 3
+    with ThreadPoolExecutor(len(stores)) as threads:
+        list(threads.map(put, stores, range(len(stores))))
+    check(get(stores[0], *range(len(stores))), *range(len(stores)))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be (used|read|written):UserWarning")
+def test_a_store_that_is_deleted_while_threads_use_it(tmp_path):
+    """As `bayes-lora cache --clear` does in another process: made again, or given up with a warning."""
+    kept, other = store(tmp_path), store(tmp_path)
+    deadline = time.monotonic() + 2
+
+    def use(one):
+        while time.monotonic() < deadline:
+            put(one, 1)
+            assert list(get(one, 1)) in ([bytes([1])], [])
+
+    with ThreadPoolExecutor(3) as threads:
+        found = [threads.submit(use, one) for one in (kept, other)]
+        while time.monotonic() < deadline:
+            shutil.rmtree(kept.path, ignore_errors=True)
+            time.sleep(0.05)
+        for one in found:
+            one.result()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_reads_and_writes(tmp_path):
+    kept = store(tmp_path)
+    put(kept, 1)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            check(get(kept, 1), 1)
+            put(kept, 2)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    check(get(kept, 1, 2), 1, 2)
+
+
 def test_a_damaged_file_is_rebuilt(tmp_path):
     one = store(tmp_path)
     put(one, 1)
@@ -141,6 +198,26 @@ def test_a_damaged_file_is_rebuilt(tmp_path):
     with pytest.warns(UserWarning, match="is damaged and is rebuilt"):
         put(kept, 2)
     check(get(kept, 1, 2), 2)
+
+
+def test_a_file_that_was_cut_is_rebuilt(tmp_path):
+    one = store(tmp_path)
+    one.put({b"k": (torch.zeros(100_000),)})
+    whole = (one.path / "data.mdb").read_bytes()
+    shutil.rmtree(one.path)
+    (tmp_path / one.path.name).mkdir()
+    (one.path / "data.mdb").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="is damaged and is rebuilt .*bytes"):
+        assert one.get([b"k"]) == {}
+
+
+def test_a_store_whose_description_is_damaged_is_listed(tmp_path):
+    one = store(tmp_path)
+    put(one, 1)
+    for text in ("", "[1]"):
+        (one.path / "about.json").write_text(text)
+        [entry] = entries(tmp_path)
+        assert entry.about == {} and entry.num_bytes > 0
 
 
 def test_a_damaged_value_is_told(tmp_path, monkeypatch):
@@ -175,20 +252,65 @@ def test_a_second_language_model_reads_what_the_first_computed(tokenizer, tmp_pa
     phi = random_phi(first, 2, 2, 1)
     scores, features = first(phi, episode), first.features(episode)
     second = build_lm("llama", tokenizer, cache_folder=tmp_path)
+    assert second.forward  # is checked on examples of its own
     monkeypatch.setattr(second.trunk, "_compute", None)  # nothing is computed
     monkeypatch.setattr(second.feature_reader, "_compute", None)
     torch.testing.assert_close(second(phi, episode), scores, rtol=0, atol=0)
     for one, other in zip(second.features(episode), features, strict=True):
         assert torch.equal(one, other)
-    other = build_lm("llama", tokenizer, cache_folder=tmp_path)
-    with torch.no_grad():
-        other.model.get_input_embeddings().weight[3, 2] += 1e-3
-    assert other.trunk.cache.store.path != second.trunk.cache.store.path
     assert {entry.about["what"] for entry in entries(tmp_path / "states")} == {"hidden states", "features"}
 
 
-def test_lora_weights_are_not_part_of_the_base_model(tokenizer, tmp_path):
-    one, other = (build_lm("llama", tokenizer, cache_folder=tmp_path) for _ in range(2))
+def changed_bits(lm):
+    lm.model.get_input_embeddings().weight[3, 2] += 1e-3
+
+
+def changed_order(lm):
+    weight = lm.model.get_submodule("model.layers.0.self_attn.o_proj").weight
+    weight.copy_(weight.flip(1))
+
+
+def changed_signs(lm):
+    lm.model.get_submodule("model.layers.0.self_attn.o_proj").weight[:, :2] *= -1
+
+
+def changed_angles(lm):
+    lm.model.get_submodule("model.rotary_emb").inv_freq *= 0.5
+
+
+def changed_attention(lm):
+    lm.model.set_attn_implementation("eager")
+
+
+def changed_class(lm):
+    lm.model.__class__ = type("Own", (type(lm.model),), {})
+
+
+@pytest.mark.parametrize(
+    "change", [changed_bits, changed_order, changed_signs, changed_angles, changed_attention, changed_class]
+)
+@torch.no_grad()
+def test_another_base_model_has_other_stores(tokenizer, change):
+    one, other = (build_lm("llama", tokenizer) for _ in range(2))
+    assert base_facts(one.model, "", None) == base_facts(other.model, "", None)
+    change(other)
+    assert base_facts(one.model, "", None) != base_facts(other.model, "", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stores_do_not_depend_on_what_is_computed_first(tokenizer, tmp_path, dtype):
+    paths = []
+    for first in ("features", "scores"):
+        lm = build_lm("llama", tokenizer, dtype=dtype, cache_folder=tmp_path)
+        episode, _ = query_episode(lm)
+        lm.features(episode) if first == "features" else lm(random_phi(lm, dtype=torch.float32), episode)
+        paths.append((lm.trunk.cache.store.path, lm.feature_reader.cache.store.path))
+        assert lm.trunk.cache.store.about["dtype"] == str(dtype)
+    assert paths[0] == paths[1]
+
+
+def test_lora_weights_are_not_part_of_the_base_model(tokenizer):
+    one, other = (build_lm("llama", tokenizer) for _ in range(2))
     for site in other.sites.initial().values():
         site.data.add_(1.0)
-    assert tensor_store.base_facts(one.model, "") == tensor_store.base_facts(other.model, "")
+    assert base_facts(one.model, "", None) == base_facts(other.model, "", None)

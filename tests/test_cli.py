@@ -97,10 +97,10 @@ def test_help_lists_the_commands(call):
     assert all(command in out for command in COMMANDS)
 
 
-def test_the_cache_is_shown_and_cleared(call, tmp_path):
+def test_the_cache_is_shown_and_cleared(call, refuse, tmp_path):
     put = {b"k": (torch.ones(100, 40),)}
     facts = {"what": "hidden states", "model": "some/model", "layer": 24, "dtype": "torch.float32"}
-    TensorStore(tmp_path / "states", lambda: facts).put(put)
+    TensorStore(tmp_path / "states", facts).put(put)
     (tmp_path / "tokens" / "a1").mkdir(parents=True)
     (tmp_path / "kept.txt").write_text("not a cache")
     code, out, err = call("cache", "--folder", tmp_path)
@@ -110,6 +110,7 @@ def test_the_cache_is_shown_and_cleared(call, tmp_path):
     assert code == 0 and f"{tmp_path}: deleted 0." in out.replace("\n", "")
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
     assert call("cache", "--folder", tmp_path / "new")[0] == 0
+    assert "expected a folder, but it is a file" in refuse("cache", "--folder", tmp_path / "kept.txt")
 
 
 # PEFT reads a name that transformers 5 calls deprecated.

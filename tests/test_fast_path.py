@@ -389,7 +389,7 @@ def test_states_on_disk_score_as_those_in_ram(lm: Any, tmp_path: Any) -> None:
     episode, _ = query_episode(lm)
     phi = random_phi(lm, 2, 2, 1)
     first = lm(phi, episode)
-    lm.trunk.cache = TensorCache(0, TensorStore(tmp_path, dict))
+    lm.trunk.cache = TensorCache(0, TensorStore(tmp_path, {}))
     for _ in range(2):  # written, then read
         torch.testing.assert_close(lm(phi, episode), first, rtol=0, atol=0)
     assert lm.trunk.cache.ram_used == 0

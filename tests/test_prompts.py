@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import LETTERS, TEMPLATES, finish, llama, merging, unigram
-from tokenizers import Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.episodes import EncodedExample, Encoder, PromptTemplate
@@ -594,3 +594,36 @@ def test_chat_arguments(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"chat_arguments: expected none without a chat template"):
         PromptTemplate(chat_arguments={"date": ""})
     assert hash(dated) == hash(PromptTemplate(chat=True))
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "tod"])
+def test_reserved_chat_arguments(tokenizer: Any, name: str) -> None:
+    chat = chatting(tokenizer, CHATML.replace("be brief", "today: ' + today + '"))
+    with pytest.raises(ConfigError, match=f"chat_arguments: the chat template of .* has no argument '{name}'"):
+        Encoder(chat, PromptTemplate(chat=True, chat_arguments={name: "x"}))
+    with pytest.raises(ConfigError, match=r"cannot render a conversation \(can only concatenate str"):
+        Encoder(chat, PromptTemplate(chat=True, chat_arguments={"today": 3}))
+
+
+def test_a_reply_ends_at_a_special_token_without_a_name(tokenizer: Any) -> None:
+    """Such as Phi-3's, which is neither the end of the text nor padding."""
+    chat = chatting(tokenizer, CHATML.replace("</s>", "<|end|>"))
+    chat.add_tokens([AddedToken("<|end|>", special=True)])
+    assert "<|end|>" not in chat.all_special_tokens
+    encoder = Encoder(chat, PromptTemplate(chat=True))
+    [row] = encoder([Example("so?", references=("good",))])
+    assert encoder.end == "<|end|>" and chat.decode(row.gold) == "good<|end|>"
+
+
+def test_a_chat_without_special_tokens_ends_a_reply_by_whitespace(tokenizer: Any) -> None:
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+    chat = chatting(tokenizer, plain + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    assert Encoder(chat, PromptTemplate(chat=True)).end == "\n\n"
+
+
+def test_an_end_that_is_part_of_an_option() -> None:
+    """The end of the text tells the options apart."""
+    letters = merging()
+    [row] = Encoder(letters, PromptTemplate(end="."))([Example("so?", ("yes", "yes.", "no"), 1)])
+    options = [letters.decode(ids) for ids in unpack(row)[1]]
+    assert options == [" yes.<s>", " yes..<s>", " no.<s>"]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from bayes_lora.cli.console import out, print_line
+from bayes_lora.errors import ConfigError
 
 __all__ = ["cache"]
 
@@ -28,12 +29,14 @@ def cache(
     from bayes_lora.lm.tensor_store import entries
 
     folder = cache_folder() if folder is None else folder
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--folder {folder}: expected a folder, but it is a file.")
     tokens = sorted(path for path in (folder / "tokens").glob("*") if path.is_dir())
     if clear:
         freed = _size(folder / "states") + _size(folder / "tokens")
         for kind in ("states", "tokens"):
             if (folder / kind).is_dir():
-                shutil.rmtree(folder / kind)
+                _delete((folder / kind).resolve())
         print_line(f"{folder}: deleted {_shown(freed)}")
         return
     table = Table("what", "model", "layer", "last used", "size")
@@ -44,6 +47,13 @@ def cache(
     table.add_row("tokens", f"{len(tokens)} collections", "", "", _shown(_size(folder / "tokens")))
     out.print(table)
     print_line(str(folder))
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be deleted: {error}.") from error
 
 
 def _size(folder: Path) -> int:

@@ -45,7 +45,18 @@ class AnswerTokens:
             return [ids[: self.longest]], len(ids) > self.longest
         if _begins_with_another(options) or any(self.text.merged(text, self.end) for text in texts):
             options = [self.ids(text + self.end) for text in texts]
+        if _begins_with_another(options):  # the end is part of an option, too
+            options = [(*ids, self._end_of_text(example)) for ids in options]
         return options, False
+
+    def _end_of_text(self, example: Example) -> int:
+        token = self.text.tokenizer.eos_token_id
+        if not isinstance(token, int):
+            raise TaskError(
+                f"example {example.input[:60]!r}: the tokens of an option begin with those of another and the end "
+                f"{self.end!r}, so it could never win. Change template.end."
+            )
+        return token
 
     def followed(self, text: str, following: str, *, free_form: bool) -> tuple[tuple[int, ...], str]:
         """Return the tokens of an answer before other text, and that text without what the last token contains of it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,10 +54,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any])
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"template.chat: the tokenizer of {name} has no chat template. Set template.chat=false.")
-    source = tokenizer.get_chat_template()
-    unknown = [argument for argument in arguments if argument not in source]
-    if unknown:
-        raise ConfigError(f"template.chat_arguments: the chat template of {name} has no argument {unknown[0]!r}.")
+    _check_arguments(tokenizer, arguments, name)
 
     def render(messages: Sequence[str], reply: bool = True) -> str:
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
@@ -66,17 +65,32 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any])
 
     try:
         return _frame(render, name)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(
             f"template.chat: the chat template of {name} cannot render a conversation ({error}). "
             "Set template.chat=false, and put its text into template.prompt."
         ) from error
 
 
-def end_of_reply(frame: Frame, special_tokens: Sequence[str]) -> str:
-    """Return the text after a reply up to the end of the first special token; an empty string if there is none."""
-    found = [(frame.between.find(token), token) for token in special_tokens if token in frame.between]
-    return frame.between[: min(found)[0]] + min(found)[1] if found else ""
+def _check_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], name: str) -> None:
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, none of which is the default
+        raise ConfigError(f"template.chat: the tokenizer of {name} has no default chat template ({error}).") from error
+    taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for argument in arguments:
+        if argument in taken or not re.search(rf"\b{re.escape(argument)}\b", source):
+            raise ConfigError(f"template.chat_arguments: the chat template of {name} has no argument {argument!r}.")
+
+
+def end_of_reply(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text that ends a reply: up to the end of the first special token, or else its first whitespace."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = {*tokenizer.all_special_tokens, *added}
+    found = [(frame.between.find(token), token) for token in tokens if token in frame.between]
+    if found:
+        return frame.between[: min(found)[0]] + min(found)[1]
+    return frame.between[: len(frame.between) - len(frame.between.lstrip())]
 
 
 def _frame(render: Any, name: str) -> Frame:

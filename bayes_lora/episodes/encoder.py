@@ -73,7 +73,7 @@ class Encoder:
         before = self.template.prompt.rpartition("}")[2].strip()
         if self.template.chat:  # the frame contains the prefix already
             self.frame, self.prefix = chat_frame(tokenizer, self.template.chat_arguments), []
-            before, self.end = self.frame.cue, end_of_reply(self.frame, tokenizer.all_special_tokens) or self.end
+            before, self.end = self.frame.cue, end_of_reply(self.frame, tokenizer) or self.end
         self.answers = AnswerTokens(self._text, before, self.end, max(1, max_length // 2))
 
     def __call__(self, examples: Sequence[Example], demonstrations: Sequence[Example] = ()) -> list[EncodedExample]:

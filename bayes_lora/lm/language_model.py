@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,13 +18,14 @@ from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.episodes.token_store import TokenStore
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.lm.adapters import check_adapted, check_injected, check_lora_config, check_unwrapped
+from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
 from bayes_lora.lm.packed_forward import Forward, Read
 from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.lm.tensor_cache import TensorCache
-from bayes_lora.lm.tensor_store import TensorStore, base_facts
+from bayes_lora.lm.tensor_store import TensorStore
 from bayes_lora.lm.text_config import max_row_length, text_config
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
@@ -119,15 +119,8 @@ class LanguageModel:
         head: Any = model.get_output_embeddings()
         check_adapted(model, adapted)
         self.trunk = Trunk(model, adapted, TensorCache(cache_bytes), self.budget)
+        self.cache_folder = None if cache_folder is None else Path(cache_folder)
         known = TensorCache(1 << 30)
-        if cache_folder is not None:
-            folder, facts = Path(cache_folder) / "states", cache(lambda: base_facts(model, name))
-
-            def stored(**kind: str) -> TensorStore:
-                return TensorStore(folder, lambda: kind | {"layer": self.trunk.depth} | facts())
-
-            self.trunk.cache.store = stored(what="hidden states")
-            known.store = stored(what="features", normalize=normalize)
         self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)
         self._forward: Forward | None = None
         if gradient_checkpointing:
@@ -205,7 +198,15 @@ class LanguageModel:
         """The forward, chosen on first use."""
         if self._forward is None:
             self._forward = choose_forward(self.model, self.sites, self.trunk)
+            if self.cache_folder is not None:
+                self._keep_on_disk(self.cache_folder / "states", self._forward)
         return self._forward
+
+    def _keep_on_disk(self, folder: Path, forward: Forward) -> None:
+        facts = base_facts(self.model, self.name, forward) | {"layer": self.trunk.depth}
+        features = {"what": "features", "normalize": self.normalize}
+        self.trunk.cache.store = TensorStore(folder, {"what": "hidden states"} | facts)
+        self.feature_reader.cache.store = TensorStore(folder, features | facts)
 
     def _read_frozen(self, episode: Episode) -> Read:
         with self.sites.unbound():
@@ -213,6 +214,7 @@ class LanguageModel:
 
     def features(self, episode: Episode) -> Features:
         """Return features of each example from the base model without an adapter. They are cached."""
+        self.forward  # noqa: B018, because only then it is known which features are stored
         return self.feature_reader(episode)
 
 
