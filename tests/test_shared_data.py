@@ -76,6 +76,7 @@ def test_crossfit_free_form(path, name):
     assert Example(text, references=(answer,)) in read_metaicl(path / name).query
 
 
+@pytest.mark.filterwarnings("ignore:.*answers are free text, because:UserWarning")
 @pytest.mark.parametrize("path", [folder("crossfit")])
 @pytest.mark.parametrize(
     "name",
