@@ -106,7 +106,7 @@ class Plain:
 
 
 def plain_scores(model: Any, example: Any, padding: int = 0) -> torch.Tensor:
-    """Log-probabilities of the options, each in a row of its own, or followed by some tokens of padding."""
+    """Log-probabilities of the options, one row per option, optionally followed by padding."""
     before = [] if example.context is None else example.context.tokens.tolist()
     before = before + example.tokens[example.segments == 0].tolist()
     found = []

@@ -252,7 +252,7 @@ def test_a_second_language_model_reads_what_the_first_computed(tokenizer, tmp_pa
     phi = random_phi(first, 2, 2, 1)
     scores, features = first(phi, episode), first.features(episode)
     second = build_lm("llama", tokenizer, cache_folder=tmp_path)
-    assert second.forward  # is checked on examples of its own
+    assert second.forward  # its self-check computes other examples
     monkeypatch.setattr(second.trunk, "_compute", None)  # nothing is computed
     monkeypatch.setattr(second.feature_reader, "_compute", None)
     torch.testing.assert_close(second(phi, episode), scores, rtol=0, atol=0)

@@ -32,10 +32,11 @@ class AnswerTokens:
 
         The end of an answer is scored with it if the answer is free. It is scored with all options of an example if the
         tokens of one begin with those of another, which would always be at least as likely, or if the last token of one
-        would merge with the end.
+        would merge with the end. If one still begins with another, the end-of-text token is scored after it.
 
         Raises:
-            TaskError: an option has no tokens, or two have the same.
+            TaskError: an option has no tokens, two have the same, or the tokenizer has no end-of-text token to tell
+                them apart.
         """
         options = [self.ids(text) for text in texts]
         if len(set(options)) < len(options):

@@ -76,8 +76,7 @@ class LanguageModel:
 
     Raises:
         SiteError: LoRA on one of its modules cannot be random.
-        ConfigError: a setting is wrong, the model is wrapped, ``lora_config`` is not its own, or the cache folder
-            cannot be written.
+        ConfigError: a setting is wrong, the model is wrapped, or ``lora_config`` is not its own.
         ModelFileError: the tokenizer has tokens without an embedding.
     """
 
