@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from bayes_lora.lm.arithmetic import _machine_key
 from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.tasks import Example, Task, TaskSet
@@ -59,6 +60,14 @@ def own_cache(tmp_path_factory):
     """Keep hidden states and tokens out of the user's cache; the default model is still read from it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bayes_lora.lm.loading.cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def same_arithmetic():
+    """Compute in float32 by torch unless a test asks for something else: the fastest arithmetic depends on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bayes_lora.lm.arithmetic._known", {_machine_key(): {"torch": 1.0}})
         yield
 
 

@@ -13,6 +13,7 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from bayes_lora.lm.arithmetic import arithmetic_used
 from bayes_lora.lm.text_config import computation_values
 
 __all__ = ["base_facts"]
@@ -42,6 +43,7 @@ def base_facts(model: Any, name: str, forward: object) -> dict[str, Any]:
         "forward": type(forward).__name__,
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "dtype": str(model.dtype),
+        "linear_backend": arithmetic_used(model).linear_backend,
         "device": model.device.type,
         "versions": {"format": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }

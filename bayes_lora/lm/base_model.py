@@ -24,29 +24,7 @@ from bayes_lora.errors import BayesLoraError, ConfigError, ModelError, ModelFile
 from bayes_lora.lm.model_files import HubOptions, find_model
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER
 
-__all__ = ["choose_dtype", "default_dtype", "load_base", "quantization_config", "reading"]
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 on a GPU that supports it, otherwise float32.
-
-    On CPUs bfloat16 is slower: by 25 % on one with AVX512-BF16, by a factor of more than 50 on one without AVX2.
-    """
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def choose_dtype(dtype: object, device: torch.device) -> torch.dtype:
-    """Return the dtype of this name, by default :func:`default_dtype`.
-
-    Raises:
-        ConfigError: it is neither a dtype nor the name of one.
-    """
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    found = default_dtype(device) if dtype is None else named.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype: expected a torch.dtype, 'float32' or 'bfloat16', got {dtype!r}.")
-    return found
+__all__ = ["load_base", "quantization_config", "reading"]
 
 
 def quantization_config(bits: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig:

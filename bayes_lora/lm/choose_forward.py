@@ -23,6 +23,7 @@ from bayes_lora.errors import ConfigError, ModelError
 from bayes_lora.lm.check_rows import check_rows
 from bayes_lora.lm.float32 import exact_products, in_float32
 from bayes_lora.lm.kv_cache_forward import PromptCacheForward
+from bayes_lora.lm.onednn_linear import torch_linears
 from bayes_lora.lm.packed_forward import Forward, PackedForward, head_reads
 from bayes_lora.lm.sites import LoraSites
 from bayes_lora.lm.text_config import max_row_length, text_config
@@ -109,7 +110,7 @@ class _Check:
             self.expected = self._plain()
 
     def _plain(self) -> Tensor:
-        with self.precision():
+        with self.precision(), torch_linears(self.model):
             return torch.cat([plain_scores(self.model, example) for task in self.examples for example in task])
 
     def difference(self, forward: Any) -> str | None:

@@ -18,6 +18,7 @@ from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.episodes.token_store import TokenStore
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.lm.adapters import check_adapted, check_injected, check_lora_config, check_unwrapped
+from bayes_lora.lm.arithmetic import ArithmeticUsed, arithmetic_used
 from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
@@ -129,6 +130,11 @@ class LanguageModel:
     def device(self) -> torch.device:
         """The device of the base model."""
         return self.model.device
+
+    @property
+    def arithmetic(self) -> ArithmeticUsed:
+        """The arithmetic of the base model: its dtype, what computes its linear layers, and where."""
+        return arithmetic_used(self.model)
 
     @property
     def hidden_size(self) -> int:

@@ -141,6 +141,7 @@ class Posterior:
             "temperature": self.temperature,
             "frozen": [name for name, parameter in objective.named_parameters() if not parameter.requires_grad],
             FINGERPRINT: fingerprint(self.lm),
+            "arithmetic": self.lm.arithmetic.to_dict(),
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

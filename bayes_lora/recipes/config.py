@@ -48,7 +48,8 @@ class LanguageModelConfig:
         top_layers: alternatively, the number of adapted layers, counted from the top; None means 6.
         target_modules: names of the adapted kinds of modules; None means PEFT's default and ``o_proj``.
         adapter: folder or hub id of a saved LoRA adapter to start from, in place of the settings above.
-        dtype: dtype of the base; None means bfloat16 on a GPU that supports it, otherwise float32.
+        dtype: dtype of the base; None means bfloat16 where it is fast, otherwise float32.
+        linear_backend: what computes frozen float32 linear layers on a CPU; None means the faster one.
         quantization: quantisation of the base with bitsandbytes.
         template: prompt template, or the name of one of :data:`bayes_lora.episodes.TEMPLATES`.
         gradient_checkpointing: reduces memory in training at the cost of a second forward through the adapted layers.
@@ -70,6 +71,7 @@ class LanguageModelConfig:
     template: PromptTemplate = field(default_factory=PromptTemplate)
     seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] | None = None
+    linear_backend: Literal["torch", "onednn"] | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     gradient_checkpointing: bool = False
     cache_gib: NonNegative = 4.0

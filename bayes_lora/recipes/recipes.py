@@ -142,6 +142,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
         max_length=config.max_length,
         normalize=config.normalize,
         dtype=config.dtype,
+        linear_backend=config.linear_backend,
         quantization=config.quantization,
         gradient_checkpointing=config.gradient_checkpointing,
         cache_bytes=int(config.cache_gib * 2**30),

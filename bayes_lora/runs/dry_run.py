@@ -26,8 +26,10 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ModelFileError, SiteError
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.adapters import read_lora_config
-from bayes_lora.lm.base_model import default_dtype, reading
+from bayes_lora.lm.arithmetic import choose_arithmetic
+from bayes_lora.lm.base_model import reading
 from bayes_lora.lm.inject import default_lora, inject
+from bayes_lora.lm.model_files import cache_folder
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import RunConfig
@@ -115,9 +117,11 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
         SiteError: a target module is not in the model, or the shape of a site does not match its layers.
     """
     settings = config.language_model
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: default_dtype(torch.device("cpu"))}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    quantized = settings.quantization is not None
+    arithmetic = choose_arithmetic(settings.dtype, settings.linear_backend, device, cache_folder(), quantized=quantized)
     with META:
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype[settings.dtype])
+        model = AutoModelForCausalLM.from_config(architecture, dtype=arithmetic.dtype)
     model.requires_grad_(False)
     counted = {name: p.numel() for name, p in model.named_parameters()}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
