@@ -17,6 +17,8 @@ TITLES = {
     "step_time": "training step, against plain PEFT",
     "step_memory": "its peak memory, against plain PEFT",
     "step_stock": "training step, against PEFT task by task",
+    "reading": "reading, share of the matrix product's rate",
+    "reading_again": "reading again, against reading first",
     "predict_draws": "prediction with draws, against one pass",
     "predict_options": "packed options, against a row each",
     "predict_shots": "shared demonstrations, against unshared ones",

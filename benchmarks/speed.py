@@ -17,6 +17,7 @@ import torch
 from cases import training_step
 from cases_adaptation import adaptation, collection_memory, pyro_overhead
 from cases_prediction import prediction_demonstrations, prediction_draws, prediction_options
+from cases_reading import reading
 from harness import Result, machine, matmul_rate
 from reporting import plot, print_profile, print_table
 from rich.console import Console
@@ -26,6 +27,7 @@ from bayes_lora.utils.storage import write_json
 
 CASES: dict[str, Callable[[Setup], Any]] = {
     "step": training_step,
+    "reading": reading,
     "draws": prediction_draws,
     "options": prediction_options,
     "demonstrations": prediction_demonstrations,

@@ -131,13 +131,16 @@ class Setup:
         """The device of the model."""
         return self.base.device  # type: ignore[no-any-return]
 
-    def language_model(self, layers: int | None = None, targets: Sequence[str] = ("q_proj", "v_proj")) -> LanguageModel:
+    def language_model(
+        self, layers: int | None = None, targets: Sequence[str] = ("q_proj", "v_proj"), cache_folder: str | None = None
+    ) -> LanguageModel:
         """A bayes-lora language model with LoRA on the top layers, or on all."""
         lora, model = lora_config(self.shape, layers, targets), twin(self.base)
         inject(lora, model)
         model.to(self.device)
         template = PromptTemplate(prompt="{input}")
-        return LanguageModel(model, self.tokenizer, lora, name=self.shape.name, template=template, max_length=512)
+        options = {"template": template, "max_length": 512, "cache_folder": cache_folder}
+        return LanguageModel(model, self.tokenizer, lora, name=self.shape.name, **options)
 
     def task(
         self,

@@ -22,6 +22,8 @@ CASES = {
     "step_time",
     "step_memory",
     "step_stock",
+    "reading",
+    "reading_again",
     "predict_draws",
     "predict_options",
     "predict_shots",
