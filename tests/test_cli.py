@@ -150,7 +150,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
         assert word in out
     read = json.loads((out_folder / "metrics.json").read_text())
     assert len(read) == 6 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
-    assert names(out_folder) == ["metrics.json", "reliability.png"]
+    assert names(out_folder) == ["arithmetic.json", "metrics.json", "reliability.png"]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -218,7 +218,7 @@ def test_demo(call, model_folder, tmp_path):
     assert code == 0
     assert "from 4 examples each" in " ".join(out.split())
     adapters = names(run / "adapters")
-    assert names(run) == sorted([*FILES, "adapters", "metrics.json", "reliability.png", "unseen"])
+    assert names(run) == sorted([*FILES, "adapters", "arithmetic.json", "metrics.json", "reliability.png", "unseen"])
     read = json.loads((run / "metrics.json").read_text())
     for result in read.values():
         assert sorted(result["tasks"]) == adapters
@@ -256,7 +256,7 @@ def test_evaluate_into_the_run_folder_keeps_the_run(call, refuse, data, fitted, 
     assert call("evaluate", *words)[0] == 0
     assert "--overwrite" in refuse("evaluate", *words)
     assert call("evaluate", *words, "--overwrite")[0] == 0
-    assert names(run) == sorted([*names(fitted), "metrics.json", "reliability.png"])
+    assert names(run) == sorted([*names(fitted), "arithmetic.json", "metrics.json", "reliability.png"])
 
 
 LINE = '{"input": "a", "options": ["x", "y"], "output": "x"}\n'

@@ -82,7 +82,7 @@ def compare(
         if progress is not None and bar is not None:
             progress.update(bar, description=name)
         results[name] = _evaluate(method, groups, num_demonstrations, advance)
-    return Comparison(results)
+    return Comparison(results, lm.arithmetic)
 
 
 def _evaluate(

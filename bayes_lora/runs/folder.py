@@ -201,10 +201,11 @@ def load_posterior(
 def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     """Return what must be equal to resume a run: the settings, and the examples of each task, in order.
 
-    ``fit.steps`` and ``fit.patience`` are left out, because they only decide when to stop, and so are cache settings.
+    ``fit.steps`` and ``fit.patience`` are left out, because they only decide when to stop, and so are settings of the
+    cache and of kernels.
     """
     settings = config.to_dict()
-    for name in ("cache_gib", "cache_folder", "disk_cache"):
+    for name in ("cache_gib", "cache_folder", "disk_cache", "linear_backend"):
         del settings["language_model"][name]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in ("steps", "patience")}
     return [settings, [[name, _digest(task)] for name, task in tasks.items()]]

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bayes_lora.errors import RunFolderError
+from bayes_lora.lm.arithmetic import ArithmeticUsed
 from bayes_lora.metrics.options import (
     Metrics,
     adaptive_calibration_error,
@@ -27,7 +28,7 @@ from bayes_lora.utils.storage import write_json, writing
 __all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
 
 MEAN, FREE_MEAN = "mean", "mean, generated answers"
-METRICS, DIAGRAM = "metrics.json", "reliability.png"
+METRICS, ARITHMETIC, DIAGRAM = "metrics.json", "arithmetic.json", "reliability.png"
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,15 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results of several methods on the same tasks, in display order."""
+    """Results of several methods on the same tasks.
+
+    Attributes:
+        results: results by method, in display order.
+        arithmetic: how the base model computed them.
+    """
 
     results: Mapping[str, MethodResult]
+    arithmetic: ArithmeticUsed | None = None
 
     def table(self, title: str = "Unseen tasks") -> Table:
         """Return a table of accuracy, NLL (nats), Brier and ECE per task and on average; EM, F1, NLL if free-form."""
@@ -80,7 +87,7 @@ class Comparison:
         return found
 
     def write(self, folder: Path) -> None:
-        """Write ``metrics.json`` and ``reliability.png`` to a folder, which is made if it does not exist.
+        """Write ``metrics.json``, ``arithmetic.json`` and ``reliability.png`` to a folder, which is made if needed.
 
         Generated answers have no confidence: if all tasks are free-form, there is no diagram.
 
@@ -90,6 +97,8 @@ class Comparison:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / METRICS, self.to_dict())
+        if self.arithmetic is not None:
+            write_json(folder / ARITHMETIC, self.arithmetic.to_dict())
         curves = {name: (result.confidence, result.correct) for name, result in self.chosen().items()}
         if all(len(confidence) for confidence, _ in curves.values()):
             with writing(folder / DIAGRAM):
