@@ -24,6 +24,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bayes_lora.distributions.moments import moment_matched
 from bayes_lora.episodes.episode import Episode
@@ -110,12 +111,20 @@ class GuideNetwork(TaskGuide):
         loc, scale = normal.loc, normal.scale
         head = self.coefficients(site, code)
         mixed = head[..., :-1] if added is None else head[..., :-1] + added
-        shift = torch.einsum("...tlm,lmoi->...tloi", mixed, self._get("directions", site)) + self.residual_write(
-            site, code
-        )
         log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
-        # One exponential and one addcmul, because backward keeps the output of every further operation, per task.
-        moved, scale = torch.addcmul(loc, scale, shift.unsqueeze(-4)), (scale.log() + log_ratio).exp()
+        # Backward computes the shift again: kept per task, it would be as large as a draw of the weights.
+        moved = checkpoint(
+            _moved,
+            loc,
+            scale,
+            mixed,
+            self._get("directions", site),
+            self.residual_write(site, code),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        # One exponential, because backward keeps the output of every further operation.
+        scale = (scale.log() + log_ratio).exp()
         found: dist.TorchDistribution = dist.Normal(moved, scale).to_event(3)
         return found
 
@@ -177,6 +186,12 @@ class Code(NamedTuple):
     each: Tensor
     bias: Tensor
     residual: Tensor
+
+
+def _moved(loc: Tensor, scale: Tensor, mixed: Tensor, directions: Tensor, written: Tensor | float) -> Tensor:
+    """Return the mean: ``loc`` plus, in prior standard deviations, the mixture of directions and what is written."""
+    shift = torch.einsum("...tlm,lmoi->...tloi", mixed, directions) + written
+    return torch.addcmul(loc, scale, shift.unsqueeze(-4))
 
 
 def zero_linear(inputs: int, outputs: int) -> PyroModule:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_tasks
 from lm_helpers import make_episode
-from objectives import network_objective
+from objectives import mean_theta, network_objective
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal
 from torch import nn
@@ -319,3 +319,35 @@ def test_pyro_s_autoguides_are_weighed_by_beta(lm):
         adapt(BetaELBO(model, guide, beta=0.01), lm, tasks)
     with pytest.raises(ConfigError, match="gamma: expected beta, 0.01, because site '_AutoLowRank.*; got 0.5"):
         BetaELBO(model, guide, beta=0.01, gamma=0.5)(episode)
+
+
+def test_backward_through_the_guide_network_keeps_one_tensor_per_task_and_site(lm):
+    """The standard deviation; the shift of the mean is computed again, with the same gradient."""
+    objective = network_objective(lm)
+    support = make_episode(lm)
+    theta, guide = mean_theta(objective.guide), objective.guide
+    kept = []
+
+    def pack(tensor):
+        if tensor.ndim == 5 and tensor.shape[0] == 2:
+            kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        posterior = guide.posterior(support, theta)
+    assert len(set(kept)) == len(posterior) > 0
+    parameters = [p for name, p in guide.named_parameters() if "theta" not in name]
+    found = torch.autograd.grad(sum((fn.mean**2).sum() for fn in posterior.values()), parameters, allow_unused=True)
+    step = 1e-6
+    for parameter, gradient in zip(parameters, found, strict=True):
+        if gradient is None:
+            continue
+        place = gradient.abs().argmax()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.view(-1)[place] += sign * step
+                values.append(sum((fn.mean**2).sum() for fn in guide.posterior(support, theta).values()))
+                parameter.view(-1)[place] -= sign * step
+        slope = (values[0] - values[1]) / (2 * step)
+        torch.testing.assert_close(gradient.view(-1)[place], slope, rtol=1e-5, atol=1e-7)
