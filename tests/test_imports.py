@@ -114,6 +114,12 @@ def test_what_is_cached_and_the_sizes_of_tasks_are_shown_without_torch(folder):
     assert answers == [[0, []]] * 2
 
 
+def test_adaptation_and_prediction_import_no_metrics_and_no_plots():
+    code = "import sys, bayes_lora.runs.loading, bayes_lora.posterior.task_posterior; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torchmetrics", "matplotlib", "datasets", "pandas", "sklearn"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("package", [bayes_lora, bayes_lora.episodes, bayes_lora.infer])
 def test_names_that_are_imported_on_first_use_are_listed_and_found(package):
     assert set(package.__all__) <= set(dir(package))
