@@ -1,10 +1,11 @@
 """Bayesian meta-learning for LoRA as readable Pyro programs.
 
-The names below are loaded when they are first used, for torch and transformers take seconds to import.
+The names below are imported when they are first used, because torch and transformers take seconds to import.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bayes_lora.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from bayes_lora.infer.objective import BetaELBO as BetaELBO
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from bayes_lora.recipes.config import RunConfig as RunConfig
     from bayes_lora.runs.compare import compare as compare
     from bayes_lora.runs.fit import fit_posterior as fit_posterior
-    from bayes_lora.runs.folder import load_posterior as load_posterior
+    from bayes_lora.runs.loading import load_posterior as load_posterior
     from bayes_lora.tasks import load_split as load_split
     from bayes_lora.tasks import load_tasks as load_tasks
     from bayes_lora.tasks.shipped import demo_tasks as demo_tasks
@@ -34,18 +35,9 @@ _MODULES = {
     "fit_posterior": "runs.fit",
     "from_peft": "lm.loading",
     "load_language_model": "lm.loading",
-    "load_posterior": "runs.folder",
+    "load_posterior": "runs.loading",
     "load_split": "tasks",
     "load_tasks": "tasks",
 }
 __all__ = ["__version__", *sorted(_MODULES)]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'bayes_lora' has no attribute {name!r}; it has {', '.join(sorted(_MODULES))}")
-    return getattr(import_module(f"bayes_lora.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

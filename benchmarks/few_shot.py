@@ -23,7 +23,8 @@ import torch
 import transformers
 
 from bayes_lora.runs.compare import compare
-from bayes_lora.runs.folder import CONFIG, CURVE, load_posterior
+from bayes_lora.runs.folder import CONFIG, CURVE
+from bayes_lora.runs.loading import load_posterior
 from bayes_lora.tasks import Task, load_tasks
 from bayes_lora.utils.progress import bars
 from bayes_lora.utils.storage import read_json, write_json

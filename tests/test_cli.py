@@ -481,7 +481,7 @@ def test_evaluate_looks_at_its_output_first(refuse, tmp_path, monkeypatch, kind)
         def refuse_to_write(*_, **__):
             raise OSError(errno.EROFS, "Read-only file system")
 
-        monkeypatch.setattr("bayes_lora.runs.report.tempfile.TemporaryDirectory", refuse_to_write)
+        monkeypatch.setattr("bayes_lora.runs.folder.tempfile.TemporaryDirectory", refuse_to_write)
     err = refuse("evaluate", "--run", tmp_path / "none", "--tasks", tmp_path / "none", "--output", tmp_path / where)
     assert part in err.lower() and str(tmp_path / where) in err and "--output" in err
     assert names(tmp_path) == ["file"]

@@ -27,7 +27,8 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model, build_objective
-from bayes_lora.runs.folder import load_posterior, write_settings
+from bayes_lora.runs.folder import write_settings
+from bayes_lora.runs.loading import load_posterior
 
 # PEFT 0.21 on transformers 5.23
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_tasks
 from runs import CONFIG, assert_equal, names
 
-import bayes_lora.runs.folder
+import bayes_lora.runs.logger
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
@@ -23,14 +23,14 @@ class CutOff(Exception):
 
 
 def cut_off_after(monkeypatch, step):
-    save = bayes_lora.runs.folder.save_checkpoint
+    save = bayes_lora.runs.logger.save_checkpoint
 
     def save_and_stop(path, objective, optimizer, state, settings, lm):
         save(path, objective, optimizer, state, settings, lm)
         if state.step == step:
             raise CutOff
 
-    monkeypatch.setattr(bayes_lora.runs.folder, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(bayes_lora.runs.logger, "save_checkpoint", save_and_stop)
 
 
 def test_a_run_folder_holds_everything(lm, tasks, tmp_path):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.tasks import Example
 
-# Heavy imports (torch, transformers) are inside the commands, so that --help is fast.
+# Imports are inside the commands, so that --help is fast: those of torch after the checks, so that errors are too.
 
 __all__ = ["adapt", "predict"]
 
@@ -51,16 +51,19 @@ def adapt(
     Example: `bayes-lora adapt --run runs/demo --examples tickets.csv --shots 16 --output runs/tickets`
     """
     from bayes_lora.cli.task_source import TaskSource, one_task, questions, support_of
-    from bayes_lora.runs.folder import HOME, load_posterior, write_home
+    from bayes_lora.runs.folder import HOME, check_fitted, write_home
     from bayes_lora.utils.progress import hide_loading_bar
     from bayes_lora.utils.storage import check_new_folder, new_folder
 
+    check_fitted(run)
     source = TaskSource(examples, format, input, label, max_options)
     chosen = one_task(source, task, seed)
     support = support_of(chosen, seed, shots)
     found = None if predict is None else questions(predict, source.card(chosen))
     check_new_folder(output, overwrite=overwrite, marker=HOME)
     hide_loading_bar()
+    from bayes_lora.runs.loading import load_posterior
+
     posterior = load_posterior(run)
     with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
         adapted = posterior.adapt(support, steps=steps)
@@ -90,13 +93,16 @@ def predict(
     Example: `bayes-lora predict --adapted runs/tickets --examples questions.csv > answers.jsonl`
     """
     from bayes_lora.cli.task_source import questions
-    from bayes_lora.posterior.task_posterior import TaskPosterior
-    from bayes_lora.runs.folder import load_language_model_of, read_home, read_question_card
+    from bayes_lora.runs.folder import language_model_of, read_home, read_question_card
     from bayes_lora.utils.progress import hide_loading_bar
 
     run = read_home(adapted)
+    language_model_of(run)
     found = questions(examples, read_question_card(adapted))
     hide_loading_bar()
+    from bayes_lora.posterior.task_posterior import TaskPosterior
+    from bayes_lora.runs.loading import load_language_model_of
+
     posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
     _print_answers(posterior, found, draws, max_new_tokens)
 

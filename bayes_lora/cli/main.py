@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from bayes_lora import __version__
 from bayes_lora.cli import adapt as cli_adapt
 from bayes_lora.cli import cache as cli_cache
 from bayes_lora.cli import tasks as cli_tasks
@@ -40,7 +41,7 @@ from bayes_lora.errors import BayesLoraError, ConfigError
 if TYPE_CHECKING:
     from bayes_lora.recipes.config import RunConfig
 
-# Heavy imports (torch, transformers) are inside the commands, so that --help is fast.
+# Imports are inside the commands, so that --help is fast: those of torch after the checks, so that errors are too.
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
@@ -48,6 +49,21 @@ app = typer.Typer(
 NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
 # Depending on its version, Typer uses a vendored click or the installed one; this is the base class in both.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print_line(f"{NAME} {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Bayesian meta-learning for LoRA: meta-learn from many tasks, adapt to a new one from a few examples, predict."""
 
 
 @app.command()
@@ -63,10 +79,13 @@ def demo(
     Example: `bayes-lora demo --run runs/demo`
     """
     from bayes_lora.runs.demo import demo_config, run_demo
+    from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.progress import hide_loading_bar
 
+    chosen = _config(config, settings, base=demo_config())
+    check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
-    run_demo(run, _config(config, settings, base=demo_config()), resume=resume, overwrite=overwrite, console=out)
+    run_demo(run, chosen, resume=resume, overwrite=overwrite, console=out)
 
 
 @app.command()
@@ -95,7 +114,6 @@ def fit(
     """
     from bayes_lora.cli.task_source import TaskSource, training_tasks
     from bayes_lora.recipes.recipes import build_language_model
-    from bayes_lora.runs.fit import fit_posterior
     from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
@@ -106,6 +124,8 @@ def fit(
     training = training_tasks(TaskSource(tasks, format, input, label, max_options), split, names)
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
+    from bayes_lora.runs.fit import fit_posterior
+
     lm = build_language_model(chosen.language_model)
     with bars() as progress:
         _, state = fit_posterior(lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress)
@@ -152,20 +172,22 @@ def evaluate(
     Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`, or `--tasks tickets.csv`
     """
     from bayes_lora.cli.task_source import TaskSource, unseen_tasks
-    from bayes_lora.runs.compare import compare
-    from bayes_lora.runs.folder import load_posterior, read_fitted_tasks
-    from bayes_lora.runs.report import check_report_folder
+    from bayes_lora.runs.folder import check_fitted, check_report_folder, read_fitted_tasks
     from bayes_lora.tasks import TaskSet
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
     if output is not None:
         check_report_folder(output, overwrite=overwrite)
     counts = _integers(steps, "--steps")
+    check_fitted(run)
     source = TaskSource(tasks, format, input, label, max_options)
     unseen, left_out = unseen_tasks(source, split, names, seed, shots, queries, read_fitted_tasks(run))
     if shuffle_options:
         unseen = TaskSet(task.shuffle_options(seed=seed) for task in unseen.values())
     hide_loading_bar()
+    from bayes_lora.runs.compare import compare
+    from bayes_lora.runs.loading import load_posterior
+
     posterior = load_posterior(run)
     if left_out:
         print_line(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks: the posterior was fitted on them")
@@ -199,7 +221,7 @@ app.command()(cli_cache.cache)
 
 @app.command("dry-run")
 def dry_run(
-    architecture: Annotated[Path, typer.Option(help="A config.json of the base model.")],
+    architecture: Annotated[Path, typer.Option(help="A config.json of the base model.", exists=True, dir_okay=False)],
     config: Config = None,
     settings: Set = None,
 ) -> None:
@@ -207,10 +229,11 @@ def dry_run(
 
     Example: `bayes-lora dry-run --config llama-3-8b.yaml --architecture llama-3-8b.json` (both in examples/configs)
     """
+    chosen = _config(config, settings)
     from bayes_lora.runs.dry_run import dry_run as estimate
     from bayes_lora.runs.dry_run import read_architecture
 
-    for table in estimate(_config(config, settings), read_architecture(architecture)).tables():
+    for table in estimate(chosen, read_architecture(architecture)).tables():
         out.print(table)
 
 

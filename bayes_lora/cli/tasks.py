@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bayes_lora.episodes import Encoder
     from bayes_lora.tasks import TaskSet
 
-# Heavy imports (torch, transformers) are inside the commands, so that --help is fast.
+# Imports are inside the commands, so that --help is fast: those of torch after the checks, so that errors are too.
 
 __all__ = ["show", "tasks"]
 
@@ -48,7 +48,6 @@ def tasks(
     Example: `bayes-lora tasks data/crossfit --split cls-45 --model HuggingFaceTB/SmolLM2-135M-Instruct`
     """
     from bayes_lora.cli.task_source import TaskSource
-    from bayes_lora.episodes.encoder import token_counter
     from bayes_lora.tasks import load_split
     from bayes_lora.tasks.statistics import count_words, statistics_table, task_statistics
 
@@ -59,8 +58,11 @@ def tasks(
     names = None if halves is None else list(dict.fromkeys(halves[0] + halves[1]))
     _check_seed(path, seed)
     loaded = TaskSource(path, format, input, label, max_options).load(names, seed)
-    limit, unit = (None, "words") if encoder is None else (encoder.max_length, "tokens")
-    count = count_words if encoder is None else token_counter(encoder)
+    count, limit, unit = count_words, None, "words"
+    if encoder is not None:
+        from bayes_lora.episodes.encoder import token_counter
+
+        count, limit, unit = token_counter(encoder), encoder.max_length, "tokens"
     statistics = task_statistics(loaded.values(), count, max_length=limit)
     out.print(statistics_table(statistics, unit, limit))
     if not statistics["fixed_options"].all():
@@ -92,7 +94,6 @@ def show(
 
     Example: `bayes-lora show data/crossfit --task ag_news --example 3 --run runs/cls --demonstrations 2`
     """
-    from bayes_lora.cli.show import show_example
     from bayes_lora.cli.task_source import TaskSource, one_task
 
     _check_seed(path, seed)
@@ -105,6 +106,8 @@ def show(
         raise TaskError(
             f"task {chosen.name!r} has {len(others)} other support examples, got --demonstrations {demonstrations}."
         )
+    from bayes_lora.cli.show import show_example
+
     shown = show_example(_encoder(model, run, max_length), chosen.examples[example], others[:demonstrations])
     half = "support" if example < len(chosen.support) else "query"
     print_line(f"{chosen.name}, example {example} of {len(chosen)} ({half}): {shown.summary()}\n")
@@ -118,18 +121,18 @@ def _check_seed(path: Path, seed: int | None) -> None:
 
 def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Encoder:
     """Return the encoder of a run, or that of a model with default settings."""
-    from bayes_lora.cli.show import load_encoder
     from bayes_lora.lm.model_files import warn_of_download
-    from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
-    from bayes_lora.utils.reading import read_facts
+    from bayes_lora.recipes.config import LanguageModelConfig
+    from bayes_lora.runs.folder import CONFIG, language_model_of
 
     if model is not None and run is not None:
         raise ConfigError("--model and --run: expected one of them, because a run defines its model.")
     settings = LanguageModelConfig() if model is None else LanguageModelConfig(name=model)
     if run is not None:
-        path = run / "config.json"
-        settings = RunConfig.from_dict(read_facts(path), str(path)).language_model
-        warn_of_download(settings.name, settings.revision, path, weights=False)
+        settings = language_model_of(run)
+        warn_of_download(settings.name, settings.revision, run / CONFIG, weights=False)
+    from bayes_lora.cli.show import load_encoder
+
     length = max_length or settings.max_length
     return load_encoder(settings.name, settings.template, length, settings.revision)
 

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -21,52 +21,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.sampler import EpisodeSampler
-from bayes_lora.errors import ConfigError, NonFiniteLoss
+from bayes_lora.errors import NonFiniteLoss
+from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import held_out_nll
-from bayes_lora.infer.schedules import SCHEDULES, Schedule, beta_fraction
+from bayes_lora.infer.schedules import beta_fraction
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit"]
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """Settings of :func:`fit`.
-
-    Attributes:
-        steps: maximum number of steps, with one episode each.
-        learning_rate: learning rate of the default Adam. Learning rates decay to a tenth on a cosine schedule.
-        average: decay of the exponential moving average of the parameters; 0 keeps the last parameters.
-        clip_norm: gradient norm of the loss per example (nats) above which gradients are clipped.
-        schedule: schedule of beta, see :mod:`bayes_lora.infer.schedules`: ``"constant"``, ``"linear"`` or
-            ``"cyclical"``.
-        warmup: steps over which beta rises linearly to its target value, once or in each cycle.
-        eval_every: steps between evaluations on the held-out tasks.
-        patience: stop after this many evaluations without improvement.
-        num_draws: posterior draws per evaluation.
-        seed: seed of the draws of theta and phi.
-    """
-
-    steps: int = 160
-    learning_rate: float = 1.5e-3
-    average: float = 0.97
-    clip_norm: float = 1.0
-    schedule: Schedule = "linear"
-    warmup: int = 20
-    eval_every: int = 20
-    patience: int = 4
-    num_draws: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name not in ("schedule", "warmup", "seed", "average") and not value > 0:
-                raise ConfigError(f"{name}: expected a positive number, got {value}.")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
-        if not 0 <= self.average < 1:
-            raise ConfigError(f"average: expected a decay in [0, 1), got {self.average}.")
 
 
 @dataclass

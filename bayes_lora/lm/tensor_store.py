@@ -15,22 +15,23 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lmdb
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.utils.storage import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Entry", "TensorStore", "entries"]
 
 ABOUT, DATA = "about.json", "data.mdb"
 MAX_BYTES = 16 << 30
 
-Entry = tuple[Tensor, ...]
+Entry = tuple["Tensor", ...]
 
 _OPEN: dict[Path, tuple[int, lmdb.Environment]] = {}
 """Environments of this process by folder, with the inode of their file: LMDB opens each once."""
@@ -198,10 +199,14 @@ def _read(about: Path) -> dict[str, Any]:
 
 
 def _pack(tensors: Entry) -> bytes:
+    import safetensors.torch  # imports torch, which a list of the stores does not need
+
     packed: bytes = safetensors.torch.save({str(index): tensor.contiguous() for index, tensor in enumerate(tensors)})
     return packed
 
 
 def _unpack(value: Any) -> Entry:
+    import safetensors.torch
+
     tensors = safetensors.torch.load(bytes(value))
     return tuple(tensors[str(index)] for index in range(len(tensors)))

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 __all__ = [
     "Metrics",
@@ -116,6 +115,8 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: in
     Raises:
         ValueError: There are no examples, the shapes differ, or a confidence is outside [0, 1].
     """
+    from torchmetrics.functional.classification import binary_calibration_error  # takes long to import
+
     confidence, correct = _checked_pairs(confidence, correct)
     # torchmetrics puts a confidence of exactly 1 into a separate bin, which favours saturated predictions.
     below_one = torch.nextafter(confidence.new_ones(()), confidence.new_zeros(()))

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
-from torchmetrics.functional.text import squad
 
 __all__ = ["TextMetrics", "text_metrics"]
 
@@ -48,6 +47,8 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_
     Raises:
         ValueError: There are no answers, the lengths differ, or an answer has no reference.
     """
+    from torchmetrics.functional.text import squad  # takes long to import
+
     if not texts or not len(texts) == len(references) == len(log_probs) or not all(references):
         raise ValueError(
             "`texts`, `references` and `log_probs` must have the same length N >= 1, with a reference for each text; "

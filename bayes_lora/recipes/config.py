@@ -12,12 +12,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.errors import ConfigError
-from bayes_lora.infer.training import FitConfig
+from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.lm.model_files import DEFAULT_MODEL
 from bayes_lora.lm.text_config import text_config
 from bayes_lora.recipes.config_values import check_keys, merge, named_template, nested, read_yaml
 from bayes_lora.recipes.recipes import override, recipe_of
-from bayes_lora.recipes.registry import check_settings
 from bayes_lora.utils.ranges import Count, Natural, NonNegative, Positive
 
 if TYPE_CHECKING:
@@ -188,7 +187,10 @@ class RunConfig:
             recipe = recipe_of(config)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from error
-        check_settings(recipe.prior, recipe.guide, source)
+        if config.prior or config.guide:  # the settings of a recipe alone are right
+            from bayes_lora.recipes.registry import check_settings  # imports all priors and guides, and torch with them
+
+            check_settings(recipe.prior, recipe.guide, source)
         return config
 
     @classmethod

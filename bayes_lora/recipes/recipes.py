@@ -11,16 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bayes_lora.errors import ConfigError, did_you_mean
-from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.lm.loading import load_language_model
 from bayes_lora.recipes.config_values import PARTS, merge
-from bayes_lora.recipes.registry import build_guide, build_prior
-from bayes_lora.utils.seeding import seeded
 
 if TYPE_CHECKING:
+    from bayes_lora.infer.objective import BetaELBO
     from bayes_lora.lm.language_model import LanguageModel
     from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
     from bayes_lora.types import Guide, Likelihood, Model
+
+# Imports of torch are inside the functions that build, because settings are read and checked without them.
 
 __all__ = ["RECIPES", "Calibration", "Recipe", "build_language_model", "build_objective", "override", "recipe_of"]
 
@@ -128,6 +127,8 @@ RECIPES: dict[str, Recipe] = {
 
 def build_language_model(config: LanguageModelConfig) -> LanguageModel:
     """Load the language model that the settings describe."""
+    from bayes_lora.lm.loading import load_language_model
+
     return load_language_model(
         config.name,
         revision=config.revision,
@@ -226,6 +227,10 @@ def build_objective(
         ConfigError: there is no such recipe, prior, guide or setting, the guide does not support the prior, or
             there are settings for a part that was passed.
     """
+    from bayes_lora.infer.objective import BetaELBO
+    from bayes_lora.recipes.registry import build_guide, build_prior
+    from bayes_lora.utils.seeding import seeded
+
     for name, part, own in (("prior", model, config.prior), ("guide", guide, config.guide)):
         if part is not None and own:
             raise ConfigError(f"{name}: expected no settings for the {type(part).__name__} that was passed, got {own}.")

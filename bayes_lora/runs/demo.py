@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bayes_lora.infer.training import FitConfig
+from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model
-from bayes_lora.runs.compare import compare
-from bayes_lora.runs.fit import fit_posterior
 from bayes_lora.runs.folder import check_run_folder
-from bayes_lora.runs.report import Comparison
 from bayes_lora.tasks.shipped import demo_tasks
 from bayes_lora.utils.progress import bars
+
+if TYPE_CHECKING:
+    from bayes_lora.runs.report import Comparison
 
 __all__ = ["demo_config", "run_demo"]
 
@@ -33,6 +34,9 @@ def run_demo(
     check_run_folder(run, resume=resume, overwrite=overwrite)
     training, unseen = demo_tasks(config.episodes.held_out_shots)
     console.print(_introduction(training, unseen, config.episodes.held_out_shots))
+    from bayes_lora.runs.compare import compare  # after the introduction, because torch takes seconds to import
+    from bayes_lora.runs.fit import fit_posterior
+
     lm = build_language_model(config.language_model)
     with bars() as progress:
         posterior, _ = fit_posterior(

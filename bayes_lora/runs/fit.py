@@ -24,7 +24,8 @@ from bayes_lora.posterior.posterior import Posterior, check_pair
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
 from bayes_lora.runs.compare import warm_feature_cache
-from bayes_lora.runs.folder import CURVE, POSTERIOR, RunLogger, digest, identity, prepare_run_folder, write_settings
+from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
+from bayes_lora.runs.logger import RunLogger, digest, identity
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model

@@ -1,46 +1,32 @@
-"""The folder of a run: its settings, the tasks its posterior was fitted on, and the checkpoints and logs of a fit."""
+"""The folder of a run: its settings, and the tasks its posterior was fitted on; and the folders written next to it.
+
+Nothing here imports torch, so that a command that is given a wrong folder answers at once.
+:mod:`bayes_lora.runs.loading` loads the posterior of a run, :mod:`bayes_lora.runs.logger` writes checkpoints and logs.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress, TaskID
-
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
-from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.infer.training import FitState
-from bayes_lora.lm.fingerprint import FINGERPRINT
-from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.model_files import warn_of_download
-from bayes_lora.posterior.classes import Made
-from bayes_lora.posterior.posterior import FACTS, Posterior
 from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
-from bayes_lora.recipes.recipes import build_language_model
-from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from bayes_lora.tasks.readers.card import Card, card_from, card_values
 from bayes_lora.tasks.readers.questions import OWN_OPTIONS
-from bayes_lora.tasks.task import Task
-from bayes_lora.tasks.task_set import TaskSet
-from bayes_lora.types import Sites
 from bayes_lora.utils.reading import read_facts, read_json
 from bayes_lora.utils.storage import write_json, writing
 
 __all__ = [
-    "RunLogger",
+    "check_fitted",
+    "check_report_folder",
     "check_run_folder",
-    "digest",
-    "identity",
-    "load_language_model_of",
-    "load_posterior",
+    "language_model_of",
+    "posterior_of",
     "prepare_run_folder",
     "read_fitted_tasks",
     "read_home",
@@ -49,7 +35,7 @@ __all__ = [
     "write_settings",
 ]
 
-CONFIG, CHECKPOINT, CURVE, TASKS, POSTERIOR = "config.json", "checkpoint", "curve.json", "tasks.json", "posterior"
+CONFIG, CURVE, TASKS, POSTERIOR, METRICS = "config.json", "curve.json", "tasks.json", "posterior", "metrics.json"
 HOME = "run.json"  # in an adapted folder: the run of its posterior
 HALVES = ("training", "held_out")
 
@@ -81,6 +67,26 @@ def check_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False
     if not (resume or overwrite):
         cure = "Use --resume to continue, --overwrite to start over, or another --run."
         raise RunFolderError(f"{run} already exists. {cure}")
+
+
+def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:
+    """Check whether :meth:`Comparison.write` can write to a folder, so that long work is not lost.
+
+    Raises:
+        RunFolderError: the folder already has metrics that may not be replaced, or it cannot be made or written.
+    """
+    there = folder.absolute()
+    try:
+        taken = (folder / METRICS).exists() and not overwrite
+        while not there.exists():
+            there = there.parent
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: expected a writable folder, but {there}: {error.strerror}. Use another --output."
+        ) from error
+    if taken:
+        raise RunFolderError(f"{folder} already has metrics. Use --overwrite to replace them, or another --output.")
 
 
 def write_settings(run: Path, config: RunConfig, training: Sequence[str], held_out: Sequence[str]) -> None:
@@ -149,129 +155,33 @@ def read_home(adapted: Path) -> Path:
     return run
 
 
-def load_language_model_of(run: Path) -> LanguageModel:
-    """Load the language model of a run's posterior, without the posterior.
+def check_fitted(run: Path) -> None:
+    """Check that a run has a posterior, and settings that can be read.
+
+    Raises:
+        PosteriorError: the posterior is missing, or the settings are missing or damaged.
+    """
+    posterior_of(run)
+    language_model_of(run)
+
+
+def posterior_of(run: Path) -> Path:
+    """Return the folder of a run's posterior.
+
+    Raises:
+        PosteriorError: there is none.
+    """
+    folder = run / POSTERIOR
+    if not folder.is_dir():
+        raise PosteriorError(f"{folder} is missing: expected the folder of a run that has ended. Fit first.")
+    return folder
+
+
+def language_model_of(run: Path) -> LanguageModelConfig:
+    """Return the settings of the language model of a run.
 
     Raises:
         PosteriorError: the settings of the run are missing or damaged.
     """
     path = run / CONFIG
-    settings = RunConfig.from_dict(read_facts(path), str(path)).language_model
-    _check_rank(settings, run)
-    warn_of_download(settings.name, settings.revision, path, adapter=settings.adapter)
-    # The cache is of the machine that fitted.
-    return build_language_model(replace(settings, cache_folder=None, cache_gib=LanguageModelConfig().cache_gib))
-
-
-def _check_rank(settings: LanguageModelConfig, run: Path) -> None:
-    """Check that the settings ask for LoRA factors as large as those of the posterior, before these are made."""
-    path = run / POSTERIOR / FACTS
-    saved = read_facts(path).get(FINGERPRINT) if path.exists() else None
-    sites = saved.get("shapes") if isinstance(saved, dict) else None
-    shapes = [shape for site, shape in sites.items() if ".lora_A" in site] if isinstance(sites, dict) else []
-    ranks = [shape[1] for shape in shapes if isinstance(shape, list) and len(shape) == 3 and type(shape[1]) is int]
-    if settings.r is not None and ranks and settings.r > max(ranks):
-        raise PosteriorError(
-            f"{run / CONFIG} is damaged: expected the rank of the posterior's LoRA, {max(ranks)}, got "
-            f"{settings.r:.6g}. Restore it, or run again."
-        )
-
-
-def load_posterior(
-    run: str | Path, lm: LanguageModel | None = None, *, model: Made = None, guide: Made = None
-) -> Posterior:
-    """Load the posterior of a run folder, by default with the language model of its settings.
-
-    Args:
-        run: a folder written by ``fit_posterior(..., run=run)``, ``bayes-lora fit`` or ``bayes-lora demo``.
-        lm: the language model, if it is already loaded.
-        model: see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
-        guide: see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
-
-    Raises:
-        PosteriorError: there is no posterior; otherwise see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
-    """
-    folder = Path(run) / POSTERIOR
-    if not folder.is_dir():
-        raise PosteriorError(f"{folder} is missing: expected the folder of a run that has ended. Fit first.")
-    lm = lm or load_language_model_of(Path(run))
-    return Posterior.load(folder, lm, model=model, guide=guide)
-
-
-def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
-    """Return what must be equal to resume a run: the settings, and the examples of each task, in order.
-
-    ``fit.steps`` and ``fit.patience`` are left out, because they only decide when to stop, and so are settings of the
-    cache and of kernels.
-    """
-    settings = config.to_dict()
-    for name in ("cache_gib", "cache_folder", "disk_cache", "linear_backend"):
-        del settings["language_model"][name]
-    settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in ("steps", "patience")}
-    return [settings, [[name, _digest(task)] for name, task in tasks.items()]]
-
-
-def digest(values: Sites) -> str:
-    """Return a hash of values, to compare those of a resumed run with."""
-    found = blake2b(digest_size=16)
-    for site, value in values.items():
-        found.update(site.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-def _digest(task: Task) -> str:
-    content = [[e.input, e.options, e.answer, *e.references] for e in task.examples]
-    return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-@dataclass
-class RunLogger:
-    """Writes checkpoints and the history of a fit, and shows its progress.
-
-    Attributes:
-        run: the run folder; None writes nothing.
-        lm: the language model.
-        objective: model and guide.
-        optimizer: the optimizer, whose moments are part of a checkpoint.
-        identity: see :func:`identity`.
-        progress: shows the progress bar; None shows nothing.
-        bar: the progress bar, once it is open.
-    """
-
-    run: Path | None
-    lm: LanguageModel
-    objective: BetaELBO
-    optimizer: torch.optim.Optimizer
-    identity: list[Any]
-    progress: Progress | None
-    bar: TaskID | None = None
-
-    def resumed(self) -> FitState:
-        """Return the state of the folder's checkpoint, or the initial state if there is none."""
-        if self.run is None or not (self.run / CHECKPOINT).exists():
-            return FitState()
-        return load_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, self.identity, self.lm)
-
-    def open_bar(self, state: FitState, steps: int) -> None:
-        """Open the progress bar of ``steps`` steps."""
-        if self.progress is not None:
-            self.bar = self.progress.add_task("meta-learning", total=steps, completed=state.step)
-
-    def on_step(self, state: FitState, loss: float) -> None:
-        """Advance the bar."""
-        if self.progress is not None and self.bar is not None:
-            self.progress.update(self.bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
-
-    def on_evaluate(self, state: FitState) -> None:
-        """Print the evaluation; write a checkpoint and the history."""
-        if self.progress is not None:
-            values = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in state.history[-1].items())
-            self.progress.console.print(", ".join(values))
-        if self.run is not None:
-            save_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, state, self.identity, self.lm)
-            write_json(self.run / CURVE, state.history)
-
-    def close_bar(self, state: FitState) -> None:
-        """Complete the bar, also after early stopping."""
-        if self.progress is not None and self.bar is not None:
-            self.progress.update(self.bar, total=state.step, completed=state.step)
+    return RunConfig.from_dict(read_facts(path), str(path)).language_model

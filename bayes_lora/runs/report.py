@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from bayes_lora.errors import RunFolderError
 from bayes_lora.lm.arithmetic import ArithmeticUsed
 from bayes_lora.metrics.options import (
     Metrics,
@@ -23,12 +21,13 @@ from bayes_lora.metrics.options import (
 )
 from bayes_lora.metrics.plots import reliability_diagram
 from bayes_lora.metrics.text import TextMetrics
+from bayes_lora.runs.folder import METRICS
 from bayes_lora.utils.storage import write_json, writing
 
-__all__ = ["Comparison", "MethodResult", "check_report_folder", "metrics_table"]
+__all__ = ["Comparison", "MethodResult", "metrics_table"]
 
 MEAN, FREE_MEAN = "mean", "mean, generated answers"
-METRICS, ARITHMETIC, DIAGRAM = "metrics.json", "arithmetic.json", "reliability.png"
+ARITHMETIC, DIAGRAM = "arithmetic.json", "reliability.png"
 
 
 @dataclass(frozen=True)
@@ -109,26 +108,6 @@ class Comparison:
         loras = {name: result for name, result in self.results.items() if name.startswith("LoRA")}
         best = min(loras, key=lambda name: loras[name].mean.nll, default=None)
         return {name: result for name, result in self.results.items() if name not in loras or name == best}
-
-
-def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:
-    """Check whether :meth:`Comparison.write` can write to a folder, so that long work is not lost.
-
-    Raises:
-        RunFolderError: the folder already has metrics that may not be replaced, or it cannot be made or written.
-    """
-    there = folder.absolute()
-    try:
-        taken = (folder / METRICS).exists() and not overwrite
-        while not there.exists():
-            there = there.parent
-        tempfile.TemporaryDirectory(dir=there).cleanup()
-    except OSError as error:
-        raise RunFolderError(
-            f"{folder}: expected a writable folder, but {there}: {error.strerror}. Use another --output."
-        ) from error
-    if taken:
-        raise RunFolderError(f"{folder} already has metrics. Use --overwrite to replace them, or another --output.")
 
 
 def mean_by_kind(metrics: Mapping[str, Metrics | TextMetrics]) -> dict[str, Metrics | TextMetrics]:

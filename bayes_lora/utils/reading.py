@@ -12,14 +12,17 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from bayes_lora.errors import PosteriorError
 from bayes_lora.utils.limits import check_nesting, check_regular, read_limited
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch is imported inside the functions that need it, because commands that only read JSON answer without it.
 
 __all__ = [
     "SHA256",
@@ -37,14 +40,15 @@ SHA256 = "sha256"
 """Key of a JSON file: the SHA-256 of the tensors' file next to it. Files of earlier versions do not have it."""
 
 MAX_JSON_BYTES = 1 << 25
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """Range of the numbers that 32-bit floats can hold."""
 
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    "BOOL": torch.bool,
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"},
+    "BOOL": "bool",
 }
+"""Names in torch of the dtypes of safetensors."""
 
 
 def read_json(path: Path) -> Any:
@@ -75,6 +79,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         PosteriorError: the file is missing or damaged, or a dtype is neither floating point, integer nor boolean.
     """
+    import torch
+
     with _reading(path), safe_open(check_regular(path), framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, because it is no mapping
         other = {name: kind for name, one in slices.items() if (kind := one.get_dtype()) not in DTYPES}
@@ -82,7 +88,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             name, kind = next(iter(other.items()))
             raise ValueError(f"tensor {name!r} has dtype {kind}, expected one of {', '.join(DTYPES)}")
         return {
-            name: torch.empty(one.get_shape(), dtype=DTYPES[one.get_dtype()], device="meta")
+            name: torch.empty(one.get_shape(), dtype=getattr(torch, DTYPES[one.get_dtype()]), device="meta")
             for name, one in slices.items()
         }
 
@@ -128,6 +134,8 @@ def check_like(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the names, shapes and values of tensors of at least one dimension."""
+    import torch
+
     found = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())

@@ -14,14 +14,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from bayes_lora.errors import BayesLoraError, RunFolderError
 from bayes_lora.utils.reading import read_json, read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "check_new_folder",
@@ -135,6 +136,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         RunFolderError: the file cannot be written.
     """
+    from safetensors.torch import save_file  # imports torch, which JSON and folders do not need
+
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with _replacing(path) as temporary:
         temporary.touch()

@@ -1,0 +1,65 @@
+"""Load the posterior of a run folder, and the language model of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from bayes_lora.errors import PosteriorError
+from bayes_lora.lm.fingerprint import FINGERPRINT
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.model_files import warn_of_download
+from bayes_lora.posterior.classes import Made
+from bayes_lora.posterior.posterior import FACTS, Posterior
+from bayes_lora.recipes.config import LanguageModelConfig
+from bayes_lora.recipes.recipes import build_language_model
+from bayes_lora.runs.folder import CONFIG, POSTERIOR, language_model_of, posterior_of
+from bayes_lora.utils.reading import read_facts
+
+__all__ = ["load_language_model_of", "load_posterior"]
+
+
+def load_posterior(
+    run: str | Path, lm: LanguageModel | None = None, *, model: Made = None, guide: Made = None
+) -> Posterior:
+    """Load the posterior of a run folder, by default with the language model of its settings.
+
+    Args:
+        run: a folder written by ``fit_posterior(..., run=run)``, ``bayes-lora fit`` or ``bayes-lora demo``.
+        lm: the language model, if it is already loaded.
+        model: see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
+        guide: see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
+
+    Raises:
+        PosteriorError: there is no posterior; otherwise see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
+    """
+    folder = posterior_of(Path(run))
+    lm = lm or load_language_model_of(Path(run))
+    return Posterior.load(folder, lm, model=model, guide=guide)
+
+
+def load_language_model_of(run: Path) -> LanguageModel:
+    """Load the language model of a run's posterior, without the posterior.
+
+    Raises:
+        PosteriorError: the settings of the run are missing or damaged.
+    """
+    settings = language_model_of(run)
+    _check_rank(settings, run)
+    warn_of_download(settings.name, settings.revision, run / CONFIG, adapter=settings.adapter)
+    # The cache is of the machine that fitted.
+    return build_language_model(replace(settings, cache_folder=None, cache_gib=LanguageModelConfig().cache_gib))
+
+
+def _check_rank(settings: LanguageModelConfig, run: Path) -> None:
+    """Check that the settings ask for LoRA factors as large as those of the posterior, before these are made."""
+    path = run / POSTERIOR / FACTS
+    saved = read_facts(path).get(FINGERPRINT) if path.exists() else None
+    sites = saved.get("shapes") if isinstance(saved, dict) else None
+    shapes = [shape for site, shape in sites.items() if ".lora_A" in site] if isinstance(sites, dict) else []
+    ranks = [shape[1] for shape in shapes if isinstance(shape, list) and len(shape) == 3 and type(shape[1]) is int]
+    if settings.r is not None and ranks and settings.r > max(ranks):
+        raise PosteriorError(
+            f"{run / CONFIG} is damaged: expected the rank of the posterior's LoRA, {max(ranks)}, got "
+            f"{settings.r:.6g}. Restore it, or run again."
+        )
