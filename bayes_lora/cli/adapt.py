@@ -65,6 +65,7 @@ def adapt(
     from bayes_lora.runs.loading import load_posterior
 
     posterior = load_posterior(run)
+    status(f"{posterior.lm.name}: {posterior.lm.arithmetic}")
     with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
         adapted = posterior.adapt(support, steps=steps)
         adapted.save(folder / "posterior")
@@ -103,7 +104,9 @@ def predict(
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.runs.loading import load_language_model_of
 
-    posterior = TaskPosterior.load(adapted / "posterior", load_language_model_of(run))
+    lm = load_language_model_of(run)
+    status(f"{lm.name}: {lm.arithmetic}")
+    posterior = TaskPosterior.load(adapted / "posterior", lm)
     _print_answers(posterior, found, draws, max_new_tokens)
 
 

@@ -14,7 +14,7 @@ from bayes_lora import __version__
 from bayes_lora.cli import adapt as cli_adapt
 from bayes_lora.cli import cache as cli_cache
 from bayes_lora.cli import tasks as cli_tasks
-from bayes_lora.cli.console import err, error, out, print_line, warn
+from bayes_lora.cli.console import err, error, out, print_line, status, warn
 from bayes_lora.cli.options import (
     Config,
     Draws,
@@ -127,6 +127,7 @@ def fit(
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(chosen.language_model)
+    status(f"{lm.name}: {lm.arithmetic}")
     with bars() as progress:
         _, state = fit_posterior(lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress)
     if not state.history:
@@ -189,6 +190,7 @@ def evaluate(
     from bayes_lora.runs.loading import load_posterior
 
     posterior = load_posterior(run)
+    status(f"{posterior.lm.name}: {posterior.lm.arithmetic}")
     if left_out:
         print_line(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks: the posterior was fitted on them")
     with bars() as progress:

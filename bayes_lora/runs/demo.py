@@ -38,6 +38,7 @@ def run_demo(
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(config.language_model)
+    console.print(f"{lm.name}: {lm.arithmetic}", markup=False, highlight=False, soft_wrap=True)
     with bars() as progress:
         posterior, _ = fit_posterior(
             lm, training, config, run=run, resume=resume, overwrite=overwrite, progress=progress
