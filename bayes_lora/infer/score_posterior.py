@@ -1,0 +1,149 @@
+r"""Laplace's approximation of the posterior of option scores under a normal prior, in closed form but for the mode.
+
+.. math::
+    f &\sim \mathcal N(m, C), \qquad y_j \sim \mathrm{softmax}(f_j)^{1/\beta} \text{ for each example } j \\
+    \hat f &= m + C a, \qquad a = (y - p) / \beta \text{ at } \hat f, \qquad
+        W = \mathrm{blockdiag}(\mathrm{diag}(p_j) - p_j p_j^\top) / \beta \\
+    q(f) &= \mathcal N(\hat f,\; C - C R C), \qquad R = W (I + C W)^{-1} \\
+    \mathrm{KL}(q \,\|\, p) &= \tfrac12 \big[a^\top C a - \mathrm{tr}(R C) + \log\det(I + C W)\big] \\
+    \log p(y) &\approx \tfrac1\beta \log p(y \mid \hat f) - \tfrac12 a^\top C a - \tfrac12 \log\det(I + C W)
+
+If the scores are linear in normal weights, :math:`f = m + J u` with :math:`u \sim \mathcal N(0, I)`, then
+:math:`C = J J^\top`, and the posterior of the weights is :math:`\mathcal N(J^\top a,\; I - J^\top R J)`, whose
+divergence and evidence are the same (Rasmussen and Williams, Gaussian Processes for Machine Learning, section 3.5).
+The number of weights does not matter: only C is needed.
+
+With :math:`W = A A^\top`, :math:`A_j = (\mathrm{diag}(\sqrt{p_j}) - p_j \sqrt{p_j}^\top) / \sqrt\beta`, all of this
+follows from the Cholesky factor of :math:`I + A^\top C A`, whose eigenvalues are at least one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["ScorePosterior", "score_posterior"]
+
+STEPS, HALVINGS = 100, 40
+
+
+class ScorePosterior(NamedTuple):
+    """The approximate posterior of the scores of n examples with K options each, of T tasks.
+
+    Attributes:
+        mode: f, ``(T, n * K)``; the prior's mean at absent options.
+        weights: a, ``(T, n * K)``: the mode is ``m + C a``, and a query's mean ``m_q + C_q a``.
+        removed: R, ``(T, n * K, n * K)``: the covariance is ``C - C R C``, and a query's ``C_qq - C_q R C_q^T``.
+        divergence: from the prior, ``(T,)`` nats.
+        log_evidence: log p(y), ``(T,)`` nats.
+    """
+
+    mode: Tensor
+    weights: Tensor
+    removed: Tensor
+    divergence: Tensor
+    log_evidence: Tensor
+
+
+def score_posterior(
+    mean: Tensor, kernel: Tensor, answer: Tensor, option_mask: Tensor, beta: float = 1.0
+) -> ScorePosterior:
+    """Return the posterior of scores, differentiable with respect to ``mean`` and ``kernel``.
+
+    The mode is found by Newton's method with halved steps, which converges because the posterior is log-concave. Then
+    one more step is taken from it, with gradients: the derivative of Newton's step by its start is zero at the mode, so
+    that this is the derivative of the mode.
+
+    Args:
+        mean: m, ``(T, n, K)`` nats.
+        kernel: C, ``(T, n * K, n * K)``, positive semi-definite.
+        answer: ``(T, n)`` index of the gold option.
+        option_mask: ``(T, n, K)``, whether an option is present; an example without options has no effect.
+        beta: the likelihood is tempered by 1 / beta.
+    """
+    prior = mean.flatten(1)
+    gold = torch.nn.functional.one_hot(answer.clamp(min=0), mean.shape[-1]).to(mean.dtype) * option_mask
+    with torch.no_grad():
+        weights = _mode(prior, kernel, gold, option_mask, beta)
+        scores = prior + _times(kernel, weights)
+    weights, factor, lower = _newton(scores.detach(), prior, kernel, gold, option_mask, beta)
+    scores = prior + _times(kernel, weights)
+    # At the mode itself: the factor of the step belongs to its start, which has no gradient.
+    factor, lower = _factors(scores, kernel, option_mask, beta)
+    inside = torch.linalg.solve_triangular(lower, factor.mT, upper=False)
+    removed = inside.mT @ inside
+    log_det = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    squared = (weights * _times(kernel, weights)).sum(-1)
+    divergence = 0.5 * (squared - (removed * kernel).sum((-2, -1)) + log_det)
+    likelihood = _log_likelihood(scores, gold, option_mask) / beta
+    return ScorePosterior(scores, weights, removed, divergence, likelihood - 0.5 * squared - 0.5 * log_det)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _log_probs(scores: Tensor, option_mask: Tensor) -> Tensor:
+    """Log-probabilities ``(T, n, K)``, large and negative at absent options."""
+    return scores.view(option_mask.shape).masked_fill(~option_mask, -1e30).log_softmax(-1)
+
+
+def _log_likelihood(scores: Tensor, gold: Tensor, option_mask: Tensor) -> Tensor:
+    chosen = _log_probs(scores, option_mask).masked_fill(gold == 0, 0.0)
+    return chosen.sum((-2, -1))
+
+
+def _factors(scores: Tensor, kernel: Tensor, option_mask: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return A, block diagonal ``(T, n * K, n * K)``, and the Cholesky factor of ``I + A^T C A``."""
+    tasks, count, options = option_mask.shape
+    log_p = _log_probs(scores, option_mask)
+    present = option_mask.to(scores.dtype)
+    root, p = (0.5 * log_p).exp() * present, log_p.exp() * present
+    blocks = (torch.diag_embed(root) - p[..., :, None] * root[..., None, :]) / beta**0.5  # (T, n, K, K)
+    factor = scores.new_zeros(tasks, count, options, count, options)
+    places = torch.arange(count, device=scores.device)
+    factor[:, places, :, places] = blocks.transpose(0, 1)
+    factor = factor.flatten(3).flatten(1, 2)
+    identity = torch.eye(count * options, dtype=scores.dtype, device=scores.device)
+    return factor, torch.linalg.cholesky(identity + factor.mT @ kernel @ factor)
+
+
+def _newton(
+    scores: Tensor, prior: Tensor, kernel: Tensor, gold: Tensor, option_mask: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights a after a step of Newton's method, and the factors at the start."""
+    factor, lower = _factors(scores, kernel, option_mask, beta)
+    residual = (gold - _log_probs(scores, option_mask).exp() * option_mask * gold.sum(-1, keepdim=True)).flatten(
+        1
+    ) / beta
+    target = _times(factor, _times(factor.mT, scores - prior)) + residual
+    inner = _times(factor.mT, _times(kernel, target))
+    solved = torch.cholesky_solve(inner[..., None], lower)[..., 0]
+    return target - _times(factor, solved), factor, lower
+
+
+def _mode(prior: Tensor, kernel: Tensor, gold: Tensor, option_mask: Tensor, beta: float) -> Tensor:
+    def objective(weights: Tensor) -> Tensor:
+        moved = _times(kernel, weights)
+        return _log_likelihood(prior + moved, gold, option_mask) / beta - 0.5 * (weights * moved).sum(-1)
+
+    weights = torch.zeros_like(prior)
+    value = objective(weights)
+    for _ in range(STEPS):
+        scores = prior + _times(kernel, weights)
+        direction = _newton(scores, prior, kernel, gold, option_mask, beta)[0] - weights
+        step = torch.ones_like(value)
+        for _ in range(HALVINGS):
+            moved = objective(weights + step[:, None] * direction)
+            worse = moved < value - 1e-12 * value.abs()
+            if not worse.any():
+                break
+            step = torch.where(worse, 0.5 * step, step)
+        weights = weights + step[:, None] * direction
+        value = objective(weights)
+        change = _times(kernel, direction).abs().amax(-1)
+        if (change <= torch.finfo(change.dtype).eps ** 0.5 * (1.0 + scores.abs().amax(-1))).all():  # squared by a step
+            break
+    return weights
