@@ -177,4 +177,4 @@ def plain_scores(model: Any, example: EncodedExample) -> Tensor:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=7)
+    warnings.warn(text, stacklevel=8)
