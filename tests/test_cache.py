@@ -292,9 +292,9 @@ def changed_class(lm):
 @torch.no_grad()
 def test_another_base_model_has_other_stores(tokenizer, change):
     one, other = (build_lm("llama", tokenizer) for _ in range(2))
-    assert base_facts(one.model, "", None) == base_facts(other.model, "", None)
+    assert base_facts(one.model, "") == base_facts(other.model, "")
     change(other)
-    assert base_facts(one.model, "", None) != base_facts(other.model, "", None)
+    assert base_facts(one.model, "") != base_facts(other.model, "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,4 +313,4 @@ def test_lora_weights_are_not_part_of_the_base_model(tokenizer):
     one, other = (build_lm("llama", tokenizer) for _ in range(2))
     for site in other.sites.initial().values():
         site.data.add_(1.0)
-    assert base_facts(one.model, "", None) == base_facts(other.model, "", None)
+    assert base_facts(one.model, "") == base_facts(other.model, "")

@@ -102,10 +102,14 @@ def test_the_cache_is_shown_and_cleared(call, refuse, tmp_path):
     facts = {"what": "hidden states", "model": "some/model", "layer": 24, "dtype": "torch.float32"}
     TensorStore(tmp_path / "states", facts).put(put)
     (tmp_path / "tokens" / "a1").mkdir(parents=True)
+    (tmp_path / "forwards").mkdir()
+    (tmp_path / "forwards" / "b2.json").write_text("{}")
     (tmp_path / "kept.txt").write_text("not a cache")
     code, out, err = call("cache", "--folder", tmp_path)
     assert (code, err) == (0, "")
-    assert all(word in out for word in ("hidden states", "some/model", "24", "tokens", "1 collections", "MiB"))
+    assert all(
+        word in out for word in ("hidden states", "some/model", "24", "tokens", "1 collections", "1 models", "MiB")
+    )
     code, out, _ = call("cache", "--folder", tmp_path, "--clear")
     assert code == 0 and f"{tmp_path}: deleted 0." in out.replace("\n", "")
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]

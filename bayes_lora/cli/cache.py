@@ -14,12 +14,15 @@ from bayes_lora.errors import ConfigError
 
 __all__ = ["cache"]
 
+KINDS = ("states", "tokens", "forwards")
+"""Folders of what is kept: hidden states and features, tokens, and which models passed the check of their forward."""
+
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete hidden states, features and tokens.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete hidden states, features, tokens and checks.")] = False,
     folder: Annotated[Path | None, typer.Option(help="By default $BAYES_LORA_CACHE or ~/.cache/bayes_lora.")] = None,
 ) -> None:
-    """Show what is kept on disk for later runs: hidden states and features of base models, and tokens.
+    """Show what is kept on disk for later runs: hidden states and features of base models, tokens, passed checks.
 
     Example: `bayes-lora cache`, or `bayes-lora cache --clear`
     """
@@ -33,8 +36,8 @@ def cache(
         raise ConfigError(f"--folder {folder}: expected a folder, but it is a file.")
     tokens = sorted(path for path in (folder / "tokens").glob("*") if path.is_dir())
     if clear:
-        freed = _size(folder / "states") + _size(folder / "tokens")
-        for kind in ("states", "tokens"):
+        freed = sum(_size(folder / kind) for kind in KINDS)
+        for kind in KINDS:
             if (folder / kind).is_dir():
                 _delete((folder / kind).resolve())
         print_line(f"{folder}: deleted {_shown(freed)}")
@@ -45,6 +48,8 @@ def cache(
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         table.add_row(str(entry.about.get("what")), model, layer, used, _shown(entry.num_bytes))
     table.add_row("tokens", f"{len(tokens)} collections", "", "", _shown(_size(folder / "tokens")))
+    checks = list((folder / "forwards").glob("*.json"))
+    table.add_row("passed checks", f"{len(checks)} models", "", "", _shown(_size(folder / "forwards")))
     out.print(table)
     print_line(str(folder))
 

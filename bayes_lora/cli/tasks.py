@@ -12,8 +12,11 @@ from bayes_lora.cli.options import DATA, Format, Input, Label, MaxLength, MaxOpt
 from bayes_lora.errors import ConfigError, TaskError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bayes_lora.episodes import Encoder
-    from bayes_lora.tasks import TaskSet
+    from bayes_lora.tasks import Example, TaskSet
+    from bayes_lora.tasks.statistics import Lengths
 
 # Imports are inside the commands, so that --help is fast: those of torch after the checks, so that errors are too.
 
@@ -58,7 +61,8 @@ def tasks(
     names = None if halves is None else list(dict.fromkeys(halves[0] + halves[1]))
     _check_seed(path, seed)
     loaded = TaskSource(path, format, input, label, max_options).load(names, seed)
-    count, limit, unit = count_words, None, "words"
+    count: Callable[[Example], Lengths] = count_words
+    limit, unit = None, "words"
     if encoder is not None:
         from bayes_lora.episodes.encoder import token_counter
 

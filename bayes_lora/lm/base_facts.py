@@ -27,13 +27,12 @@ CHUNK = 1 << 17
 """Number of values whose products are in memory at once: 1 MiB, which the cache of a core holds."""
 
 
-def base_facts(model: Any, name: str, forward: object) -> dict[str, Any]:
+def base_facts(model: Any, name: str) -> dict[str, Any]:
     """Return the facts as JSON values.
 
     Args:
         model: the model; LoRA weights in it are left out.
         name: its hub id or path, which is shown to the user.
-        forward: the forward that computes states and features.
     """
     return {
         "model": name,
@@ -41,7 +40,6 @@ def base_facts(model: Any, name: str, forward: object) -> dict[str, Any]:
         "config": computation_values(model.config),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "code": _code(type(model)),
-        "forward": type(forward).__name__,
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "dtype": str(model.dtype),
         "linear_backend": arithmetic_used(model).linear_backend,

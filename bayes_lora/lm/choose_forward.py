@@ -178,4 +178,4 @@ def plain_scores(model: Any, example: EncodedExample) -> Tensor:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=7)
+    warnings.warn(text, stacklevel=8)

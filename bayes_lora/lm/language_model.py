@@ -22,7 +22,8 @@ from bayes_lora.lm.arithmetic import ArithmeticUsed, arithmetic_used
 from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
-from bayes_lora.lm.packed_forward import Forward, Read
+from bayes_lora.lm.packed_forward import Forward, PackedForward, Read
+from bayes_lora.lm.passed_checks import PassedChecks
 from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.lm.tensor_cache import TensorCache
@@ -202,16 +203,27 @@ class LanguageModel:
     def forward(self) -> Forward:
         """The forward, chosen on first use."""
         if self._forward is None:
-            self._forward = choose_forward(self.model, self.sites, self.trunk)
-            if self.cache_folder is not None:
-                self._keep_on_disk(self.cache_folder / "states", self._forward)
+            self._forward = self._choose_forward()
         return self._forward
 
-    def _keep_on_disk(self, folder: Path, forward: Forward) -> None:
-        facts = base_facts(self.model, self.name, forward) | {"layer": self.trunk.depth}
+    def _choose_forward(self) -> Forward:
+        """Return the forward that passed the check in a former process; otherwise check which one does."""
+        if self.cache_folder is None:
+            return choose_forward(self.model, self.sites, self.trunk)
+        facts = base_facts(self.model, self.name)
+        passed = PassedChecks(self.cache_folder / "forwards", self.model, self.sites, self.trunk, facts)
+        forward: Forward
+        if passed.recall():
+            forward = PackedForward(self.model, self.sites, self.trunk)
+        else:
+            forward = choose_forward(self.model, self.sites, self.trunk)
+            if isinstance(forward, PackedForward):
+                passed.keep()
+        facts |= {"forward": type(forward).__name__, "layer": self.trunk.depth}
         features = {"what": "features", "normalize": self.normalize}
-        self.trunk.cache.store = TensorStore(folder, {"what": "hidden states"} | facts)
-        self.feature_reader.cache.store = TensorStore(folder, features | facts)
+        self.trunk.cache.store = TensorStore(self.cache_folder / "states", {"what": "hidden states"} | facts)
+        self.feature_reader.cache.store = TensorStore(self.cache_folder / "states", features | facts)
+        return forward
 
     def _read_frozen(self, episode: Episode) -> Read:
         with self.sites.unbound():

@@ -66,6 +66,7 @@ class Trunk:
 
     Attributes:
         depth: index k of the first adapted layer; 0 if nothing is cached.
+        in_tuple: whether the layers return tuples, see :meth:`record_output_type`.
     """
 
     def __init__(self, model: nn.Module, adapted: Sequence[str], cache: TensorCache, budget: TokenBudget) -> None:
@@ -87,14 +88,14 @@ class Trunk:
                 self.layers = layers
                 self.depth = min(int(place[2]) for place in places if place)
         self.cache, self.budget = cache, budget
-        self._in_tuple = False
+        self.in_tuple = False
 
     @contextmanager
     def record_output_type(self) -> Iterator[None]:
         """Record inside the block whether the layers return tuples, because replacements must do the same."""
 
         def record(_: nn.Module, __: Any, output: Any) -> None:
-            self._in_tuple = isinstance(output, tuple)
+            self.in_tuple = isinstance(output, tuple)
 
         handles = [layer.register_forward_hook(record) for layer in (self.layers or ())]
         try:
@@ -123,7 +124,7 @@ class Trunk:
     def _swapped(self, indices: range) -> Iterator[list[_PassThrough]]:
         layers = self.layers if self.layers is not None else nn.ModuleList()
         originals = {i: layers[i] for i in indices}
-        stand_ins = [_PassThrough(layer, self._in_tuple) for layer in originals.values()]
+        stand_ins = [_PassThrough(layer, self.in_tuple) for layer in originals.values()]
         for i, stand_in in zip(indices, stand_ins, strict=True):
             layers[i] = stand_in
         try:
