@@ -1,3 +1,5 @@
+import gc
+
 import peft
 import pyro
 import pytest
@@ -60,6 +62,15 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bayes_lora.lm.loading.cache_folder", lambda: tmp_path_factory.getbasetemp() / "cache")
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_modules():
+    """Garbage collections do not scan what was imported, which is never freed."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
