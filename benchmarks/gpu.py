@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("No CUDA device was found. Run this on a machine with a GPU, or try it with --device cpu --quick.")
     console, started, device = Console(), time.perf_counter(), torch.device(args.device)
-    rate = matmul_rate(device, torch.bfloat16, 64 if args.quick else 8192)
+    rate = matmul_rate(device, torch.bfloat16, 64 if args.quick else 8192, 0.0 if args.quick else 1.0)
     measured = []
     for name in args.shapes.split(","):
         shape = SHAPES[name].tiny() if args.quick else SHAPES[name]

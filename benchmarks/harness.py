@@ -71,8 +71,11 @@ class Memory(NamedTuple):
 
 @contextmanager
 def frozen_garbage() -> Iterator[None]:
-    """Make garbage collection fast inside the block: earlier objects are not scanned."""
+    """Make garbage collection fast inside the block: earlier objects are not scanned. An outer block suffices."""
     gc.collect()
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield

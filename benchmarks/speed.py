@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
     if args.quick:
         shape, sizes = shape.tiny(), Sizes.quick()
-    rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048)
+    rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048, 0.0 if args.quick else 1.0)
     setup = build_setup(shape, sizes, device, torch.float32, rate)
     results, profile, took = run_cases(setup, names, console)
     write_json(

@@ -112,7 +112,7 @@ class Sizes:
         return cls(
             tasks=2, examples=2, prompt=(4, 8), options=(2, 3), support=4, steps=2, draws=2, queries=3,
             demonstrations=2, wide_queries=2, wide_prompt=12, collections=(4, 8), task_size=8, collection_tasks=2,
-            budget=0.2, rounds=(2, 3),
+            budget=0.2, rounds=(1, 1),
         )  # fmt: skip
 
 

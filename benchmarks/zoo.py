@@ -26,6 +26,7 @@ from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.utils.storage import read_json, write_json
 
 PLAIN = "plain PEFT LoRA"
+TINY = replace(SHAPES["smollm2-135m"].tiny(), layers=2)
 
 
 def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
@@ -92,7 +93,7 @@ def passes(device: torch.device) -> dict[str, dict[str, float]]:
 
     They do not depend on the shape, so they are counted for a tiny one.
     """
-    setup = build_setup(SHAPES["smollm2-135m"].tiny(), Sizes.quick(), device, torch.float32, 1.0)
+    setup = build_setup(TINY, Sizes.quick(), device, torch.float32, 1.0)
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     found = {}
@@ -108,8 +109,8 @@ def passes(device: torch.device) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
-    """Measure each prior and guide, or some."""
+def measure(setup: Setup, only: list[str], rounds: tuple[int, int]) -> list[dict[str, Any]]:
+    """Measure each prior and guide, or some, in at least and at most so many rounds."""
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     lm.features(episode)
@@ -119,7 +120,7 @@ def measure(setup: Setup, only: list[str]) -> list[dict[str, Any]]:
     steps = {name: TrainingStep(one) for name, one in found.items() if not only or name in only}
     sides: dict[str, Callable[[], Any]] = {PLAIN: lambda: plain.packed_step(episode)}
     sides |= {name: lambda step=step: step(episode) for name, step in steps.items()}  # type: ignore[misc]
-    seconds = interleave(sides, setup.device, budget=100.0, rounds=(2, 5), warm_up=True)
+    seconds = interleave(sides, setup.device, budget=100.0, rounds=rounds, warm_up=rounds[1] > 1)
     of_plain = memory(sides[PLAIN], setup.device).peak + state_bytes(plain.optimizer)
     lines = []
     for name, step in steps.items():
@@ -145,14 +146,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes of measuring
     device = torch.device("cpu")
-    shape, sizes = SHAPES["smollm2-135m"], Sizes()
+    shape, sizes, rounds = SHAPES["smollm2-135m"], Sizes(), (2, 5)
     if args.examples:
         sizes = replace(sizes, examples=args.examples)
     if args.quick:
-        shape, sizes = shape.tiny(), Sizes.quick()
-    rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048)
+        shape, sizes, rounds = TINY, Sizes.quick(), (1, 1)
+    rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048, 0.0 if args.quick else 1.0)
     only = [name.strip() for name in args.only.split(";") if name.strip()]
-    lines = measure(build_setup(shape, sizes, device, torch.float32, rate), only)
+    lines = measure(build_setup(shape, sizes, device, torch.float32, rate), only, rounds)
     lines = [line | {"examples": sizes.examples} for line in lines]
     if only and args.output.exists():
         lines += [line for line in read_json(args.output)["lines"] if line["name"] not in only]

@@ -1,3 +1,5 @@
+import gc
+
 import peft
 import pyro
 import pytest
@@ -69,6 +71,15 @@ def same_arithmetic():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bayes_lora.lm.arithmetic._known", {_machine_key(): {"torch": 1.0}})
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_modules():
+    """Garbage collections do not scan what was imported, which is never freed."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

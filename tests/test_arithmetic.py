@@ -13,7 +13,7 @@ import bayes_lora
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.lm import arithmetic
-from bayes_lora.lm.arithmetic import choose_arithmetic, fastest, rates
+from bayes_lora.lm.arithmetic import FILE, choose_arithmetic, fastest, rates
 from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.model_files import default_model_here
 from bayes_lora.lm.onednn_linear import OneDnnLinear, has_onednn, onednn_linear, torch_linears, use_onednn
@@ -177,9 +177,9 @@ def test_rates_are_measured_once_per_machine(tmp_path, monkeypatch):
     assert len(calls) == 1
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # other kernels
     in_another_process()
-    assert len(calls) == 2 and len(json.loads((tmp_path / "arithmetic.json").read_text())) == 2
+    assert len(calls) == 2 and len(json.loads((tmp_path / FILE).read_text())) == 2
     for damaged in ("{", "[]", '{"x": 3}', json.dumps({key: {"torch": -1.0} for key in arithmetic._known})):
-        (tmp_path / "arithmetic.json").write_text(damaged)
+        (tmp_path / FILE).write_text(damaged)
         assert in_another_process()["torch"] == 3.0
     assert len(calls) == 6
     (tmp_path / "file").write_text("")
@@ -219,7 +219,7 @@ def test_a_model_is_loaded_with_the_backend_that_is_faster_or_asked_for(model_fo
     assert [lm.arithmetic.linear_backend for lm in (fast, plain)] == ["onednn", "torch"]
     assert "by oneDNN" in str(fast.arithmetic)
     # Stored states are not mixed, because they are rounded differently.
-    assert base_facts(fast.model, "", None) != base_facts(plain.model, "", None)
+    assert base_facts(fast.model, "") != base_facts(plain.model, "")
     assert fast.model.state_dict().keys() == plain.model.state_dict().keys()
 
 

@@ -1,7 +1,7 @@
 import importlib.util
 import json
 import math
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from conftest import make_tasks
 from files import write_examples
 from rich.console import Console
+from runs import run
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import GUIDES, PRIORS
 
@@ -51,45 +52,28 @@ def write_metaicl(folder, tasks):
 
 
 @pytest.mark.slow
-def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder):
+@pytest.mark.filterwarnings("ignore")
+def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder, monkeypatch, capsys):
     write_metaicl(tmp_path / "tasks", make_tasks(4, 20))
-    python = [sys.executable, "-W", "ignore"]
+    monkeypatch.chdir(tmp_path)
     settings = ["episodes.held_out=1", "episodes.held_out_shots=2", "episodes.num_support=2", "episodes.num_query=2"]
     settings += ["episodes.tasks_per_episode=2", "fit.steps=2", "fit.eval_every=1", "guide.hidden=4"]
-    command = [
-        *python,
-        "-m",
-        "bayes_lora.cli.main",
-        "fit",
-        "--tasks",
-        "tasks",
-        "--run",
-        "run",
-        "--model",
-        str(model_folder),
-    ]
+    words = ["fit", "--tasks", "tasks", "--run", "run", "--model", model_folder]
     for setting in settings:
-        command += ["--set", setting]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    command = [
-        *python,
-        str(ROOT / "benchmarks" / "few_shot.py"),
-        "--run",
-        "run",
-        "--tasks",
-        "tasks",
-        "--seeds",
-        "13,21",
-    ]
-    command += ["--names", "task-0,task-1", "--queries", "3", "--steps", "0,1", "--draws", "2", "--output", "out.json"]
-    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        words += ["--set", setting]
+    code, _, error = run(monkeypatch, capsys, *words)
+    assert code == 0, error
+    words = ["few_shot.py", "--run", "run", "--tasks", "tasks", "--seeds", "13,21"]
+    words += ["--names", "task-0,task-1", "--queries", "3", "--steps", "0,1", "--draws", "2", "--output", "out.json"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "benchmarks" / "few_shot.py"), run_name="__main__")
     result = json.loads((tmp_path / "out.json").read_text())
     method = "ABMLL (amortized) + 1 steps"
     values = [result["seeds"][seed][method]["mean"]["nll"] for seed in ("13", "21")]
     mean, error = result["summary"][method]["nll"]
     assert abs(mean - sum(values) / 2) < 1e-12
     assert abs(error - abs(values[0] - values[1]) / 2) < 1e-12
-    assert f"| {method} |" in done.stdout
+    assert f"| {method} |" in capsys.readouterr().out
 
 
 def tiny_setup(name="smollm2-135m"):

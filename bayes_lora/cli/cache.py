@@ -14,15 +14,17 @@ from bayes_lora.errors import ConfigError
 
 __all__ = ["cache"]
 
-KINDS = ("states", "tokens", "forwards")
+KINDS = ("states", "tokens", "forwards", "arithmetic")
 """Folders of what is kept: hidden states and features, tokens, and which models passed the check of their forward."""
 
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete hidden states, features, tokens and checks.")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Delete hidden states, features, tokens, checks and rates.")
+    ] = False,
     folder: Annotated[Path | None, typer.Option(help="By default $BAYES_LORA_CACHE or ~/.cache/bayes_lora.")] = None,
 ) -> None:
-    """Show what is kept on disk for later runs: hidden states and features of base models, tokens, passed checks.
+    """Show what is kept on disk for later runs: hidden states and features, tokens, passed checks, rates of CPUs.
 
     Example: `bayes-lora cache`, or `bayes-lora cache --clear`
     """
@@ -50,6 +52,7 @@ def cache(
     table.add_row("tokens", f"{len(tokens)} collections", "", "", _shown(_size(folder / "tokens")))
     checks = list((folder / "forwards").glob("*.json"))
     table.add_row("passed checks", f"{len(checks)} models", "", "", _shown(_size(folder / "forwards")))
+    table.add_row("rates of CPUs", "", "", "", _shown(_size(folder / "arithmetic")))
     out.print(table)
     print_line(str(folder))
 

@@ -34,7 +34,7 @@ HOPELESS = 3.0
 """An arithmetic that takes this many times as long as torch's float32 is measured once only."""
 LEAST_GAIN, LEAST_GAIN_16_BITS = 1.1, 1.5
 """Smallest ratio of rates for which torch's float32 is replaced; 16 bits must gain more, because they round more."""
-FILE = "arithmetic.json"
+FILE = "arithmetic/rates.json"
 VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 """Environment variables that change the kernels of a CPU."""
 
