@@ -1,0 +1,97 @@
+r"""The tangent space of option scores: their derivatives with respect to each task's LoRA weights, and kernels of them.
+
+.. math:: J_{jk} = \nabla_\phi f_{jk}(\phi), \qquad C_{jk, j'k'} = \langle \sigma J_{jk},\; \sigma J_{j'k'} \rangle
+
+for the score f of option k of example j, in nats, and standard deviations sigma of the weights. Every example of a
+minibatch has its own copy of the weights, so that K backward passes give the derivatives of all its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_lora.episodes.episode import Episode
+from bayes_lora.types import Sites
+
+__all__ = ["Tangent", "option_gradients", "tangent"]
+
+
+class Tangent(NamedTuple):
+    """Option scores of T tasks with N examples of K options, and their derivatives in units of ``unit``.
+
+    Attributes:
+        scores: ``(T, N, K)`` nats; 0 at absent options.
+        gradients: ``(T, N, K, layers, out, in)`` per random site, times the units; 0 at absent options.
+    """
+
+    scores: Tensor
+    gradients: Sites
+
+    def kernels(self) -> dict[str, Tensor]:
+        """Return the inner products of the gradients of each task, by site: ``(T, layers, N * K, N * K)``."""
+        rows = {site: value.flatten(1, 2).movedim(2, 1).flatten(3) for site, value in self.gradients.items()}
+        return {site: value @ value.mT for site, value in rows.items()}
+
+    def change(self, weights: Tensor) -> Sites:
+        """Return ``J^T a`` in units, ``(T, 1, layers, out, in)`` per site, for weights a ``(T, N * K)``."""
+        return {
+            site: torch.einsum("tr,trloi->tloi", weights, value.flatten(1, 2))[:, None]
+            for site, value in self.gradients.items()
+        }
+
+
+def tangent(model: Any, episode: Episode, theta: Sites, phi: Sites, unit: Sites, batch_size: int = 4) -> Tangent:
+    """Return the scores of an episode's examples at phi, and their derivatives.
+
+    Args:
+        model: a hierarchical model.
+        episode: T tasks with up to N examples.
+        theta: values of theta, which determine the LoRA sites that all tasks share.
+        phi: values ``(T, 1, layers, out, in)`` of the random sites.
+        unit: by what derivatives are multiplied, of a shape that broadcasts to that of phi.
+        batch_size: number of examples in a forward; bounds its memory.
+    """
+    tasks, rows, options = episode.shape
+    places = episode.mask.flatten().nonzero()[:, 0]  # in the order of tasks and examples
+    like = next(iter(phi.values()))
+    scores = like.new_zeros(tasks * rows, options)
+    gradients = {site: value.new_zeros(tasks * rows, options, *value.shape[-3:]) for site, value in phi.items()}
+    done = 0
+    for task, found, jacobian in option_gradients(model, episode, theta, phi, batch_size):
+        there = places[done : done + len(task)]
+        scores[there, : found.shape[-1]] = found.to(like.dtype)
+        for site, value in jacobian.items():
+            scale = unit[site].expand_as(phi[site])[task]  # (n, 1, layers, out, in)
+            gradients[site][there, : found.shape[-1]] = value * scale
+        done += len(task)
+    shape = (tasks, rows)
+    return Tangent(scores.unflatten(0, shape), {site: value.unflatten(0, shape) for site, value in gradients.items()})
+
+
+def option_gradients(
+    model: Any, episode: Episode, theta: Sites, phi: Sites, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Sites]]:
+    """Yield per batch the task of each example ``(n,)``, scores ``(n, K)``, gradients ``(n, K, layers, out, in)``.
+
+    Scores and gradients of absent options are 0; K is the largest number of options in the batch.
+    """
+    counts = episode.mask.sum(-1)
+    task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    for start in range(0, len(task_of), batch_size):
+        each, task = episode.per_example(start, start + batch_size), task_of[start : start + batch_size]
+        own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
+        with torch.enable_grad():
+            scores = model.likelihood(model.shared(theta) | own, each)[:, 0]
+            scores = scores.masked_fill(~each.option_mask[:, 0], 0.0)
+            columns = []
+            for k in range(scores.shape[-1]):
+                last = k + 1 == scores.shape[-1]
+                columns.append(torch.autograd.grad(scores[:, k].sum(), list(own.values()), retain_graph=not last))
+        gradients = {
+            site: torch.stack([column[index][:, 0] for column in columns], 1) for index, site in enumerate(own)
+        }
+        yield task, scores.detach(), gradients
