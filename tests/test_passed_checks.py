@@ -109,6 +109,13 @@ def test_another_model_is_checked(change, tokenizer, tmp_path, checks, monkeypat
     assert checks == [first.model, second.model]
 
 
+def test_a_model_whose_lowest_layer_is_adapted_is_checked_once(tokenizer, tmp_path, checks):
+    for _ in range(2):
+        lm = build_lm("llama", tokenizer, top_layers=None, cache_folder=tmp_path)
+        assert lm.forward and lm.trunk.depth == 0
+    assert len(checks) == 1
+
+
 def test_other_sites_are_checked(tokenizer, tmp_path, checks):
     for targets in (["q_proj"], ["q_proj", "v_proj"]):
         assert build_lm("llama", tokenizer, targets=targets, cache_folder=tmp_path).forward

@@ -1,6 +1,6 @@
 """Which language models have passed the check of their forward, on disk, because the check takes about a second.
 
-Only the usual result is kept: packed rows, with hidden states cached below the adapted layers. Any other result is
+Only the usual result is kept: packed rows, and hidden states cached below the adapted layers. Any other result is
 found again in each process, with its warning. The name of a file is a hash of all that the scores depend on: weights,
 configuration, the code of all modules and of this package, versions, sites, dtype and processor. A model with hooks,
 with a ``forward`` that is set on a single module, or with quantised weights is checked in each process.
@@ -49,7 +49,7 @@ class PassedChecks:
     def __init__(self, folder: Path, model: nn.Module, sites: LoraSites, trunk: Trunk, base: Mapping[str, Any]) -> None:
         self.trunk, self.depth = trunk, trunk.depth
         self.path: Path | None = None
-        if trunk.depth and not any(_is_changed(module) for module in model.modules()):
+        if not any(_is_changed(module) for module in model.modules()):
             facts = _facts(model, sites, trunk.depth, base)
             name = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
             self.path = folder / f"{name}.json"
