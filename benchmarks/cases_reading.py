@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from flops import flops
-from harness import Result, interleave, ratio, spread
+from harness import Result, interleave, product, ratio, spread
 from workload import Setup
 
 from bayes_lora.episodes import Episode, collate
@@ -31,7 +31,6 @@ def reading(setup: Setup) -> list[Result]:
     sizes, count = setup.sizes, min(ROUNDS, setup.sizes.rounds[1])
     layers = setup.shape.layers // 3
     size = 64 if setup.shape.hidden < 64 else 2048
-    a, b = (torch.randn(size, size, device=setup.device, dtype=setup.base.dtype) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         # One more than rounds, because a GPU is warmed up.
         first, *later = [setup.language_model(layers, cache_folder=folder) for _ in range(2 + count)]
@@ -47,7 +46,11 @@ def reading(setup: Setup) -> list[Result]:
             index = next(known)
             later[index].features(collections[index])
 
-        sides = {"first run": read_first, "later run": read_again, "matrix product": lambda: a @ b}
+        sides = {
+            "first run": read_first,
+            "later run": read_again,
+            "matrix product": product(setup.device, setup.arithmetic, size),
+        }
         seconds = interleave(sides, setup.device, budget=sizes.budget, rounds=(min(count, sizes.rounds[0]), count))
     tokens = sum(len(e) for episode in collections for task in episode.examples for e in task if e) / len(collections)
     work = sum(_operations(setup, first, episode) for episode in collections) / len(collections)

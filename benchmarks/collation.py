@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from cases import TrainingStep
 from harness import interleave, machine, ratio, ratio_of_fastest, spread
-from workload import SHAPES, Setup, Sizes, build_setup, word_tokenizer
+from workload import FLOAT32, SHAPES, Setup, Sizes, build_setup, word_tokenizer
 
 from bayes_lora.cli.show import load_encoder
 from bayes_lora.episodes import Encoder, Episode, EpisodeSampler, collate, packing
@@ -145,7 +145,7 @@ def main(given: list[str] | None = None) -> None:
     result: dict[str, Any] = {"machine": machine(torch.device("cpu")), "tokenizer": args.tokenizer or "words"}
     result |= {"tasks": len(tasks), "lines": lines}
     if not args.no_step:
-        setup = build_setup(shape, sizes, torch.device("cpu"), torch.float32, 1.0)
+        setup = build_setup(shape, sizes, torch.device("cpu"), FLOAT32, 1.0)
         result["step"] = training_steps(setup, tasks, encoders[0], 1 if args.quick else 4)
         print(f"training step: {ALONE} takes {result['step']['ratio']:.2f} times as long")
     write_json(args.output, result)

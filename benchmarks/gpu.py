@@ -24,8 +24,10 @@ from rich.table import Table
 from speed import RESULTS, add_arguments, chosen_cases, run_cases
 from workload import SHAPES, Shape, Sizes, build_setup
 
+from bayes_lora.lm.arithmetic import Arithmetic
 from bayes_lora.utils.storage import write_json
 
+ARITHMETIC = Arithmetic(torch.bfloat16, "torch")
 # Longer prompts than on a CPU.
 GPU_SIZES = replace(Sizes(), prompt=(96, 128), queries=32, wide_queries=32, budget=12.0, rounds=(5, 30))
 
@@ -40,7 +42,7 @@ def measure(shape: Shape, args: argparse.Namespace, names: list[str], rate: floa
     """Run all cases for one shape."""
     device = torch.device(args.device)
     sizes = Sizes.quick() if args.quick else GPU_SIZES
-    setup = build_setup(shape, sizes, device, torch.bfloat16, rate)
+    setup = build_setup(shape, sizes, device, ARITHMETIC, rate)
     results, profile, took = run_cases(setup, names, console)
     peak = peak_flops(device)
     return {
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("No CUDA device was found. Run this on a machine with a GPU, or try it with --device cpu --quick.")
     console, started, device = Console(), time.perf_counter(), torch.device(args.device)
-    rate = matmul_rate(device, torch.bfloat16, 64 if args.quick else 8192, 0.0 if args.quick else 1.0)
+    rate = matmul_rate(device, ARITHMETIC, 64 if args.quick else 8192, 0.0 if args.quick else 1.0)
     measured = []
     for name in args.shapes.split(","):
         shape = SHAPES[name].tiny() if args.quick else SHAPES[name]

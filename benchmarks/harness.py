@@ -17,7 +17,11 @@ import peft
 import pyro
 import torch
 import transformers
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+
+from bayes_lora.lm.arithmetic import Arithmetic
+from bayes_lora.lm.onednn_linear import onednn_linear
 
 # The profiler writes a line to standard error whenever it starts or stops; this is above all its levels.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -178,10 +182,16 @@ def _cpu_memory(run: Callable[[], Any], device: torch.device) -> Memory:
     return Memory(peak, live)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 1.0) -> float:
+def product(device: torch.device, arithmetic: Arithmetic, size: int) -> Callable[[], torch.Tensor]:
+    """A large product of square matrices, by the same kernels as the linear layers of a model."""
+    a, b = (torch.randn(size, size, device=device, dtype=arithmetic.dtype) for _ in range(2))
+    return (lambda: onednn_linear(a, b)) if arithmetic.linear_backend == "onednn" else (lambda: F.linear(a, b))
+
+
+def matmul_rate(device: torch.device, arithmetic: Arithmetic, size: int, seconds: float = 1.0) -> float:
     """Operations per second of a large matrix product, as a measure of the machine's speed."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = interleave({"product": lambda: a @ b}, device, budget=seconds, rounds=(3, 1000))
+    run = product(device, arithmetic, size)
+    times = interleave({"product": run}, device, budget=seconds, rounds=(3, 1000))
     return 2 * size**3 / median(times["product"])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from cases import training_episode
-from workload import SHAPES, Sizes, build_setup
+from workload import FLOAT32, SHAPES, Sizes, build_setup
 
 from bayes_lora.guides import Laplace
 from bayes_lora.models import HierarchicalNormal
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     shape = SHAPES["smollm2-135m"].tiny() if args.quick else SHAPES["smollm2-135m"]
     sizes = Sizes(tasks=1, examples=16, options=(4,), prompt=tuple(args.prompt))
-    setup = build_setup(shape, sizes, torch.device("cpu"), torch.float32, 1.0)
+    setup = build_setup(shape, sizes, torch.device("cpu"), FLOAT32, 1.0)
     lm = setup.language_model()
     support = training_episode(setup, lm)[1].support.without_task_ids()
     model = HierarchicalNormal(lm, lm.sites.initial())

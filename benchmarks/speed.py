@@ -23,6 +23,8 @@ from reporting import plot, print_profile, print_table
 from rich.console import Console
 from workload import SHAPES, Setup, Sizes, build_setup
 
+from bayes_lora.lm.arithmetic import arithmetic_used, choose_arithmetic
+from bayes_lora.lm.model_files import cache_folder
 from bayes_lora.utils.storage import write_json
 
 CASES: dict[str, Callable[[Setup], Any]] = {
@@ -75,6 +77,8 @@ def chosen_cases(parser: argparse.ArgumentParser, only: str | None) -> list[str]
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, RESULTS / "speed-cpu.json")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of both sides; by default the fastest")
+    parser.add_argument("--linear-backend", choices=["torch", "onednn"], help="of both sides; by default the fastest")
     args = parser.parse_args(arguments)
     args.output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes of measuring
     names = chosen_cases(parser, args.only)
@@ -82,13 +86,15 @@ def main(arguments: list[str] | None = None) -> None:
     shape, sizes = SHAPES["smollm2-135m"], Sizes()
     if args.quick:
         shape, sizes = shape.tiny(), Sizes.quick()
-    rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048, 0.0 if args.quick else 1.0)
-    setup = build_setup(shape, sizes, device, torch.float32, rate)
+    arithmetic = choose_arithmetic(args.dtype, args.linear_backend, device, cache_folder())
+    rate = matmul_rate(device, arithmetic, 64 if args.quick else 2048, 0.0 if args.quick else 1.0)
+    setup = build_setup(shape, sizes, device, arithmetic, rate)
     results, profile, took = run_cases(setup, names, console)
     write_json(
         args.output,
         {
             "machine": machine(device) | {"matmul_flops_per_second": rate},
+            "arithmetic": arithmetic_used(setup.base).to_dict(),
             "shape": vars(shape),
             "sizes": vars(sizes),
             "results": [line.to_dict() for line in results],

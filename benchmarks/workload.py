@@ -18,11 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from bayes_lora.episodes import PromptTemplate
+from bayes_lora.lm.arithmetic import Arithmetic
 from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.onednn_linear import use_onednn
 from bayes_lora.tasks import Example, Task
 
 WORDS = 4096
+FLOAT32 = Arithmetic(torch.float32, "torch")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Setup:
     sizes: Sizes
     base: Any
     tokenizer: PreTrainedTokenizerFast
+    arithmetic: Arithmetic
     flops_per_second: float
 
     @property
@@ -165,7 +169,9 @@ class Setup:
         return Task(f"task-{seed}", tuple(support), tuple(query))
 
 
-def build_setup(shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.dtype, flops_per_second: float) -> Setup:
+def build_setup(
+    shape: Shape, sizes: Sizes, device: torch.device, arithmetic: Arithmetic, flops_per_second: float
+) -> Setup:
     """Make a model with random weights on the device on which it runs."""
     settings: dict[str, Any] = dict(
         vocab_size=shape.vocab,
@@ -180,8 +186,11 @@ def build_setup(shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.d
     config = (LlamaConfig if shape.kind == "llama" else Qwen2Config)(**settings)
     torch.manual_seed(0)
     with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return Setup(shape, sizes, base.requires_grad_(False).eval(), word_tokenizer(shape.vocab), flops_per_second)
+        base = AutoModelForCausalLM.from_config(config, dtype=arithmetic.dtype)
+    if arithmetic.linear_backend == "onednn":
+        use_onednn(base)
+    tokenizer = word_tokenizer(shape.vocab)
+    return Setup(shape, sizes, base.requires_grad_(False).eval(), tokenizer, arithmetic, flops_per_second)
 
 
 def twin(model: nn.Module) -> Any:

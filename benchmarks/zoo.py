@@ -17,7 +17,7 @@ import torch
 from cases import TrainingStep, state_bytes, training_episode
 from harness import interleave, machine, matmul_rate, memory, ratio
 from stock import Stock
-from workload import SHAPES, Setup, Sizes, build_setup
+from workload import FLOAT32, SHAPES, Setup, Sizes, build_setup
 
 from bayes_lora import guides, models
 from bayes_lora.episodes import Episode
@@ -93,7 +93,7 @@ def passes(device: torch.device) -> dict[str, dict[str, float]]:
 
     They do not depend on the shape, so they are counted for a tiny one.
     """
-    setup = build_setup(TINY, Sizes.quick(), device, torch.float32, 1.0)
+    setup = build_setup(TINY, Sizes.quick(), device, FLOAT32, 1.0)
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     found = {}
@@ -151,9 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
         sizes = replace(sizes, examples=args.examples)
     if args.quick:
         shape, sizes, rounds = TINY, Sizes.quick(), (1, 1)
-    rate = matmul_rate(device, torch.float32, 64 if args.quick else 2048, 0.0 if args.quick else 1.0)
+    rate = matmul_rate(device, FLOAT32, 64 if args.quick else 2048, 0.0 if args.quick else 1.0)
     only = [name.strip() for name in args.only.split(";") if name.strip()]
-    lines = measure(build_setup(shape, sizes, device, torch.float32, rate), only, rounds)
+    lines = measure(build_setup(shape, sizes, device, FLOAT32, rate), only, rounds)
     lines = [line | {"examples": sizes.examples} for line in lines]
     if only and args.output.exists():
         lines += [line for line in read_json(args.output)["lines"] if line["name"] not in only]

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
+from bayes_lora.lm.arithmetic import Arithmetic
 from bayes_lora.tasks import Example
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder, monkeypat
 def tiny_setup(name="smollm2-135m"):
     from workload import SHAPES, Sizes, build_setup
 
-    return build_setup(SHAPES[name].tiny(), Sizes.quick(), torch.device("cpu"), torch.float32, 1e9)
+    return build_setup(SHAPES[name].tiny(), Sizes.quick(), torch.device("cpu"), Arithmetic(torch.float32, "torch"), 1e9)
 
 
 def check_results(results):
