@@ -294,3 +294,23 @@ def test_the_ends_of_options_are_measured(tmp_path, model_folder, monkeypatch):
     tokens = {kind: found[kind]["tokens"] for kind in ("Never", "AnswerTokens", "Always")}
     assert found["ended"] == 6 and tokens["Never"] < tokens["AnswerTokens"] < tokens["Always"]
     assert found["Never"]["nll"] != found["AnswerTokens"]["nll"]
+
+
+@pytest.mark.slow
+def test_the_latency_of_commands_is_measured(tmp_path, model_folder, capsys, monkeypatch):
+    import latency
+
+    monkeypatch.setenv("BAYES_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    output = tmp_path / "latency.json"
+    latency.main(["--model", str(model_folder), "--rounds", "1", "--output", str(output)])
+    found = {line["case"]: line for line in json.loads(output.read_text())["results"]}
+    assert list(found) == ["help", "usage", "missing", "adapt", "predict"]
+    for line in found.values():
+        [side] = line["sides"].values()
+        assert len(side["seconds"]) == len(side["cpu_seconds"]) == 1 and side["seconds"][0] > 0
+    for name, last in (("adapt", "export"), ("predict", "infer")):
+        parts = found[name]["details"]["parts"]
+        assert {"import", "load", "read", "infer", "hash the weights", last} <= set(parts)
+        assert "check the forward" not in parts  # an earlier process passed it
+    assert "adapt to 16 rows" in capsys.readouterr().out
