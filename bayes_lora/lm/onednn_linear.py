@@ -49,7 +49,7 @@ def use_onednn(model: nn.Module) -> None:
 @contextmanager
 def torch_linears(model: nn.Module) -> Iterator[None]:
     """Compute all linear layers by torch's default inside the block."""
-    changed = [module for module in model.modules() if type(module) is OneDnnLinear]
+    changed: list[nn.Module] = [module for module in model.modules() if type(module) is OneDnnLinear]
     for module in changed:
         module.__class__ = nn.Linear
     try:
