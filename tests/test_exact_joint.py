@@ -44,7 +44,7 @@ from bayes_lora.infer.predictive import draw_phi
 FLAT = slice(None), 0, 0, 0  # of (T, 1, 1, 1, r)
 
 
-def train(objective, episode, steps, rate=0.01):
+def train(objective, episode, steps=400, rate=0.03):
     parameters = [p for name, p in objective.named_parameters() if "theta" not in name]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     for step in range(steps):
@@ -72,8 +72,8 @@ def kronecker_laplace(model, **kwargs):
         steps=400,
         learning_rate=0.02,
         optimizer="sgd",
-        num_fisher_samples=4000,
-        batch_size=7,
+        num_fisher_samples=2000,
+        batch_size=18,
         curvature="kronecker",
         **kwargs,
     )
@@ -81,10 +81,10 @@ def kronecker_laplace(model, **kwargs):
 
 # Name to guide, steps of training, and the bound on its divergence from the posterior in nats.
 GUIDES = {
-    "gradient, low rank": (lambda model: descent(model, steps=600, family=LowRank(1, start=0.5)), 0, 0.005),
-    "gradient, matrix normal": (lambda model: descent(model, steps=600, family=MatrixNormal()), 0, 0.005),
-    "mean field, low rank": (lambda model: MeanField(model, 3, family=LowRank(1, start=0.5)), 1500, 0.01),
-    "mean field, matrix normal": (lambda model: MeanField(model, 3, family=MatrixNormal()), 1500, 0.01),
+    "gradient, low rank": (lambda model: descent(model, steps=400, family=LowRank(1, start=0.5)), 0, 0.005),
+    "gradient, matrix normal": (lambda model: descent(model, steps=400, family=MatrixNormal()), 0, 0.005),
+    "mean field, low rank": (lambda model: MeanField(model, 3, family=LowRank(1, start=0.5)), 400, 0.01),
+    "mean field, matrix normal": (lambda model: MeanField(model, 3, family=MatrixNormal()), 400, 0.01),
     "Laplace, Kronecker": (kronecker_laplace, 0, 0.002),
 }
 
@@ -97,7 +97,7 @@ def test_the_posterior_is_exact_with_its_correlations(name):
     torch.manual_seed(1)
     guide = make(model)
     if steps:
-        train(BetaELBO(model, guide, num_particles=64), episode, steps)
+        train(BetaELBO(model, guide, num_particles=512), episode, steps)
     with torch.no_grad():
         [fn] = guide.posterior(episode, model.initial_theta()).values()
         found = MultivariateNormal(*moments(fn))
@@ -259,7 +259,7 @@ def test_an_ensemble_of_mean_fields():
     with torch.no_grad():
         for parameter in ensemble.members[1].tables.parameters():
             parameter += 0.5
-    train(BetaELBO(model, ensemble, num_particles=64), episode, 1500)
+    train(BetaELBO(model, ensemble, num_particles=256), episode, 700)
     mean, precision = exact_posterior(x, y)
     sd = precision.diagonal(dim1=-2, dim2=-1).rsqrt()
     for member in ensemble.members:
@@ -289,7 +289,7 @@ def test_dropout_regularises_by_the_features_energy():
     episode, model = linear_episode(x, y), LinearModel()
     torch.manual_seed(1)
     guide = MCDropout(model, rate=0.3)
-    train(BetaELBO(model, guide, num_particles=256), episode, 800)
+    train(BetaELBO(model, guide, num_particles=256), episode)
     f, extra = x @ A.T, 0.3 / 0.7
     gram = (f.mT @ f / NOISE**2).sum(0)
     eye = torch.eye(RANK, dtype=f.dtype)
@@ -332,7 +332,7 @@ def test_the_flow_bounds_the_evidence():
     guide = FlowNetwork(
         model, directions=4, hidden=32, bilinear=2, dropout=0.0, start=0.5, num_components=2000
     ).double()
-    objective = train(BetaELBO(model, guide, num_particles=64), episode, 1500)
+    objective = train(BetaELBO(model, guide, num_particles=64), episode, 600)
     with torch.no_grad():
         [fn] = guide.posterior(episode, model.initial_theta()).values()
         losses = torch.stack([objective(episode) for _ in range(50)])
