@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = Path(__file__).parent / "results" / "arithmetic-cpu.json"
     parser.add_argument("--output", type=Path, default=results, help="a JSON file")
     args = parser.parse_args(arguments)
-    console, device = Console(), torch.device("cpu")
+    console, device = Console(width=120), torch.device("cpu")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     tasks = list(bayes_lora.demo_tasks()[1].values())
     names = [name for name in SETTINGS if has_onednn() or "oneDNN" not in name]

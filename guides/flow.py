@@ -125,7 +125,8 @@ class FlowNetwork(GuideNetwork):
         for site, prior in priors.items():
             normal, basis = moment_matched(prior), self._get("directions", site).flatten(-2)
             # The part of phi, in prior standard deviations, that the directions have to explain.
-            rest = ((phi[site] - normal.loc) / normal.scale).squeeze(-4) - self.residual_write(site, code)
+            rest, written = ((phi[site] - normal.loc) / normal.scale).squeeze(-4), self.residual_write(site, code)
+            rest = rest if written is None else rest - written
             gram = basis @ basis.mT + 1e-6 * torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
             projected = torch.einsum("lmw,...lw->...lm", basis, rest.flatten(-2))
             solved = torch.linalg.solve(gram, projected[..., None])[..., 0]

@@ -24,13 +24,13 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bayes_lora.distributions.moments import moment_matched
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.guides.task_guide import TaskGuide, check_moments
 from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.types import Model, Sites, ThetaFactory
+from bayes_lora.utils.directions import moved
 from bayes_lora.utils.ranges import Count, Fraction
 
 __all__ = ["GuideNetwork"]
@@ -112,27 +112,20 @@ class GuideNetwork(TaskGuide):
         head = self.coefficients(site, code)
         mixed = head[..., :-1] if added is None else head[..., :-1] + added
         log_ratio = self._get("log_scale", site) + head[..., -1][:, None, :, None, None]
-        # Backward computes the shift again: kept per task, it would be as large as a draw of the weights.
-        moved = checkpoint(
-            _moved,
-            loc,
-            scale,
-            mixed,
-            self._get("directions", site),
-            self.residual_write(site, code),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        mean = moved(loc, scale, mixed, self._get("directions", site), self.residual_write(site, code))
         # One exponential, because backward keeps the output of every further operation.
         scale = (scale.log() + log_ratio).exp()
-        found: dist.TorchDistribution = dist.Normal(moved, scale).to_event(3)
+        found: dist.TorchDistribution = dist.Normal(mean, scale).to_event(3)
         return found
 
-    def residual_write(self, site: str, code: Code) -> Tensor | float:
-        """Return the terms in u and r_j, in prior standard deviations, ``(T, layers, out, in)``."""
+    def residual_write(self, site: str, code: Code) -> Tensor | None:
+        """Return the terms in u and r_j, in prior standard deviations, ``(T, layers, out, in)``.
+
+        None for a site whose rows are not coordinates of the residual stream.
+        """
         layers = self.model.initial[site].shape[0]
         if not self._writes(site):
-            return 0.0
+            return None
         weight = self._get("write", site)(code.pooled).unflatten(-1, (layers, -1))
         each = self._get("write_each", site)(code.each).unflatten(-1, (layers, -1))
         return torch.einsum("tli,to->tloi", weight, code.bias) + torch.einsum("tsli,tso->tloi", each, code.residual)
@@ -186,12 +179,6 @@ class Code(NamedTuple):
     each: Tensor
     bias: Tensor
     residual: Tensor
-
-
-def _moved(loc: Tensor, scale: Tensor, mixed: Tensor, directions: Tensor, written: Tensor | float) -> Tensor:
-    """Return the mean: ``loc`` plus, in prior standard deviations, the mixture of directions and what is written."""
-    shift = torch.einsum("...tlm,lmoi->...tloi", mixed, directions) + written
-    return torch.addcmul(loc, scale, shift.unsqueeze(-4))
 
 
 def zero_linear(inputs: int, outputs: int) -> PyroModule:

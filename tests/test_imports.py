@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,23 @@ def test_the_version_is_that_of_the_package(tmp_path):
     words = [sys.executable, "-m", "bayes_lora.cli", "--version"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"bayes-lora {bayes_lora.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_idle_threads_of_commands_sleep_unless_the_user_says_otherwise(given, expected):
+    """Set before torch is imported, which reads it."""
+    code = "import os, sys; from bayes_lora.cli.main import main; sys.argv = ['bayes-lora', '--version']\n"
+    code += "try: main()\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    own = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=own | given, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{expected} False"
 
 
 TABLE = ["--tasks", "table.csv", "--run", "new"]

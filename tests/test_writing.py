@@ -2,6 +2,7 @@
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from bayes_lora.errors import RunFolderError
 from bayes_lora.runs import report
 from bayes_lora.runs.report import Comparison
 from bayes_lora.utils import storage
-from bayes_lora.utils.storage import new_folder, read_tensors, write_json, write_tensors
+from bayes_lora.utils.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 
 
 def full(*_, **__):
@@ -58,10 +59,12 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("renamed"), replace(*paths)))
     write_tensors(tmp_path / "a", {"a": torch.zeros(2)})
-    assert order == [".a.tmp", "renamed", tmp_path.name]
+    temporary, *rest = order
+    assert temporary.startswith(".a.") and rest == ["renamed", tmp_path.name]
     order.clear()
     write_json(tmp_path / "b", {})
-    assert order == [".b.tmp", "renamed", tmp_path.name]
+    temporary, *rest = order
+    assert temporary.startswith(".b.") and rest == ["renamed", tmp_path.name]
     assert read_tensors(tmp_path / "a")["a"].tolist() == [0.0, 0.0]
 
 
@@ -72,3 +75,13 @@ def test_a_report_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "reliability_diagram", full)
     with pytest.raises(RunFolderError, match="reliability.png cannot be written: .*No space left"):
         Comparison({}).write(tmp_path / "report")
+
+
+def test_a_file_may_be_written_by_several_at_once(tmp_path):
+    """Each writes its own temporary file, and the last one to be renamed is whole."""
+    values = [{"writer": index, "rest": ["x" * 2000] * 50} for index in range(8)]
+    with ThreadPoolExecutor(len(values)) as threads:
+        for _ in range(20):
+            list(threads.map(lambda value: write_json(tmp_path / "a.json", value), values))
+            assert read_json(tmp_path / "a.json") in values
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

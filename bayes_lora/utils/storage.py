@@ -151,7 +151,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file that replaces ``path`` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # of this process and thread alone
     with writing(path):
         try:
             yield temporary
