@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_tasks
 
+from bayes_lora.distributions.joint_normal import JointNormal, SiteNormal
 from bayes_lora.episodes import collate
 from bayes_lora.infer.score_posterior import score_posterior
 from bayes_lora.infer.tangent import tangent
@@ -44,7 +45,7 @@ def test_kernels_and_changes_are_products_with_the_gradients(lm):
     found = tangent(model, episode, theta, phi, unit)
     tasks, rows, options = episode.shape
     weights = torch.randn(tasks, rows * options, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    change = found.change(weights)
+    change = {site: value[..., 0] for site, value in found.combined(weights[..., None]).items()}
     for site, kernel in found.kernels().items():
         assert kernel.shape == (tasks, model.initial[site].shape[0], rows * options, rows * options)
         for t in range(tasks):
@@ -65,7 +66,7 @@ def test_where_weights_move_little_the_mode_is_that_of_the_network(lm):
     found = tangent(model, episode, theta, loc, unit)
     kernel = sum(value.sum(1) for value in found.kernels().values())
     posterior = score_posterior(found.scores, kernel, episode.answer, episode.option_mask)
-    change = found.change(posterior.weights)
+    change = {site: value[..., 0] for site, value in found.combined(posterior.weights[..., None]).items()}
 
     def slope(u):
         u = {site: value.clone().requires_grad_() for site, value in u.items()}
@@ -79,3 +80,32 @@ def test_where_weights_move_little_the_mode_is_that_of_the_network(lm):
     assert slope(change) < 1e-3 * before
     moved = sum(value.square().sum() for value in change.values()).sqrt()
     assert before > 0.3 * moved > 0
+
+
+def test_the_posterior_of_the_weights_is_a_joint_normal(lm):
+    """Its divergence from the prior is that of the scores, and so is the covariance of its linear scores."""
+    model, episode, theta, _, _ = setup(lm)
+    theta = {name: value / 100 if "precision" in name else value for name, value in theta.items()}
+    prior = model.phi_prior(theta)
+    loc, unit = (
+        {site: getattr(fn, name).expand(3, 1, *fn.event_shape) for site, fn in prior.items()}
+        for name in ("mean", "stddev")
+    )
+    found = tangent(model, episode, theta, loc, unit)
+    kernel = sum(value.sum(1) for value in found.kernels().values())
+    posterior = score_posterior(found.scores, kernel, episode.answer, episode.option_mask)
+    mean, factor = (found.combined(value) for value in (posterior.weights[..., None], posterior.factor))
+    inner = posterior.inner[:, None]
+    joint = JointNormal({s: SiteNormal(loc[s] + unit[s] * mean[s][..., 0], unit[s], factor[s], inner) for s in loc})
+    torch.testing.assert_close(joint.divergence(prior)[:, 0], posterior.divergence)
+    # What a draw makes of each unit of noise.
+    sizes = [fn.loc[0].numel() for fn in joint.values()]
+    units = iter(torch.eye(sum(sizes), dtype=torch.float64).split(sizes, -1))
+    draws = joint.drawn(sum(sizes), lambda shape: next(units).view(-1, 1, 1, *shape[-3:]).expand(shape))
+    moved = sum(
+        torch.einsum("stloi,tjloi->tjs", ((draws[s] - joint[s].loc) / unit[s])[:, :, 0], g.flatten(1, 2))
+        for s, g in found.gradients.items()
+    )
+    covariance = kernel - kernel @ posterior.removed @ kernel
+    torch.testing.assert_close(moved @ moved.mT, covariance)
+    assert (covariance.diagonal(dim1=-2, dim2=-1) < 0.7 * kernel.diagonal(dim1=-2, dim2=-1)).any()

@@ -10,7 +10,8 @@ r"""Laplace's approximation of the posterior of option scores under a normal pri
 
 If the scores are linear in normal weights, :math:`f = m + J u` with :math:`u \sim \mathcal N(0, I)`, then
 :math:`C = J J^\top`, and the posterior of the weights is :math:`\mathcal N(J^\top a,\; I - J^\top R J)`, whose
-divergence and evidence are the same (Rasmussen and Williams, Gaussian Processes for Machine Learning, section 3.5).
+divergence and evidence are the same: a :class:`bayes_lora.distributions.joint_normal.JointNormal` with
+:math:`G = J^\top A` (Rasmussen and Williams, Gaussian Processes for Machine Learning, section 3.5).
 The number of weights does not matter: only C is needed.
 
 With :math:`W = A A^\top`, :math:`A_j = (\mathrm{diag}(\sqrt{p_j}) - p_j \sqrt{p_j}^\top) / \sqrt\beta`, all of this
@@ -35,16 +36,23 @@ class ScorePosterior(NamedTuple):
     Attributes:
         mode: f, ``(T, n * K)``; the prior's mean at absent options.
         weights: a, ``(T, n * K)``: the mode is ``m + C a``, and a query's mean ``m_q + C_q a``.
-        removed: R, ``(T, n * K, n * K)``: the covariance is ``C - C R C``, and a query's ``C_qq - C_q R C_q^T``.
+        factor: A, ``(T, n * K, n * K)``, with ``W = A A^T``.
+        inner: S, ``(T, n * K, n * K)``, the inverse of ``I + A^T C A``.
         divergence: from the prior, ``(T,)`` nats.
         log_evidence: log p(y), ``(T,)`` nats.
     """
 
     mode: Tensor
     weights: Tensor
-    removed: Tensor
+    factor: Tensor
+    inner: Tensor
     divergence: Tensor
     log_evidence: Tensor
+
+    @property
+    def removed(self) -> Tensor:
+        """R, ``A S A^T``: the covariance is ``C - C R C``, and a query's ``C_qq - C_q R C_q^T``."""
+        return self.factor @ self.inner @ self.factor.mT
 
 
 def score_posterior(
@@ -72,13 +80,13 @@ def score_posterior(
     scores = prior + _times(kernel, weights)
     # At the mode itself: the factor of the step belongs to its start, which has no gradient.
     factor, lower = _factors(scores, kernel, option_mask, beta)
-    inside = torch.linalg.solve_triangular(lower, factor.mT, upper=False)
-    removed = inside.mT @ inside
+    inner = torch.cholesky_inverse(lower)
     log_det = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     squared = (weights * _times(kernel, weights)).sum(-1)
-    divergence = 0.5 * (squared - (removed * kernel).sum((-2, -1)) + log_det)
+    removed = (inner * (factor.mT @ kernel @ factor)).sum((-2, -1))
+    divergence = 0.5 * (squared - removed + log_det)
     likelihood = _log_likelihood(scores, gold, option_mask) / beta
-    return ScorePosterior(scores, weights, removed, divergence, likelihood - 0.5 * squared - 0.5 * log_det)
+    return ScorePosterior(scores, weights, factor, inner, divergence, likelihood - 0.5 * squared - 0.5 * log_det)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

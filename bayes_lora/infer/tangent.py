@@ -36,10 +36,10 @@ class Tangent(NamedTuple):
         rows = {site: value.flatten(1, 2).movedim(2, 1).flatten(3) for site, value in self.gradients.items()}
         return {site: value @ value.mT for site, value in rows.items()}
 
-    def change(self, weights: Tensor) -> Sites:
-        """Return ``J^T a`` in units, ``(T, 1, layers, out, in)`` per site, for weights a ``(T, N * K)``."""
+    def combined(self, weights: Tensor) -> Sites:
+        """Return ``J^T A`` per site, ``(T, 1, layers, out, in, r)``, for weights A ``(T, N * K, r)``."""
         return {
-            site: torch.einsum("tr,trloi->tloi", weights, value.flatten(1, 2))[:, None]
+            site: torch.einsum("tjr,tjloi->tloir", weights, value.flatten(1, 2))[:, None]
             for site, value in self.gradients.items()
         }
 
