@@ -84,7 +84,8 @@ class SiteNormal(WeightDistribution):
         each = 0.5 * (self.squared_distance(normal) - 1.0) - (self.scale / normal.scale).log()
         eye = torch.eye(self.inner.shape[-1], dtype=self.inner.dtype, device=self.inner.device)
         log_det = torch.linalg.slogdet(eye - self.inner @ self.gram())[1]
-        return each.sum((-3, -2, -1)) - 0.5 * log_det
+        found: Tensor = each.sum((-3, -2, -1)) - 0.5 * log_det
+        return found
 
     @property
     def mean(self) -> Tensor:
