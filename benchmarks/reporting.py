@@ -30,8 +30,8 @@ MET, MISSED, INK = "#0072b2", "#d55e00", "#333333"
 
 
 def quantity(value: float, unit: str) -> str:
-    """A value with its unit: ``1.07 x`` or ``43 ms``."""
-    return f"{value:.0f} ms" if unit == "ms" else f"{value:.3g} x" if value >= 100 else f"{value:.2f} x"
+    """A value with its unit: ``1.095 x``, ``17.4 x`` or ``43 ms``."""
+    return f"{value:.0f} ms" if unit == "ms" else f"{value:.3g} x" if value >= 10 else f"{value:.3f} x"
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
