@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -35,16 +36,21 @@ def settings(*more):
     return [word for setting in (*SMALL, *more) for word in ("--set", setting)]
 
 
+ARITHMETIC = r"^.*tiny-llama: float32 on .*, \d+ threads?\n"
+"""The line that says how the model computes."""
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run the command line; exit code, standard output, standard error."""
+    """Run the command line; exit code, standard output, standard error without the line of the arithmetic."""
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
         monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # main() sets it
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        return stop.value.code or 0, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, re.sub(ARITHMETIC, "", err, count=1, flags=re.MULTILINE)
 
     return call
 
@@ -764,3 +770,12 @@ def test_warnings_are_one_line_and_keep_their_brackets(call, monkeypatch):
     with cli.warnings.catch_warnings():
         cli.warnings.simplefilter("always")
         assert call() == (0, "", "warning: a [/b] c\n")
+
+
+def test_commands_say_how_the_model_computes(data, model_folder, tmp_path, monkeypatch, capsys):
+    words = ["fit", "--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder]
+    words += ["--set", "fit.steps=0", "--recipe", "lora"]
+    monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert re.search(ARITHMETIC, capsys.readouterr().err, re.MULTILINE)

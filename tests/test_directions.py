@@ -28,3 +28,32 @@ def test_value_and_gradients(draws_of_loc, draws_of_mixed, with_added):
     torch.testing.assert_close(found, loc + scale * shift[..., None, :, :, :])
     assert gradcheck(moved, (loc, scale, mixed, directions, added))
     assert gradgradcheck(moved, (loc, scale, mixed, directions, added))
+
+
+@pytest.mark.parametrize(("of_prior", "of_guide"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_the_guide_may_have_another_dtype_than_the_prior(of_prior, of_guide):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (LAYERS, OUT, IN),
+        (LAYERS, OUT, IN),
+        (TASKS, LAYERS, COUNT),
+        (LAYERS, COUNT, OUT, IN),
+        (TASKS, LAYERS, OUT, IN),
+    ]
+    dtypes = [of_prior, of_prior, of_guide, of_guide, of_guide]
+    values = [
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+
+    def plain(loc, scale, mixed, directions, added):
+        shift = torch.einsum("...tlm,lmoi->...tloi", mixed, directions) + added
+        return torch.addcmul(loc, scale, shift.unsqueeze(-4))
+
+    found, expected = moved(*values), plain(*values)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape, generator=generator).to(found.dtype)
+    gradients = [torch.autograd.grad((value * weights).sum(), values) for value in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -20,7 +20,7 @@ from bayes_lora.lm.loading import inject, load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.runs import folder as run_folder
+from bayes_lora.runs import loading
 from bayes_lora.runs.dry_run import read_architecture
 from bayes_lora.tasks.readers import parquet_files
 from bayes_lora.tasks.readers.card import read_card
@@ -177,15 +177,15 @@ def test_the_name_of_a_model_is_told_before_it_is_fetched(run, monkeypatch, toke
         assert settings.cache_folder is None and settings.cache_gib == 4.0
         return build_lm("llama", tokenizer)
 
-    monkeypatch.setattr(run_folder, "build_language_model", build)
+    monkeypatch.setattr(loading, "build_language_model", build)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run_folder.load_posterior(run)
+        loading.load_posterior(run)
     told = "config.json names the language model 'someone/a-model', which is not on this machine: it is downloaded"
     assert len(seen) == 1 and told in seen[0]
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(model_files, "_find_in_hub_cache", lambda *_: tmp_path)
-    run_folder.load_posterior(run)  # warnings are errors
+    loading.load_posterior(run)  # warnings are errors
 
 
 def test_the_name_of_an_adapter_is_told_too(tmp_path, model_folder):
@@ -201,14 +201,14 @@ def test_a_rank_of_the_settings_is_compared_before_the_model_is_loaded(run, monk
     facts = json.loads((run / "config.json").read_text())
     facts["language_model"]["r"] = 10**7
     (run / "config.json").write_text(json.dumps(facts))
-    monkeypatch.setattr(run_folder, "build_language_model", None)
-    refused(PosteriorError, lambda: run_folder.load_posterior(run), "config.json is damaged: expected the rank")
+    monkeypatch.setattr(loading, "build_language_model", None)
+    refused(PosteriorError, lambda: loading.load_posterior(run), "config.json is damaged: expected the rank")
 
 
 @pytest.mark.parametrize("content", ["[]", "[" * 100_000, '{"guide": ' + "[" * 60 + "]" * 60 + "}", "null", "{"])
 def test_damaged_settings_of_a_run_are_refused(run, content):
     (run / "config.json").write_text(content)
-    refused(BayesLoraError, lambda: run_folder.load_posterior(run), "config.json")
+    refused(BayesLoraError, lambda: loading.load_posterior(run), "config.json")
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's

@@ -21,7 +21,7 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.runs import folder as run_folder
+from bayes_lora.runs import loading
 from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from bayes_lora.tasks.readers.table_rows import read_table
 
@@ -73,9 +73,9 @@ def read(kind, run, lm, support):
     """Load what is in a folder, and return what it predicts."""
     if kind == "config":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_folder, "build_language_model", lambda settings: settings)
-            patch.setattr(run_folder, "warn_of_download", lambda *_, **__: None)
-            return run_folder.load_language_model_of(run)
+            patch.setattr(loading, "build_language_model", lambda settings: settings)
+            patch.setattr(loading, "warn_of_download", lambda *_, **__: None)
+            return loading.load_language_model_of(run)
     if kind == "table":
         return read_table(run / "table.parquet").rows
     if kind == "checkpoint":

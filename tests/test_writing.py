@@ -27,7 +27,9 @@ def test_a_disk_that_cannot_be_written_is_one_error(tmp_path, monkeypatch, what)
     }[what]
     write()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    monkeypatch.setattr(storage, "save_file", lambda *_: (_ for _ in ()).throw(storage.SafetensorError("no room")))
+    monkeypatch.setattr(
+        "safetensors.torch.save_file", lambda *_: (_ for _ in ()).throw(storage.SafetensorError("no room"))
+    )
     monkeypatch.setattr(storage.Path, "mkdir", full)
     monkeypatch.setattr(storage.Path, "write_text", full)
     with pytest.raises(RunFolderError, match="x cannot be written: .*(No space left|no room).*choose another folder"):

@@ -37,7 +37,7 @@ class _Moved(torch.autograd.Function):
         ctx: Any, loc: Tensor, scale: Tensor, mixed: Tensor, directions: Tensor, added: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(scale, mixed, directions, added)
-        ctx.loc = loc.shape
+        ctx.loc = loc.shape, loc.dtype
         return torch.addcmul(loc, scale, _shift(mixed, directions, added))
 
     @staticmethod
@@ -46,11 +46,12 @@ class _Moved(torch.autograd.Function):
         (gradient,) = gradients
         scale, mixed, directions, added = ctx.saved_tensors
         to_loc, to_scale, to_mixed, to_directions, to_added = ctx.needs_input_grad
-        of_shift = (gradient * scale).squeeze(-4)
+        of_shift = (gradient * scale).squeeze(-4).to(mixed.dtype)  # a guide may have another dtype than its prior
+        shape, dtype = ctx.loc
         return (
-            gradient.sum_to_size(ctx.loc) if to_loc else None,
-            (gradient * _shift(mixed, directions, added)).sum_to_size(scale.shape) if to_scale else None,
+            gradient.sum_to_size(shape).to(dtype) if to_loc else None,
+            (gradient * _shift(mixed, directions, added)).sum_to_size(scale.shape).to(scale) if to_scale else None,
             torch.einsum("...tloi,lmoi->...tlm", of_shift, directions).sum_to_size(mixed.shape) if to_mixed else None,
             torch.einsum("...tlm,...tloi->lmoi", mixed, of_shift) if to_directions else None,
-            of_shift.sum_to_size(added.shape) if to_added else None,
+            of_shift.sum_to_size(added.shape).to(added.dtype) if to_added and added is not None else None,
         )
