@@ -774,7 +774,7 @@ def test_warnings_are_one_line_and_keep_their_brackets(call, monkeypatch):
 
 def test_commands_say_how_the_model_computes(data, model_folder, tmp_path, monkeypatch, capsys):
     words = ["fit", "--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder]
-    words += ["--set", "fit.steps=0", "--recipe", "lora"]
+    words += ["--set", "fit.steps=1", "--set", "episodes.num_support=999"]
     monkeypatch.setattr(sys, "argv", ["bayes-lora", *map(str, words)])
     with pytest.raises(SystemExit):
         cli.main()
