@@ -25,8 +25,8 @@ ROUNDS = 3
 def reading(setup: Setup) -> list[Result]:
     """Read new examples, then read them as a later run does, next to the rate of a large matrix product.
 
-    Every round has its own examples. A later run has a language model of its own that shares a folder with the first;
-    its self-check and the hash of its weights, which are made once per run, are not timed here.
+    Each round reads different examples. The later run is a new language model with the same cache folder. Its
+    self-check and the hash of its weights, which happen once per run, are not timed.
     """
     sizes, count = setup.sizes, min(ROUNDS, setup.sizes.rounds[1])
     layers = setup.shape.layers // 3

@@ -110,7 +110,7 @@ def passes(device: torch.device) -> dict[str, dict[str, float]]:
 
 
 def measure(setup: Setup, only: list[str], rounds: tuple[int, int]) -> list[dict[str, Any]]:
-    """Measure each prior and guide, or some, in at least and at most so many rounds."""
+    """Measure all priors and guides, or only some. ``rounds`` are the minimum and maximum number of rounds."""
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     lm.features(episode)

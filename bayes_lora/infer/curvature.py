@@ -19,7 +19,7 @@ from torch import Tensor
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.types import Sites
 
-__all__ = ["Sides", "diagonal", "gradients_of_examples", "kronecker"]
+__all__ = ["Sides", "diagonal", "gradients_of_examples", "kronecker", "scores_of_examples"]
 
 
 class Sides(NamedTuple):
@@ -65,17 +65,39 @@ def gradients_of_examples(
         num_samples: answers drawn per example, with one backward pass each.
         batch_size: examples per pass.
     """
-    counts = support.mask.sum(-1)
-    task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    for start in range(0, len(task_of), batch_size):
-        each, task = support.per_example(start, start + batch_size), task_of[start : start + batch_size]
-        own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
+    for task, _, own, scores in scores_of_examples(model, support, theta, phi, batch_size):
         with torch.enable_grad():
-            answers = model.answer(model.likelihood(model.shared(theta) | own, each))
+            answers = model.answer(scores)
             for i in range(num_samples):
                 log_prob: Tensor = answers.log_prob(answers.sample()).sum()
                 found = torch.autograd.grad(log_prob, list(own.values()), retain_graph=i + 1 < num_samples)
                 yield task, dict(zip(own, found, strict=True))
+
+
+def scores_of_examples(
+    model: Any, episode: Episode, theta: Sites, phi: Sites, batch_size: int
+) -> Iterator[tuple[Tensor, Episode, Sites, Tensor]]:
+    """Score examples in batches, each example with its own copy of the weights of its task.
+
+    Args:
+        model: a hierarchical model.
+        episode: T tasks with their examples.
+        theta: values of theta, which determine the LoRA sites that all tasks share.
+        phi: values of phi, ``(T, 1, layers, out, in)`` per random site.
+        batch_size: examples per forward.
+
+    Yields:
+        The task of each example ``(n,)``, the examples as tasks of their own, the copies ``(n, 1, layers, out, in)``
+        per random site, which require gradients, and the scores ``(n, 1, K)`` in nats.
+    """
+    counts = episode.mask.sum(-1)
+    task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    for start in range(0, len(task_of), batch_size):
+        each, task = episode.per_example(start, start + batch_size), task_of[start : start + batch_size]
+        own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
+        with torch.enable_grad():
+            scores = model.likelihood(model.shared(theta) | own, each)
+        yield task, each, own, scores
 
 
 def diagonal(passes: Iterator[tuple[Tensor, Sites]], phi: Sites, num_samples: int) -> Sites:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
+from bayes_lora.infer.curvature import scores_of_examples
 from bayes_lora.types import Sites
 
 __all__ = ["Tangent", "option_gradients", "tangent"]
@@ -79,14 +80,9 @@ def option_gradients(
 
     Scores and gradients of absent options are 0; K is the largest number of options in the batch.
     """
-    counts = episode.mask.sum(-1)
-    task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    for start in range(0, len(task_of), batch_size):
-        each, task = episode.per_example(start, start + batch_size), task_of[start : start + batch_size]
-        own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
+    for task, each, own, found in scores_of_examples(model, episode, theta, phi, batch_size):
         with torch.enable_grad():
-            scores = model.likelihood(model.shared(theta) | own, each)[:, 0]
-            scores = scores.masked_fill(~each.option_mask[:, 0], 0.0)
+            scores = found[:, 0].masked_fill(~each.option_mask[:, 0], 0.0)
             columns = []
             for k in range(scores.shape[-1]):
                 last = k + 1 == scores.shape[-1]
