@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from bayes_lora.infer.score_posterior import score_posterior
+from bayes_lora.infer.score_posterior import CategoricalAnswers, NormalAnswers, score_posterior
 
 DOUBLE = torch.float64
 
@@ -54,7 +54,7 @@ def laplace(mean, jacobian, answer, mask, beta):
 @pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
 def test_it_is_the_laplace_approximation_over_the_weights(scale, beta):
     mean, jacobian, answer, mask = problem(scale=scale)
-    found = score_posterior(mean, jacobian @ jacobian.mT, answer, mask, beta)
+    found = score_posterior(mean, jacobian @ jacobian.mT, CategoricalAnswers(answer, mask, beta))
     eye = torch.eye(jacobian.shape[-1], dtype=DOUBLE)
     for t in range(len(mean)):
         weights, covariance, evidence = laplace(mean[t], jacobian[t], answer[t], mask[t], beta)
@@ -76,7 +76,7 @@ def test_derivatives_are_those_of_the_whole_computation():
 
     def values(mean, log_scale):
         scaled = jacobian * log_scale.exp()
-        found = score_posterior(mean, scaled @ scaled.mT, answer, mask, 0.7)
+        found = score_posterior(mean, scaled @ scaled.mT, CategoricalAnswers(answer, mask, 0.7))
         cross = query * log_scale.exp() @ scaled.mT
         means = (cross @ found.weights[..., None])[..., 0]
         covariance = query @ query.mT * log_scale.exp() ** 2 - cross @ found.removed @ cross.mT
@@ -89,11 +89,11 @@ def test_derivatives_are_those_of_the_whole_computation():
 def test_padding_has_no_effect():
     mean, jacobian, answer, mask = problem()
     kernel = jacobian @ jacobian.mT
-    found = score_posterior(mean, kernel, answer, mask)
+    found = score_posterior(mean, kernel, CategoricalAnswers(answer, mask))
     rows = 3
     alone = [mean[:1, :rows], answer[:1, :rows], mask[:1, :rows]]
     size = rows * mean.shape[-1]
-    own = score_posterior(alone[0], kernel[:1, :size, :size], *alone[1:])
+    own = score_posterior(alone[0], kernel[:1, :size, :size], CategoricalAnswers(*alone[1:]))
     torch.testing.assert_close(found.weights[0, :size], own.weights[0])
     torch.testing.assert_close(found.removed[0, :size, :size], own.removed[0])
     torch.testing.assert_close(found.divergence[0], own.divergence[0])
@@ -101,14 +101,14 @@ def test_padding_has_no_effect():
     assert not found.weights[~mask.flatten(1)].any() and not found.removed[0, size:].any()
     # A gold option of -1 marks an example that is padding, too.
     marked = answer.masked_fill(~mask.any(-1), -1)
-    torch.testing.assert_close(score_posterior(mean, kernel, marked, mask).weights, found.weights)
+    torch.testing.assert_close(score_posterior(mean, kernel, CategoricalAnswers(marked, mask)).weights, found.weights)
 
 
 def test_half_of_beta_is_every_example_twice():
     mean, jacobian, answer, mask = problem(counts=((3, 2, 4),))
-    tempered = score_posterior(mean, jacobian @ jacobian.mT, answer, mask, 0.5)
+    tempered = score_posterior(mean, jacobian @ jacobian.mT, CategoricalAnswers(answer, mask, 0.5))
     twice = [torch.cat([value, value], 1) for value in (mean, jacobian, answer, mask)]
-    doubled = score_posterior(twice[0], twice[1] @ twice[1].mT, *twice[2:])
+    doubled = score_posterior(twice[0], twice[1] @ twice[1].mT, CategoricalAnswers(*twice[2:]))
     torch.testing.assert_close(tempered.divergence, doubled.divergence)
     torch.testing.assert_close(tempered.log_evidence, doubled.log_evidence)
 
@@ -116,7 +116,7 @@ def test_half_of_beta_is_every_example_twice():
 def test_the_evidence_is_the_integral_where_the_scores_hardly_move():
     """By Monte Carlo over weights; Laplace's error is of fourth order in their scale."""
     mean, jacobian, answer, mask = problem(scale=0.15)
-    found = score_posterior(mean, jacobian @ jacobian.mT, answer, mask)
+    found = score_posterior(mean, jacobian @ jacobian.mT, CategoricalAnswers(answer, mask))
     draws = torch.randn(200_000, jacobian.shape[-1], generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     for t in range(len(mean)):
         scores = (mean[t].flatten() + draws @ jacobian[t].mT).view(-1, *mean[t].shape)
@@ -134,7 +134,7 @@ def test_the_evidence_is_the_integral_where_the_scores_hardly_move():
 def test_the_mode_is_found_whatever_the_scale(scale, dtype):
     mean, jacobian, answer, mask = problem(seed=4, scale=scale, width=40)
     mean, jacobian = (100 * mean).to(dtype), jacobian.to(dtype)
-    found = score_posterior(mean, jacobian @ jacobian.mT, answer, mask)
+    found = score_posterior(mean, jacobian @ jacobian.mT, CategoricalAnswers(answer, mask))
     assert all(value.isfinite().all() for value in found)
     assert (found.divergence >= -1e-3).all()
     probs = found.mode.view(mask.shape).masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num()
@@ -143,3 +143,25 @@ def test_the_mode_is_found_whatever_the_scale(scale, dtype):
     torch.testing.assert_close(
         found.weights, (gold - probs * mask).flatten(1).to(dtype), rtol=0, atol=1e-6 if dtype == DOUBLE else 3e-3
     )
+
+
+def test_normal_answers_give_the_exact_posterior_of_linear_regression():
+    generator = torch.Generator().manual_seed(5)
+    mean, value = torch.randn(2, 6, 1, generator=generator, dtype=DOUBLE), torch.randn(2, 6, generator=generator)
+    jacobian = torch.randn(2, 6, 3, generator=generator, dtype=DOUBLE)
+    scale = 0.2 + torch.rand(2, 6, generator=generator, dtype=DOUBLE)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    found = score_posterior(mean, jacobian @ jacobian.mT, NormalAnswers(value.double(), scale, mask, 0.8))
+    for t in range(2):
+        kept = mask[t]
+        rows, noise = jacobian[t, kept], scale[t, kept].square() * 0.8
+        precision = torch.eye(3, dtype=DOUBLE) + (rows.mT / noise) @ rows
+        expected = torch.linalg.solve(precision, rows.mT @ ((value[t, kept] - mean[t, kept, 0]) / noise))
+        torch.testing.assert_close(jacobian[t].mT @ found.weights[t], expected)
+        covariance = torch.eye(3, dtype=DOUBLE) - jacobian[t].mT @ found.removed[t] @ jacobian[t]
+        torch.testing.assert_close(covariance, torch.linalg.inv(precision))
+    # With beta = 1 the evidence is the density of the answers.
+    found = score_posterior(mean, jacobian @ jacobian.mT, NormalAnswers(value.double(), scale, mask))
+    covariance = jacobian[0] @ jacobian[0].mT + torch.diag(scale[0].square())
+    density = MultivariateNormal(mean[0, :, 0], covariance).log_prob(value[0].double())
+    torch.testing.assert_close(found.log_evidence[0], density)

@@ -6,7 +6,7 @@ from conftest import make_tasks
 
 from bayes_lora.distributions.joint_normal import JointNormal, SiteNormal
 from bayes_lora.episodes import collate
-from bayes_lora.infer.score_posterior import score_posterior
+from bayes_lora.infer.score_posterior import CategoricalAnswers, score_posterior
 from bayes_lora.infer.tangent import tangent
 from bayes_lora.models import LayerwiseScale
 
@@ -29,7 +29,7 @@ def setup(lm, counts=(3, 2, 4)):
 @pytest.mark.parametrize("batch_size", [2, 100])
 def test_derivatives_are_those_of_each_score_of_the_whole_batch(any_lm, batch_size):
     model, episode, theta, phi, unit = setup(any_lm)
-    found = tangent(model, episode, theta, phi, unit, batch_size)
+    found = tangent(model.likelihood, episode, model.shared(theta), phi, unit, batch_size)
     own = {site: value.clone().requires_grad_() for site, value in phi.items()}
     scores = model.likelihood(model.shared(theta) | own, episode)
     torch.testing.assert_close(found.scores, scores.masked_fill(~episode.option_mask, 0.0))
@@ -42,7 +42,7 @@ def test_derivatives_are_those_of_each_score_of_the_whole_batch(any_lm, batch_si
 
 def test_kernels_and_changes_are_products_with_the_gradients(lm):
     model, episode, theta, phi, unit = setup(lm)
-    found = tangent(model, episode, theta, phi, unit)
+    found = tangent(model.likelihood, episode, model.shared(theta), phi, unit)
     tasks, rows, options = episode.shape
     weights = torch.randn(tasks, rows * options, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     change = {site: value[..., 0] for site, value in found.combined(weights[..., None]).items()}
@@ -63,9 +63,9 @@ def test_where_weights_move_little_the_mode_is_that_of_the_network(lm):
     prior = model.phi_prior(theta)
     loc, unit = ({s: getattr(fn, name).expand(3, 1, *fn.event_shape) for s, fn in prior.items()} for name in
                  ("mean", "stddev"))  # fmt: skip
-    found = tangent(model, episode, theta, loc, unit)
+    found = tangent(model.likelihood, episode, model.shared(theta), loc, unit)
     kernel = sum(value.sum(1) for value in found.kernels().values())
-    posterior = score_posterior(found.scores, kernel, episode.answer, episode.option_mask)
+    posterior = score_posterior(found.scores, kernel, CategoricalAnswers(episode.answer, episode.option_mask))
     change = {site: value[..., 0] for site, value in found.combined(posterior.weights[..., None]).items()}
 
     def slope(u):
@@ -91,9 +91,9 @@ def test_the_posterior_of_the_weights_is_a_joint_normal(lm):
         {site: getattr(fn, name).expand(3, 1, *fn.event_shape) for site, fn in prior.items()}
         for name in ("mean", "stddev")
     )
-    found = tangent(model, episode, theta, loc, unit)
+    found = tangent(model.likelihood, episode, model.shared(theta), loc, unit)
     kernel = sum(value.sum(1) for value in found.kernels().values())
-    posterior = score_posterior(found.scores, kernel, episode.answer, episode.option_mask)
+    posterior = score_posterior(found.scores, kernel, CategoricalAnswers(episode.answer, episode.option_mask))
     mean, factor = (found.combined(value) for value in (posterior.weights[..., None], posterior.factor))
     inner = posterior.inner[:, None]
     joint = JointNormal({s: SiteNormal(loc[s] + unit[s] * mean[s][..., 0], unit[s], factor[s], inner) for s in loc})

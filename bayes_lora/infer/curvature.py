@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
-from bayes_lora.types import Sites
+from bayes_lora.types import Likelihood, Sites
 
 __all__ = ["Sides", "diagonal", "gradients_of_examples", "kronecker", "scores_of_examples"]
 
@@ -65,7 +65,7 @@ def gradients_of_examples(
         num_samples: answers drawn per example, with one backward pass each.
         batch_size: examples per pass.
     """
-    for task, _, own, scores in scores_of_examples(model, support, theta, phi, batch_size):
+    for task, _, own, scores in scores_of_examples(model.likelihood, support, model.shared(theta), phi, batch_size):
         with torch.enable_grad():
             answers = model.answer(scores)
             for i in range(num_samples):
@@ -75,14 +75,14 @@ def gradients_of_examples(
 
 
 def scores_of_examples(
-    model: Any, episode: Episode, theta: Sites, phi: Sites, batch_size: int
+    likelihood: Likelihood, episode: Episode, shared: Sites, phi: Sites, batch_size: int
 ) -> Iterator[tuple[Tensor, Episode, Sites, Tensor]]:
     """Score examples in batches, each example with its own copy of the weights of its task.
 
     Args:
-        model: a hierarchical model.
+        likelihood: the language model.
         episode: T tasks with their examples.
-        theta: values of theta, which determine the LoRA sites that all tasks share.
+        shared: values of the LoRA sites that all tasks share.
         phi: values of phi, ``(T, 1, layers, out, in)`` per random site.
         batch_size: examples per forward.
 
@@ -96,7 +96,7 @@ def scores_of_examples(
         each, task = episode.per_example(start, start + batch_size), task_of[start : start + batch_size]
         own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}
         with torch.enable_grad():
-            scores = model.likelihood(model.shared(theta) | own, each)
+            scores = likelihood(shared | own, each)
         yield task, each, own, scores
 
 

@@ -20,14 +20,94 @@ follows from the Cholesky factor of :math:`I + A^\top C A`, whose eigenvalues ar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["ScorePosterior", "score_posterior"]
+__all__ = ["Answers", "CategoricalAnswers", "NormalAnswers", "ScorePosterior", "score_posterior"]
 
 STEPS, HALVINGS = 100, 40
+
+
+class Answers(Protocol):
+    """Observed answers of T tasks with n examples of K scores each, as a log-concave likelihood of the scores."""
+
+    def log_prob(self, scores: Tensor) -> Tensor:
+        """Return ``log p(y | f) / beta`` of scores ``(T, n, K)``, ``(T,)`` nats."""
+        ...
+
+    def residual(self, scores: Tensor) -> Tensor:
+        """Return its gradient, ``(T, n, K)``."""
+        ...
+
+    def factor(self, scores: Tensor) -> Tensor:
+        """Return ``A_j`` of each example, ``(T, n, K, K)``: minus the Hessian is ``A_j A_j^T``."""
+        ...
+
+
+class CategoricalAnswers(NamedTuple):
+    """Options chosen with probability ``softmax(f_j)``.
+
+    Attributes:
+        answer: ``(T, n)`` index of the gold option.
+        option_mask: ``(T, n, K)``, whether an option is present; an example without options has no effect.
+        beta: the likelihood is tempered by 1 / beta.
+    """
+
+    answer: Tensor
+    option_mask: Tensor
+    beta: float = 1.0
+
+    def log_prob(self, scores: Tensor) -> Tensor:
+        """Return ``log p(y | f) / beta``, ``(T,)`` nats."""
+        chosen = self._log_probs(scores).gather(-1, self.answer.clamp(min=0)[..., None])[..., 0]
+        return chosen.masked_fill(~self.option_mask.any(-1), 0.0).sum(-1) / self.beta
+
+    def residual(self, scores: Tensor) -> Tensor:
+        """Return ``(y - p) / beta``, ``(T, n, K)``."""
+        gold = torch.nn.functional.one_hot(self.answer.clamp(min=0), scores.shape[-1])
+        return (gold - self._log_probs(scores).exp()) * self.option_mask / self.beta
+
+    def factor(self, scores: Tensor) -> Tensor:
+        """Return ``(diag(sqrt p) - p sqrt(p)^T) / sqrt(beta)``, ``(T, n, K, K)``."""
+        log_p, present = self._log_probs(scores), self.option_mask.to(scores.dtype)
+        root, p = (0.5 * log_p).exp() * present, log_p.exp() * present
+        return (torch.diag_embed(root) - p[..., :, None] * root[..., None, :]) / self.beta**0.5
+
+    def _log_probs(self, scores: Tensor) -> Tensor:
+        """Log-probabilities, large and negative at absent options."""
+        return scores.masked_fill(~self.option_mask, -1e30).log_softmax(-1)
+
+
+class NormalAnswers(NamedTuple):
+    """Real answers ``y_j ~ N(f_j, scale^2)`` with one score each, K = 1.
+
+    Attributes:
+        value: y, ``(T, n)``.
+        scale: standard deviation of the noise, ``(T, n)``.
+        mask: ``(T, n)``, whether an example is present.
+        beta: the likelihood is tempered by 1 / beta.
+    """
+
+    value: Tensor
+    scale: Tensor
+    mask: Tensor
+    beta: float = 1.0
+
+    def log_prob(self, scores: Tensor) -> Tensor:
+        """Return ``log p(y | f) / beta``, ``(T,)`` nats."""
+        each = torch.distributions.Normal(scores[..., 0], self.scale).log_prob(self.value)
+        return each.masked_fill(~self.mask, 0.0).sum(-1) / self.beta
+
+    def residual(self, scores: Tensor) -> Tensor:
+        """Return ``(y - f) / scale^2 / beta``, ``(T, n, 1)``."""
+        each = (self.value - scores[..., 0]) / self.scale.square() * self.mask / self.beta
+        return each[..., None]
+
+    def factor(self, scores: Tensor) -> Tensor:
+        """Return ``1 / scale / sqrt(beta)``, ``(T, n, 1, 1)``."""
+        return (self.mask / self.scale / self.beta**0.5)[..., None, None]
 
 
 class ScorePosterior(NamedTuple):
@@ -55,9 +135,7 @@ class ScorePosterior(NamedTuple):
         return self.factor @ self.inner @ self.factor.mT
 
 
-def score_posterior(
-    mean: Tensor, kernel: Tensor, answer: Tensor, option_mask: Tensor, beta: float = 1.0
-) -> ScorePosterior:
+def score_posterior(mean: Tensor, kernel: Tensor, answers: Answers) -> ScorePosterior:
     """Return the posterior of scores, differentiable with respect to ``mean`` and ``kernel``.
 
     The mode is found by Newton's method with halved steps, which converges because the posterior is log-concave. Then
@@ -67,81 +145,60 @@ def score_posterior(
     Args:
         mean: m, ``(T, n, K)`` nats.
         kernel: C, ``(T, n * K, n * K)``, positive semi-definite.
-        answer: ``(T, n)`` index of the gold option.
-        option_mask: ``(T, n, K)``, whether an option is present; an example without options has no effect.
-        beta: the likelihood is tempered by 1 / beta.
+        answers: the observed answers, such as :class:`CategoricalAnswers`.
     """
-    prior = mean.flatten(1)
-    gold = torch.nn.functional.one_hot(answer.clamp(min=0), mean.shape[-1]).to(mean.dtype) * option_mask
+    shape = mean.shape
     with torch.no_grad():
-        weights = _mode(prior, kernel, gold, option_mask, beta)
-        scores = prior + _times(kernel, weights)
-    weights, factor, lower = _newton(scores.detach(), prior, kernel, gold, option_mask, beta)
-    scores = prior + _times(kernel, weights)
+        weights = _mode(mean, kernel, answers)
+        scores = mean + _times(kernel, weights).view(shape)
+    weights, factor, lower = _newton(scores.detach(), mean, kernel, answers)
+    scores = mean + _times(kernel, weights).view(shape)
     # At the mode itself: the factor of the step belongs to its start, which has no gradient.
-    factor, lower = _factors(scores, kernel, option_mask, beta)
+    factor, lower = _factors(scores, kernel, answers)
     inner = torch.cholesky_inverse(lower)
     log_det = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     squared = (weights * _times(kernel, weights)).sum(-1)
     removed = (inner * (factor.mT @ kernel @ factor)).sum((-2, -1))
     divergence = 0.5 * (squared - removed + log_det)
-    likelihood = _log_likelihood(scores, gold, option_mask) / beta
-    return ScorePosterior(scores, weights, factor, inner, divergence, likelihood - 0.5 * squared - 0.5 * log_det)
+    evidence = answers.log_prob(scores) - 0.5 * squared - 0.5 * log_det
+    return ScorePosterior(scores.flatten(1), weights, factor, inner, divergence, evidence)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector[..., None])[..., 0]
 
 
-def _log_probs(scores: Tensor, option_mask: Tensor) -> Tensor:
-    """Log-probabilities ``(T, n, K)``, large and negative at absent options."""
-    return scores.view(option_mask.shape).masked_fill(~option_mask, -1e30).log_softmax(-1)
-
-
-def _log_likelihood(scores: Tensor, gold: Tensor, option_mask: Tensor) -> Tensor:
-    chosen = _log_probs(scores, option_mask).masked_fill(gold == 0, 0.0)
-    return chosen.sum((-2, -1))
-
-
-def _factors(scores: Tensor, kernel: Tensor, option_mask: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _factors(scores: Tensor, kernel: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
     """Return A, block diagonal ``(T, n * K, n * K)``, and the Cholesky factor of ``I + A^T C A``."""
-    tasks, count, options = option_mask.shape
-    log_p = _log_probs(scores, option_mask)
-    present = option_mask.to(scores.dtype)
-    root, p = (0.5 * log_p).exp() * present, log_p.exp() * present
-    blocks = (torch.diag_embed(root) - p[..., :, None] * root[..., None, :]) / beta**0.5  # (T, n, K, K)
-    factor = scores.new_zeros(tasks, count, options, count, options)
+    tasks, count, options = scores.shape
     places = torch.arange(count, device=scores.device)
-    factor[:, places, :, places] = blocks.transpose(0, 1)
+    factor = scores.new_zeros(tasks, count, options, count, options)
+    factor[:, places, :, places] = answers.factor(scores).transpose(0, 1)
     factor = factor.flatten(3).flatten(1, 2)
     identity = torch.eye(count * options, dtype=scores.dtype, device=scores.device)
     return factor, torch.linalg.cholesky(identity + factor.mT @ kernel @ factor)
 
 
-def _newton(
-    scores: Tensor, prior: Tensor, kernel: Tensor, gold: Tensor, option_mask: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _newton(scores: Tensor, prior: Tensor, kernel: Tensor, answers: Answers) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weights a after a step of Newton's method, and the factors at the start."""
-    factor, lower = _factors(scores, kernel, option_mask, beta)
-    residual = (gold - _log_probs(scores, option_mask).exp() * option_mask * gold.sum(-1, keepdim=True)).flatten(
-        1
-    ) / beta
-    target = _times(factor, _times(factor.mT, scores - prior)) + residual
+    factor, lower = _factors(scores, kernel, answers)
+    moved = (scores - prior).flatten(1)
+    target = _times(factor, _times(factor.mT, moved)) + answers.residual(scores).flatten(1)
     inner = _times(factor.mT, _times(kernel, target))
     solved = torch.cholesky_solve(inner[..., None], lower)[..., 0]
     return target - _times(factor, solved), factor, lower
 
 
-def _mode(prior: Tensor, kernel: Tensor, gold: Tensor, option_mask: Tensor, beta: float) -> Tensor:
+def _mode(prior: Tensor, kernel: Tensor, answers: Answers) -> Tensor:
     def objective(weights: Tensor) -> Tensor:
         moved = _times(kernel, weights)
-        return _log_likelihood(prior + moved, gold, option_mask) / beta - 0.5 * (weights * moved).sum(-1)
+        return answers.log_prob(prior + moved.view(prior.shape)) - 0.5 * (weights * moved).sum(-1)
 
-    weights = torch.zeros_like(prior)
+    weights = torch.zeros_like(prior).flatten(1)
     value = objective(weights)
     for _ in range(STEPS):
-        scores = prior + _times(kernel, weights)
-        direction = _newton(scores, prior, kernel, gold, option_mask, beta)[0] - weights
+        scores = prior + _times(kernel, weights).view(prior.shape)
+        direction = _newton(scores, prior, kernel, answers)[0] - weights
         step = torch.ones_like(value)
         for _ in range(HALVINGS):
             moved = objective(weights + step[:, None] * direction)
@@ -152,6 +209,6 @@ def _mode(prior: Tensor, kernel: Tensor, gold: Tensor, option_mask: Tensor, beta
         weights = weights + step[:, None] * direction
         value = objective(weights)
         change = _times(kernel, direction).abs().amax(-1)
-        if (change <= torch.finfo(change.dtype).eps ** 0.5 * (1.0 + scores.abs().amax(-1))).all():  # squared by a step
-            break
+        if (change <= torch.finfo(change.dtype).eps ** 0.5 * (1.0 + scores.abs().amax((-2, -1)))).all():
+            break  # the next step would square the error
     return weights

@@ -9,14 +9,14 @@ minibatch has its own copy of the weights, so that K backward passes give the de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.infer.curvature import scores_of_examples
-from bayes_lora.types import Sites
+from bayes_lora.types import Likelihood, Sites
 
 __all__ = ["Tangent", "option_gradients", "tangent"]
 
@@ -45,44 +45,54 @@ class Tangent(NamedTuple):
         }
 
 
-def tangent(model: Any, episode: Episode, theta: Sites, phi: Sites, unit: Sites, batch_size: int = 4) -> Tangent:
+def tangent(
+    likelihood: Likelihood, episode: Episode, shared: Sites, phi: Sites, unit: Sites, batch_size: int = 4
+) -> Tangent:
     """Return the scores of an episode's examples at phi, and their derivatives.
 
     Args:
-        model: a hierarchical model.
+        likelihood: the language model.
         episode: T tasks with up to N examples.
-        theta: values of theta, which determine the LoRA sites that all tasks share.
+        shared: values of the LoRA sites that all tasks share.
         phi: values ``(T, 1, layers, out, in)`` of the random sites.
         unit: by what derivatives are multiplied, of a shape that broadcasts to that of phi.
         batch_size: number of examples in a forward; bounds its memory.
     """
-    tasks, rows, options = episode.shape
+    tasks, rows = episode.mask.shape
     places = episode.mask.flatten().nonzero()[:, 0]  # in the order of tasks and examples
     like = next(iter(phi.values()))
-    scores = like.new_zeros(tasks * rows, options)
-    gradients = {site: value.new_zeros(tasks * rows, options, *value.shape[-3:]) for site, value in phi.items()}
-    done = 0
-    for task, found, jacobian in option_gradients(model, episode, theta, phi, batch_size):
-        there = places[done : done + len(task)]
-        scores[there, : found.shape[-1]] = found.to(like.dtype)
-        for site, value in jacobian.items():
-            scale = unit[site].expand_as(phi[site])[task]  # (n, 1, layers, out, in)
-            gradients[site][there, : found.shape[-1]] = value * scale
-        done += len(task)
-    shape = (tasks, rows)
-    return Tangent(scores.unflatten(0, shape), {site: value.unflatten(0, shape) for site, value in gradients.items()})
+    parts = [
+        (found, {site: value * unit[site].expand_as(phi[site])[task] for site, value in jacobian.items()})
+        for task, found, jacobian in option_gradients(likelihood, episode, shared, phi, batch_size)
+    ]
+    options = max(found.shape[-1] for found, _ in parts)
+
+    def gathered(pieces: list[Tensor], like: Tensor) -> Tensor:
+        whole = like.new_zeros(tasks * rows, options, *pieces[0].shape[2:])
+        done = 0
+        for piece in pieces:
+            whole[places[done : done + len(piece)], : piece.shape[1]] = piece.to(like.dtype)
+            done += len(piece)
+        return whole.unflatten(0, (tasks, rows))
+
+    gradients = {site: gathered([jacobian[site] for _, jacobian in parts], value) for site, value in phi.items()}
+    return Tangent(gathered([found for found, _ in parts], like), gradients)
 
 
 def option_gradients(
-    model: Any, episode: Episode, theta: Sites, phi: Sites, batch_size: int
+    likelihood: Likelihood, episode: Episode, shared: Sites, phi: Sites, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Sites]]:
     """Yield per batch the task of each example ``(n,)``, scores ``(n, K)``, gradients ``(n, K, layers, out, in)``.
 
-    Scores and gradients of absent options are 0; K is the largest number of options in the batch.
+    Scores and gradients of absent options are 0; K is the largest number of options in the batch. A likelihood with one
+    score for each example, such as the mean of a real answer, has K = 1.
     """
-    for task, each, own, found in scores_of_examples(model, episode, theta, phi, batch_size):
+    for task, each, own, found in scores_of_examples(likelihood, episode, shared, phi, batch_size):
         with torch.enable_grad():
-            scores = found[:, 0].masked_fill(~each.option_mask[:, 0], 0.0)
+            if found.ndim == 2:
+                scores = found
+            else:
+                scores = found[:, 0].masked_fill(~each.option_mask[:, 0], 0.0)
             columns = []
             for k in range(scores.shape[-1]):
                 last = k + 1 == scores.shape[-1]
