@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -25,6 +25,7 @@ __all__ = [
     "Likelihood",
     "LikelihoodSites",
     "Model",
+    "Predictive",
     "SiteShapes",
     "Sites",
     "ThetaFactory",
@@ -43,6 +44,10 @@ SiteShapes = dict[str, tuple[int, int, int]]
 Distributions = dict[str, TorchDistribution]
 """From site name to a distribution with event shape ``(layers, out, in)`` and a batch shape that broadcasts to
 ``(T, 1)``."""
+
+
+Predictive = Literal["draws", "linear"]
+"""How a posterior predicts: the average over draws of weights, or scores that are linear in the weights."""
 
 
 class Features(NamedTuple):

@@ -12,6 +12,7 @@ from bayes_lora.guides.network import GuideNetwork
 from bayes_lora.guides.nuts import NUTS
 from bayes_lora.guides.point import SharedPoint
 from bayes_lora.guides.swag import SWAG
+from bayes_lora.guides.tangent import TangentGuide
 from bayes_lora.guides.task_guide import TaskGuide
 from bayes_lora.guides.theta import NormalTheta, PointTheta
 
@@ -34,5 +35,6 @@ __all__ = [
     "PointTheta",
     "SharedMeanField",
     "SharedPoint",
+    "TangentGuide",
     "TaskGuide",
 ]

@@ -27,7 +27,7 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError
 from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.plates import sample_phi
-from bayes_lora.types import Distributions, Features, Model, Sites, ThetaFactory
+from bayes_lora.types import Distributions, Features, Model, Predictive, Sites, ThetaFactory
 from bayes_lora.utils.settings import RecordedSettings
 
 __all__ = ["TaskGuide", "check_moments"]
@@ -45,6 +45,7 @@ class TaskGuide(RecordedSettings, PyroModule):
         theta: q(theta), a guide for the model's theta sites.
         num_members: number of q(theta): K for an ensemble, else 1.
         steps: gradient steps on the support that a posterior takes; 0 if it takes none.
+        predictive: how its posteriors predict by default, see :meth:`bayes_lora.TaskPosterior.predict`.
 
     Raises:
         ConfigError: ``model`` is not a model, such as a language model or a plain function.
@@ -52,6 +53,7 @@ class TaskGuide(RecordedSettings, PyroModule):
 
     num_members: int = 1
     steps: int = 0
+    predictive: Predictive = "draws"
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory | None = PointTheta) -> None:
         given: Any = model

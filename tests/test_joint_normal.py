@@ -45,12 +45,12 @@ def dense(joint):
 
 def linear_map(draw, joint):
     """The matrix that maps the noise of a draw to the weights, and what is drawn without noise."""
-    sizes = [fn.loc[0].numel() for fn in joint.values()]
+    sizes = [*(fn.loc[0].numel() for fn in joint.values()), RANK]
     count = sum(sizes)
     rows = iter(torch.eye(count, dtype=DOUBLE).split(sizes, -1))
 
     def unit(shape):
-        own = next(rows).view(count, 1, 1, *shape[-3:])
+        own = next(rows).view(count, 1, 1, *shape[3:])
         return own.expand(shape)
 
     moved = draw(count, unit)

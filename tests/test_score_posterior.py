@@ -104,6 +104,19 @@ def test_padding_has_no_effect():
     torch.testing.assert_close(score_posterior(mean, kernel, CategoricalAnswers(marked, mask)).weights, found.weights)
 
 
+def test_options_in_another_order_are_the_same_problem():
+    mean, jacobian, answer, mask = problem(counts=((4, 4, 4), (4, 4, 4)))
+    order = torch.tensor([2, 0, 3, 1])
+    columns = (torch.arange(3)[:, None] * 4 + order).flatten()
+    found = score_posterior(mean, jacobian @ jacobian.mT, CategoricalAnswers(answer, mask))
+    moved = jacobian[:, columns]
+    answers = CategoricalAnswers(order.argsort()[answer], mask)
+    other = score_posterior(mean[..., order], moved @ moved.mT, answers)
+    torch.testing.assert_close(other.weights, found.weights[:, columns])
+    torch.testing.assert_close(other.removed, found.removed[:, columns][..., columns])
+    torch.testing.assert_close(other.log_evidence, found.log_evidence)
+
+
 def test_half_of_beta_is_every_example_twice():
     mean, jacobian, answer, mask = problem(counts=((3, 2, 4),))
     tempered = score_posterior(mean, jacobian @ jacobian.mT, CategoricalAnswers(answer, mask, 0.5))

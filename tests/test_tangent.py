@@ -99,9 +99,9 @@ def test_the_posterior_of_the_weights_is_a_joint_normal(lm):
     joint = JointNormal({s: SiteNormal(loc[s] + unit[s] * mean[s][..., 0], unit[s], factor[s], inner) for s in loc})
     torch.testing.assert_close(joint.divergence(prior)[:, 0], posterior.divergence)
     # What a draw makes of each unit of noise.
-    sizes = [fn.loc[0].numel() for fn in joint.values()]
+    sizes = [*(fn.loc[0].numel() for fn in joint.values()), inner.shape[-1]]
     units = iter(torch.eye(sum(sizes), dtype=torch.float64).split(sizes, -1))
-    draws = joint.drawn(sum(sizes), lambda shape: next(units).view(-1, 1, 1, *shape[-3:]).expand(shape))
+    draws = joint.drawn(sum(sizes), lambda shape: next(units).view(-1, 1, 1, *shape[3:]).expand(shape))
     moved = sum(
         torch.einsum("stloi,tjloi->tjs", ((draws[s] - joint[s].loc) / unit[s])[:, :, 0], g.flatten(1, 2))
         for s, g in found.gradients.items()

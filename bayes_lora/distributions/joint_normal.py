@@ -5,17 +5,16 @@ r"""A normal over the weights of all sites together, whose precision is that of 
 
 G has r columns, and its rows are the weights of all sites. This is the posterior of weights with independent normal
 priors that are seen through r linear functions, such as option scores in their tangent space. S is r x r, and nothing
-larger than G is stored. With :math:`S = Q \Lambda Q^\top` a draw is
+larger than G is stored. A draw corrects one of the prior by what is seen of it (Matheron's rule):
 
-.. math:: u = \epsilon - G M G^\top \epsilon, \qquad
-    M = Q\, \mathrm{diag}\big(\lambda / (1 + \sqrt\lambda)\big)\, Q^\top
-
-because :math:`(I - G M G^\top)^2 = I - G S G^\top`.
+.. math:: u = \epsilon - G S (G^\top \epsilon + \eta), \qquad \epsilon \sim \mathcal N(0, I), \quad
+    \eta \sim \mathcal N(0, I_r)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,21 +33,31 @@ class SiteNormal(WeightDistribution):
         scale: sigma, of the same shape.
         factor: the rows of G of this site, ``(*batch, layers, out, in, r)``.
         inner: S, of all sites, ``(*batch, r, r)``.
+        origin: the point at which scores were linearised to find this distribution, of the shape of ``loc``; None if
+            there is none. It does not affect the distribution.
         validate_args: whether to check values.
     """
 
-    dims = {"loc": 3, "scale": 3, "factor": 4, "inner": 2}
+    dims = {"loc": 3, "scale": 3, "factor": 4, "inner": 2, "origin": 3}
     positive = frozenset({"scale"})
-    fixed = frozenset({"factor", "inner"})
+    fixed = frozenset({"factor", "inner", "origin"})
     loc: Tensor
     scale: Tensor
     factor: Tensor
     inner: Tensor
+    origin: Tensor | None
 
     def __init__(
-        self, loc: Tensor, scale: Tensor, factor: Tensor, inner: Tensor, *, validate_args: bool | None = None
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        factor: Tensor,
+        inner: Tensor,
+        origin: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
     ) -> None:
-        super().__init__(loc=loc, scale=scale, factor=factor, inner=inner, validate_args=validate_args)
+        super().__init__(loc=loc, scale=scale, factor=factor, inner=inner, origin=origin, validate_args=validate_args)
 
     def drawn(self, count: int, noise: Noise) -> Tensor:
         """Sample this site alone; draws of several sites are independent of each other, see ``JointNormal.drawn``."""
@@ -77,7 +86,7 @@ class SiteNormal(WeightDistribution):
 
     def scaled(self, factor: float) -> SiteNormal:
         """Return the distribution with standard deviations multiplied by ``factor``."""
-        return SiteNormal(self.loc, factor * self.scale, self.factor, self.inner, validate_args=False)
+        return SiteNormal(self.loc, factor * self.scale, self.factor, self.inner, self.origin, validate_args=False)
 
     def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
         """Return KL(self || normal) of this site alone, in nats."""
@@ -110,16 +119,23 @@ class JointNormal(dict[str, Any]):
 
     def drawn(self, count: int, noise: Noise) -> dict[str, Tensor]:
         """Sample all sites, ``(count, *batch, layers, out, in)`` each, from the given standard normal noise."""
-        values, vectors = torch.linalg.eigh(self.inner)
-        values = values.clamp_min(0.0)
-        middle = vectors * (values / (1.0 + values.sqrt()))[..., None, :] @ vectors.mT
         drawn = {site: noise(torch.Size((count, *fn.loc.shape))) for site, fn in self.items()}
-        seen: Any = sum(torch.einsum("...loir,s...loi->s...r", fn.factor, drawn[site]) for site, fn in self.items())
-        moved = torch.einsum("...rq,s...q->s...r", middle, seen)
+        seen: Any = noise(torch.Size((count, *self.inner.shape[:-1])))
+        for site, fn in self.items():
+            seen = seen + torch.einsum("...loir,s...loi->s...r", fn.factor, drawn[site])
+        moved = torch.einsum("...rq,s...q->s...r", self.inner, seen)
         return {
             site: fn.loc + fn.scale * (drawn[site] - torch.einsum("...loir,s...r->s...loi", fn.factor, moved))
             for site, fn in self.items()
         }
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Sample all sites, ``(*sample, *batch, layers, out, in)`` each."""
+        like = next(iter(self.values())).loc
+        draws = self.drawn(
+            math.prod(sample_shape), lambda shape: torch.randn(shape, dtype=like.dtype, device=like.device)
+        )
+        return {site: value.view(*sample_shape, *value.shape[1:]) for site, value in draws.items()}
 
     def divergence(self, prior: Mapping[str, Any]) -> Tensor:
         """Return KL(self || prior) in nats, ``(*batch,)``, for independent normals of all sites."""
