@@ -86,7 +86,7 @@ def test_theta_s_gradient_is_that_of_the_evidence():
     torch.testing.assert_close(guide.theta.loc_theta_loc_linear_lora_B.grad.flatten(), mu.grad, atol=0.05, rtol=0.02)
 
 
-@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (0.6, False), (1.6, False)])
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (0.6, False), (2.5, False)])
 def test_simulation_based_calibration(factor, passes):
     """Ranks of the weights that made the data among draws are uniform, unless sigma is wrong (arXiv 1804.06788)."""
 
@@ -188,7 +188,9 @@ def test_all_sites_of_a_draw_belong_together(lm):
 
 def test_it_refuses_what_it_cannot_linearise(lm):
     for model in (ClusterMixture(lm), WeightSpace(lm)):
-        with pytest.raises(ConfigError, match="(?s)expected a normal p.phi . theta. of LoRA factors.*Use GradientGuide"):
+        with pytest.raises(
+            ConfigError, match="(?s)expected a normal p.phi . theta. of LoRA factors.*Use GradientGuide"
+        ):
             TangentGuide(model)
     for settings in ({"steps": -1}, {"beta": 0.0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="expected steps of at least 0"):

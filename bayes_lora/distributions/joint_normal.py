@@ -88,6 +88,10 @@ class SiteNormal(WeightDistribution):
         """Return the distribution with standard deviations multiplied by ``factor``."""
         return SiteNormal(self.loc, factor * self.scale, self.factor, self.inner, self.origin, validate_args=False)
 
+    def without_origin(self) -> SiteNormal:
+        """Return the same distribution without an origin."""
+        return SiteNormal(self.loc, self.scale, self.factor, self.inner, validate_args=False)
+
     def kl_from(self, normal: torch.distributions.Normal) -> Tensor:
         """Return KL(self || normal) of this site alone, in nats."""
         each = 0.5 * (self.squared_distance(normal) - 1.0) - (self.scale / normal.scale).log()

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import torch
 
+from bayes_lora.distributions.joint_normal import JointNormal
 from bayes_lora.distributions.unconstrained import map_parameters, scaled
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.errors import ConfigError, NonFiniteLoss
@@ -79,13 +80,17 @@ def adapt_at(
         origin = unconstrained_sites(start, len(episode.mask))
         end = constrained_sites(start, {key: value + moved[key] for key, value in origin.items()})
         phi = _as_components(end, count) if isinstance(phi, Components) else end
+        if isinstance(start, JointNormal):
+            # The steps went through the network, not through scores that are linear at the former origin.
+            phi = JointNormal({site: fn.without_origin() for site, fn in end.items()})
     with torch.no_grad():
         shared = model.shared(theta)
     # A model may have random sites that the language model has not.
     sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys()
     own = {site: scaled(fn, width) for site, fn in phi.items() if site in sites}
     names = tuple(task.name for task in tasks)
-    return TaskPosterior(lm, Components(own) if isinstance(phi, Components) else own, shared, names), theta
+    predictive = getattr(objective.guide, "predictive", "draws")
+    return TaskPosterior(lm, type(phi)(own), shared, names, predictive=predictive), theta
 
 
 def _side_by_side(phi: Distributions) -> Distributions:
@@ -122,7 +127,7 @@ def amortized_posterior(objective: BetaELBO, episode: Episode, seed: int = 0) ->
     with objective.running(), evaluating(objective), torch.no_grad(), seeded(seed, episode.mask.device):
         if isinstance(guide, Guide):
             theta, phi = guide.amortized(episode.support)
-            return theta, phi if isinstance(phi, Components) else _for_tasks(phi, len(episode.mask))
+            return theta, phi if isinstance(phi, Components | JointNormal) else _for_tasks(phi, len(episode.mask))
         with AtMean():
             trace = pyro.poutine.trace(guide).get_trace(episode)
     sites: dict[str, Any] = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}

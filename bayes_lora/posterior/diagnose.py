@@ -27,9 +27,9 @@ from bayes_lora.tasks.task import Task
 
 __all__ = ["Diagnosis", "SiteWidth", "diagnose"]
 
-NARROW, WIDE = 0.01, 0.2
+NARROW, WIDE, BENT = 0.01, 0.2, 0.1
 """Draws that change no answer and move probabilities by less than ``NARROW`` have no effect; draws that cost more than
-``WIDE`` nats are noise."""
+``WIDE`` nats are noise. Draws that cost ``BENT`` nats more than linear scores have left the linear range."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Diagnosis:
         changed: share of the questions whose most probable answer changes.
         sites: width of each site.
         warnings: problems, with the setting to change; empty if there are none.
+        linear: NLL (nats) and ECE of linear scores, for a posterior that predicts with them; otherwise None.
     """
 
     nll: tuple[float, float]
@@ -66,6 +67,7 @@ class Diagnosis:
     changed: float
     sites: dict[str, SiteWidth]
     warnings: tuple[str, ...]
+    linear: tuple[float, float] | None = None
 
     def table(self) -> Table:
         """Return a table with one row per site, and the effect of the draws in its title."""
@@ -73,6 +75,8 @@ class Diagnosis:
             f"mean / draws: NLL {self.nll[0]:.3f} / {self.nll[1]:.3f}, ECE {self.ece[0]:.3f} / {self.ece[1]:.3f}; "
             f"{self.changed:.1%} of the answers changed, probabilities moved by {self.moved:.3f}"
         )
+        if self.linear:
+            title += f"; linear scores: NLL {self.linear[0]:.3f}, ECE {self.linear[1]:.3f}"
         table = Table("site", "KL (nats a task)", "sd", "prior sd", title=title, caption="\n".join(self.warnings))
         for site, width in self.sites.items():
             table.add_row(site, f"{width.divergence:.1f}", f"{width.scale:.2e}", f"{width.prior_scale:.2e}")
@@ -107,15 +111,16 @@ def diagnose(
     adapted, theta = adapt_at(objective, lm, tasks, steps, learning_rate, width, seed)
     adapted = replace(adapted, temperature=temperature)
     queries = [task.query for task in tasks]
-    mean, drawn = (adapted.predict(queries, num_draws=count, seed=seed) for count in (0, num_draws))
+    mean, drawn = (adapted.predict(queries, num_draws=count, seed=seed, predictive="draws") for count in (0, num_draws))
+    linear = _scores(tasks, adapted.predict(queries)) if adapted.predictive == "linear" else None
     nll, ece = zip(_scores(tasks, mean), _scores(tasks, drawn), strict=True)
     pairs = list(zip(mean, drawn, strict=True))
     moved = fmean(float((a.exp() - b.exp()).abs().sum(-1).mean()) / 2 for a, b in pairs)
     changed = fmean(float((a.argmax(-1) != b.argmax(-1)).double().mean()) for a, b in pairs)
     model: Any = objective.model
     sites = _sites(model.phi_prior(theta), adapted)
-    warnings = _warnings(nll, moved, changed, sites, adapted.is_point)
-    return Diagnosis(nll, ece, moved, changed, sites, warnings)
+    warnings = _warnings(nll, moved, changed, sites, adapted.is_point, linear)
+    return Diagnosis(nll, ece, moved, changed, sites, warnings, linear)
 
 
 @torch.no_grad()
@@ -138,7 +143,9 @@ def _scores(tasks: Sequence[Task], predictions: Sequence[Tensor]) -> tuple[float
     return fmean([*nll, *(one.nll for one in known)]), fmean(one.ece for one in known) if known else math.nan
 
 
-def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth], point: bool) -> tuple[str, ...]:
+def _warnings(
+    nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth], point: bool, linear: tuple[float, float] | None
+) -> tuple[str, ...]:
     if point:
         return ("The posterior is a point: draws are the mean. Use a model and a guide whose phi has a scale.",)
     found = []
@@ -147,7 +154,13 @@ def _warnings(nll: Any, moved: float, changed: float, sites: dict[str, SiteWidth
             f"Collapsed: draws move probabilities by {moved:.4f} and change no answer. Raise prior.initial_scale or "
             "objective.beta, or adapt with a larger width."
         )
-    if nll[1] > nll[0] + WIDE:
+    if linear and nll[1] > linear[0] + BENT:
+        found.append(
+            f"Draws have left the range in which scores are linear in the weights: they cost {nll[1] - linear[0]:.2f} "
+            f'nats more than linear scores (the mean {nll[0] - linear[0]:+.2f}). Keep predictive="linear", or adapt '
+            "with a smaller width."
+        )
+    elif nll[1] > nll[0] + WIDE:
         found.append(
             f"Run-away: draws cost {nll[1] - nll[0]:.2f} nats beside the mean. Lower prior.initial_scale, or adapt "
             "with a smaller width."

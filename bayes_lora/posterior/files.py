@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pyro.distributions import Delta, Normal
 from torch.distributions import Independent
 
 from bayes_lora.distributions.dropped_point import DroppedPoint
 from bayes_lora.distributions.factored_normal import FactoredNormal
+from bayes_lora.distributions.joint_normal import JointNormal, SiteNormal
 from bayes_lora.distributions.kronecker_normal import KroneckerNormal
 from bayes_lora.distributions.low_rank_normal import LowRankNormal
 from bayes_lora.distributions.unconstrained import parameters
@@ -20,7 +21,7 @@ from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
 from bayes_lora.infer.components import Components
 from bayes_lora.lm.fingerprint import EXPORTED, FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.types import Distributions
+from bayes_lora.types import Distributions, Predictive
 from bayes_lora.utils.reading import SHA256, check_finite, digest_of, positive, read_facts, read_header, read_tensors
 from bayes_lora.utils.storage import new_folder, write_json, write_tensors, writing
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "export_adapter", "read_posterior", "save_posterior"]
 
 FAMILIES: dict[str, Callable[..., Any]] = {
-    cls.__name__: cls for cls in (Delta, DroppedPoint, FactoredNormal, KroneckerNormal, LowRankNormal, Normal)
+    cls.__name__: cls
+    for cls in (Delta, DroppedPoint, FactoredNormal, KroneckerNormal, LowRankNormal, Normal, SiteNormal)
 }
 """The distributions that a file may name. Nothing is imported because a file names it."""
 
@@ -49,7 +51,9 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
     facts: dict[str, Any] = {
         "names": list(posterior.names),
         "temperature": posterior.temperature,
+        "predictive": posterior.predictive,
         "components": isinstance(posterior.phi, Components),
+        "joint": isinstance(posterior.phi, JointNormal),
         "sites": sites,
         FINGERPRINT: fingerprint(posterior.lm),
     }
@@ -77,6 +81,9 @@ def _fields(facts: dict[str, Any], tensors: Parameters, lm: LanguageModel, path:
     rest = dict(tensors)
     try:
         names, components = tuple(facts["names"]), bool(facts["components"])
+        joint, predictive = bool(facts.get("joint", False)), facts.get("predictive", "draws")
+        if predictive not in get_args(Predictive):
+            raise ValueError(f"expected 'predictive' to be one of {get_args(Predictive)}, got {predictive!r:.100}")
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"expected a list of names of tasks, got {facts['names']!r:.100}")
         phi: Distributions = {
@@ -87,12 +94,15 @@ def _fields(facts: dict[str, Any], tensors: Parameters, lm: LanguageModel, path:
         lm.sites.check(shared | {site: _like_values(fn) for site, fn in phi.items()})
         _check_batches(phi, len(names), components)
         _check_shared(shared, phi if components else {})
+        if joint:
+            _check_joint(phi)
     except KeyError as error:
         where = path / FACTS
         raise PosteriorError(f"{where}: damaged, or does not fit {lm.name}: it has no {error}. Adapt again.") from error
     except (SiteError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}. Adapt again.") from error
-    return {"phi": Components(phi) if components else phi, "shared": shared, "names": names}
+    kind: Any = Components if components else JointNormal if joint else dict
+    return {"phi": kind(phi), "shared": shared, "names": names, "predictive": predictive}
 
 
 def _distribution(family: str, tensors: Parameters) -> Any:
@@ -131,6 +141,18 @@ def _check_batches(phi: Distributions, tasks: int, components: bool) -> None:
             raise ValueError(f"site {site!r}: expected batch shape {expected}, got {tuple(fn.batch_shape)}")
     if not tasks or (components and not all(fn.batch_shape[0] for fn in phi.values())) or (components and not phi):
         raise ValueError("expected the name of at least one task, and at least one component")
+
+
+def _check_joint(phi: Distributions) -> None:
+    """Check that all sites are parts of one joint normal."""
+    inner = next((fn.inner for fn in phi.values() if isinstance(fn, SiteNormal)), None)
+    for site, fn in phi.items():
+        if inner is None or not isinstance(fn, SiteNormal) or fn.inner.shape != inner.shape:
+            got = fn.inner.shape if isinstance(fn, SiteNormal) else type(fn).__name__
+            raise ValueError(f"site {site!r}: expected a part of one joint normal of all sites, got {got}")
+        if fn.factor.shape[-1] != inner.shape[-1] or inner.shape[-1] != inner.shape[-2]:
+            shapes = tuple(fn.factor.shape), tuple(inner.shape)
+            raise ValueError(f"site {site!r}: expected G of r columns and S of (r, r), got {shapes}")
 
 
 def _check_shared(shared: Parameters, components: Distributions) -> None:

@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_lora.distributions.deferred_weight import DeferredWeight
 from bayes_lora.distributions.factored_normal import FactoredNormal
-from bayes_lora.distributions.unconstrained import common_noise, drawn, has_parameters, map_parameters, parameters
+from bayes_lora.distributions.joint_normal import JointNormal
+from bayes_lora.distributions.unconstrained import common_noise as _same_along
+from bayes_lora.distributions.unconstrained import drawn, has_parameters, map_parameters, parameters
+from bayes_lora.distributions.weight_distribution import Noise
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.infer.components import Components
 from bayes_lora.lm.generation import Generated, generate
@@ -24,9 +27,10 @@ from bayes_lora.lm.sites import factor_sites
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
+from bayes_lora.posterior.linear import LinearScores, linear_scores
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.types import Distributions, Sites
+from bayes_lora.types import Distributions, Predictive, Sites
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["TaskPosterior"]
@@ -40,12 +44,14 @@ class TaskPosterior:
         lm: the language model.
         phi: a normal, a point or a weight distribution per random site: batch ``(T, 1)``, event ``(layers, out, in)``.
             :class:`bayes_lora.infer.components.Components` have batch ``(K, T, 1)``: K equally likely components, such
-            as the members of an ensemble or the samples of a chain. A draw takes one component for all sites.
+            as the members of an ensemble or the samples of a chain. A draw takes one component for all sites. The sites
+            of a :class:`bayes_lora.distributions.joint_normal.JointNormal` are correlated, and drawn together.
         shared: values of the sites that all tasks share, ``(layers, out, in)``; for an ensemble ``(K, 1, 1, layers,
             out, in)``. They are stored as ``(1 or K, 1, 1, layers, out, in)``.
         names: names of the tasks.
         temperature: divides the option scores, see :mod:`bayes_lora.posterior.calibrate`. Scores of generated answers
             are not divided.
+        predictive: how :meth:`predict` predicts by default: ``"draws"`` or ``"linear"``.
 
     Raises:
         ConfigError: a distribution is of another family.
@@ -56,6 +62,7 @@ class TaskPosterior:
     shared: Sites
     names: tuple[str, ...]
     temperature: float = 1.0
+    predictive: Predictive = "draws"
 
     def __post_init__(self) -> None:
         for site, fn in self.phi.items():
@@ -72,7 +79,7 @@ class TaskPosterior:
     def _of_each(self, function: Callable[[Tensor], Tensor]) -> Distributions:
         """Apply a function to each parameter, ``(T, 1, ...)`` or ``(K, T, 1, ...)``, of each distribution."""
         phi = {site: map_parameters(fn, function) for site, fn in self.phi.items()}
-        return Components(phi) if isinstance(self.phi, Components) else phi
+        return type(self.phi)(phi)
 
     @property
     def num_components(self) -> int:
@@ -126,7 +133,11 @@ class TaskPosterior:
         taken = self.phi.take(chosen) if isinstance(self.phi, Components) else self.phi
         count = 1 if isinstance(self.phi, Components) else num_draws
         # In the order of the model's sites: files have no order, and a seed must give the same draws after loading.
-        for site in (site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in taken):
+        ordered = [site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in taken]
+        if isinstance(taken, JointNormal):
+            joint = JointNormal({site: taken[site] for site in ordered})
+            return phi | joint.drawn(num_draws, noise_of(joint[ordered[0]], generator, common_noise))
+        for site in ordered:
             values = draw_site(taken[site], count, generator, common_noise)
             phi[site] = tree_map(lambda value: value[0], values) if isinstance(self.phi, Components) else values
         return phi
@@ -150,6 +161,7 @@ class TaskPosterior:
         demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
         max_tokens: int | None = None,
         common_noise: bool = False,
+        predictive: Predictive | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -162,6 +174,7 @@ class TaskPosterior:
         demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
         max_tokens: int | None = None,
         common_noise: bool = False,
+        predictive: Predictive | None = None,
     ) -> list[Tensor]: ...
 
     @torch.no_grad()
@@ -174,6 +187,7 @@ class TaskPosterior:
         demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
         max_tokens: int | None = None,
         common_noise: bool = False,
+        predictive: Predictive | None = None,
     ) -> Tensor | list[Tensor]:
         """Posterior predictive log-probabilities of query examples, nats. Examples of all tasks share forwards.
 
@@ -186,6 +200,10 @@ class TaskPosterior:
             max_tokens: maximum number of query tokens in a forward, for each draw in it; by default the largest number
                 for which all draws fit the language model's token budget.
             common_noise: see :meth:`draw`.
+            predictive: ``"draws"`` averages the network's probabilities over draws of the weights. ``"linear"``
+                averages those of scores that are linear in the weights, see :meth:`linear_scores`; the number of draws
+                does not matter then, except that 0 predicts with the mean of the scores. By default the posterior's
+                own.
 
         Returns:
             ``(len(query), K)`` for each task, with :func:`absent_score` for absent options. One tensor if the examples
@@ -194,6 +212,10 @@ class TaskPosterior:
         Raises:
             TaskError: the number of lists is not the number of tasks, or demonstrations do not fit into the context.
         """
+        if (predictive or self.predictive) == "linear":
+            scores = self._linear_scores(queries, demonstrations)
+            found = [one.log_probs(self.temperature, averaged=num_draws > 0) for one in scores]
+            return found[0] if is_of_one_task(queries) else found
         asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
         phi = self._draws_or_mean(num_draws, seed, common_noise)
         rows = [self.lm.encoder(own, before) for own, before in zip(asked, shown, strict=True)]
@@ -204,6 +226,37 @@ class TaskPosterior:
                 self.lm, phi, rows, self.temperature, lambda: max_tokens or self.lm.budget.per_item(count)
             )
         return found[0] if is_of_one_task(queries) else found
+
+    def linear_scores(
+        self,
+        queries: Sequence[Example] | Sequence[Sequence[Example]],
+        *,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+    ) -> LinearScores | list[LinearScores]:
+        r"""Return the normal distribution of option scores that are linear in the weights.
+
+        .. math:: f \approx f(\phi_0) + J (\phi - \phi_0), \qquad
+            f \mid S \sim \mathcal N\big(f(\phi_0) + J (\mu - \phi_0),\; J \Sigma J^\top\big)
+
+        in nats, at the origin of a :class:`bayes_lora.distributions.joint_normal.SiteNormal`, otherwise at the
+        posterior's mean (Immer et al., arXiv 2008.08217). It takes one forward and K backward passes for each query.
+
+        Args:
+            queries: see :meth:`predict`.
+            demonstrations: see :meth:`predict`.
+
+        Raises:
+            TaskError: see :meth:`predict`.
+            ConfigError: the posterior has components, or a distribution that is not normal.
+        """
+        found = self._linear_scores(queries, demonstrations)
+        return found[0] if is_of_one_task(queries) else found
+
+    def _linear_scores(self, queries: Any, demonstrations: Any) -> list[LinearScores]:
+        asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
+        rows = [self.lm.encoder(own, before) for own, before in zip(asked, shown, strict=True)]
+        shared = {site: value[0, 0, 0] for site, value in self.shared.items()}
+        return linear_scores(self.lm, self.phi, shared, rows)
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -372,6 +425,11 @@ def draw_site(fn: Any, count: int, generator: torch.Generator, common: bool) -> 
     """Draw ``(count, *batch, layers, out, in)`` of one site; whole updates are deferred to the activations."""
     if isinstance(fn, FactoredNormal):
         return DeferredWeight(*(value.expand(count, *value.shape) for value in fn.deferred()))
+    return drawn(fn, count, noise_of(fn, generator, common))
+
+
+def noise_of(fn: Any, generator: torch.Generator, common: bool) -> Noise:
+    """Return the source of noise for draws of a distribution; ``common`` uses the same for all tasks."""
     like = next(iter(parameters(fn).values()))
 
     def noise(shape: torch.Size) -> Tensor:
@@ -379,4 +437,4 @@ def draw_site(fn: Any, count: int, generator: torch.Generator, common: bool) -> 
         return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
 
     # After the draws, tasks are the second batch dimension from the right.
-    return drawn(fn, count, common_noise(noise, len(fn.batch_shape) - 1) if common else noise)
+    return _same_along(noise, len(fn.batch_shape) - 1) if common else noise

@@ -1,0 +1,157 @@
+r"""Predictions with option scores that are linear in the weights: a normal distribution of scores for each query.
+
+.. math:: f \mid S \sim \mathcal N\big(f(\phi_0) + J (\mu - \phi_0),\; J \Sigma J^\top\big), \qquad
+    J = \nabla_\phi f(\phi_0)
+
+for a normal posterior :math:`\mathcal N(\mu, \Sigma)` of the weights (Immer et al., arXiv 2008.08217). Draws of the
+weights go through the whole network, where a posterior that is as wide as its prior in thousands of directions leaves
+the range in which the network is linear. These scores do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+
+from bayes_lora.distributions.joint_normal import SiteNormal
+from bayes_lora.episodes.episode import collate
+from bayes_lora.episodes.packing import EncodedExample
+from bayes_lora.errors import ConfigError
+from bayes_lora.infer.components import Components
+from bayes_lora.infer.tangent import option_gradients
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.types import Distributions, Sites, absent_score
+
+__all__ = ["LinearScores", "linear_scores"]
+
+NUM_POINTS = 256
+"""Points of the average over scores."""
+
+NUMBERS = 1 << 26
+"""Derivatives of a batch: 256 MiB in float32."""
+
+
+class LinearScores(NamedTuple):
+    """The posterior of the option scores of n queries with up to K options.
+
+    Attributes:
+        mean: ``(n, K)`` nats; 0 at absent options.
+        covariance: ``(n, K, K)``; 0 at absent options.
+        option_mask: ``(n, K)``, whether an option is present.
+        free_form: ``(n,)``, whether the answer is free text.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    option_mask: Tensor
+    free_form: Tensor
+
+    def draws(self) -> Tensor:
+        """Return scores ``(NUM_POINTS, n, K)`` that represent their distribution: always the same, of equal weight."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+        points = _points(self.mean.shape[-1]).to(self.mean)
+        return self.mean + torch.einsum("nkj,sj->snk", root, points)
+
+    def log_probs(self, temperature: float = 1.0, *, averaged: bool = True) -> Tensor:
+        """Return predictive log-probabilities ``(n, K)`` nats, with :func:`absent_score` for absent options.
+
+        Args:
+            temperature: divides the scores, except those of free text.
+            averaged: average probabilities over the distribution of scores; otherwise at their mean.
+        """
+        scores = self.draws() if averaged else self.mean[None]
+        scores = torch.where(self.free_form[:, None], scores, scores / temperature)
+        log_probs = scores.masked_fill(~self.option_mask, -torch.inf).log_softmax(-1)
+        found = torch.logsumexp(log_probs, 0) - torch.tensor(float(len(scores))).log()
+        return found.masked_fill(~self.option_mask, absent_score(found.dtype))
+
+
+@lru_cache(maxsize=64)
+def _points(options: int) -> Tensor:
+    """Return points of a standard normal in K dimensions from a scrambled Sobol sequence, in pairs of opposites."""
+    uniform = torch.quasirandom.SobolEngine(options, scramble=True, seed=0).draw(NUM_POINTS // 2, dtype=torch.float64)
+    half = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    return torch.cat([half, -half])
+
+
+@torch.no_grad()
+def linear_scores(
+    lm: LanguageModel, phi: Distributions, shared: Sites, tasks: Sequence[Sequence[EncodedExample]]
+) -> list[LinearScores]:
+    """Return the linear scores of each task's examples.
+
+    Args:
+        lm: the language model.
+        phi: q(phi | support) per random site, of batch ``(T, 1)``.
+        shared: values of the sites that all tasks share, ``(layers, out, in)``.
+        tasks: the examples of each task.
+
+    Raises:
+        ConfigError: the posterior has components, or a distribution that is not normal.
+    """
+    if isinstance(phi, Components):
+        raise ConfigError('predictive: expected "draws" for a posterior with components, got "linear".')
+    origin = {site: _origin(site, fn) for site, fn in phi.items()}
+    return [_of_task(lm, phi, shared, origin, t, rows) for t, rows in enumerate(tasks)]
+
+
+def _of_task(
+    lm: LanguageModel, phi: Distributions, shared: Sites, origin: Sites, t: int, rows: Sequence[EncodedExample]
+) -> LinearScores:
+    like = next(iter(origin.values()))
+    options = max((row.num_options for row in rows), default=0)
+    mean, covariance = like.new_zeros(len(rows), options), like.new_zeros(len(rows), options, options)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths, for less padding
+    weights = sum(value[0].numel() for value in origin.values())
+    size = max(1, min(16, NUMBERS // max(1, weights * options)))
+    here = {site: value[t : t + 1] for site, value in origin.items()}
+    for start in range(0, len(rows), size):
+        chosen = order[start : start + size]
+        episode = collate([[rows[i] for i in chosen]]).to(lm.device)
+        [(_, scores, gradients)] = option_gradients(lm, episode, shared, here, size)
+        scores, spread = _moments(scores.to(like.dtype), gradients, phi, origin, t)
+        width = scores.shape[-1]
+        places = torch.tensor(chosen, device=like.device)
+        mean[places, :width], covariance[places, :width, :width] = scores, spread
+    mask = torch.arange(options) < torch.tensor([row.num_options for row in rows])[:, None]
+    free = torch.tensor([row.free_form for row in rows])
+    return LinearScores(mean, covariance, mask.to(like.device), free.to(like.device))
+
+
+def _moments(scores: Tensor, gradients: Sites, phi: Distributions, origin: Sites, t: int) -> tuple[Tensor, Tensor]:
+    """Return mean ``(n, K)`` and covariance ``(n, K, K)`` of scores with derivatives ``(n, K, layers, out, in)``."""
+    covariance: Any = 0.0
+    seen: Any = 0.0
+    inner = None
+    for site, fn in phi.items():
+        rows = gradients[site].flatten(2)
+        scores = scores + rows @ (fn.mean[t] - origin[site][t]).flatten()
+        if isinstance(fn, Delta):
+            continue
+        base = fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn
+        scaled = rows * base.scale[t].flatten()
+        covariance = covariance + scaled @ scaled.mT
+        if isinstance(fn, SiteNormal):
+            seen, inner = seen + scaled @ fn.factor[t, 0].flatten(0, 2), fn.inner[t, 0]
+    if inner is not None:
+        covariance = covariance - seen @ inner @ seen.mT
+    return scores, covariance + torch.zeros_like(scores[..., None] * scores[..., None, :])
+
+
+def _origin(site: str, fn: Any) -> Tensor:
+    """Return the point at which the scores of a site's weights are linearised, ``(T, 1, layers, out, in)``."""
+    base = fn.base_dist if isinstance(fn, torch.distributions.Independent) else fn
+    if not isinstance(base, torch.distributions.Normal | SiteNormal | Delta):
+        raise ConfigError(
+            f'predictive: expected a normal distribution or a point for site {site!r} of "linear" predictions, got '
+            f'{fn}. Use predictive="draws".'
+        )
+    origin = getattr(fn, "origin", None)
+    found: Tensor = fn.mean if origin is None else origin
+    return found
