@@ -86,7 +86,7 @@ def test_theta_s_gradient_is_that_of_the_evidence():
     torch.testing.assert_close(guide.theta.loc_theta_loc_linear_lora_B.grad.flatten(), mu.grad, atol=0.05, rtol=0.02)
 
 
-@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (0.6, False), (2.5, False)])
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (0.6, False), (1.6, False)])
 def test_simulation_based_calibration(factor, passes):
     """Ranks of the weights that made the data among draws are uniform, unless sigma is wrong (arXiv 1804.06788)."""
 
@@ -95,8 +95,8 @@ def test_simulation_based_calibration(factor, passes):
             loc = theta[f"theta.loc.{SITE}"]
             return {SITE: torch.distributions.Independent(pyro.distributions.Normal(loc, factor * TAU), 3)}
 
-    tasks, draws = 2500, 19
-    x, b, y = make_data(tasks=tasks, examples=3, seed=11)
+    tasks, draws = 800, 19
+    x, b, y = make_data(tasks=tasks, examples=1, seed=11)
     model = Scaled()
     guide = TangentGuide(model, batch_size=2000)
     pyro.set_rng_seed(2)

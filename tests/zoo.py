@@ -22,6 +22,7 @@ from bayes_lora.guides import (
     Point,
     SharedMeanField,
     SharedPoint,
+    TangentGuide,
 )
 from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
@@ -61,6 +62,7 @@ GUIDES = {
     "SharedMeanField": lambda model: SharedMeanField(model, theta_guide=NormalTheta),
     "SharedMeanField, MatrixNormal": lambda model: SharedMeanField(model, family=MatrixNormal(8)),
     "SharedPoint": SharedPoint,
+    "TangentGuide": lambda model: TangentGuide(model, steps=1, batch_size=5),
 }
 # What cannot work, and what the error says to do instead.
 ANOTHER = "Use GradientGuide, or a model of LoRA factors"
@@ -78,6 +80,7 @@ REFUSED = {
         for guide in GUIDES
         if guide.endswith((" Point", " Reptile", " LowRank", " MatrixNormal"))
     },
+    **{(prior, "TangentGuide"): ANOTHER for prior in ("ActivationSpace", "ClusterMixture", "WeightSpace")},
     ("ActivationSpace", "Ensemble"): ANOTHER,
     ("WeightSpace", "Ensemble"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
     ("WeightSpace", "SharedPoint"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
