@@ -10,9 +10,9 @@ from bayes_lora import Posterior, TaskPosterior
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.guides import SGLD, GradientGuide, SharedPoint, TangentGuide
+from bayes_lora.infer.linear_scores import LinearScores
 from bayes_lora.infer.tangent import tangent
 from bayes_lora.models import HierarchicalNormal, LayerwiseScale
-from bayes_lora.posterior.linear import LinearScores
 from bayes_lora.types import absent_score
 from bayes_lora.utils.storage import read_json, write_json
 

@@ -11,8 +11,7 @@ the range in which the network is linear. These scores do not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions import Delta
@@ -23,61 +22,15 @@ from bayes_lora.episodes.episode import collate
 from bayes_lora.episodes.packing import EncodedExample
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.components import Components
+from bayes_lora.infer.linear_scores import LinearScores
 from bayes_lora.infer.tangent import option_gradients
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.types import Distributions, Sites, absent_score
+from bayes_lora.types import Distributions, Sites
 
-__all__ = ["LinearScores", "linear_scores"]
-
-NUM_POINTS = 256
-"""Points of the average over scores."""
+__all__ = ["linear_scores"]
 
 NUMBERS = 1 << 26
 """Derivatives of a batch: 256 MiB in float32."""
-
-
-class LinearScores(NamedTuple):
-    """The posterior of the option scores of n queries with up to K options.
-
-    Attributes:
-        mean: ``(n, K)`` nats; 0 at absent options.
-        covariance: ``(n, K, K)``; 0 at absent options.
-        option_mask: ``(n, K)``, whether an option is present.
-        free_form: ``(n,)``, whether the answer is free text.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    option_mask: Tensor
-    free_form: Tensor
-
-    def draws(self) -> Tensor:
-        """Return scores ``(NUM_POINTS, n, K)`` that represent their distribution: always the same, of equal weight."""
-        values, vectors = torch.linalg.eigh(self.covariance)
-        root = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
-        points = _points(self.mean.shape[-1]).to(self.mean)
-        return self.mean + torch.einsum("nkj,sj->snk", root, points)
-
-    def log_probs(self, temperature: float = 1.0, *, averaged: bool = True) -> Tensor:
-        """Return predictive log-probabilities ``(n, K)`` nats, with :func:`absent_score` for absent options.
-
-        Args:
-            temperature: divides the scores, except those of free text.
-            averaged: average probabilities over the distribution of scores; otherwise at their mean.
-        """
-        scores = self.draws() if averaged else self.mean[None]
-        scores = torch.where(self.free_form[:, None], scores, scores / temperature)
-        log_probs = scores.masked_fill(~self.option_mask, -torch.inf).log_softmax(-1)
-        found = torch.logsumexp(log_probs, 0) - torch.tensor(float(len(scores))).log()
-        return found.masked_fill(~self.option_mask, absent_score(found.dtype))
-
-
-@lru_cache(maxsize=64)
-def _points(options: int) -> Tensor:
-    """Return points of a standard normal in K dimensions from a scrambled Sobol sequence, in pairs of opposites."""
-    uniform = torch.quasirandom.SobolEngine(options, scramble=True, seed=0).draw(NUM_POINTS // 2, dtype=torch.float64)
-    half = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
-    return torch.cat([half, -half])
 
 
 @torch.no_grad()

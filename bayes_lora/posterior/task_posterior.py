@@ -21,13 +21,14 @@ from bayes_lora.distributions.unconstrained import drawn, has_parameters, map_pa
 from bayes_lora.distributions.weight_distribution import Noise
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.infer.components import Components
+from bayes_lora.infer.linear_scores import LinearScores
 from bayes_lora.lm.generation import Generated, generate
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.sites import factor_sites
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
-from bayes_lora.posterior.linear import LinearScores, linear_scores
+from bayes_lora.posterior.linear import linear_scores
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.types import Distributions, Predictive, Sites

@@ -1,0 +1,68 @@
+"""Normal distributions of option scores, and the probabilities of options under them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_lora.types import absent_score
+
+__all__ = ["LinearScores"]
+
+NUM_POINTS = 256
+"""Points of the average over scores."""
+
+
+class LinearScores(NamedTuple):
+    """The posterior of the option scores of n queries with up to K options.
+
+    Attributes:
+        mean: ``(n, K)`` nats; 0 at absent options.
+        covariance: ``(n, K, K)``; 0 at absent options.
+        option_mask: ``(n, K)``, whether an option is present.
+        free_form: ``(n,)``, whether the answer is free text.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    option_mask: Tensor
+    free_form: Tensor
+
+    def draws(self) -> Tensor:
+        """Return scores ``(NUM_POINTS, n, K)`` that represent their distribution: always the same, of equal weight."""
+        if self.covariance.requires_grad:
+            # The derivative of eigenvectors is infinite where eigenvalues are equal, as those of absent options are.
+            size = 1.0 + self.covariance.diagonal(dim1=-2, dim2=-1).amax(-1)
+            eye = torch.eye(self.mean.shape[-1], dtype=size.dtype, device=size.device)
+            root = torch.linalg.cholesky(self.covariance + 1e-8 * size[:, None, None] * eye)
+        else:
+            values, vectors = torch.linalg.eigh(self.covariance)
+            root = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+        points = _points(self.mean.shape[-1]).to(self.mean)
+        return self.mean + torch.einsum("nkj,sj->snk", root, points)
+
+    def log_probs(self, temperature: float = 1.0, *, averaged: bool = True) -> Tensor:
+        """Return predictive log-probabilities ``(n, K)`` nats, with :func:`absent_score` for absent options.
+
+        They are differentiable by mean and covariance, which must then be in float64.
+
+        Args:
+            temperature: divides the scores, except those of free text.
+            averaged: average probabilities over the distribution of scores; otherwise at their mean.
+        """
+        scores = self.draws() if averaged else self.mean[None]
+        scores = torch.where(self.free_form[:, None], scores, scores / temperature)
+        log_probs = scores.masked_fill(~self.option_mask, -torch.inf).log_softmax(-1)
+        found = torch.logsumexp(log_probs, 0) - torch.tensor(float(len(scores))).log()
+        return found.masked_fill(~self.option_mask, absent_score(found.dtype))
+
+
+@lru_cache(maxsize=64)
+def _points(options: int) -> Tensor:
+    """Return points of a standard normal in K dimensions from a scrambled Sobol sequence, in pairs of opposites."""
+    uniform = torch.quasirandom.SobolEngine(options, scramble=True, seed=0).draw(NUM_POINTS // 2, dtype=torch.float64)
+    half = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    return torch.cat([half, -half])
