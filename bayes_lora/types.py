@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Sites = dict[str, Tensor]
-"""From site name (``"q_proj.lora_A"``) to value of shape ``(*batch, layers, out, in)``."""
+"""From site name (``"q_proj.lora_A"``, ``"head.slope"``) to value of shape ``(*batch, layers, out, in)``."""
 
 SiteShapes = dict[str, tuple[int, int, int]]
 """From site name to event shape ``(layers, out, in)``."""
@@ -71,7 +71,10 @@ class LikelihoodSites(Protocol):
         ...
 
     def check(self, values: Sites) -> None:
-        """Raise :class:`bayes_lora.errors.SiteError` unless all sites have a value of their event shape."""
+        """Raise :class:`bayes_lora.errors.SiteError` unless all sites have a value of their event shape.
+
+        Values of :mod:`bayes_lora.lm.option_head` are optional.
+        """
         ...
 
 
