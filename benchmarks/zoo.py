@@ -33,7 +33,9 @@ def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
     """Each prior with the cheapest guide, and the default prior with each guide."""
     initial = lm.sites.initial()
     priors: dict[str, Callable[..., Any]] = {
-        name: getattr(models, name) for name in models.__all__ if name not in ("FactorModel", "HierarchicalModel")
+        name: getattr(models, name)
+        for name in models.__all__
+        if name not in ("FactorModel", "HierarchicalModel", "WithHead")
     }
     found = {}
     for name, make in priors.items():

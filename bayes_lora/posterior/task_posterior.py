@@ -20,6 +20,7 @@ from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.infer.components import Components
 from bayes_lora.lm.generation import Generated, generate
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.lm.sites import factor_sites
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
@@ -46,6 +47,8 @@ class TaskPosterior:
         names: names of the tasks.
         temperature: divides the option scores, see :mod:`bayes_lora.posterior.calibrate`. Scores of generated answers
             are not divided.
+        fixed_options: whether the support examples of each task have the same options, so that biases of an option head
+            apply to its queries, see :mod:`bayes_lora.lm.option_head`; by default all have.
 
     Raises:
         ConfigError: a distribution is of another family.
@@ -56,6 +59,7 @@ class TaskPosterior:
     shared: Sites
     names: tuple[str, ...]
     temperature: float = 1.0
+    fixed_options: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         for site, fn in self.phi.items():
@@ -64,6 +68,7 @@ class TaskPosterior:
                     f"site {site!r}: expected a Normal, Delta or WeightDistribution, got {fn}. Let the guide's "
                     "posterior() return Normal(q.mean, q.stddev).to_event(3)."
                 )
+        object.__setattr__(self, "fixed_options", self.fixed_options or (True,) * len(self.names))
         # Contiguous, as tensors read from a file are: another layout would use other kernels, which round differently.
         object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
         shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
@@ -126,7 +131,8 @@ class TaskPosterior:
         taken = self.phi.take(chosen) if isinstance(self.phi, Components) else self.phi
         count = 1 if isinstance(self.phi, Components) else num_draws
         # In the order of the model's sites: files have no order, and a seed must give the same draws after loading.
-        for site in (site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in taken):
+        known = (*self.lm.sites.shapes, *self.lm.sites.delta_shapes, *HEAD_SHAPES)
+        for site in (site for site in known if site in taken):
             values = draw_site(taken[site], count, generator, common_noise)
             phi[site] = tree_map(lambda value: value[0], values) if isinstance(self.phi, Components) else values
         return phi
@@ -200,9 +206,8 @@ class TaskPosterior:
         count = max(len(value) for value in tree_leaves(phi))
         # Deferred weights are drawn while they are used.
         with seeded(seed, self.lm.device) if self.is_deferred else nullcontext():
-            found = predict_tasks(
-                self.lm, phi, rows, self.temperature, lambda: max_tokens or self.lm.budget.per_item(count)
-            )
+            most = lambda: max_tokens or self.lm.budget.per_item(count)  # noqa: E731
+            found = predict_tasks(self.lm, phi, rows, self.temperature, most, self.fixed_options)
         return found[0] if is_of_one_task(queries) else found
 
     @overload
@@ -242,7 +247,7 @@ class TaskPosterior:
         """Answer questions with generated text: greedy decoding, each token's probability averaged over draws.
 
         Questions of all tasks share forwards, see :mod:`bayes_lora.lm.generation`. The temperature is for options, and
-        is not used.
+        is not used, nor is an option head.
 
         Args:
             queries: a list of examples or texts for each task, or those of the only task. Gold answers are not used.
@@ -325,7 +330,8 @@ class TaskPosterior:
             raise TaskError(f"task {name!r} is not among those adapted to: {list(self.names)}.")
         i = self.names.index(name)
         axis = 1 if isinstance(self.phi, Components) else 0
-        return replace(self, phi=self._of_each(lambda value: value.narrow(axis, i, 1)), names=(name,))
+        phi = self._of_each(lambda value: value.narrow(axis, i, 1))
+        return replace(self, phi=phi, names=(name,), fixed_options=(self.fixed_options[i],))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the posterior to a folder (safetensors and JSON).
@@ -349,7 +355,8 @@ class TaskPosterior:
         """Save the LoRA weights of one task as a PEFT adapter, which ``PeftModel.from_pretrained`` loads.
 
         The file ``bayes_lora.json`` in the folder, which PEFT ignores, holds the fingerprint of the language model, see
-        :mod:`bayes_lora.lm.fingerprint`.
+        :mod:`bayes_lora.lm.fingerprint`. An adapter has no option head, so that a model with the adapter gives the
+        scores before the head. If the posterior has one, the file holds its slope, its biases and the formula.
 
         Args:
             path: folder of the adapter.
