@@ -28,7 +28,7 @@ from bayes_lora.infer.plates import same_task_plate
 from bayes_lora.lm.option_head import BIAS, HEAD_SHAPES, SLOPE
 from bayes_lora.models.hierarchical_model import HierarchicalModel
 from bayes_lora.types import Distributions, Sites
-from bayes_lora.utils.ranges import Positive
+from bayes_lora.utils.ranges import Finite, Positive
 
 __all__ = ["WithHead"]
 
@@ -38,9 +38,9 @@ LOC, PRECISIONS = f"theta.loc.{SLOPE}", {SLOPE: f"theta.precision.{SLOPE}", BIAS
 class WithHead(HierarchicalModel):
     """Another prior, with an option head: p(theta) p(phi_i | theta) p(y | x, phi_i) as a Pyro program.
 
-    Sites: those of the other prior; ``theta.loc.head.slope``, ``theta.precision.head.slope`` and
-    ``theta.precision.head.bias``, ``(1, 1, 1)`` each; ``phi.head.slope``, ``(1, 1, 1)``, and ``phi.head.bias``, ``(1, 1,
-    32)``. Options from the 33rd on have no bias.
+    Sites: those of the other prior; ``theta.loc.head.slope``, ``theta.precision.head.slope``,
+    ``theta.precision.head.bias`` and ``phi.head.slope``, ``(1, 1, 1)`` each; ``phi.head.bias``, ``(1, 1, 32)``. Options
+    from the 33rd on have no bias.
 
     Example::
 
@@ -64,7 +64,7 @@ class WithHead(HierarchicalModel):
         self,
         prior: HierarchicalModel,
         *,
-        slope: float = 1.0,
+        slope: Finite = 1.0,
         slope_scale: Positive = 0.3,
         bias_scale: Positive = 1.0,
         loc_scale: Positive = 1.0,
