@@ -126,7 +126,7 @@ class Model(Protocol):
 
     @property
     def initial(self) -> Sites:
-        """Initial values for guides, ``(layers, out, in)`` per LoRA site."""
+        """Initial values for guides, ``(layers, out, in)`` per LoRA site, and per site of an option head."""
         ...
 
     @property

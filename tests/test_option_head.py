@@ -352,6 +352,11 @@ def test_a_prior_that_cannot_have_a_head_says_so(lm):
             make()
 
 
+def test_initial_values_of_a_head_are_settings(lm):
+    with pytest.raises(SiteError, match=r"initial: .*'head.slope'.* are settings of WithHead"):
+        LayerwiseScale(lm, WithHead(LayerwiseScale(lm)).initial)
+
+
 def test_whole_updates_may_have_a_head(lm, tmp_path):
     model = WithHead(models.WeightSpace(lm, offset=0.05))
     posterior = Posterior(lm, model, SharedMeanField(model))
@@ -396,6 +401,8 @@ def test_a_posterior_keeps_the_head_of_each_task(lm, tmp_path):
     assert alone.fixed_options == (False,)
     one, other = (p.predict(rows, num_draws=0) for p, rows in ((alone, queries[2]), (found, queries)))
     torch.testing.assert_close(one, other[2])
+    with pytest.raises(ConfigError, match="fixed_options: expected one for each of 3 tasks"):
+        replace(found, fixed_options=(True,))
     turned = replace(found, fixed_options=(False, True, False))
     changed = turned.predict(queries, num_draws=4)
     assert not torch.allclose(changed[0], predicted[0]) and torch.allclose(changed[1], predicted[1])

@@ -51,7 +51,7 @@ class TaskPosterior:
             apply to its queries, see :mod:`bayes_lora.lm.option_head`; by default all have.
 
     Raises:
-        ConfigError: a distribution is of another family.
+        ConfigError: a distribution is of another family, or ``fixed_options`` has another number of tasks.
     """
 
     lm: LanguageModel
@@ -68,7 +68,10 @@ class TaskPosterior:
                     f"site {site!r}: expected a Normal, Delta or WeightDistribution, got {fn}. Let the guide's "
                     "posterior() return Normal(q.mean, q.stddev).to_event(3)."
                 )
-        object.__setattr__(self, "fixed_options", self.fixed_options or (True,) * len(self.names))
+        fixed = self.fixed_options or (True,) * len(self.names)
+        if len(fixed) != len(self.names):
+            raise ConfigError(f"fixed_options: expected one for each of {len(self.names)} tasks, got {fixed}.")
+        object.__setattr__(self, "fixed_options", fixed)
         # Contiguous, as tensors read from a file are: another layout would use other kernels, which round differently.
         object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
         shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
