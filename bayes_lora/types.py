@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Sites = dict[str, Tensor]
-"""From site name (``"q_proj.lora_A"``) to value of shape ``(*batch, layers, out, in)``."""
+"""From site name (``"q_proj.lora_A"``, ``"head.slope"``) to value of shape ``(*batch, layers, out, in)``."""
 
 SiteShapes = dict[str, tuple[int, int, int]]
 """From site name to event shape ``(layers, out, in)``."""
@@ -76,7 +76,10 @@ class LikelihoodSites(Protocol):
         ...
 
     def check(self, values: Sites) -> None:
-        """Raise :class:`bayes_lora.errors.SiteError` unless all sites have a value of their event shape."""
+        """Raise :class:`bayes_lora.errors.SiteError` unless all sites have a value of their event shape.
+
+        Values of :mod:`bayes_lora.lm.option_head` are optional.
+        """
         ...
 
 
@@ -128,7 +131,7 @@ class Model(Protocol):
 
     @property
     def initial(self) -> Sites:
-        """Initial values for guides, ``(layers, out, in)`` per LoRA site."""
+        """Initial values for guides, ``(layers, out, in)`` per LoRA site, and per site of an option head."""
         ...
 
     @property

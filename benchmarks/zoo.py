@@ -32,9 +32,10 @@ TINY = replace(SHAPES["smollm2-135m"].tiny(), layers=2)
 def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
     """Each prior with the cheapest guide, and the default prior with each guide."""
     initial = lm.sites.initial()
+    others = ("FactorModel", "HierarchicalModel", "WithHead")
     priors: dict[str, Callable[..., Any]] = {
-        name: getattr(models, name) for name in models.__all__ if name not in ("FactorModel", "HierarchicalModel")
-    }
+        name: getattr(models, name) for name in models.__all__ if name not in others
+    } | {"WithHead": lambda *given: models.WithHead(models.LayerwiseScale(*given))}
     found = {}
     for name, make in priors.items():
         model = make(lm, initial)

@@ -34,5 +34,6 @@ class MCDropout(SharedMeanField):
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, rate: Rate = 0.1) -> None:
         check_moments(model, "MCDropout")
-        sites = [site for site in model.random_sites if ".lora_A" in site] or model.random_sites
+        factors = [site for site in model.random_sites if ".lora_" in site]
+        sites = [site for site in factors if ".lora_A" in site] or factors
         super().__init__(model, theta_guide=theta_guide, family=Dropout(rate, tuple(sites)))

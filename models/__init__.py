@@ -8,6 +8,7 @@ from bayes_lora.models.hierarchical_normal import HierarchicalNormal
 from bayes_lora.models.horseshoe import RegularizedHorseshoe
 from bayes_lora.models.independent_normal import IndependentNormal
 from bayes_lora.models.layerwise_scale import LayerwiseScale
+from bayes_lora.models.option_head import WithHead
 from bayes_lora.models.rank_ard import RankARD
 from bayes_lora.models.weight_space import WeightSpace
 
@@ -22,4 +23,5 @@ __all__ = [
     "RankARD",
     "RegularizedHorseshoe",
     "WeightSpace",
+    "WithHead",
 ]

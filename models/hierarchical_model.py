@@ -20,8 +20,9 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.infer.plates import observe_answers, task_plate
+from bayes_lora.lm.option_head import HEAD_SHAPES, split_head
 from bayes_lora.types import Distributions, Likelihood, Sites
 from bayes_lora.utils.settings import RecordedSettings
 
@@ -58,6 +59,8 @@ class HierarchicalModel(RecordedSettings, PyroModule):
             if sites is None:
                 raise ConfigError(f"initial: expected values for {type(likelihood).__name__}, which has no sites.")
             initial = sites.initial()
+        elif split_head(initial)[1]:
+            raise SiteError(f"initial: {[*HEAD_SHAPES]} are settings of WithHead. Leave them out.")
         elif sites is not None:  # now, because the first forward may come much later
             sites.check(initial)
         self.likelihood: Likelihood = likelihood

@@ -99,7 +99,8 @@ def test_support_is_shared_or_separate() -> None:
     shared = collate(SMALL)
     assert shared.support is shared
     episode = collate(SMALL, SMALL[::-1], num_data=[7, 9], task_index=[3, 1], num_tasks=5)
-    assert same(episode.support, collate(SMALL[::-1], task_index=[3, 1], num_tasks=5))
+    flags = episode.fixed_options
+    assert same(episode.support, collate(SMALL[::-1], task_index=[3, 1], num_tasks=5, fixed_options=flags))
     assert episode.support.examples == collate(SMALL[::-1]).examples
     assert episode.support.num_data.tolist() == [2, 1]
     assert episode.support.support is episode.support

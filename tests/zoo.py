@@ -37,6 +37,7 @@ PRIORS = {
     "RankARD": lambda lm: models.RankARD(lm, start(lm)),
     "RegularizedHorseshoe": lambda lm: models.RegularizedHorseshoe(lm, start(lm)),
     "WeightSpace": lambda lm: models.WeightSpace(lm, start(lm), offset=0.05),
+    "WithHead": lambda lm: models.WithHead(models.LayerwiseScale(lm, start(lm))),
 }
 GUIDES = {
     "Ensemble": lambda model: Ensemble(model, theta_guide=NormalTheta, num_members=2),

@@ -55,6 +55,8 @@ class Episode:
         mask: ``(T, N)`` true for present examples.
         num_data: ``(T,)`` each task's N, to which the likelihood of these examples is scaled.
         task_index: ``(T,)`` index of each task in the collection; -1 for tasks that are not in it.
+        fixed_options: ``(T,)`` whether all examples of a task, scored and support, have the same options in the same
+            order.
         num_tasks: size of the collection from which the tasks were drawn.
         examples: per task ``N`` encoded examples, padded with ``None``.
         rows: per task its rows.
@@ -76,6 +78,7 @@ class Episode:
     mask: Tensor
     num_data: Tensor
     task_index: Tensor
+    fixed_options: Tensor
     num_tasks: int
     examples: tuple[tuple[EncodedExample | None, ...], ...]
     rows: tuple[tuple[PackedRow, ...], ...]
@@ -109,7 +112,8 @@ class Episode:
     def per_example(self, start: int = 0, stop: int | None = None) -> Episode:
         """Return every example as a separate task, in the order of tasks and examples, from ``start`` to ``stop``."""
         rows = [[example] for task in self.examples for example in task if example is not None]
-        return collate(rows[start:stop]).to(self.mask.device)
+        fixed = self.fixed_options.repeat_interleave(self.mask.sum(-1))
+        return collate(rows[start:stop], fixed_options=fixed[start:stop]).to(self.mask.device)
 
     def without_task_ids(self) -> Episode:
         """Return the same tasks marked as absent from the collection, so that no per-task parameters apply to them."""
@@ -139,6 +143,7 @@ def collate(
     num_data: Sequence[int] | Tensor | None = None,
     task_index: Sequence[int] | Tensor | None = None,
     num_tasks: int | None = None,
+    fixed_options: Sequence[bool] | Tensor | None = None,
 ) -> Episode:
     """Collate the encoded examples of T tasks into one padded episode.
 
@@ -148,14 +153,23 @@ def collate(
         num_data: N of each task; by default the number of its examples here.
         task_index: index of each task in the collection; by default 0 to T - 1.
         num_tasks: size of the collection; by default T.
+        fixed_options: whether each task has a fixed set of labels; by default whether the options of all examples here
+            are equal, which a single example always is.
 
     Raises:
-        TaskError: there is no task, a task has no example, or ``support`` has another number of tasks.
+        TaskError: there is no task, a task has no example, or ``support`` or ``fixed_options`` has another number of
+            tasks.
     """
     if not tasks or not all(tasks):
         raise TaskError("an episode needs at least one task, and every task at least one example.")
     if support is not None and len(support) != len(tasks):
         raise TaskError(f"an episode needs one support set per task: got {len(support)} for {len(tasks)} tasks.")
+    if fixed_options is None:
+        groups = tasks if support is None else [[*own, *more] for own, more in zip(tasks, support, strict=True)]
+        fixed_options = [len({example.option_tokens for example in group}) == 1 for group in groups]
+    if len(fixed_options) != len(tasks):
+        raise TaskError(f"fixed_options: expected one for each of {len(tasks)} tasks, got {len(fixed_options)}.")
+    fixed = torch.as_tensor(fixed_options, dtype=torch.bool)
     examples, rows = _filled(tasks), pack_tasks(tasks)
     flat = [example for task in examples for example in task]
     some = [(i, example) for i, example in enumerate(flat) if example is not None]
@@ -180,10 +194,13 @@ def collate(
         mask=counts > 0,
         num_data=torch.as_tensor([len(task) for task in tasks] if num_data is None else num_data),
         task_index=torch.as_tensor(range(len(tasks)) if task_index is None else task_index),
+        fixed_options=fixed,
         num_tasks=len(tasks) if num_tasks is None else num_tasks,
         examples=examples,
         rows=tuple(map(tuple, rows)),
-        separate_support=None if support is None else collate(support, task_index=task_index, num_tasks=num_tasks),
+        separate_support=None
+        if support is None
+        else collate(support, task_index=task_index, num_tasks=num_tasks, fixed_options=fixed),
     )
 
 

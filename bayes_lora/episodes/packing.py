@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
 
@@ -97,6 +98,11 @@ class EncodedExample:
     def gold(self) -> Tensor:
         """Token ids of the gold option."""
         return self.targets[self.target_options == self.answer]
+
+    @cached_property
+    def option_tokens(self) -> tuple[int, bytes, bytes]:
+        """The tokens of all options in order, to compare those of examples; computed once."""
+        return self.num_options, self.targets.numpy().tobytes(), self.target_options.numpy().tobytes()
 
 
 @dataclass(frozen=True, eq=False)

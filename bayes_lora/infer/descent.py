@@ -121,7 +121,13 @@ def minibatch(episode: Episode, step: int, size: int) -> Episode:
     """Return the minibatch of a step: ``size`` examples per task in turn, scaled to all examples of the task."""
     rows = [[example for example in task if example is not None] for task in episode.examples]
     taken = [[task[(step * size + i) % len(task)] for i in range(min(size, len(task)))] for task in rows]
-    part = collate(taken, num_data=episode.num_data, task_index=episode.task_index, num_tasks=episode.num_tasks)
+    part = collate(
+        taken,
+        num_data=episode.num_data,
+        task_index=episode.task_index,
+        num_tasks=episode.num_tasks,
+        fixed_options=episode.fixed_options,
+    )
     return part.to(episode.mask.device)
 
 

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from bayes_lora.episodes.batching import by_tokens
 from bayes_lora.errors import ConfigError
+from bayes_lora.lm.option_head import split_head
 from bayes_lora.lm.text_config import constant_rotary_length, max_positions
 from bayes_lora.lm.vocabulary import num_embeddings
 from bayes_lora.types import Sites
@@ -117,7 +118,8 @@ def generate(
 
     Args:
         lm: the language model.
-        phi: LoRA weights ``(S or 1, T or 1, 1, layers, out, in)`` per site.
+        phi: LoRA weights ``(S or 1, T or 1, 1, layers, out, in)`` per site. The option head does not change answers
+            that are generated, and is left out.
         prompts: token ids of each prompt, per task.
         max_new_tokens: maximum number of tokens of an answer.
 
@@ -125,6 +127,7 @@ def generate(
         ConfigError: a prompt and its answer may need more positions than :func:`max_positions`.
     """
     _check_positions(lm, prompts, max_new_tokens)
+    phi, _ = split_head(phi)
     draws, tasks = max(len(value) for value in phi.values()), len(prompts)
     values = {site: value.expand(draws, tasks, *value.shape[2:])[:, :, 0] for site, value in phi.items()}
     places = [(t, i) for t, own in enumerate(prompts) for i in range(len(own))]

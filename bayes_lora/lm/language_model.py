@@ -22,6 +22,7 @@ from bayes_lora.lm.arithmetic import ArithmeticUsed, arithmetic_used
 from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
+from bayes_lora.lm.option_head import apply_head, split_head
 from bayes_lora.lm.packed_forward import Forward, PackedForward, Read
 from bayes_lora.lm.passed_checks import PassedChecks
 from bayes_lora.lm.scoring import option_scores
@@ -49,6 +50,7 @@ class LanguageModel:
     in nats, over the tokens of option o; with ``normalize="mean"`` divided by their number. If the tokens of one option
     begin with those of another, the end of the answer is scored with all options of the example. T tasks times S draws
     run in one forward, each prompt is read once for all its options, and the LM head runs on answer positions only.
+    If phi has sites of the option head, it is applied to these scores, see :mod:`bayes_lora.lm.option_head`.
 
     This is a plain object, not a module, because Pyro would make the parameters of a module trainable. All parameters
     of ``model`` are frozen.
@@ -146,7 +148,8 @@ class LanguageModel:
         """Return option log-likelihoods in nats, ``(*draws, T, N, K)``; :func:`absent_score` for absent options.
 
         Args:
-            phi: per site ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)``.
+            phi: per site ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)``. The sites of the option
+                head, ``head.slope`` and ``head.bias``, are optional.
             episode: T tasks, N examples, up to K options.
 
         Raises:
@@ -156,15 +159,19 @@ class LanguageModel:
         tasks = episode.shape[0]
         # Deferred weights are pytrees of tensors.
         leaves: list[Tensor] = tree_leaves(phi)
-        batch = torch.broadcast_shapes(*(value.shape[:-3] for value in leaves)) or (1, 1)
+        batch: Sequence[int] = torch.broadcast_shapes(*(value.shape[:-3] for value in leaves)) or (1, 1)
         if len(batch) < 2 or batch[-1] != 1 or batch[-2] not in (1, tasks):
             raise SiteError(
                 f"phi has batch shape {tuple(batch)}: expected (*draws, {tasks} or 1, 1), because "
                 "tasks are dimension -2 and a draw is shared by all examples (dimension -1) of a task."
             )
+        lora, head = split_head(phi)
+        if head:  # which may have more draws, or a value per task, without further forwards
+            leaves = tree_leaves(lora)
+            batch = torch.broadcast_shapes((1, 1), *(value.shape[:-3] for value in leaves))
         draws, per_task = batch[:-2], batch[-2]
         count = math.prod(draws)
-        values = tree_map(lambda v: v.expand(*batch, *v.shape[-3:]).reshape(count, per_task, *v.shape[-3:]), phi)
+        values = tree_map(lambda v: v.expand(*batch, *v.shape[-3:]).reshape(count, per_task, *v.shape[-3:]), lora)
 
         def score(start: int, end: int) -> Tensor:
             return self._score(tree_map(lambda value: value[start:end], values), episode)
@@ -173,7 +180,7 @@ class LanguageModel:
             scores = [score(0, count)]
         else:
             scores = self.budget.run(score, count, episode.input_ids.numel())
-        return torch.cat(scores).reshape(*draws, *episode.shape)
+        return apply_head(torch.cat(scores).reshape(*draws, *episode.shape), head, episode)
 
     def _score(self, values: Sites, episode: Episode) -> Tensor:
         """Score all options under values ``(D, T or 1, layers, out, in)``: ``(D, T * N * K)``."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bayes_lora.errors import SiteError, did_you_mean
 from bayes_lora.lm.adapters import TAKEN, check_not_taken, lora_layers
+from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.lm.slots import Bound, Slot, unchanged
 from bayes_lora.types import Sites, SiteShapes, delta_site, factor_sites
 from bayes_lora.utils.grouped_linear import RowGroups
@@ -81,11 +82,15 @@ class LoraSites:
     def check(self, values: Sites) -> None:
         """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes.
 
-        A ``delta_weight`` replaces both of its factors.
+        A ``delta_weight`` replaces both of its factors. The sites of the option head are optional.
         """
+        self._check(values, {site: shape for site, shape in HEAD_SHAPES.items() if site in values})
+
+    def _check(self, values: Sites, more: SiteShapes) -> None:
+        """Check values of the LoRA sites and of some more."""
         whole = {site: shape for site, shape in self.delta_shapes.items() if site in values}
         replaced = {factor for site in whole for factor in factor_sites(site)}
-        expected = {site: shape for site, shape in self.shapes.items() if site not in replaced} | whole
+        expected = {site: shape for site, shape in self.shapes.items() if site not in replaced} | whole | more
         for site in values.keys() - expected.keys():
             near = did_you_mean(site, expected, list_all=True)
             raise SiteError(f"site {site!r}: the model has no such site{near}.")
@@ -110,7 +115,7 @@ class LoraSites:
         Raises:
             SiteError: a site is missing or unknown, or has the wrong event shape or number of groups.
         """
-        self.check(values)
+        self._check(values, {})
         groups = {value.shape[:-3] for value in values.values()}
         if len(groups) > 1 or any(len(group) > 1 for group in groups):
             got = {site: tuple(value.shape) for site, value in values.items()}
@@ -164,7 +169,10 @@ class LoraSites:
         return nullcontext(), _Binding(self, current, row_groups, same_noise(device) if draws else nullcontext)
 
     def unstack(self, values: Sites) -> dict[str, Tensor]:
-        """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``."""
+        """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``.
+
+        The option head has no module, and is left out.
+        """
         self.check(values)
         return {
             f"{module}.{_factor(site)}": weight

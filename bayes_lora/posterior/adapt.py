@@ -17,6 +17,7 @@ from bayes_lora.infer.descent import Descent, SiteParameters, constrained_sites,
 from bayes_lora.infer.handlers import AtMean
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
 from bayes_lora.types import Distributions, Guide, Model, Sites
@@ -64,7 +65,8 @@ def adapt_at(
     """Return what :func:`adapt` returns, and the mean of q(theta), at which it was computed."""
     rows = [lm.encoder(task.support) for task in tasks]
     model: Any = objective.model
-    theta, phi = amortized_posterior(objective, collate(rows).without_task_ids().to(lm.device), seed)
+    supports = collate(rows)
+    theta, phi = amortized_posterior(objective, supports.without_task_ids().to(lm.device), seed)
     if steps:
         # Components take their steps in one batch, as if they were separate tasks.
         count = phi.count if isinstance(phi, Components) else 1
@@ -86,11 +88,12 @@ def adapt_at(
     with torch.no_grad():
         shared = model.shared(theta)
     # A model may have random sites that the language model has not.
-    sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys()
+    sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys() | HEAD_SHAPES.keys()
     own = {site: scaled(fn, width) for site, fn in phi.items() if site in sites}
     names = tuple(task.name for task in tasks)
     predictive = getattr(objective.guide, "predictive", "draws")
-    return TaskPosterior(lm, type(phi)(own), shared, names, predictive=predictive), theta
+    fixed = tuple(supports.fixed_options.tolist())
+    return TaskPosterior(lm, type(phi)(own), shared, names, predictive=predictive, fixed_options=fixed), theta
 
 
 def _side_by_side(phi: Distributions) -> Distributions:

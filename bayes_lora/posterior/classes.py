@@ -24,12 +24,15 @@ Made = type[RecordedSettings] | RecordedSettings | Callable[..., Any] | None
 
 FUNCTIONS = {"same_as_prior": same_as_prior}
 
+WRAPS = "prior"
+"""The key of the prior inside a :class:`bayes_lora.models.WithHead`."""
+
 
 def describe(value: Any, name: str) -> Any:
     """Describe a model, a guide or one of their settings in plain values that JSON can hold.
 
     An object of a class is ``{"class": "RankARD", "settings": {"random": "B"}}``, with ``"own": true`` if the class is
-    not one of this package's.
+    not one of this package's. A ``WithHead`` also has ``"prior"``, the description of the prior inside it.
 
     Raises:
         PosteriorError: the value, or one of its settings, has no such description, such as a function. The message
@@ -42,7 +45,8 @@ def describe(value: Any, name: str) -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"mapping": {key: describe(one, f"{name}.{key}") for key, one in value.items()}}
     if isinstance(value, RecordedSettings) and value.unnamed is None:
-        return _named(type(value)) | {"settings": _settings(value.settings, name)}
+        wraps = {WRAPS: describe(value.prior, f"{name}.prior")} if isinstance(value, models.WithHead) else {}
+        return _named(type(value)) | {"settings": _settings(value.settings, name)} | wraps
     if is_dataclass(value) and not isinstance(value, type):
         settings = {field.name: getattr(value, field.name) for field in fields(value)}
         return _named(type(value)) | {"settings": _settings(settings, name)}
@@ -88,6 +92,13 @@ def make_model(facts: Any, likelihood: Any, initial: Sites | None, own: Made, wh
         PosteriorError: the file names a class of the user's that was not passed; or it is damaged.
     """
     given = () if initial is None else (initial,)
+    if isinstance(facts, Mapping) and WRAPS in facts and (own is None or isinstance(own, type)):
+        inside = facts[WRAPS]
+        if isinstance(inside, Mapping) and WRAPS in inside:
+            raise PosteriorError(f"{where} is damaged: its model has two option heads. Restore it, or fit again.")
+        outer = own if own is not None and issubclass(own, models.WithHead) else None
+        made = make_model(inside, likelihood, initial, None if outer else own, where)
+        return _make(facts, (made,), outer, models, "model", where)
     return _make(facts, (likelihood, *given), own, models, "model", where)
 
 

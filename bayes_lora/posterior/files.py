@@ -21,7 +21,8 @@ from bayes_lora.errors import ConfigError, PosteriorError, SiteError, TaskError
 from bayes_lora.infer.components import Components
 from bayes_lora.lm.fingerprint import EXPORTED, FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.types import Distributions, Predictive
+from bayes_lora.lm.option_head import BIAS, SLOPE
+from bayes_lora.types import Distributions, Predictive, Sites
 from bayes_lora.utils.reading import SHA256, check_finite, digest_of, positive, read_facts, read_header, read_tensors
 from bayes_lora.utils.storage import new_folder, write_json, write_tensors, writing
 
@@ -54,6 +55,7 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
         "predictive": posterior.predictive,
         "components": isinstance(posterior.phi, Components),
         "joint": isinstance(posterior.phi, JointNormal),
+        "fixed_options": list(posterior.fixed_options),
         "sites": sites,
         FINGERPRINT: fingerprint(posterior.lm),
     }
@@ -86,6 +88,9 @@ def _fields(facts: dict[str, Any], tensors: Parameters, lm: LanguageModel, path:
             raise ValueError(f"expected 'predictive' to be one of {get_args(Predictive)}, got {predictive!r:.100}")
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"expected a list of names of tasks, got {facts['names']!r:.100}")
+        fixed = facts.get("fixed_options", [True] * len(names))  # files of former versions have none
+        if not isinstance(fixed, list) or len(fixed) != len(names) or not all(isinstance(one, bool) for one in fixed):
+            raise ValueError(f"expected 'fixed_options', true or false for each task, got {fixed!r:.100}")
         phi: Distributions = {
             site: _distribution(one["family"], {name: rest.pop(f"{name}.{site}") for name in one["tensors"]})
             for site, one in facts["sites"].items()
@@ -102,7 +107,13 @@ def _fields(facts: dict[str, Any], tensors: Parameters, lm: LanguageModel, path:
     except (SiteError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise PosteriorError(f"{path}: the posterior does not fit {lm.name}: {error}. Adapt again.") from error
     kind: Any = Components if components else JointNormal if joint else dict
-    return {"phi": kind(phi), "shared": shared, "names": names, "predictive": predictive}
+    return {
+        "phi": kind(phi),
+        "shared": shared,
+        "names": names,
+        "predictive": predictive,
+        "fixed_options": tuple(fixed),
+    }
 
 
 def _distribution(family: str, tensors: Parameters) -> Any:
@@ -184,4 +195,20 @@ def export_adapter(posterior: TaskPosterior, path: Path, draw: int | None, *, ov
         config.base_model_name_or_path, config.revision, config.inference_mode = lm.name, lm.revision, True
         with writing(folder):
             config.save_pretrained(str(folder))
-        write_json(folder / EXPORTED, {FINGERPRINT: fingerprint(lm)})
+        write_json(folder / EXPORTED, {FINGERPRINT: fingerprint(lm)} | _exported_head(phi, posterior.fixed_options[0]))
+
+
+def _exported_head(phi: Sites, fixed_options: bool) -> dict[str, Any]:
+    """Return the option head of one task as JSON values; nothing if there is none."""
+    if SLOPE not in phi and BIAS not in phi:
+        return {}
+    values = {site: phi[site].flatten().tolist() for site in (SLOPE, BIAS) if site in phi}
+    return {
+        "head": {
+            "formula": "f_k = slope * (l_k - mean(l)) + bias_k, with l the log-likelihoods of an example's options in "
+            "nats; answers are softmax(f). Biases apply if fixed_options is true.",
+            "slope": values.get(SLOPE, [1.0])[0],
+            "bias": values.get(BIAS, []),
+            "fixed_options": fixed_options,
+        }
+    }

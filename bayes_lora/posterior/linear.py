@@ -35,7 +35,11 @@ NUMBERS = 1 << 26
 
 @torch.no_grad()
 def linear_scores(
-    lm: LanguageModel, phi: Distributions, shared: Sites, tasks: Sequence[Sequence[EncodedExample]]
+    lm: LanguageModel,
+    phi: Distributions,
+    shared: Sites,
+    tasks: Sequence[Sequence[EncodedExample]],
+    fixed_options: Sequence[bool] | None = None,
 ) -> list[LinearScores]:
     """Return the linear scores of each task's examples.
 
@@ -44,6 +48,7 @@ def linear_scores(
         phi: q(phi | support) per random site, of batch ``(T, 1)``.
         shared: values of the sites that all tasks share, ``(layers, out, in)``.
         tasks: the examples of each task.
+        fixed_options: whether the biases of an option head apply to each task; by default as its examples have it.
 
     Raises:
         ConfigError: the posterior has components, or a distribution that is not normal.
@@ -51,11 +56,21 @@ def linear_scores(
     if isinstance(phi, Components):
         raise ConfigError('predictive: expected "draws" for a posterior with components, got "linear".')
     origin = {site: _origin(site, fn) for site, fn in phi.items()}
-    return [_of_task(lm, phi, shared, origin, t, rows) for t, rows in enumerate(tasks)]
+    flags = [None] * len(tasks) if fixed_options is None else [[flag] for flag in fixed_options]
+    return [
+        _of_task(lm, phi, shared, origin, t, rows, flag)
+        for t, (rows, flag) in enumerate(zip(tasks, flags, strict=True))
+    ]
 
 
 def _of_task(
-    lm: LanguageModel, phi: Distributions, shared: Sites, origin: Sites, t: int, rows: Sequence[EncodedExample]
+    lm: LanguageModel,
+    phi: Distributions,
+    shared: Sites,
+    origin: Sites,
+    t: int,
+    rows: Sequence[EncodedExample],
+    fixed: Sequence[bool] | None,
 ) -> LinearScores:
     like = next(iter(origin.values()))
     options = max((row.num_options for row in rows), default=0)
@@ -66,7 +81,7 @@ def _of_task(
     here = {site: value[t : t + 1] for site, value in origin.items()}
     for start in range(0, len(rows), size):
         chosen = order[start : start + size]
-        episode = collate([[rows[i] for i in chosen]]).to(lm.device)
+        episode = collate([[rows[i] for i in chosen]], fixed_options=fixed).to(lm.device)
         [(_, scores, gradients)] = option_gradients(lm, episode, shared, here, size)
         scores, spread = _moments(scores.to(like.dtype), gradients, phi, origin, t)
         width = scores.shape[-1]

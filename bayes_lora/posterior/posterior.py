@@ -16,6 +16,7 @@ from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.option_head import split_head
 from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.classes import Made, describe, make_guide, make_model
 from bayes_lora.posterior.diagnose import Diagnosis, diagnose
@@ -150,8 +151,10 @@ class Posterior:
         }
         tensors = objective.state_dict()
         own = self.lm.sites.initial()
-        if any(not torch.equal(value, own[site]) for site, value in model.initial.items()):
-            tensors |= {f"{INITIAL}{site}": value for site, value in model.initial.items()}
+        # The head's values are those of its settings.
+        initial, _ = split_head(model.initial)
+        if any(not torch.equal(value, own[site]) for site, value in initial.items()):
+            tensors |= {f"{INITIAL}{site}": value for site, value in initial.items()}
         facts[SHA256] = write_tensors(folder / TENSORS, tensors)
         write_json(folder / FACTS, facts)
 

@@ -31,6 +31,7 @@ def predict_tasks(
     tasks: Sequence[Sequence[EncodedExample]],
     temperature: float,
     max_tokens: Callable[[], int],
+    fixed_options: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     """Return predictive log-probabilities ``(N, K)``, nats, of each task's examples.
 
@@ -42,12 +43,15 @@ def predict_tasks(
         tasks: the examples of each task.
         temperature: divides the option scores.
         max_tokens: returns the maximum number of tokens of a forward for each draw, see :func:`batches`.
+        fixed_options: whether each task has a fixed set of labels; by default all have.
     """
     widths = [max((row.num_options for row in rows), default=0) for rows in tasks]
     pieces: list[list[Tensor]] = [[] for _ in tasks]
     places: list[list[int]] = [[] for _ in tasks]
     for batch in batches(tasks, max_tokens):
-        episode = collate([[tasks[t][i] for i in members] for t, members in batch.items()]).to(lm.device)
+        fixed = [fixed_options is None or fixed_options[t] for t in batch]
+        rows = [[tasks[t][i] for i in members] for t, members in batch.items()]
+        episode = collate(rows, fixed_options=fixed).to(lm.device)
         scores = lm(of_tasks(phi, list(batch), len(tasks)), episode)
         for (t, members), found in zip(batch.items(), predictive(tempered(scores, episode, temperature)), strict=True):
             own = found[: len(members), : widths[t]]

@@ -24,6 +24,7 @@ from bayes_lora.infer.components import Components
 from bayes_lora.infer.linear_scores import LinearScores
 from bayes_lora.lm.generation import Generated, generate
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.lm.sites import factor_sites
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
@@ -53,9 +54,11 @@ class TaskPosterior:
         temperature: divides the option scores, see :mod:`bayes_lora.posterior.calibrate`. Scores of generated answers
             are not divided.
         predictive: how :meth:`predict` predicts by default: ``"draws"`` or ``"linear"``.
+        fixed_options: whether the support examples of each task have the same options, so that biases of an option head
+            apply to its queries, see :mod:`bayes_lora.lm.option_head`; by default all have.
 
     Raises:
-        ConfigError: a distribution is of another family.
+        ConfigError: a distribution is of another family, or ``fixed_options`` has another number of tasks.
     """
 
     lm: LanguageModel
@@ -64,6 +67,7 @@ class TaskPosterior:
     names: tuple[str, ...]
     temperature: float = 1.0
     predictive: Predictive = "draws"
+    fixed_options: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         for site, fn in self.phi.items():
@@ -72,6 +76,10 @@ class TaskPosterior:
                     f"site {site!r}: expected a Normal, Delta or WeightDistribution, got {fn}. Let the guide's "
                     "posterior() return Normal(q.mean, q.stddev).to_event(3)."
                 )
+        fixed = self.fixed_options or (True,) * len(self.names)
+        if len(fixed) != len(self.names):
+            raise ConfigError(f"fixed_options: expected one for each of {len(self.names)} tasks, got {fixed}.")
+        object.__setattr__(self, "fixed_options", fixed)
         # Contiguous, as tensors read from a file are: another layout would use other kernels, which round differently.
         object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
         shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
@@ -134,7 +142,8 @@ class TaskPosterior:
         taken = self.phi.take(chosen) if isinstance(self.phi, Components) else self.phi
         count = 1 if isinstance(self.phi, Components) else num_draws
         # In the order of the model's sites: files have no order, and a seed must give the same draws after loading.
-        ordered = [site for site in (*self.lm.sites.shapes, *self.lm.sites.delta_shapes) if site in taken]
+        known = (*self.lm.sites.shapes, *self.lm.sites.delta_shapes, *HEAD_SHAPES)
+        ordered = [site for site in known if site in taken]
         if isinstance(taken, JointNormal):
             joint = JointNormal({site: taken[site] for site in ordered})
             return phi | joint.drawn(num_draws, noise_of(joint[ordered[0]], generator, common_noise))
@@ -223,9 +232,8 @@ class TaskPosterior:
         count = max(len(value) for value in tree_leaves(phi))
         # Deferred weights are drawn while they are used.
         with seeded(seed, self.lm.device) if self.is_deferred else nullcontext():
-            found = predict_tasks(
-                self.lm, phi, rows, self.temperature, lambda: max_tokens or self.lm.budget.per_item(count)
-            )
+            most = lambda: max_tokens or self.lm.budget.per_item(count)  # noqa: E731
+            found = predict_tasks(self.lm, phi, rows, self.temperature, most, self.fixed_options)
         return found[0] if is_of_one_task(queries) else found
 
     def linear_scores(
@@ -257,7 +265,7 @@ class TaskPosterior:
         asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
         rows = [self.lm.encoder(own, before) for own, before in zip(asked, shown, strict=True)]
         shared = {site: value[0, 0, 0] for site, value in self.shared.items()}
-        return linear_scores(self.lm, self.phi, shared, rows)
+        return linear_scores(self.lm, self.phi, shared, rows, self.fixed_options)
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -296,7 +304,7 @@ class TaskPosterior:
         """Answer questions with generated text: greedy decoding, each token's probability averaged over draws.
 
         Questions of all tasks share forwards, see :mod:`bayes_lora.lm.generation`. The temperature is for options, and
-        is not used.
+        is not used, nor is an option head.
 
         Args:
             queries: a list of examples or texts for each task, or those of the only task. Gold answers are not used.
@@ -379,7 +387,8 @@ class TaskPosterior:
             raise TaskError(f"task {name!r} is not among those adapted to: {list(self.names)}.")
         i = self.names.index(name)
         axis = 1 if isinstance(self.phi, Components) else 0
-        return replace(self, phi=self._of_each(lambda value: value.narrow(axis, i, 1)), names=(name,))
+        phi = self._of_each(lambda value: value.narrow(axis, i, 1))
+        return replace(self, phi=phi, names=(name,), fixed_options=(self.fixed_options[i],))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the posterior to a folder (safetensors and JSON).
@@ -403,7 +412,8 @@ class TaskPosterior:
         """Save the LoRA weights of one task as a PEFT adapter, which ``PeftModel.from_pretrained`` loads.
 
         The file ``bayes_lora.json`` in the folder, which PEFT ignores, holds the fingerprint of the language model, see
-        :mod:`bayes_lora.lm.fingerprint`.
+        :mod:`bayes_lora.lm.fingerprint`. An adapter has no option head, so that a model with the adapter gives the
+        scores before the head. If the posterior has one, the file holds its slope, its biases and the formula.
 
         Args:
             path: folder of the adapter.

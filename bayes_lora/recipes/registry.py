@@ -37,7 +37,10 @@ def _named(package: Any, keep: Callable[[type], bool]) -> dict[str, Any]:
     return {name_of(cls): cls for cls in classes if isinstance(cls, type) and keep(cls)}
 
 
-BASES = (models.FactorModel, models.HierarchicalModel, TaskGuide)
+HEAD = "option head"
+"""The head's name in messages; it belongs to a prior, and is not one of :data:`PRIORS`."""
+
+BASES = (models.FactorModel, models.HierarchicalModel, models.WithHead, TaskGuide)
 
 PRIORS: dict[str, type[models.HierarchicalModel]] = _named(models, lambda cls: cls not in BASES)
 GUIDES: dict[str, type[TaskGuide]] = _named(guides, lambda cls: issubclass(cls, TaskGuide) and cls not in BASES)
@@ -48,12 +51,15 @@ THETA_GUIDES: dict[str, ThetaFactory] = {"point": guides.PointTheta, "normal": g
 def build_prior(spec: Settings, likelihood: Likelihood) -> models.HierarchicalModel:
     """Make the prior of a specification such as ``{"name": "rank-ard", "random": "B"}``.
 
+    With ``"head": True``, or a mapping of settings such as ``{"slope": 0.5}``, it gets an option head, see
+    :class:`bayes_lora.models.WithHead`.
+
     Raises:
         ConfigError: there is no such prior or setting, or a value has the wrong type or is out of range.
     """
-    cls, settings = _part("prior", spec, PRIORS)
+    (cls, settings), head = _prior(spec)
     made: models.HierarchicalModel = cls(likelihood, **settings)
-    return made
+    return made if head is None else models.WithHead(made, **head)
 
 
 def build_guide(spec: Settings, model: Model, *, num_tasks: int, beta: float) -> TaskGuide:
@@ -77,11 +83,11 @@ def check_settings(prior: Settings, guide: Settings, source: str) -> None:
     Raises:
         ConfigError: a setting is wrong; the message names it.
     """
-    for section, spec, table in (("prior", prior, PRIORS), ("guide", guide, GUIDES)):
-        try:
-            _part(section, spec, table)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from error
+    try:
+        _prior(prior)
+        _part("guide", guide, GUIDES)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
@@ -123,6 +129,20 @@ def _schema(cls: type) -> type[BaseModel]:
 
 def _is_guide(hint: Any) -> bool:
     return bool(hint == (TaskGuide | None))
+
+
+def _prior(spec: Settings) -> tuple[tuple[Any, dict[str, Any]], dict[str, Any] | None]:
+    """Return the class and settings of a prior, and the settings of its option head; None without a head."""
+    given = dict(spec)
+    head = given.pop("head", False)
+    part = _part("prior", given, PRIORS)
+    if head is None or isinstance(head, bool):
+        return part, {} if head else None
+    if not isinstance(head, Mapping):
+        raise ConfigError(f"prior.head: expected true, false, or a mapping of settings, got {head!r}.")
+    if "name" in head:
+        raise ConfigError("unknown key 'prior.head.name': there is one option head. Leave it out.")
+    return part, _part("prior.head", {"name": HEAD, **head}, {HEAD: models.WithHead})[1]
 
 
 def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -6,13 +6,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-__all__ = ["Count", "Fraction", "Natural", "NonNegative", "Positive", "Rate"]
+__all__ = ["Count", "Finite", "Fraction", "Natural", "NonNegative", "Positive", "Rate"]
 
 Count = Annotated[int, Field(ge=1)]
 """An integer of at least 1."""
 
 Natural = Annotated[int, Field(ge=0)]
 """An integer of at least 0."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""A number that is not infinite or NaN."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A positive number."""
