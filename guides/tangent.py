@@ -19,7 +19,7 @@ Laplace-LoRA (arXiv 2308.13111).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -76,6 +76,10 @@ class TangentGuide(TaskGuide):
             lowers the joint density of answers and weights is halved.
         beta: the likelihood is tempered by 1 / beta, as in the objective.
         batch_size: examples per pass; bounds the memory.
+        theta_objective: what ``fit_posterior`` maximises over theta. ``"predictive"`` and ``"evidence"`` fit the scales
+            of a prior with one scale per layer to Gram matrices of the training tasks, without the language model in
+            the loop (:mod:`bayes_lora.infer.empirical_bayes`). ``"elbo"`` is stochastic variational inference, as for
+            other guides, which trains the locations too.
 
     Raises:
         ConfigError: a setting is out of range, or p(phi | theta) is not normal.
@@ -91,6 +95,7 @@ class TangentGuide(TaskGuide):
         steps: Natural = 0,
         beta: Positive = 1.0,
         batch_size: Count = 8,
+        theta_objective: Literal["predictive", "evidence", "elbo"] = "predictive",
     ) -> None:
         super().__init__(model, theta_guide=theta_guide)
         if steps < 0 or batch_size < 1 or not beta > 0:
@@ -98,7 +103,10 @@ class TangentGuide(TaskGuide):
                 "expected steps of at least 0, batch_size of at least 1 and a positive beta; got "
                 f"steps={steps}, batch_size={batch_size}, beta={beta}."
             )
+        if theta_objective not in ("predictive", "evidence", "elbo"):
+            raise ConfigError(f"theta_objective: expected 'predictive', 'evidence' or 'elbo', got {theta_objective!r}.")
         check_normal(model)
+        self.theta_objective = theta_objective
         self.steps, self.beta, self.batch_size = steps, beta, batch_size
 
     def forward(self, episode: Episode) -> Sites:

@@ -85,8 +85,10 @@ def planted(scales, tasks=80, examples=20, options=3, width=6, seed=0):
         weights = scales[:, None] * torch.randn(2, width, generator=generator, dtype=DOUBLE)
         mean = 0.5 * torch.randn(examples, options, generator=generator, dtype=DOUBLE)
         scores = mean + torch.einsum("ljw,lw->j", rows, weights).view(examples, options)
-        answer = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
         mask = torch.ones(examples, options, dtype=torch.bool)
+        mask[::3, -1] = False  # examples with fewer options
+        answer = torch.multinomial(scores.masked_fill(~mask, -torch.inf).softmax(-1), 1, generator=generator)[:, 0]
+        rows, mean = rows * mask.flatten()[:, None], mean * mask
         found[f"task-{t}"] = TaskGrams(mean, {"x.lora_B": rows @ rows.mT}, {}, answer, mask)
     return found
 

@@ -24,9 +24,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyro
 import torch
+from scipy.optimize import minimize
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError, NonFiniteLoss
@@ -138,7 +141,7 @@ class EmpiricalBayes(nn.Module):
                     f"site {site!r}: expected one standard deviation per layer, so that Gram matrices determine theta; "
                     f"{type(model).__name__} has others. Use LayerwiseScale."
                 )
-        self.origin = {site: fn.mean.detach() for site, fn in prior.items()}
+        self.origin = {site: fn.mean.detach().clone() for site, fn in prior.items()}
         grouped: dict[tuple[int, int, int], list[Parts]] = {}
         for name in sorted(tasks):
             task = tasks[name]
@@ -244,34 +247,47 @@ def _places(examples: Tensor, options: int) -> Tensor:
     return (examples[:, None] * options + torch.arange(options)).flatten()
 
 
-def fit_theta(loss: EmpiricalBayes, max_steps: int = 30) -> list[float]:
-    """Minimise the loss over theta's parameters that it depends on, by L-BFGS, and return the loss at each step.
+def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -> list[float]:
+    """Minimise the loss over theta's parameters that it depends on, and return the loss after each step of L-BFGS-B.
 
     Args:
         loss: the loss, whose ``theta`` is changed.
         max_steps: maximum number of steps.
+        widest: bound on the change of a parameter, such as the logarithm of a precision. A scale that the tasks say
+            nothing about would otherwise grow or shrink without limit.
 
     Raises:
-        NonFiniteLoss: the loss is not finite.
+        NonFiniteLoss: the loss is not finite at the start.
     """
     parameters = [parameter for parameter in loss.theta.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
     used = [p for p, g in zip(parameters, gradients, strict=True) if g is not None and bool(g.any())]
     if not used:
         return []
-    optimizer = torch.optim.LBFGS(used, max_iter=max_steps, history_size=20, line_search_fn="strong_wolfe")
-    history: list[float] = []
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
+    def at(values: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+        with torch.no_grad():
+            vector_to_parameters(torch.from_numpy(values).to(used[0]), used)
         value: Tensor = loss()
-        if not value.isfinite():
-            raise NonFiniteLoss(f"the {loss.objective} of theta is {float(value)} after {len(history)} evaluations.")
-        value.backward()  # type: ignore[no-untyped-call]
-        history.append(float(value.detach()))
-        return value
+        found = torch.autograd.grad(value, used)
+        gradient = torch.cat([one.flatten() for one in found]).double().cpu().numpy()
+        return float(value.detach()), gradient
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    for parameter in used:
-        parameter.grad = None
-    return history
+    start = parameters_to_vector(used).detach().double().cpu().numpy()
+    first, gradient = at(start)
+    if not (np.isfinite(first) and np.isfinite(gradient).all()):
+        raise NonFiniteLoss(f"the {loss.objective} of theta is {first} at the start. Lower the prior's initial_scale.")
+    history: list[float] = []
+    bounds = list(zip(start - widest, start + widest, strict=True))
+    options = {"maxiter": max_steps, "maxcor": 20}
+    found = minimize(
+        at,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options=options,
+        callback=lambda intermediate_result: history.append(float(intermediate_result.fun)),
+    )
+    at(found.x)
+    return [first, *history]

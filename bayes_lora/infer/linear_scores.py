@@ -37,7 +37,7 @@ class LinearScores(NamedTuple):
             # The derivative of eigenvectors is infinite where eigenvalues are equal, as those of absent options are.
             size = 1.0 + self.covariance.diagonal(dim1=-2, dim2=-1).amax(-1)
             eye = torch.eye(self.mean.shape[-1], dtype=size.dtype, device=size.device)
-            root = torch.linalg.cholesky(self.covariance + 1e-8 * size[:, None, None] * eye)
+            root = torch.linalg.cholesky(self.covariance + 1e-6 * size[:, None, None] * eye)
         else:
             values, vectors = torch.linalg.eigh(self.covariance)
             root = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
@@ -55,7 +55,8 @@ class LinearScores(NamedTuple):
         """
         scores = self.draws() if averaged else self.mean[None]
         scores = torch.where(self.free_form[:, None], scores, scores / temperature)
-        log_probs = scores.masked_fill(~self.option_mask, -torch.inf).log_softmax(-1)
+        # Not infinite, because the derivative of logsumexp of infinities is not a number.
+        log_probs = scores.masked_fill(~self.option_mask, -1e30).log_softmax(-1)
         found = torch.logsumexp(log_probs, 0) - torch.tensor(float(len(scores))).log()
         return found.masked_fill(~self.option_mask, absent_score(found.dtype))
 

@@ -20,7 +20,7 @@ from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
-from bayes_lora.types import Distributions, Guide, Model, Sites
+from bayes_lora.types import Distributions, Guide, Model, Predictive, Sites
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["adapt", "adapt_at", "amortized_posterior"]
@@ -91,7 +91,7 @@ def adapt_at(
     sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys() | HEAD_SHAPES.keys()
     own = {site: scaled(fn, width) for site, fn in phi.items() if site in sites}
     names = tuple(task.name for task in tasks)
-    predictive = getattr(objective.guide, "predictive", "draws")
+    predictive: Predictive = getattr(objective.guide, "predictive", "draws")
     fixed = tuple(supports.fixed_options.tolist())
     return TaskPosterior(lm, type(phi)(own), shared, names, predictive=predictive, fixed_options=fixed), theta
 

@@ -108,9 +108,9 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Keyword arguments of :class:`bayes_lora.infer.objective.BetaELBO`."""
+    """Keyword arguments of :class:`bayes_lora.infer.objective.BetaELBO`; beta None means that of the recipe."""
 
-    beta: Positive = 1e-3
+    beta: Positive | None = None
     gamma: Positive | None = None
     num_particles: Count = 1
 

@@ -36,12 +36,14 @@ class Recipe:
         guide: name and settings of the guide.
         calibrate: what is chosen on held-out tasks after training: the width of the posterior, a temperature (for
             points, which have no width), or nothing.
+        beta: beta of the objective, unless the run sets it.
     """
 
     about: str
     prior: Mapping[str, Any] = field(default_factory=lambda: {"name": "hierarchical-normal"})
     guide: Mapping[str, Any] = field(default_factory=dict)
     calibrate: Calibration = "width"
+    beta: float = 1e-3
 
 
 INDEPENDENT = {"name": "independent-normal"}
@@ -121,6 +123,13 @@ RECIPES: dict[str, Recipe] = {
         "A LoRA for each task, initialised at a running average of fine-tuned LoRAs: Reptile (arXiv 1803.02999).",
         guide=FINE_TUNING | LOCATIONS | {"follow_theta": False},
         calibrate="none",
+    ),
+    "tangent": Recipe(
+        "The posterior in closed form in the tangent space of theta, with an option head; linear predictions.",
+        prior={"name": "layerwise-scale", "random": "B", "head": {"slope": 0.25}},
+        guide={"name": "tangent-guide"},
+        calibrate="none",
+        beta=1.0,
     ),
 }
 
@@ -235,6 +244,7 @@ def build_objective(
         if part is not None and own:
             raise ConfigError(f"{name}: expected no settings for the {type(part).__name__} that was passed, got {own}.")
     recipe, settings = recipe_of(config), asdict(config.objective)
+    settings["beta"] = recipe.beta if settings["beta"] is None else settings["beta"]
     with seeded(config.seed, lm.device):
         prior: Model = build_prior(recipe.prior, lm) if model is None else model
         if guide is None:

@@ -24,6 +24,7 @@ from bayes_lora.posterior.posterior import Posterior, check_pair
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
 from bayes_lora.runs.compare import warm_feature_cache
+from bayes_lora.runs.empirical_bayes import fit_in_closed_form, held_out_linear_nll
 from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
 from bayes_lora.tasks.task import Task
@@ -96,8 +97,9 @@ def fit_posterior(
             describe(objective.guide, "guide"),
             digest(objective.model.initial),
         ]
+    closed_form = getattr(objective.guide, "theta_objective", "elbo") != "elbo"
     # Without trainable parameters there is nothing to fit.
-    steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
+    steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) and not closed_form else 0
     if not steps:
         warn_of_no_fit(config)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
@@ -123,6 +125,10 @@ def fit_posterior(
             on_evaluate=logger.on_evaluate,
         )
     logger.close_bar(state)
+    if closed_form:
+        state = fit_in_closed_form(lm, objective, kept, config.episodes.num_support, progress=progress)
+        if held_out:
+            state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
     posterior = Posterior.from_objective(lm, objective)
     calibration = recipe_of(config).calibrate if guide is None else "width"
     if not held_out or (calibration == "width" and not has_width(objective, held_out[0])):

@@ -1,0 +1,174 @@
+"""Fit theta of a guide in closed form: Gram matrices of the training tasks, once, then a deterministic fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from bayes_lora.episodes.episode import collate
+from bayes_lora.errors import ConfigError
+from bayes_lora.infer.empirical_bayes import EmpiricalBayes, TaskGrams, fit_theta, task_grams
+from bayes_lora.infer.objective import BetaELBO
+from bayes_lora.infer.training import FitState
+from bayes_lora.lm.base_facts import base_facts
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.tensor_store import Entry, TensorStore
+from bayes_lora.posterior.adapt import adapt
+from bayes_lora.posterior.predict import score
+from bayes_lora.tasks.task import Task
+from bayes_lora.types import Sites
+
+__all__ = ["fit_in_closed_form", "grams_of_tasks", "held_out_linear_nll"]
+
+VERSION = 1
+"""Changed with what is stored, so that matrices of former versions are not read."""
+
+
+def fit_in_closed_form(
+    lm: LanguageModel,
+    objective: BetaELBO,
+    tasks: Mapping[str, Task],
+    num_support: int,
+    *,
+    max_steps: int = 30,
+    progress: Progress | None = None,
+) -> FitState:
+    """Fit theta of a :class:`bayes_lora.guides.TangentGuide`, see :mod:`bayes_lora.infer.empirical_bayes`.
+
+    Args:
+        lm: the language model.
+        objective: model and guide; the parameters of the guide's theta are changed.
+        tasks: training tasks.
+        num_support: support examples of a split of a task; the others are its queries.
+        max_steps: maximum number of steps of L-BFGS.
+        progress: shows a progress bar of the tasks.
+
+    Raises:
+        ConfigError: a task generates answers, or the prior has more than one standard deviation per layer.
+    """
+    guide: Any = objective.guide
+    grams = grams_of_tasks(lm, objective.model, guide.theta_mean(), tasks, guide.batch_size, progress)
+    loss = EmpiricalBayes(
+        objective.model,
+        guide.theta,
+        grams,
+        objective=guide.theta_objective,
+        num_support=num_support,
+        beta=guide.beta,
+    )
+    with objective.running():
+        values = fit_theta(loss, max_steps)
+    state = FitState(step=len(values), history=[{"step": i + 1, "loss": v} for i, v in enumerate(values)])
+    state.best = min(range(len(values)), key=values.__getitem__) if values else None
+    return state
+
+
+def grams_of_tasks(
+    lm: LanguageModel,
+    model: Any,
+    theta: Sites,
+    tasks: Mapping[str, Task],
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, TaskGrams]:
+    """Return the Gram matrices of tasks at the mean of p(phi | theta), from the language model's cache folder if there.
+
+    Args:
+        lm: the language model.
+        model: a hierarchical model.
+        theta: values of theta.
+        tasks: the tasks; all their examples are used.
+        batch_size: examples per pass.
+        progress: shows a progress bar.
+
+    Raises:
+        ConfigError: a task generates answers.
+    """
+    with torch.no_grad():
+        prior, shared = model.phi_prior(theta), model.shared(theta)
+    phi = {site: fn.mean.detach().expand(1, 1, *fn.event_shape) for site, fn in prior.items()}
+    numbers = [site for site in phi if phi[site].numel() == 1]
+    store = _store(lm, shared | phi)
+    bar = progress.add_task("derivatives of training tasks", total=len(tasks)) if progress else None
+    found = {}
+    for name, task in tasks.items():
+        if task.free_form:
+            raise ConfigError(
+                f"task {name!r}: its answers are generated, and have no options whose scores could be linearised. "
+                'Leave it out, or set guide.theta_objective="elbo".'
+            )
+        found[name] = _grams(lm, task, shared, phi, numbers, store, batch_size)
+        if progress is not None and bar is not None:
+            progress.advance(bar)
+    return found
+
+
+def held_out_linear_nll(lm: LanguageModel, objective: BetaELBO, tasks: Mapping[str, Task]) -> float:
+    """Return the NLL (nats) of linear predictions of the queries of held-out tasks, averaged over tasks."""
+    listed = list(tasks.values())
+    adapted = adapt(objective, lm, listed)
+    predictions = adapted.predict([task.query for task in listed])
+    return fmean(score(task.query, found).nll for task, found in zip(listed, predictions, strict=True))
+
+
+def _grams(
+    lm: LanguageModel,
+    task: Task,
+    shared: Sites,
+    phi: Sites,
+    numbers: list[str],
+    store: TensorStore | None,
+    batch_size: int,
+) -> TaskGrams:
+    rows = lm.encoder(task.examples)
+    key = blake2b(digest_size=16)
+    for row in rows:
+        key.update(row.key + bytes([row.answer % 256, row.answer // 256]))
+    if store is not None and (entry := store.get([key.digest()]).get(key.digest())):
+        return _unpack(entry, list(phi), numbers)
+    # Similar lengths share a pass; afterwards they are in the order of the task again.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    grams = task_grams(lm, collate([[rows[i] for i in order]]).to(lm.device), shared, phi, batch_size)
+    grams = _in_order(grams, torch.tensor(order).argsort())
+    if store is not None:
+        store.put({key.digest(): _pack(grams, list(phi), numbers)})
+    return grams
+
+
+def _in_order(grams: TaskGrams, order: torch.Tensor) -> TaskGrams:
+    options = grams.scores.shape[-1]
+    places = (order[:, None] * options + torch.arange(options)).flatten()
+    return TaskGrams(
+        grams.scores[order],
+        {site: value[:, places][:, :, places] for site, value in grams.kernels.items()},
+        {site: value[places] for site, value in grams.rows.items()},
+        grams.answer[order],
+        grams.option_mask[order],
+    )
+
+
+def _store(lm: LanguageModel, values: Sites) -> TensorStore | None:
+    if lm.cache_folder is None:
+        return None
+    found = blake2b(digest_size=16)
+    for site, value in values.items():
+        found.update(f"{site} {tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    about = {"what": "Gram matrices", "version": VERSION, "values": found.hexdigest(), "normalize": lm.normalize}
+    about |= {"scaling": float(lm.lora_config.lora_alpha) / lm.lora_config.r, "rslora": bool(lm.lora_config.use_rslora)}
+    return TensorStore(lm.cache_folder / "states", about | base_facts(lm.model, lm.name))
+
+
+def _pack(grams: TaskGrams, sites: list[str], numbers: list[str]) -> Entry:
+    kernels, rows = (grams.kernels[site] for site in sites), (grams.rows[site] for site in numbers)
+    return (grams.scores, grams.answer, grams.option_mask, *kernels, *rows)
+
+
+def _unpack(entry: Entry, sites: list[str], numbers: list[str]) -> TaskGrams:
+    scores, answer, mask, *rest = entry
+    kernels = dict(zip(sites, rest[: len(sites)], strict=True))
+    return TaskGrams(scores, kernels, dict(zip(numbers, rest[len(sites) :], strict=True)), answer, mask)
