@@ -28,7 +28,9 @@ def test_the_recipe_fits_saves_and_predicts(lm, tmp_path):
     assert isinstance(posterior.model, WithHead) and isinstance(posterior.guide, TangentGuide)
     assert posterior.objective.target_beta == 1.0 and posterior.guide.beta == 1.0
     losses = [row["loss"] for row in state.history]
-    assert losses[-1] < losses[0] and state.history[-1]["held_out_nll"] > 0
+    assert (
+        losses[-1] < losses[0] and state.step == len(losses) - 1 == state.best and state.history[-1]["held_out_nll"] > 0
+    )
     assert read_json(tmp_path / "run" / "curve.json") == state.history
     start = TangentGuide(posterior.model).theta.state_dict()
     moved = {name for name, value in theta_of(posterior).items() if not torch.equal(value, start[name])}
@@ -56,7 +58,7 @@ def test_the_order_of_tasks_does_not_matter(lm):
 
 
 def test_gram_matrices_are_computed_once(tmp_path, monkeypatch, model_folder):
-    """By content: those of a task seen before are read from the disk; of another order of examples, or A, they are not."""
+    """By content: those of a known task are read from the disk; of another order of examples, or A, they are not."""
     counted = []
     inner = empirical_bayes.task_grams
 

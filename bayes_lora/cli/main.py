@@ -135,8 +135,9 @@ def fit(
         print_line(f"nothing to fit: {chosen.recipe} has no parameters to learn. Posterior in {run / 'posterior'}")
         return
     if state.step < chosen.fit.steps:
-        evaluations = f"{chosen.fit.patience} evaluations without improvement (fit.patience)"
-        print_line(f"stopped before step {chosen.fit.steps}: {evaluations}")
+        waited = state.evaluations_without_improvement
+        why = f"{waited} evaluations without improvement (fit.patience)" if waited else "converged"
+        print_line(f"stopped before step {chosen.fit.steps}: {why}")
     best = state.history[state.best] if state.best is not None else state.history[-1]
     print_line(f"{state.step} steps; kept step {best['step']}: {_show(best)}. Posterior in {run / 'posterior'}")
 

@@ -263,7 +263,7 @@ def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -
     gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
     used = [p for p, g in zip(parameters, gradients, strict=True) if g is not None and bool(g.any())]
     if not used:
-        return []
+        return [float(loss().detach())]
 
     def at(values: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         with torch.no_grad():

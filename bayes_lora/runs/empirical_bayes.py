@@ -35,10 +35,12 @@ def fit_in_closed_form(
     tasks: Mapping[str, Task],
     num_support: int,
     *,
-    max_steps: int = 30,
+    max_steps: int = 50,
     progress: Progress | None = None,
 ) -> FitState:
     """Fit theta of a :class:`bayes_lora.guides.TangentGuide`, see :mod:`bayes_lora.infer.empirical_bayes`.
+
+    Prompts have no demonstrations here. Steps that are not needed are not taken: the fit is deterministic.
 
     Args:
         lm: the language model.
@@ -63,9 +65,8 @@ def fit_in_closed_form(
     )
     with objective.running():
         values = fit_theta(loss, max_steps)
-    state = FitState(step=len(values), history=[{"step": i + 1, "loss": v} for i, v in enumerate(values)])
-    state.best = min(range(len(values)), key=values.__getitem__) if values else None
-    return state
+    history: list[dict[str, float]] = [{"step": step, "loss": value} for step, value in enumerate(values)]
+    return FitState(step=len(history) - 1, history=history, best=len(history) - 1)
 
 
 def grams_of_tasks(

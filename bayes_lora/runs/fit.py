@@ -99,7 +99,7 @@ def fit_posterior(
         ]
     closed_form = getattr(objective.guide, "theta_objective", "elbo") != "elbo"
     # Without trainable parameters there is nothing to fit.
-    steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) and not closed_form else 0
+    steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
     if not steps:
         warn_of_no_fit(config)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
@@ -113,7 +113,12 @@ def fit_posterior(
         lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress
     )
     logger.open_bar(state, steps)
-    if steps:
+    if closed_form:
+        support = config.episodes.num_support
+        state = fit_in_closed_form(lm, objective, kept, support, max_steps=steps, progress=progress)
+        if held_out:
+            state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
+    elif steps:
         state = fit(
             objective,
             sampler,
@@ -125,10 +130,6 @@ def fit_posterior(
             on_evaluate=logger.on_evaluate,
         )
     logger.close_bar(state)
-    if closed_form:
-        state = fit_in_closed_form(lm, objective, kept, config.episodes.num_support, progress=progress)
-        if held_out:
-            state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
     posterior = Posterior.from_objective(lm, objective)
     calibration = recipe_of(config).calibrate if guide is None else "width"
     if not held_out or (calibration == "width" and not has_width(objective, held_out[0])):
