@@ -126,7 +126,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "tangent": Recipe(
         "The posterior in closed form in the tangent space of theta, with an option head; linear predictions.",
-        prior={"name": "layerwise-scale", "random": "B", "head": {"slope": 0.25}},
+        prior={"name": "layerwise-scale", "random": "B", "initial_scale": [0.1, 2.0], "head": {"slope": 0.25}},
         guide={"name": "tangent-guide"},
         calibrate="none",
         beta=1.0,
