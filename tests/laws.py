@@ -17,3 +17,12 @@ def chi_squared_p(found, draws=19):
     expected = found.numel() / (draws + 1)
     statistic = ((counts - expected) ** 2 / expected).sum()
     return float(torch.special.gammaincc(torch.tensor(draws / 2.0), statistic / 2))
+
+
+def dense(joint):
+    """Mean ``(T, w)`` and covariance ``(T, w, w)`` of all weights of a joint normal."""
+    fns = list(joint.values())
+    factor = torch.cat([fn.factor[:, 0].flatten(1, 3) for fn in fns], 1)
+    scale, loc = (torch.cat([getattr(fn, name)[:, 0].flatten(1) for fn in fns], 1) for name in ("scale", "loc"))
+    middle = torch.eye(scale.shape[1], dtype=scale.dtype) - factor @ joint.inner[:, 0] @ factor.mT
+    return loc, scale[:, :, None] * middle * scale[:, None, :]

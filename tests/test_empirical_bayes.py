@@ -10,7 +10,7 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides import PointTheta, TangentGuide
 from bayes_lora.infer.empirical_bayes import EmpiricalBayes, TaskGrams, fit_theta, task_grams
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.models import HierarchicalNormal, LayerwiseScale
+from bayes_lora.models import HierarchicalNormal, LayerwiseScale, WithHead
 from bayes_lora.posterior.linear import linear_scores
 
 DOUBLE = torch.float64
@@ -74,6 +74,25 @@ def test_gradients_are_finite_differences(lm, objective):
                 values.append(float(loss().detach()))
             flat[place] += 1e-5
             assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(gradient.view(-1)[place]), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("objective", ["evidence", "predictive"])
+def test_the_loss_at_another_slope_is_that_of_matrices_computed_there(lm, objective):
+    """Scores are linear in the slope, so that matrices at slope 1 determine the loss at every slope."""
+    losses = []
+    for slope in (1.0, -0.4):
+        model = WithHead(LayerwiseScale(lm, random="B", initial_scale=(0.1, 0.3)), slope=slope)
+        theta, start = PointTheta(model), model.initial_theta()
+        phi = {site: fn.mean[None, None] for site, fn in model.phi_prior(start).items()}
+        grams = {
+            task.name: task_grams(lm, collate([lm.encoder(task.examples)]), model.shared(start), phi)
+            for task in make_tasks(2).values()
+        }
+        losses.append(EmpiricalBayes(model, theta, grams, objective=objective, num_support=5))
+    moved, expected = losses
+    assert abs(float(moved().detach()) - float(expected().detach())) > 0.02
+    moved.theta.loc_theta_loc_head_slope.data.fill_(-0.4)
+    torch.testing.assert_close(moved(), expected())
 
 
 def planted(scales, tasks=80, examples=20, options=3, width=6, seed=0):

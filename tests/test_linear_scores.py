@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_tasks
-from test_tangent_guide import dense
+from laws import dense
 from torch.distributions import MultivariateNormal
 
 from bayes_lora import Posterior, TaskPosterior
@@ -154,5 +154,5 @@ def test_diagnosis_says_when_draws_have_left_the_linear_range(lm):
     calm, wild = fitted(lm, scale=0.05).diagnose(tasks), fitted(lm, scale=30.0).diagnose(tasks)
     assert calm.linear is not None and abs(calm.linear[0] - calm.nll[1]) < 0.05
     assert not any("linear" in warning for warning in calm.warnings)
-    assert any("left the range in which scores are linear" in warning for warning in wild.warnings)
+    assert any("has left the range in which scores are linear" in warning for warning in wild.warnings)
     assert "linear scores: NLL" in str(wild.table().title)

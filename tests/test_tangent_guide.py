@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_tasks
 from conjugate import MU, RANK, SITE, TAU, LinearModel, exact_posterior, linear_episode, log_evidence, make_data
-from laws import chi_squared_p
+from laws import chi_squared_p, dense
 from pyro.infer import TraceMeanField_ELBO
 from torch.distributions import MultivariateNormal
 
@@ -15,15 +15,6 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides import NormalTheta, TangentGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import ClusterMixture, HierarchicalNormal, LayerwiseScale, WeightSpace
-
-
-def dense(joint):
-    """Mean ``(T, w)`` and covariance ``(T, w, w)`` of all weights."""
-    fns = list(joint.values())
-    factor = torch.cat([fn.factor[:, 0].flatten(1, 3) for fn in fns], 1)
-    scale, loc = (torch.cat([getattr(fn, name)[:, 0].flatten(1) for fn in fns], 1) for name in ("scale", "loc"))
-    middle = torch.eye(scale.shape[1], dtype=scale.dtype) - factor @ joint.inner[:, 0] @ factor.mT
-    return loc, scale[:, :, None] * middle * scale[:, None, :]
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -141,7 +141,7 @@ class EmpiricalBayes(nn.Module):
                     f"site {site!r}: expected one standard deviation per layer, so that Gram matrices determine theta; "
                     f"{type(model).__name__} has others. Use LayerwiseScale."
                 )
-        self.origin = {site: fn.mean.detach().clone() for site, fn in prior.items()}
+        self.origin = {site: fn.mean.detach().clone() for site, fn in prior.items()}  # theta itself moves
         grouped: dict[tuple[int, int, int], list[Parts]] = {}
         for name in sorted(tasks):
             task = tasks[name]

@@ -29,7 +29,8 @@ __all__ = ["Diagnosis", "SiteWidth", "diagnose"]
 
 NARROW, WIDE, BENT = 0.01, 0.2, 0.1
 """Draws that change no answer and move probabilities by less than ``NARROW`` have no effect; draws that cost more than
-``WIDE`` nats are noise. Draws that cost ``BENT`` nats more than linear scores have left the linear range."""
+``WIDE`` nats are noise. If draws, or the network at the mean, cost ``BENT`` nats more than linear scores, the posterior
+has left the range in which scores are linear."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,11 @@ def _warnings(
             f"Collapsed: draws move probabilities by {moved:.4f} and change no answer. Raise prior.initial_scale or "
             "objective.beta, or adapt with a larger width."
         )
-    if linear and nll[1] > linear[0] + BENT:
+    if linear and max(nll) > linear[0] + BENT:
         found.append(
-            f"Draws have left the range in which scores are linear in the weights: they cost {nll[1] - linear[0]:.2f} "
-            f'nats more than linear scores (the mean {nll[0] - linear[0]:+.2f}). Keep predictive="linear", or adapt '
-            "with a smaller width."
+            "The posterior has left the range in which scores are linear in the weights: beside linear scores the "
+            f"network at the mean costs {nll[0] - linear[0]:+.2f} nats, and draws cost {nll[1] - linear[0]:+.2f}. Keep "
+            'predictive="linear", or adapt with a smaller width.'
         )
     elif nll[1] > nll[0] + WIDE:
         found.append(
