@@ -83,7 +83,10 @@ def training_tasks(folder: Path, unseen: set[str], count: int = 48) -> Iterator[
         parts = [(seed, part) for seed in (13, 21, 42, 87, 100) for part in ("train", "dev")]
         rows = [row for seed, part in parts for row in lines(folder, name, seed, part)]
         rows += lines(folder, name, 100, "test")[:200]
-        distinct = list({example.input: example for example in reversed(examples(rows))}.values())[::-1]
+        first: dict[str, Example] = {}
+        for example in examples(rows):
+            first.setdefault(example.input, example)
+        distinct = list(first.values())
         random.Random(name).shuffle(distinct)
         if len(distinct) >= count:
             yield name, distinct[:count]
