@@ -68,6 +68,7 @@ def makers(tasks: int) -> dict[str, Callable[[Any], Any]]:
         "SharedMeanField": guides.SharedMeanField,
         "SharedMeanField, MatrixNormal": lambda model: guides.SharedMeanField(model, family=guides.MatrixNormal()),
         "SharedPoint": guides.SharedPoint,
+        "TangentGuide": guides.TangentGuide,
     }
 
 
