@@ -20,6 +20,7 @@ follows from the Cholesky factor of :math:`I + A^\top C A`, whose eigenvalues ar
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -73,7 +74,7 @@ class CategoricalAnswers(NamedTuple):
         """Return ``(diag(sqrt p) - p sqrt(p)^T) / sqrt(beta)``, ``(T, n, K, K)``."""
         log_p, present = self._log_probs(scores), self.option_mask.to(scores.dtype)
         root, p = (0.5 * log_p).exp() * present, log_p.exp() * present
-        return (torch.diag_embed(root) - p[..., :, None] * root[..., None, :]) / self.beta**0.5
+        return (torch.diag_embed(root) - p[..., :, None] * root[..., None, :]) / math.sqrt(self.beta)
 
     def _log_probs(self, scores: Tensor) -> Tensor:
         """Log-probabilities, large and negative at absent options."""
@@ -97,7 +98,7 @@ class NormalAnswers(NamedTuple):
 
     def log_prob(self, scores: Tensor) -> Tensor:
         """Return ``log p(y | f) / beta``, ``(T,)`` nats."""
-        each = torch.distributions.Normal(scores[..., 0], self.scale).log_prob(self.value)
+        each: Tensor = torch.distributions.Normal(scores[..., 0], self.scale).log_prob(self.value)
         return each.masked_fill(~self.mask, 0.0).sum(-1) / self.beta
 
     def residual(self, scores: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class NormalAnswers(NamedTuple):
 
     def factor(self, scores: Tensor) -> Tensor:
         """Return ``1 / scale / sqrt(beta)``, ``(T, n, 1, 1)``."""
-        return (self.mask / self.scale / self.beta**0.5)[..., None, None]
+        return (self.mask / self.scale / math.sqrt(self.beta))[..., None, None]
 
 
 class ScorePosterior(NamedTuple):

@@ -68,12 +68,13 @@ def tangent(
     options = max(found.shape[-1] for found, _ in parts)
 
     def gathered(pieces: list[Tensor], like: Tensor) -> Tensor:
-        whole = like.new_zeros(tasks * rows, options, *pieces[0].shape[2:])
+        whole: Tensor = like.new_zeros(tasks * rows, options, *pieces[0].shape[2:])
         done = 0
         for piece in pieces:
             whole[places[done : done + len(piece)], : piece.shape[1]] = piece.to(like.dtype)
             done += len(piece)
-        return whole.unflatten(0, (tasks, rows))
+        found: Tensor = whole.unflatten(0, (tasks, rows))
+        return found
 
     gradients = {site: gathered([jacobian[site] for _, jacobian in parts], value) for site, value in phi.items()}
     return Tangent(gathered([found for found, _ in parts], like), gradients)
