@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import make_tasks
 
-from bayes_lora import fit_posterior, load_language_model, load_posterior
+from bayes_lora import Posterior, fit_posterior, load_language_model, load_posterior
 from bayes_lora.errors import ConfigError
-from bayes_lora.guides import TangentGuide
+from bayes_lora.guides import GradientGuide, TangentGuide
 from bayes_lora.lm import tensor_store
 from bayes_lora.models import LayerwiseScale, WithHead
 from bayes_lora.recipes.config import RunConfig
@@ -17,6 +17,11 @@ from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.utils.storage import read_json
 
 CONFIG = {"recipe": "tangent", "episodes": {"num_support": 4, "held_out": 1, "held_out_shots": 4}}
+
+
+def own_pair(lm):
+    model = LayerwiseScale(lm)
+    return model, GradientGuide(model)
 
 
 def theta_of(posterior):
@@ -35,6 +40,7 @@ def test_the_recipe_fits_saves_and_predicts(lm, tmp_path):
     start = TangentGuide(posterior.model).theta.state_dict()
     moved = {name for name, value in theta_of(posterior).items() if not torch.equal(value, start[name])}
     assert moved and all("precision" in name or "head_slope" in name for name in moved)
+    assert posterior.default_steps == 0 and Posterior(lm, *own_pair(lm)).default_steps == 10
     again = load_posterior(tmp_path / "run", lm=lm)
     tasks = [task.split(4, seed=0) for task in make_tasks(3).values()]
     queries = [task.query for task in tasks]

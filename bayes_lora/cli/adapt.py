@@ -38,7 +38,7 @@ def adapt(
         typer.Option(help="Number of support examples, sampled as in `evaluate`; by default all.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample, as in `evaluate`, or of the support set.")] = 13,
-    steps: Steps = 10,
+    steps: Steps = None,
     predict: Annotated[
         Path | None, typer.Option(help="Then predict these examples, and print what the command `predict` prints.")
     ] = None,
@@ -67,7 +67,7 @@ def adapt(
     posterior = load_posterior(run)
     status(f"{posterior.lm.name}: {posterior.lm.arithmetic}")
     with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
-        adapted = posterior.adapt(support, steps=steps)
+        adapted = posterior.adapt(support, steps=posterior.default_steps if steps is None else steps)
         adapted.save(folder / "posterior")
         adapted.export_peft(folder / "adapter")
         write_home(folder / HOME, run, output, source.card(chosen))

@@ -81,7 +81,10 @@ Run = Annotated[Path, typer.Option(help="The run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file of a causal LM.")]
-Steps = Annotated[int, typer.Option(help="Gradient steps that refine the amortized posterior.", min=0)]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Gradient steps that refine the amortized posterior; by default 10, or 0 in closed form.", min=0),
+]
 Draws = Annotated[int, typer.Option(help="Posterior draws to average over; 0 predicts with the mean.", min=0)]
 MaxLength = Annotated[
     int | None, typer.Option(help="Maximum number of tokens of a row; by default that of the run, or 128.", min=1)

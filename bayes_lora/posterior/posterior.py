@@ -85,6 +85,14 @@ class Posterior:
         guide: Guide = self.objective.guide
         return guide
 
+    @property
+    def default_steps(self) -> int:
+        """Gradient steps that the command ``adapt`` takes by default: 10, or 0 after a posterior in closed form.
+
+        A posterior that predicts with linear scores is the optimum of the linear model already.
+        """
+        return 0 if getattr(self.guide, "predictive", "draws") == "linear" else 10
+
     def adapt(
         self,
         tasks: Task | Sequence[Task] | Mapping[str, Task],
