@@ -16,8 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
+from bayes_lora.guides import TangentGuide
 from bayes_lora.lm.arithmetic import Arithmetic
-from bayes_lora.tasks import Example
+from bayes_lora.models import LayerwiseScale, WithHead
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.tasks import Example, Task
 
 ROOT = Path(__file__).parents[1]
 CASES = {
@@ -257,6 +260,35 @@ def test_the_zoo_is_measured(tmp_path, capsys):
     assert lines["GradientGuide"]["passes"] == 6.0 and lines["GradientGuide"]["passes_of_a_new_task"] == 5.0
     assert lines["HierarchicalNormal"]["parameters"] == 4.0 and lines["GradientGuide"]["parameters"] == 2.0
     assert "RankARD" in capsys.readouterr().out
+
+
+def test_unseen_tasks_are_predicted_from_gram_matrices_as_by_the_library(lm, tmp_path):
+    """The benchmark's own arithmetic against posterior and linear scores of the language model with a head."""
+    unseen = importlib.import_module("unseen")
+    model = LayerwiseScale(lm, random="B")
+    [task] = make_tasks(1).values()
+    found = unseen.cached(tmp_path / "cache", "task", task.examples, lambda rows: unseen.derivatives(lm, model, rows))
+    again = unseen.cached(tmp_path / "cache", "task", task.examples, lambda rows: pytest.fail("not cached"))
+    assert torch.equal(found["scores"], again["scores"])
+    grams = unseen.with_head(found)
+    layers = {site: len(model.initial[site]) for site in model.random_sites}
+    fitted = unseen.Fitted.__new__(unseen.Fitted)
+    fitted.slope, scale = 0.5, 0.3
+    fitted.variance = {site: torch.full((n,), (fitted.slope * scale) ** 2).double() for site, n in layers.items()}
+    fitted.variance |= {"head.slope": torch.tensor([0.04]).double(), "head.bias": torch.tensor([0.25]).double()}
+    support, query = torch.arange(5), torch.arange(5, len(task.examples))
+    log_probs, epistemic = fitted(grams, support, query)
+    inner = LayerwiseScale(lm, random="B", initial_scale=(0.1, scale))
+    whole = WithHead(inner, slope=fitted.slope, slope_scale=0.2, bias_scale=0.5)
+    adapted = Posterior(lm, whole, TangentGuide(whole)).adapt(Task(task.name, task.examples[:5]))
+    torch.testing.assert_close(log_probs.exp(), adapted.predict(task.examples[5:]).exp(), atol=2e-3, rtol=0)
+    assert (epistemic > 0).all()
+    one = unseen.UnseenTask(grams, [5], True)
+    counts, _ = unseen.label_counts(one, support, query)
+    expected = torch.bincount(grams.answer[:5], minlength=counts.shape[-1]) + 1.0
+    torch.testing.assert_close(counts[0].exp(), (expected / expected.sum()).double())
+    low, high = unseen.interval({"a": [1.0, 2.0], "b": [3.0]}, {"a": [0.0, 1.0], "b": [2.0]}, draws=50)
+    assert low == high == 1.0
 
 
 def test_collation_is_measured(tmp_path, capsys):
