@@ -222,7 +222,8 @@ def test_tangent_of_the_head_is_known(lm):
     episode, theta = mixed(lm), model.initial_theta()
     prior = model.phi_prior(theta)
     phi = {site: fn.mean.expand(5, 1, *fn.event_shape) for site, fn in prior.items()}
-    found = tangent(model, episode, theta, phi, {site: fn.stddev for site, fn in prior.items()}, batch_size=2)
+    unit = {site: fn.stddev for site, fn in prior.items()}
+    found = tangent(lm, episode, model.shared(theta), phi, unit, batch_size=2)
     lora = model.shared(theta) | {site: value for site, value in phi.items() if site not in HEAD_SHAPES}
     with torch.no_grad():
         plain = lm(lora, episode)

@@ -10,6 +10,7 @@ import bayes_lora.runs.logger
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import recipe_of
 from bayes_lora.runs.fit import fit_posterior, split_tasks, with_language_model
 from bayes_lora.runs.folder import check_run_folder, prepare_run_folder, read_fitted_tasks
 from bayes_lora.tasks import Task, TaskSet
@@ -52,7 +53,8 @@ def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
     assert facts == {"training": list(kept), "held_out": list(held)} and (len(kept), len(held)) == (3, 1)
     assert sorted(read_fitted_tasks(run)) == list(tasks)
     loaded = Posterior.load(run / "posterior", lm)
-    assert loaded.objective.beta == config.objective.beta and loaded.guide.settings == posterior.guide.settings
+    assert loaded.objective.beta == recipe_of(config).beta == 1e-3 and config.objective.beta is None
+    assert loaded.guide.settings == posterior.guide.settings
     assert_equal(loaded.objective.state_dict(), posterior.objective.state_dict())
     assert_equal(posterior.objective.state_dict(), state.best_parameters)
 

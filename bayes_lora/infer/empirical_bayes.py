@@ -260,10 +260,13 @@ def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -
         NonFiniteLoss: the loss is not finite at the start.
     """
     parameters = [parameter for parameter in loss.theta.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    start_value = loss()
+    if not start_value.requires_grad:  # a prior without scales to learn, such as IndependentNormal
+        return [float(start_value)]
+    gradients = torch.autograd.grad(start_value, parameters, allow_unused=True)
     used = [p for p, g in zip(parameters, gradients, strict=True) if g is not None and bool(g.any())]
     if not used:
-        return [float(loss().detach())]
+        return [float(start_value.detach())]
 
     def at(values: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         with torch.no_grad():
