@@ -366,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts["test, fixed labels"] = {name: task for name, task in parts["test"].items() if task.fixed}
     parts["test, own options"] = {name: task for name, task in parts["test"].items() if not task.fixed}
     results = {
-        "machine": machine(),
+        "machine": machine(torch.device("cpu")),
         "training tasks": sorted(training),
         "theta": {name: one.facts() for name, one in fitted.items()},
         "results": {part: table(own, methods) for part, own in parts.items() if own},
