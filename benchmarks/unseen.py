@@ -186,7 +186,7 @@ class Fitted:
             if scale < 1e-6:
                 for site in layers:
                     getattr(theta, f"loc_theta_precision_{site}".replace(".", "_")).requires_grad_(False)
-        self.history = fit_theta(loss)
+        self.history = fit_theta(loss, max_steps=25)
         with torch.no_grad():
             fitted = loss._prior()
             self.slope = float(fitted["head.slope"].mean)
@@ -353,8 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layers = {site: len(kernel) for site, kernel in kernels.items() if site not in HEAD_SHAPES}
     fitted = {
         "slope and biases": Fitted(training, layers, 1e-8),
-        "tangent, predictive": Fitted(training, layers, START),
-        "tangent, evidence": Fitted(training, layers, START, objective="evidence"),
+        "tangent": Fitted(training, layers, START),
     }
     methods = {"label counts": label_counts} | {
         name: lambda task, support, query, one=one: one(task.grams, support, query) for name, one in fitted.items()
@@ -370,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "training tasks": sorted(training),
         "theta": {name: one.facts() for name, one in fitted.items()},
         "results": {part: table(own, methods) for part, own in parts.items() if own},
-        "support size": by_size(parts["test"], methods["tangent, predictive"]),
+        "support size": by_size(parts["test"], methods["tangent"]),
     }
     write_json(chosen.output, results)
     for part, rows in results["results"].items():
