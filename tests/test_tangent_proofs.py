@@ -206,7 +206,7 @@ def log_scales_and_errors(loss, step=0.1):
 
 
 def test_planted_scales_are_found(tokenizer):
-    """Within three standard errors, by the evidence: two modules of one layer, each with a scale of its own.
+    """The evidence finds the scales of two modules of one layer within three standard errors.
 
     Scores move by 0.7 nats.
     """

@@ -4,8 +4,8 @@ r"""Empirical Bayes in the tangent space: fit the scales of a prior to many task
     G_{i,s,l} = J_{i,s,l} J_{i,s,l}^\top
 
 for the option scores f of task i (nats), linear in the weights of site s and layer l, whose prior has the standard
-deviation :math:`\sigma_{s,l}`. The Gram matrices G are computed once; after that an evaluation of all tasks takes
-milliseconds. Theta minimises one of
+deviation :math:`\sigma_{s,l}`. The Gram matrices G are computed once; after that the
+language model is not needed. Theta minimises one of
 
 .. math::
     \text{evidence:} \quad & -\sum_i \log p(y_i \mid \theta) - \log p(\theta) \\

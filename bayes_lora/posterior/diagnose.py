@@ -59,7 +59,7 @@ class Diagnosis:
         changed: share of the questions whose most probable answer changes.
         sites: width of each site.
         warnings: problems, with the setting to change; empty if there are none.
-        linear: NLL (nats) and ECE of linear scores, for a posterior that predicts with them; otherwise None.
+        linear: NLL (nats) and ECE of linear predictions; None if the posterior predicts with draws.
     """
 
     nll: tuple[float, float]
@@ -157,8 +157,8 @@ def _warnings(
         )
     if linear and max(nll) > linear[0] + BENT:
         found.append(
-            "The posterior has left the range in which scores are linear in the weights: beside linear scores the "
-            f"network at the mean costs {nll[0] - linear[0]:+.2f} nats, and draws cost {nll[1] - linear[0]:+.2f}. Keep "
+            "The posterior has left the range in which scores are linear in the weights. NLL minus that of linear "
+            f"scores: {nll[0] - linear[0]:+.2f} nats for the mean, {nll[1] - linear[0]:+.2f} for draws. Keep "
             'predictive="linear", or adapt with a smaller width.'
         )
     elif nll[1] > nll[0] + WIDE:
