@@ -12,6 +12,9 @@ from bayes_lora.infer.empirical_bayes import EmpiricalBayes, TaskGrams, fit_thet
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.models import HierarchicalNormal, LayerwiseScale, WithHead
 from bayes_lora.posterior.linear import linear_scores
+from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.runs.empirical_bayes import grams_of_tasks
+from bayes_lora.tasks import Task
 
 DOUBLE = torch.float64
 
@@ -56,6 +59,26 @@ def test_the_predictive_loss_is_that_of_linear_predictions(lm):
             answers = torch.tensor([row.answer for row in query])
             found.append(-scores.log_probs().gather(-1, answers[:, None]).mean())
         torch.testing.assert_close(loss(), torch.stack(found).mean())
+
+
+def test_predictions_from_gram_matrices_are_those_of_adaptation_after_theta_has_moved(lm):
+    """Theta moves after the matrices were computed, the slope too; both roads agree up to rounding."""
+    model = WithHead(LayerwiseScale(lm, random="B", initial_scale=(0.1, 0.3)), slope=0.5)
+    guide = TangentGuide(model)
+    [task] = make_tasks(1).values()
+    grams = grams_of_tasks(lm, model, guide.theta_mean(), {task.name: task})[task.name]
+    loss = EmpiricalBayes(model, guide.theta, {})
+    with torch.no_grad():
+        for name, parameter in guide.theta.named_parameters():
+            if "slope" in name or "precision" in name:
+                parameter.add_(0.3)
+    adapted = Posterior(lm, model, guide).adapt(Task(task.name, task.examples[:5]))
+    found = loss.predict(grams, torch.arange(5), torch.arange(5, 12))
+    torch.testing.assert_close(found.log_probs().exp(), adapted.predict(task.examples[5:]).exp(), atol=2e-3, rtol=0)
+    total, epistemic = found.entropies()
+    expected, _ = adapted.linear_scores(task.examples[5:]).entropies()
+    torch.testing.assert_close(total, expected, atol=2e-3, rtol=0)
+    assert (epistemic > 0).all() and (epistemic < total).all()
 
 
 @pytest.mark.parametrize("objective", ["evidence", "predictive"])

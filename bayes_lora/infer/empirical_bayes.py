@@ -34,7 +34,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ConfigError, NonFiniteLoss
 from bayes_lora.infer.linear_scores import LinearScores
-from bayes_lora.infer.score_posterior import CategoricalAnswers, score_posterior
+from bayes_lora.infer.score_posterior import CategoricalAnswers, ScorePosterior, score_posterior
 from bayes_lora.infer.tangent import tangent
 from bayes_lora.types import Likelihood, Sites
 
@@ -168,43 +168,67 @@ class EmpiricalBayes(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the loss in nats: of all tasks for the evidence, of a query for the predictive."""
-        prior = self._prior()
-        variance = {site: fn.variance[:, 0, 0].double() for site, fn in prior.items()}
-        if SLOPE in prior:
-            # Scores are the slope times log-likelihoods, plus biases: it scales the derivatives by LoRA weights.
-            square = prior[SLOPE].mean.flatten().double().square() / self.origin[SLOPE].flatten().double().square()
-            variance = {site: v if site.startswith("head.") else v * square for site, v in variance.items()}
-        weights = torch.cat(list(variance.values()))
-        shift = {
-            site: (fn.mean - self.origin[site]).double().flatten() for site, fn in prior.items() if fn.mean.numel() == 1
-        }
+        weights, shift = self._weights_and_shift()
         total: Any = sum(self._loss(parts, weights, shift) for parts in self.parts)
         if self.objective == "predictive":
             return total / self.num_parts  # type: ignore[no-any-return]
         return total - self._log_prior()  # type: ignore[no-any-return]
 
-    def _loss(self, parts: Parts, weights: Tensor, shift: Sites) -> Tensor:
-        """Return the loss summed over a batch of splits."""
+    @torch.no_grad()
+    def predict(self, task: TaskGrams, support: Tensor, query: Tensor) -> LinearScores:
+        """Return the linear scores of some of a task's examples given others, at the present theta.
+
+        Args:
+            task: Gram matrices at the value that theta had when this module was made.
+            support: indices of the support examples.
+            query: indices of the queries.
+        """
+        return self._queries(_stacked([_part(task, support, query, list(self.origin))]), *self._weights_and_shift())
+
+    def _weights_and_shift(self) -> tuple[Tensor, Sites]:
+        """Return the weight of each Gram matrix, and the prior mean of sites that are a number, minus their origin."""
+        prior = self._prior()
+        variance = {site: fn.variance[:, 0, 0].double() for site, fn in prior.items()}
+        if SLOPE in prior:
+            # Scores are the slope times log-likelihoods, plus biases: it scales the derivatives by LoRA weights.
+            slope, before = prior[SLOPE].mean.flatten().double(), self.origin[SLOPE].flatten().double()
+            square = slope.square() / before.square()
+            variance = {site: v if site.startswith("head.") else v * square for site, v in variance.items()}
+        shift = {
+            site: (fn.mean - self.origin[site]).double().flatten() for site, fn in prior.items() if fn.mean.numel() == 1
+        }
+        return torch.cat(list(variance.values())), shift
+
+    def _support(self, parts: Parts, weights: Tensor, shift: Sites) -> tuple[Tensor, ScorePosterior]:
+        """Return the prior mean of all scores, and the posterior of the support's."""
         mean = parts.scores
         for site, moved in shift.items():
             mean = mean + moved * parts.rows[site]
-        count, options = parts.own.shape[-1] // mean.shape[-1], mean.shape[-1]
+        count = parts.own.shape[-1] // mean.shape[-1]
         answers = CategoricalAnswers(parts.answer[:, :count], parts.option_mask[:, :count], self.beta)
         own = torch.einsum("l,plij->pij", weights, parts.own)
-        found = score_posterior(mean[:, :count], own, answers)
-        if self.objective == "evidence":
-            return -found.log_evidence.sum()
+        return mean, score_posterior(mean[:, :count], own, answers)
+
+    def _queries(self, parts: Parts, weights: Tensor, shift: Sites) -> LinearScores:
+        """Return the linear scores of the queries of a batch of splits, all in one dimension."""
+        mean, found = self._support(parts, weights, shift)
+        queries = parts.each.shape[2]
         cross = torch.einsum("l,plij->pij", weights, parts.cross)
-        moved = (cross @ found.weights[..., None]).view(mean[:, count:].shape)
-        seen = cross.unflatten(1, (-1, options))  # (P, q, K, s * K)
+        moved = (cross @ found.weights[..., None]).view(mean[:, -queries:].shape)
+        seen = cross.unflatten(1, (-1, mean.shape[-1]))  # (P, q, K, s * K)
         covariance = torch.einsum("l,plnij->pnij", weights, parts.each) - seen @ found.removed[:, None] @ seen.mT
-        mask = parts.option_mask[:, count:]
-        free = torch.zeros(mask.shape[:2], dtype=torch.bool).flatten()
-        scores = LinearScores(
-            (mean[:, count:] + moved).flatten(0, 1), covariance.flatten(0, 1), mask.flatten(0, 1), free
-        )
-        gold = scores.log_probs().gather(-1, parts.answer[:, count:].flatten()[:, None])
-        return -gold.view(len(mean), -1).mean(-1).sum()
+        mask = parts.option_mask[:, -queries:]
+        free = torch.zeros(mask.shape[:2], dtype=torch.bool)
+        whole = (mean[:, -queries:] + moved, covariance, mask, free)
+        return LinearScores(*(part.flatten(0, 1) for part in whole))
+
+    def _loss(self, parts: Parts, weights: Tensor, shift: Sites) -> Tensor:
+        """Return the loss summed over a batch of splits."""
+        if self.objective == "evidence":
+            return -self._support(parts, weights, shift)[1].log_evidence.sum()
+        log_probs = self._queries(parts, weights, shift).log_probs()
+        gold = log_probs.gather(-1, parts.answer[:, -parts.each.shape[2] :].flatten()[:, None])
+        return -gold.view(len(parts.answer), -1).mean(-1).sum()
 
     def _log_prior(self) -> Tensor:
         """Return log p(theta) at the mean of q(theta), of the sites that the fit moves."""

@@ -60,6 +60,16 @@ class LinearScores(NamedTuple):
         found = torch.logsumexp(log_probs, 0) - torch.tensor(float(len(scores))).log()
         return found.masked_fill(~self.option_mask, absent_score(found.dtype))
 
+    def entropies(self) -> tuple[Tensor, Tensor]:
+        """Return the entropy of the predictive distribution and its epistemic part, ``(n,)`` nats each.
+
+        The epistemic part is the mutual information of answer and scores: the entropy minus the expected entropy of the
+        options given the scores.
+        """
+        log_probs, draws = self.log_probs(), self.draws().masked_fill(~self.option_mask, -1e30).log_softmax(-1)
+        total, rest = (-(one.exp() * one.clamp_min(-1e4)).sum(-1) for one in (log_probs, draws))
+        return total, total - rest.mean(0)
+
 
 @lru_cache(maxsize=64)
 def _points(options: int) -> Tensor:
