@@ -159,7 +159,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
     for word in ("task-4", "task-5", "mean", "pretrained", "ABMLL (amortized) + 1 steps"):
         assert word in out
     read = json.loads((out_folder / "metrics.json").read_text())
-    assert len(read) == 6 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
+    assert len(read) == 7 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
     assert names(out_folder) == ["arithmetic.json", "metrics.json", "reliability.png"]
 
 

@@ -147,6 +147,7 @@ def test_a_comparison_of_tasks_together_is_that_of_tasks_alone(lm, tasks):
         posterior = Posterior.from_objective(lm, objective)
         found.append(compare(posterior, [*tasks[:3], free], tasks_per_forward=size, **settings).to_dict())
     assert list(found[0]) == [
+        "label counts",
         "pretrained",
         "LoRA, 2 steps of 0.001",
         "ABMLL (amortized)",
@@ -156,7 +157,7 @@ def test_a_comparison_of_tasks_together_is_that_of_tasks_alone(lm, tasks):
         for task, metrics in result["tasks"].items():
             assert metrics == pytest.approx(found[1][name]["tasks"][task], rel=1e-4, abs=1e-4), (name, task)
     nll = [result["tasks"]["task-0"]["nll"] for result in found[0].values()]
-    assert len({round(value, 6) for value in nll}) == 4
+    assert len({round(value, 6) for value in nll}) == 5
 
 
 def test_whole_updates_predict_alike_together_and_alone(lm, tasks):

@@ -1,4 +1,4 @@
-"""What a posterior must beat: the pretrained model, and a LoRA fine-tuned on the same few examples."""
+"""What a posterior must beat: label counts, the pretrained model, and a LoRA fine-tuned on the same few examples."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pyro.distributions import Delta
 
 from bayes_lora.episodes.episode import collate
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.option_head import BIAS, MAX_OPTIONS, SLOPE
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
 from bayes_lora.types import Distributions
 
-__all__ = ["finetune_lora", "pretrained"]
+__all__ = ["finetune_lora", "label_counts", "pretrained"]
 
 
 def pretrained(lm: LanguageModel, tasks: Sequence[Task]) -> TaskPosterior:
@@ -21,6 +22,25 @@ def pretrained(lm: LanguageModel, tasks: Sequence[Task]) -> TaskPosterior:
     initial = lm.sites.initial()
     zero = {site: torch.zeros_like(value) for site, value in initial.items() if ".lora_B" in site}
     return TaskPosterior(lm, {}, initial | zero, tuple(task.name for task in tasks))
+
+
+def label_counts(lm: LanguageModel, tasks: Sequence[Task]) -> TaskPosterior:
+    r"""The frequencies of the support's labels, whatever the question; uniform where options differ by example.
+
+    .. math:: p(y = k) = (n_k + 1) / (n + K)
+
+    for a task with K labels of which label k occurs n_k times in the support: an option head of slope 0. Generated
+    answers are the pretrained model's.
+    """
+    episode = collate([lm.encoder(task.support) for task in tasks])
+    bias = torch.zeros(len(tasks), 1, 1, 1, MAX_OPTIONS)
+    for own, answers, present in zip(bias, episode.answer, episode.mask, strict=True):
+        counts = torch.bincount(answers[present], minlength=MAX_OPTIONS)[:MAX_OPTIONS]
+        own[0, 0, 0] = (counts + 1.0).log()
+    head = {SLOPE: torch.zeros(len(tasks), 1, 1, 1, 1), BIAS: bias}
+    points: Distributions = {site: Delta(value.to(lm.device), event_dim=3) for site, value in head.items()}
+    base = pretrained(lm, tasks)
+    return TaskPosterior(lm, points, base.shared, base.names, fixed_options=tuple(episode.fixed_options.tolist()))
 
 
 def finetune_lora(

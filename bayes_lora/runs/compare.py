@@ -13,7 +13,7 @@ from bayes_lora.lm.generation import Generated
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.metrics.options import Metrics, top_confidence
 from bayes_lora.metrics.text import TextMetrics
-from bayes_lora.posterior.baselines import finetune_lora, pretrained
+from bayes_lora.posterior.baselines import finetune_lora, label_counts, pretrained
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.predict import score, score_text
 from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -30,7 +30,7 @@ def compare(
     posterior: Posterior,
     tasks: Sequence[Task],
     *,
-    steps: Sequence[int] = (0, 10),
+    steps: Sequence[int] | None = None,
     learning_rate: float = 2e-3,
     num_draws: int = 10,
     lora_steps: int = 10,
@@ -39,7 +39,7 @@ def compare(
     tasks_per_forward: int = 4,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Evaluate on unseen tasks: the pretrained model, a LoRA fine-tuned at each step size, and the posterior.
+    """Evaluate on unseen tasks: label counts, the pretrained model, LoRA at each step size, and the posterior.
 
     Tasks are adapted to and predicted together, ``tasks_per_forward`` at a time. Each uses the same noise, in the steps
     and in the predictions, so that the result of a task does not depend on the tasks it is grouped with.
@@ -47,7 +47,8 @@ def compare(
     Args:
         posterior: a fitted posterior.
         tasks: ``support`` is adapted to, ``query`` is predicted.
-        steps: numbers of gradient steps after the amortized posterior; a row each.
+        steps: numbers of gradient steps after the amortized posterior; a row each. By default 0 and
+            :attr:`Posterior.default_steps`.
         learning_rate: of these steps.
         num_draws: number of draws of the posterior predictive, S.
         lora_steps: Adam steps of the LoRA baseline.
@@ -57,14 +58,18 @@ def compare(
         tasks_per_forward: how many tasks share a forward and backward pass of adaptation; bounds its memory.
         progress: shows a bar.
     """
-    lm, amortized = posterior.lm, "ABMLL (amortized)"
-    methods: dict[str, Method] = {"pretrained": lambda group: (pretrained(lm, group), 0)}
+    lm = posterior.lm
+    amortized = "ABMLL (closed form)" if posterior.default_steps == 0 else "ABMLL (amortized)"
+    methods: dict[str, Method] = {
+        "label counts": lambda group: (label_counts(lm, group), 0),
+        "pretrained": lambda group: (pretrained(lm, group), 0),
+    }
     for rate in lora_learning_rates:
         methods[f"LoRA, {lora_steps} steps of {rate:g}"] = lambda group, rate=rate: (  # type: ignore[misc]
             finetune_lora(lm, group, steps=lora_steps, learning_rate=rate),
             0,
         )
-    for count in steps:
+    for count in dict.fromkeys((0, posterior.default_steps)) if steps is None else steps:
         methods[f"{amortized} + {count} steps" if count else amortized] = lambda group, count=count: (  # type: ignore[misc]
             posterior.adapt(group, steps=count, learning_rate=learning_rate),
             num_draws,
