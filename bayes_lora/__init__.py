@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bayes_lora.runs.compare import compare as compare
     from bayes_lora.runs.fit import fit_posterior as fit_posterior
     from bayes_lora.runs.loading import load_posterior as load_posterior
+    from bayes_lora.runs.loading import load_prior as load_prior
     from bayes_lora.tasks import load_split as load_split
     from bayes_lora.tasks import load_tasks as load_tasks
     from bayes_lora.tasks.shipped import demo_tasks as demo_tasks
@@ -36,6 +37,7 @@ _MODULES = {
     "from_peft": "lm.loading",
     "load_language_model": "lm.loading",
     "load_posterior": "runs.loading",
+    "load_prior": "runs.loading",
     "load_split": "tasks",
     "load_tasks": "tasks",
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayes_lora.cli.console import print_line, status
-from bayes_lora.cli.options import DATA, Draws, Format, Input, Label, MaxOptions, Overwrite, Run, Steps, Task
+from bayes_lora.cli.options import DATA, Draws, FittedRun, Format, Input, Label, MaxOptions, Overwrite, Steps, Task
 
 if TYPE_CHECKING:
     from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -25,9 +25,9 @@ Tokens = Annotated[int, typer.Option(help="Maximum number of tokens of a generat
 
 
 def adapt(
-    run: Run,
     examples: Annotated[Path, typer.Option(help=f"The new task: {DATA}.")],
     output: Annotated[Path, typer.Option(help="Folder for the task's posterior and its PEFT adapter.")],
+    run: FittedRun = None,
     task: Task = None,
     format: Format = None,
     input: Input = None,
@@ -48,13 +48,14 @@ def adapt(
 ) -> None:
     """Adapt to a new task from a few examples; write its posterior and a plain PEFT adapter.
 
-    Example: `bayes-lora adapt --run runs/demo --examples tickets.csv --shots 16 --output runs/tickets`
+    Example: `bayes-lora adapt --examples tickets.csv --shots 16 --output runs/tickets --predict questions.csv`
     """
     from bayes_lora.cli.task_source import TaskSource, one_task, questions, support_of
-    from bayes_lora.runs.folder import HOME, check_fitted, write_home
+    from bayes_lora.runs.folder import HOME, check_fitted, shipped_prior, write_home
     from bayes_lora.utils.progress import hide_loading_bar
     from bayes_lora.utils.storage import check_new_folder, new_folder
 
+    run = shipped_prior() if run is None else run
     check_fitted(run)
     source = TaskSource(examples, format, input, label, max_options)
     chosen = one_task(source, task, seed)

@@ -19,6 +19,7 @@ from bayes_lora.cli.console import err, error, out, print_line, status, warn
 from bayes_lora.cli.options import (
     Config,
     Draws,
+    FittedRun,
     Format,
     Guide,
     Input,
@@ -75,15 +76,17 @@ def demo(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Meta-learn on the shipped tasks, adapt to unseen tasks, and show the results.
+    """Adapt the prior of this package to unseen tasks and a spreadsheet, and show the results.
 
-    Example: `bayes-lora demo --run runs/demo`
+    With settings, a prior is fitted on the shipped tasks instead.
+
+    Example: `bayes-lora demo --run runs/demo`, or `bayes-lora demo --run runs/fit --set fit.steps=70`
     """
     from bayes_lora.runs.demo import demo_config, run_demo
     from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.progress import hide_loading_bar
 
-    chosen = _config(config, settings, base=demo_config())
+    chosen = _config(config, settings, base=demo_config()) if config or settings else None
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
     run_demo(run, chosen, resume=resume, overwrite=overwrite, console=out)
@@ -148,8 +151,8 @@ app.command()(cli_adapt.predict)
 
 @app.command()
 def evaluate(
-    run: Run,
     tasks: Tasks,
+    run: FittedRun = None,
     split: Split = None,
     names: Names = None,
     format: Format = None,
@@ -161,8 +164,12 @@ def evaluate(
     shots: Shots = 16,
     queries: Annotated[int, typer.Option(help="Maximum number of query examples per task.", min=1)] = 200,
     steps: Annotated[
-        str, typer.Option(help="Gradient steps that refine the amortized posterior: comma-separated numbers.")
-    ] = "0,10",
+        str | None,
+        typer.Option(
+            help="Gradient steps that refine the amortized posterior: comma-separated numbers; by default 0,10, or 0 "
+            "in closed form."
+        ),
+    ] = None,
     draws: Draws = 10,
     demonstrations: Annotated[int, typer.Option(help="Number of demonstrations before every query.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and reliability.png.")] = None,
@@ -175,13 +182,14 @@ def evaluate(
     Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`, or `--tasks tickets.csv`
     """
     from bayes_lora.cli.task_source import TaskSource, unseen_tasks
-    from bayes_lora.runs.folder import check_fitted, check_report_folder, read_fitted_tasks
+    from bayes_lora.runs.folder import check_fitted, check_report_folder, read_fitted_tasks, shipped_prior
     from bayes_lora.tasks import TaskSet
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
     if output is not None:
         check_report_folder(output, overwrite=overwrite)
-    counts = _integers(steps, "--steps")
+    counts = None if steps is None else _integers(steps, "--steps")
+    run = shipped_prior() if run is None else run
     check_fitted(run)
     source = TaskSource(tasks, format, input, label, max_options)
     unseen, left_out = unseen_tasks(source, split, names, seed, shots, queries, read_fitted_tasks(run))

@@ -11,6 +11,7 @@ __all__ = [
     "DATA",
     "Config",
     "Draws",
+    "FittedRun",
     "Format",
     "Guide",
     "Input",
@@ -78,6 +79,7 @@ Guide = Annotated[
     typer.Option(help="Another guide: swag, ...; set its settings with --set guide.KEY=VALUE. See docs/zoo.md."),
 ]
 Run = Annotated[Path, typer.Option(help="The run folder.")]
+FittedRun = Annotated[Path | None, typer.Option(help="The folder of a fit; by default the prior of this package.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 Model = Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file of a causal LM.")]

@@ -1,4 +1,4 @@
-"""Reliability diagrams."""
+"""Reliability diagrams, and uncertainty against the number of support examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayes_lora.metrics.options import expected_calibration_error
 
-__all__ = ["reliability_diagram"]
+__all__ = ["reliability_diagram", "support_curve_plot"]
 
 # Okabe and Ito's colours with a marker each: distinguishable for colour-blind readers and in greyscale.
 _STYLES = [
@@ -74,6 +74,50 @@ def reliability_diagram(
     figure.align_ylabels()
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=_SMALL, frameon=False)
+    if path is not None:
+        _write(figure, Path(path))
+    return figure
+
+
+def support_curve_plot(
+    curves: Mapping[str, Mapping[int, Mapping[str, float]]],
+    path: Path | None = None,
+    *,
+    label_counts: float | None = None,
+) -> Figure:
+    """Plot the epistemic share and the NLL against the number of support examples: tasks thin, their mean thick.
+
+    Args:
+        curves: By task and number of support examples, ``epistemic_share`` and ``nll``, as returned by
+            `bayes_lora.runs.support_curve.support_curve`.
+        path: File to write, see `reliability_diagram`.
+        label_counts: NLL of the label counts at the largest number but one, drawn as a line.
+
+    Returns:
+        The figure, which is not registered with pyplot and need not be closed.
+    """
+    figure = Figure(figsize=(7.4, 3.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    sizes = list(next(iter(curves.values())))
+    panels = [("epistemic_share", "epistemic share of entropy", "#0072b2"), ("nll", "NLL of queries (nats)", "#d55e00")]
+    for axes, (column, title, color) in zip(figure.subplots(1, 2), panels, strict=True):
+        rows = torch.tensor([[by_size[size][column] for size in sizes] for by_size in curves.values()])
+        for row in rows.tolist():
+            axes.plot(sizes, row, color=_STYLES[0][0], linewidth=0.8, alpha=0.6)
+        axes.plot(sizes, rows.mean(0).tolist(), color=color, marker="o", markersize=4.5, linewidth=2.2, label="mean")
+        axes.plot([], [], color=_STYLES[0][0], linewidth=0.8, label=f"{len(rows)} tasks")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel("support examples", fontsize=_SMALL + 1)
+        axes.set_title(title, fontsize=10, color=color, fontweight="bold")
+        axes.set_ylim(bottom=0)
+        _plain(axes)
+    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    if label_counts is not None:
+        figure.axes[1].axhline(label_counts, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), label="label counts, 16")
+    for axes in figure.axes:
+        axes.legend(fontsize=_SMALL, frameon=False)
     if path is not None:
         _write(figure, Path(path))
     return figure

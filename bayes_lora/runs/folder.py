@@ -31,6 +31,7 @@ __all__ = [
     "read_fitted_tasks",
     "read_home",
     "read_question_card",
+    "shipped_prior",
     "write_home",
     "write_settings",
 ]
@@ -38,6 +39,11 @@ __all__ = [
 CONFIG, CURVE, TASKS, POSTERIOR, METRICS = "config.json", "curve.json", "tasks.json", "posterior", "metrics.json"
 HOME = "run.json"  # in an adapted folder: the run of its posterior
 HALVES = ("training", "held_out")
+
+
+def shipped_prior() -> Path:
+    """Return the run folder of the prior that ships with the package; its README says what it was fitted on."""
+    return Path(__file__).parents[1] / "prior"
 
 
 def prepare_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -116,9 +122,10 @@ def read_fitted_tasks(run: Path) -> list[str]:
 def write_home(path: Path, run: Path, adapted: Path, card: Card | None = None) -> None:
     """Record in an adapted folder the path of the run, and the card that reads questions from a table.
 
-    The path is relative to the folder, so that both can be moved together.
+    The path is relative to the folder, so that both can be moved together; it is None for the shipped prior.
     """
-    facts: dict[str, Any] = {"run": os.path.relpath(run.resolve(), adapted.resolve())}
+    shipped = run.resolve() == shipped_prior().resolve()
+    facts: dict[str, Any] = {"run": None if shipped else os.path.relpath(run.resolve(), adapted.resolve())}
     write_json(path, facts | ({} if card is None else {"questions": card_values(card)}))
 
 
@@ -144,8 +151,10 @@ def read_home(adapted: Path) -> Path:
         PosteriorError: the folder does not record its run, or the run does not exist.
     """
     home = read_json(adapted / HOME)
-    if not isinstance(home, dict) or not isinstance(home.get("run"), str):
+    if not isinstance(home, dict) or not isinstance(home.get("run", 0), str | None):
         raise PosteriorError(f"{adapted / HOME} is damaged: it has no 'run'. Run adapt again.")
+    if home["run"] is None:
+        return shipped_prior()
     run = Path(os.path.normpath(adapted.resolve() / home["run"]))
     if not run.is_dir():
         raise PosteriorError(

@@ -13,10 +13,10 @@ from bayes_lora.posterior.classes import Made
 from bayes_lora.posterior.posterior import FACTS, Posterior
 from bayes_lora.recipes.config import LanguageModelConfig
 from bayes_lora.recipes.recipes import build_language_model
-from bayes_lora.runs.folder import CONFIG, POSTERIOR, language_model_of, posterior_of
+from bayes_lora.runs.folder import CONFIG, POSTERIOR, language_model_of, posterior_of, shipped_prior
 from bayes_lora.utils.reading import read_facts
 
-__all__ = ["load_language_model_of", "load_posterior"]
+__all__ = ["load_language_model_of", "load_posterior", "load_prior"]
 
 
 def load_posterior(
@@ -36,6 +36,32 @@ def load_posterior(
     folder = posterior_of(Path(run))
     lm = lm or load_language_model_of(Path(run))
     return Posterior.load(folder, lm, model=model, guide=guide)
+
+
+def load_prior(lm: LanguageModel | None = None) -> Posterior:
+    """Load the prior that ships with the package, by default with its language model.
+
+    It is the posterior of a fit on tasks of CrossFit with the default language model and LoRA; ``prior/README.md`` in
+    the package says which tasks, how, and under which licences. With another language model, fit a prior::
+
+        posterior, _ = fit_posterior(lm, tasks)
+
+    Args:
+        lm: the language model of ``load_language_model()``, if it is already loaded.
+
+    Raises:
+        PosteriorError: the language model, its LoRA or its prompts are others than those that the prior was fitted to.
+    """
+    run = shipped_prior()
+    lm = lm or load_language_model_of(run)
+    try:
+        return Posterior.load(posterior_of(run), lm)
+    except PosteriorError as error:
+        name = language_model_of(run).name
+        raise PosteriorError(
+            f"the shipped prior is for {name} with the settings of load_language_model(): {error} For this language "
+            "model, fit a prior with fit_posterior, or bayes-lora fit."
+        ) from error
 
 
 def load_language_model_of(run: Path) -> LanguageModel:
