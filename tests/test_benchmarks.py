@@ -16,10 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import GUIDES, PRIORS
 
 from bayes_lora.episodes import collate
-from bayes_lora.guides import TangentGuide
 from bayes_lora.lm.arithmetic import Arithmetic
-from bayes_lora.models import LayerwiseScale, WithHead
-from bayes_lora.posterior.posterior import Posterior
+from bayes_lora.posterior.baselines import finetune_lora
 from bayes_lora.tasks import Example, Task
 
 ROOT = Path(__file__).parents[1]
@@ -262,31 +260,34 @@ def test_the_zoo_is_measured(tmp_path, capsys):
     assert "RankARD" in capsys.readouterr().out
 
 
-def test_unseen_tasks_are_predicted_from_gram_matrices_as_by_the_library(lm, tmp_path):
-    """The benchmark's own arithmetic against posterior and linear scores of the language model with a head."""
-    unseen = importlib.import_module("unseen")
-    model = LayerwiseScale(lm, random="B")
-    [task] = make_tasks(1).values()
-    found = unseen.cached(tmp_path / "cache", "task", task.examples, lambda rows: unseen.derivatives(lm, model, rows))
-    again = unseen.cached(tmp_path / "cache", "task", task.examples, lambda rows: pytest.fail("not cached"))
-    assert torch.equal(found["scores"], again["scores"])
-    grams = unseen.with_head(found)
-    layers = {site: len(model.initial[site]) for site in model.random_sites}
-    fitted = unseen.Fitted.__new__(unseen.Fitted)
-    fitted.slope, scale = 0.5, 0.3
-    fitted.variance = {site: torch.full((n,), (fitted.slope * scale) ** 2).double() for site, n in layers.items()}
-    fitted.variance |= {"head.slope": torch.tensor([0.04]).double(), "head.bias": torch.tensor([0.25]).double()}
-    support, query = torch.arange(5), torch.arange(5, len(task.examples))
-    log_probs, epistemic = fitted(grams, support, query)
-    inner = LayerwiseScale(lm, random="B", initial_scale=(0.1, scale))
-    whole = WithHead(inner, slope=fitted.slope, slope_scale=0.2, bias_scale=0.5)
-    adapted = Posterior(lm, whole, TangentGuide(whole)).adapt(Task(task.name, task.examples[:5]))
-    torch.testing.assert_close(log_probs.exp(), adapted.predict(task.examples[5:]).exp(), atol=2e-3, rtol=0)
-    assert (epistemic > 0).all()
-    one = unseen.UnseenTask(grams, [5], True)
-    counts, _ = unseen.label_counts(one, support, query)
-    expected = torch.bincount(grams.answer[:5], minlength=counts.shape[-1]) + 1.0
-    torch.testing.assert_close(counts[0].exp(), (expected / expected.sum()).double())
+def test_baselines_of_unseen_tasks_are_kept_and_chosen_on_training_tasks(lm, tmp_path):
+    lm_baselines, unseen = importlib.import_module("lm_baselines"), importlib.import_module("unseen")
+    tasks = list(make_tasks(2, 44).values())
+    training = {"training": Task("training", tasks[0].examples)}
+    found = lm_baselines.Baselines(lm, tmp_path, training)
+    methods = found.methods()
+    rows = list(tasks[1].examples[:20])
+    task = unseen.UnseenTask("unseen", rows, None, [6, 5], True)
+    query = torch.arange(11, 20)
+    for name in ("LoRA", "LoRA, temperature", "logistic regression"):
+        first, _ = methods[name](task, torch.arange(6), query)
+        second, _ = methods[name](task, torch.arange(6, 11), query)
+        torch.testing.assert_close(first.exp().sum(-1), torch.ones(9, dtype=torch.double))
+        assert not torch.equal(first, second)
+    chosen = found.settings["LoRA"]
+    lora = finetune_lora(
+        lm, [Task("one", tuple(rows[:6]))], steps=chosen["steps"], learning_rate=chosen["learning rate"]
+    )
+    expected = lora.predict(rows[11:], num_draws=0).double()
+    torch.testing.assert_close(
+        methods["LoRA"](task, torch.arange(6), query)[0].exp(), expected.exp(), atol=1e-4, rtol=0
+    )
+    # A tuned temperature is at least as good where it was tuned.
+    [tuned] = found._tuned("lora-{steps}-{learning rate:g}".format(**chosen), None)
+    assert float(lm_baselines.nll(tuned, found.tuning[0].query)) >= min(
+        float(lm_baselines.nll(lm_baselines.tempered(tuned, t), found.tuning[0].query))
+        for t in lm_baselines.TEMPERATURES
+    )
     low, high = unseen.interval({"a": [1.0, 2.0], "b": [3.0]}, {"a": [0.0, 1.0], "b": [2.0]}, draws=50)
     assert low == high == 1.0
 
