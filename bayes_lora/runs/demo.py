@@ -1,4 +1,4 @@
-"""The demo: meta-learning, adaptation and comparison on the shipped tasks."""
+"""The demo: the shipped prior on unseen tasks and a spreadsheet; or a fit on the shipped tasks."""
 
 from __future__ import annotations
 
@@ -11,34 +11,58 @@ from rich.console import Console
 from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model
-from bayes_lora.runs.folder import check_run_folder
-from bayes_lora.tasks.shipped import demo_tasks
+from bayes_lora.runs.folder import check_run_folder, language_model_of, read_fitted_tasks, shipped_prior, write_settings
+from bayes_lora.tasks.shipped import demo_spreadsheet, demo_tasks
 from bayes_lora.utils.progress import bars
+from bayes_lora.utils.storage import write_json
 
 if TYPE_CHECKING:
+    from bayes_lora.posterior.posterior import Posterior
     from bayes_lora.runs.report import Comparison
 
 __all__ = ["demo_config", "run_demo"]
 
+SHOTS, QUERIES, CURVE_QUERIES = 16, 32, 24
+SIZES = (2, 4, 8, 16, 32)
+CURVE, PICTURE = "support_curve.json", "support_curve.png"
+
 
 def demo_config() -> RunConfig:
-    """Return settings with which the demo takes less than ten minutes on two CPU cores."""
+    """Return settings with which a fit on the shipped tasks takes less than ten minutes on two CPU cores."""
     return RunConfig(episodes=EpisodeConfig(held_out=2), fit=FitConfig(steps=70, eval_every=14, learning_rate=2e-3))
 
 
 def run_demo(
-    run: Path, config: RunConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    run: Path,
+    config: RunConfig | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> Comparison:
-    """Fit, adapt and compare; write posterior, metrics, diagram and one PEFT adapter per unseen task to the folder."""
+    """Adapt to unseen tasks and compare; write metrics, figures and a PEFT adapter per task to the folder.
+
+    Args:
+        run: the folder.
+        config: settings of a fit on the shipped training tasks. None takes the prior of the package, and shows the
+            uncertainty at several support sizes, and a spreadsheet, as well.
+        resume: resume the fit from the folder's checkpoint.
+        overwrite: replace the folder.
+        console: where to print.
+    """
     console = console or Console()
     check_run_folder(run, resume=resume, overwrite=overwrite)
+    if config is None:
+        return _with_shipped_prior(run, resume=resume, overwrite=overwrite, console=console)
     training, unseen = demo_tasks(config.episodes.held_out_shots)
-    console.print(_introduction(training, unseen, config.episodes.held_out_shots))
+    _print(
+        console, _introduction(f"Meta-learning on {len(training)} tasks, then", unseen, config.episodes.held_out_shots)
+    )
     from bayes_lora.runs.compare import compare  # after the introduction, because torch takes seconds to import
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(config.language_model)
-    console.print(f"{lm.name}: {lm.arithmetic}", markup=False, highlight=False, soft_wrap=True)
+    _print(console, f"{lm.name}: {lm.arithmetic}")
     with bars() as progress:
         posterior, _ = fit_posterior(
             lm, training, config, run=run, resume=resume, overwrite=overwrite, progress=progress
@@ -46,22 +70,80 @@ def run_demo(
         comparison = compare(
             posterior, list(unseen.values()), num_draws=5, lora_learning_rates=(1e-3,), progress=progress
         )
-    adapted = posterior.adapt(unseen)
+    _write(run, posterior, unseen, comparison, console)
+    return comparison
+
+
+def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Console) -> Comparison:
+    from bayes_lora.runs.folder import prepare_run_folder
+    from bayes_lora.tasks.task_set import TaskSet
+
+    prior = shipped_prior()
+    _, unseen = demo_tasks(SHOTS)
+    tasks = TaskSet(task.subset(SHOTS, QUERIES, seed=0) for task in [*unseen.values(), demo_spreadsheet(SHOTS)])
+    fitted = read_fitted_tasks(prior)
+    _print(console, _introduction(f"The prior of this package, learned from {len(fitted)} tasks:", tasks, SHOTS))
+    from bayes_lora.metrics.plots import support_curve_plot  # torch takes seconds to import
+    from bayes_lora.runs.compare import compare
+    from bayes_lora.runs.loading import load_prior
+    from bayes_lora.runs.support_curve import support_curve
+
+    posterior = load_prior()
+    _print(console, f"{posterior.lm.name}: {posterior.lm.arithmetic}")
+    prepare_run_folder(run, resume=resume, overwrite=overwrite)
+    write_settings(run, RunConfig(language_model=language_model_of(prior)), fitted, [])
+    _, larger = demo_tasks(max(SIZES))
+    with bars() as progress:
+        comparison = compare(
+            posterior,
+            list(tasks.values()),
+            steps=(0,),
+            lora_steps=LORA_STEPS,
+            lora_learning_rates=(LORA_RATE,),
+            progress=progress,
+        )
+        wide = [task.subset(max(SIZES), CURVE_QUERIES, seed=0) for task in larger.values()]
+        curve = support_curve(posterior, wide, SIZES, progress)
+    write_json(
+        run / CURVE, {name: {str(size): row for size, row in by_size.items()} for name, by_size in curve.items()}
+    )
+    support_curve_plot(curve, run / PICTURE)
+    _write(run, posterior, tasks, comparison, console)
+    shares = ", ".join(
+        f"{100 * sum(by_size[size]['epistemic_share'] for by_size in curve.values()) / len(curve):.0f} %"
+        for size in SIZES
+    )
+    _print(
+        console,
+        f"Epistemic share of the entropy after {', '.join(map(str, SIZES))} examples, mean of {len(curve)} tasks: "
+        f"{shares} ({PICTURE})",
+    )
+    return comparison
+
+
+LORA_STEPS, LORA_RATE = 30, 1e-3
+"""Chosen on training tasks of the prior (benchmarks/unseen.py)."""
+
+
+def _write(
+    run: Path, posterior: Posterior, unseen: Mapping[str, object], comparison: Comparison, console: Console
+) -> None:
+    adapted = posterior.adapt(unseen)  # type: ignore[arg-type]
     adapted.save(run / "unseen", overwrite=True)
     for name in unseen:
         adapted.select(name).export_peft(run / "adapters" / name, overwrite=True)
     comparison.write(run)
     console.print(comparison.table())
-    console.print(
-        f"\nIn {run}: posterior/ (Posterior.load), unseen/ (TaskPosterior.load), adapters/<task>/ "
-        "(PeftModel.from_pretrained), metrics.json, reliability.png, curve.json",
-        markup=False,
+    _print(
+        console,
+        f"\nIn {run}: unseen/ (TaskPosterior.load), adapters/<task>/ (PeftModel.from_pretrained), metrics.json, "
+        "reliability.png",
     )
-    return comparison
 
 
-def _introduction(training: Mapping[str, object], unseen: Mapping[str, object], shots: int) -> str:
-    return (
-        f"Meta-learning on {len(training)} tasks, then adapting to {len(unseen)} unseen ones "
-        f"({', '.join(unseen)}) from {shots} examples each."
-    )
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _introduction(start: str, unseen: Mapping[str, object], shots: int) -> str:
+    return f"{start} adapting to {len(unseen)} unseen tasks ({', '.join(unseen)}) from {shots} examples each."
