@@ -55,6 +55,7 @@ def adaptation(setup: Setup) -> list[Result]:
         "range": spread(seconds, "LoRA steps", "bayes-lora")
     }
     details["ratio_features_cached"] = ratio(seconds, "LoRA steps", "bayes-lora, features cached")
+    details["ratio_closed_form"] = ratio(seconds, "LoRA steps", "bayes-lora, closed form")
     details["other_ratios"] = {name: ratio(seconds, name, "bayes-lora") for name in others}
     what = f"adapting to {sizes.support} examples with the guide network, against {sizes.steps} LoRA steps"
     return [
@@ -66,12 +67,14 @@ def _adaptation_sides(
     setup: Setup, lm: LanguageModel, known: Task, packed: Episode, rows: Rows
 ) -> dict[str, Callable[[], Any]]:
     objective, stock = build_objective(lm, RunConfig()), Stock(setup.base, lm.lora_config)
+    closed = build_objective(lm, RunConfig(recipe="tangent"))
     steps = setup.sizes.steps
     fresh = (setup.task(seed, setup.sizes.support) for seed in count(3001))
     adapt(objective, lm, [known])  # its features are cached from here on
     return {
         "LoRA steps": lambda: [stock.causal_step(rows) for _ in range(steps)],
         "bayes-lora": lambda: adapt(objective, lm, [next(fresh)]),
+        "bayes-lora, closed form": lambda: adapt(closed, lm, [next(fresh)]),
         "bayes-lora, features cached": lambda: adapt(objective, lm, [known]),
         "LoRA steps, packed options": lambda: [stock.packed_step(packed) for _ in range(steps)],
         "bayes-lora finetune_lora, trunk cached": lambda: finetune_lora(lm, [known], steps=steps),

@@ -1,6 +1,7 @@
 """The README's Python runs, in order, on a tiny model and for a few steps."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,19 @@ QUICK = {
 def test_the_readme_runs(model_folder, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     blocks = [block for block in blocks if "Meta-Llama-3-8B" not in block]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     load = bayes_lora.load_language_model
     monkeypatch.setattr(bayes_lora, "load_language_model", lambda: load(model_folder), raising=False)
+    monkeypatch.setattr(bayes_lora, "load_prior", lambda: names["posterior"], raising=False)
+    (tmp_path / "examples").mkdir()
+    shutil.copy(README.parent / "examples" / "tickets.csv", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     names = {"QUICK": RunConfig.load(None, SETTINGS)}
     for block in blocks:
         for text, quick in QUICK.items():
             block = block.replace(text, quick)
         exec(compile(block, "README.md", "exec"), names)
-    assert names["log_probs"].shape == (48, 2)
+    assert names["log_probs"].shape == (32, 3)
     assert "Metrics(accuracy=" in capsys.readouterr().out
     assert (tmp_path / "runs" / "film-opinion" / "adapter_model.safetensors").exists()
 
