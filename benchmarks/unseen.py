@@ -1,6 +1,7 @@
 """The shipped prior on unseen tasks of CrossFit, against what a user would pick instead.
 
     python benchmarks/unseen.py --tasks data/crossfit --cache cache/crossfit
+    python benchmarks/unseen.py                        # print the table of the results that are there
 
 The prior and every setting of the baselines were fitted on tasks that are nobody's test (benchmarks/prior.py).
 Development tasks, which were looked at while choosing what to build, are reported separately. Each task has three
@@ -34,7 +35,7 @@ from bayes_lora.metrics.options import expected_calibration_error
 from bayes_lora.recipes.recipes import build_language_model, build_objective
 from bayes_lora.runs.empirical_bayes import grams_of_tasks
 from bayes_lora.tasks import Example, Task
-from bayes_lora.utils.storage import write_json
+from bayes_lora.utils.storage import read_json, write_json
 
 SIZES = (2, 4, 8, 16)
 COLUMNS = ("accuracy", "nll", "brier", "epistemic", "auroc of mutual information", "auroc of confidence")
@@ -182,13 +183,42 @@ def by_size(tasks: Mapping[str, UnseenTask], predict: Any) -> dict[str, Any]:
     }
 
 
+def detail(settings: Mapping[str, float]) -> str:
+    """Return the settings of a baseline in words."""
+    return f" ({', '.join(f'{name} {value:g}' for name, value in settings.items())})" if settings else ""
+
+
+def markdown(results: Mapping[str, Any], part: str = "test") -> str:
+    """Return the table of the main README: one row for each method."""
+    rows = results["results"][part]
+    lines = [
+        "| method | accuracy | NLL (nats) | Brier | pooled ECE | NLL of the last row minus this one's |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, row in rows.items():
+        values = [f"{row[column]:.3f}" for column in ("accuracy", "nll", "brier", "pooled ece")]
+        low, high = row["tangent's nll minus this one's"]
+        difference = rows["tangent"]["nll"] - row["nll"]
+        last = "" if method == "tangent" else f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+        name = (
+            "**ABMLL, closed form, shipped prior**"
+            if method == "tangent"
+            else method + detail(results["settings of baselines"].get(method, {}))
+        )
+        lines.append(f"| {name} | {' | '.join(values)} | {last} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=Path, required=True, help="folder of CrossFit's tasks, with splits.json")
-    parser.add_argument("--cache", type=Path, required=True, help="folder for derivatives, hidden states, predictions")
+    parser.add_argument("--tasks", type=Path, help="folder of CrossFit's tasks, with splits.json")
+    parser.add_argument("--cache", type=Path, help="folder for derivatives, hidden states, predictions")
     parser.add_argument("--network", action="store_true", help="evaluate the recipe abmll-network, for two hours more")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "unseen.json")
     chosen = parser.parse_args(arguments)
+    if chosen.tasks is None or chosen.cache is None:
+        print(markdown(read_json(chosen.output)))
+        return
     config = settings(chosen.cache)
     lm = build_language_model(config.language_model)
     start = build_objective(lm, settings())
