@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import math
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -347,3 +348,12 @@ def test_the_latency_of_commands_is_measured(tmp_path, model_folder, capsys, mon
         assert {"import", "load", "read", "infer", "hash the weights", last} <= set(parts)
         assert "check the forward" not in parts  # an earlier process passed it
     assert "adapt to 16 rows" in capsys.readouterr().out
+
+
+def test_the_readme_s_table_is_that_of_the_results():
+    unseen = importlib.import_module("unseen")
+    results = json.loads((ROOT / "benchmarks" / "results" / "unseen.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [table] = re.findall(r"<!-- python benchmarks/unseen.py -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert table == unseen.markdown(results)
+    assert len(results["results"]["test"]["tangent"]["by task"]) == 17

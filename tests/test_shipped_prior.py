@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tasks
+from conftest import build_lm, make_tasks
 from runs import run
 
 import bayes_lora
+from bayes_lora import Posterior
 from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.lm.model_files import DEFAULT_MODEL, default_model_here
 from bayes_lora.lm.option_head import BIAS
@@ -50,6 +51,24 @@ def test_another_language_model_is_refused_with_the_cure(lm):
     with pytest.raises(PosteriorError, match="the shipped prior is for .*SmolLM2.*fit_posterior") as found:
         bayes_lora.load_prior(lm)
     assert "Use the same" in str(found.value)
+
+
+def test_another_copy_of_the_language_model_passes_with_a_warning(lm, tokenizer, tmp_path):
+    config = {"recipe": "tangent", "episodes": {"num_support": 4, "held_out": 0}}
+    posterior, _ = bayes_lora.fit_posterior(lm, make_tasks(4), config)
+    posterior.save(tmp_path / "posterior")
+    other = build_lm("llama", tokenizer)
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(1.01)
+    with pytest.raises(PosteriorError, match="base weights other than"):
+        Posterior.load(tmp_path / "posterior", other)
+    with pytest.warns(UserWarning, match="base weights other than .* as an approximation"):
+        found = Posterior.load(tmp_path / "posterior", other, same_copy=False)
+    [task] = [make_tasks(1)["task-0"].split(4, seed=0)]
+    assert found.adapt(task).predict(task.query).isfinite().all()
+    narrower = build_lm("llama", tokenizer, top_layers=1)
+    with pytest.raises(PosteriorError, match="shapes"):
+        Posterior.load(tmp_path / "posterior", narrower, same_copy=False)
 
 
 def test_an_adapted_folder_finds_the_shipped_prior(tmp_path):

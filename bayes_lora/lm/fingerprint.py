@@ -9,6 +9,7 @@ values that differ in the first section that differs.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
@@ -49,6 +50,9 @@ CURES = {
 }
 """How to fix a difference, by section, in the order of the comparison."""
 
+COPY_SECTIONS = ("settings", "template", "shapes", "modules", "scalings", "config")
+"""The sections that another copy of a language model must share, such as the hub's and one quantised to 4 bits."""
+
 EXPORTED_SECTIONS = (BASE, "shapes", "modules", "scalings", "tokenizer", "config", WEIGHTS)
 """The sections that a language model that starts at an exported adapter must share; prompts may be other ones."""
 
@@ -81,21 +85,25 @@ def fingerprint(lm: LanguageModel) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(facts: Any, lm: LanguageModel, path: Path) -> None:
+def check_fingerprint(facts: Any, lm: LanguageModel, path: Path, *, same_copy: bool = True) -> None:
     """Check that a language model has the fingerprint in a file.
 
     Args:
         facts: the content of the file, with the key :data:`FINGERPRINT`.
         lm: the language model.
         path: the file, for messages.
+        same_copy: whether weights and tokenizer must be the same; otherwise a difference of them is a warning.
 
     Raises:
         PosteriorError: it has another fingerprint; or the file has none, or a damaged one.
     """
-    found = _first_mismatch(_saved(facts, path), lm, CURES)
+    saved = _saved(facts, path)
+    found = _first_mismatch(saved, lm, CURES if same_copy else COPY_SECTIONS)
     if found is not None:
         section, text = found
         raise PosteriorError(f"{path}: fitted {text}. {CURES[section]}, or fit again.")
+    if not same_copy and (other := _first_mismatch(saved, lm, CURES)) is not None:
+        warnings.warn(f"{path}: fitted {other[1]}; it is used nevertheless, as an approximation", stacklevel=3)
 
 
 def check_exported(folder: Path, lm: LanguageModel) -> None:

@@ -167,7 +167,9 @@ class Posterior:
         write_json(folder / FACTS, facts)
 
     @classmethod
-    def load(cls, path: str | Path, lm: LanguageModel, *, model: Made = None, guide: Made = None) -> Posterior:
+    def load(
+        cls, path: str | Path, lm: LanguageModel, *, model: Made = None, guide: Made = None, same_copy: bool = True
+    ) -> Posterior:
         """Load a saved posterior. Its predictions are equal to those before saving, bit for bit.
 
         Args:
@@ -176,6 +178,8 @@ class Posterior:
             model: the model's class, if it is not one of :mod:`bayes_lora.models`; or a function of the likelihood that
                 makes the model.
             guide: the guide's class, if it is not one of :mod:`bayes_lora.guides`; or a function of the model.
+            same_copy: whether the language model must have the same weights and tokenizer. Otherwise another copy of it
+                passes with a warning, such as the hub's next to one quantised to 4 bits.
 
         Raises:
             PosteriorError: a file is missing or damaged, or was saved with another language model; or it names a class
@@ -183,6 +187,7 @@ class Posterior:
         """
         path = Path(path)
         facts, header = read_facts(path / FACTS), read_header(path / TENSORS)
+        check_fingerprint(facts, lm, path / FACTS, same_copy=same_copy)
         found = _made(facts, header, path, lm, model, guide)
         objective = found.objective
         initial = {f"{INITIAL}{site}" for site in lm.sites.shapes}
@@ -206,7 +211,6 @@ class Posterior:
 
 def _made(facts: dict[str, Any], header: Sites, path: Path, lm: LanguageModel, model: Made, guide: Made) -> Posterior:
     """Make the posterior that was saved, with initial parameters."""
-    check_fingerprint(facts, lm, path / FACTS)
     # In the order of the sites, in which random numbers are drawn: a file has none.
     own = {site: f"{INITIAL}{site}" for site in lm.sites.shapes if f"{INITIAL}{site}" in header}
     initial = lm.sites.initial()
