@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: setup  ## train and evaluate on the shipped tasks; the report lands in runs/demo
+demo: setup  ## adapt the shipped prior to unseen tasks and a spreadsheet; the report lands in runs/demo
 	$(BIN)/bayes-lora demo --run $(RUN) --overwrite
 
 test: setup  ## run the tests but the slow ones, about six minutes; PYTEST_ARGS chooses some

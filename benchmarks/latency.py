@@ -1,7 +1,7 @@
 """Seconds of commands, each in a new process: help, errors, and adapt and predict with the model on a warm disk.
 
 python benchmarks/latency.py                      # fits a short run first; writes results/latency-cpu.json
-python benchmarks/latency.py --run runs/demo      # uses an existing run
+python benchmarks/latency.py --run runs/mine      # uses an existing run
 """
 
 from __future__ import annotations

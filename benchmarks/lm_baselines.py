@@ -52,19 +52,16 @@ class Baselines:
     def methods(self) -> dict[str, Any]:
         """Return a function of a task, its support and its queries by method."""
         grid = {(steps, rate): self._tuned(f"lora-{steps}-{rate:g}", self._lora(steps, rate)) for steps, rate in GRID}
-        plain = min(GRID, key=lambda key: self._nll(grid[key], 1.0))
         best = min(itertools.product(GRID, TEMPERATURES), key=lambda pair: self._nll(grid[pair[0]], pair[1]))
         fits = {p: self._tuned(f"logistic-{p:g}", self._logistic(p)) for p in PENALTIES}
         penalty = min(PENALTIES, key=lambda p: self._nll(fits[p], 1.0))
         self.settings = {
-            "LoRA": {"steps": plain[0], "learning rate": plain[1]},
-            "LoRA, temperature": {"steps": best[0][0], "learning rate": best[0][1], "temperature": best[1]},
+            "LoRA": {"steps": best[0][0], "learning rate": best[0][1], "temperature": best[1]},
             "logistic regression": {"penalty": penalty},
         }
         found = {
             "logistic regression": self._method(f"logistic-{penalty:g}", self._logistic(penalty)),
-            "LoRA": self._method("lora-{}-{:g}".format(*plain), self._lora(*plain)),
-            "LoRA, temperature": self._method("lora-{}-{:g}".format(*best[0]), self._lora(*best[0]), best[1]),
+            "LoRA": self._method("lora-{}-{:g}".format(*best[0]), self._lora(*best[0]), best[1]),
         }
         for steps in (0, 10) if self.network else ():
             name = f"abmll-network + {steps} steps" if steps else "abmll-network"

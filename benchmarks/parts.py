@@ -1,4 +1,4 @@
-"""Seconds of the parts of one command: python benchmarks/parts.py adapt --run runs/demo ... prints them as JSON.
+"""Seconds of the parts of one command: python benchmarks/parts.py adapt --run runs/mine ... prints them as JSON.
 
 A part does not include other parts that run inside it: imports are counted as imports, wherever they happen.
 """

@@ -1,7 +1,7 @@
 """Demonstrations in the prompt, adaptation of the weights, and both: four ways to use the same few examples.
 
 python examples/icl_plus_adaptation.py                    # meta-learns first; about eight minutes on two CPU cores
-python examples/icl_plus_adaptation.py --run runs/demo    # with the posterior of `bayes-lora demo`
+python examples/icl_plus_adaptation.py --run runs/mine    # with the posterior of a run
 python examples/icl_plus_adaptation.py --steps 4 --demonstrations 2
 """
 

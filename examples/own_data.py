@@ -1,7 +1,8 @@
 """Your own spreadsheet: load it, check it, adapt a posterior to it, evaluate it, and predict new rows.
 
-python examples/own_data.py                       # meta-learns first; about six minutes on two CPU cores
-python examples/own_data.py --run runs/demo       # with the posterior of `bayes-lora demo`; about one minute
+python examples/own_data.py                       # with the prior of the package; about half a minute
+python examples/own_data.py --run runs/mine       # with a prior of your own
+python examples/own_data.py --model FOLDER        # with another model, for which a prior is fitted first; minutes
 python examples/own_data.py --table mine.csv --new new.csv --label verdict
 """
 
@@ -21,10 +22,12 @@ HERE = Path(__file__).parent
 
 
 def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_lora.Posterior:
-    """Load the posterior of a run, or fit one on the shipped tasks, none of which is about tickets."""
+    """Load the shipped prior or that of a run, or fit one on the shipped tasks, none of which is about tickets."""
     if run is not None:
         return bayes_lora.load_posterior(run)
-    lm = bayes_lora.load_language_model(model) if model else bayes_lora.load_language_model()
+    if model is None:
+        return bayes_lora.load_prior()
+    lm = bayes_lora.load_language_model(model)
     training, _ = bayes_lora.demo_tasks()
     config = demo_config()
     posterior, _ = bayes_lora.fit_posterior(lm, training, replace(config, fit=replace(config.fit, steps=steps)))
@@ -46,7 +49,7 @@ def main(
     task = task.split(shots, seed=13)
     posterior = fitted_posterior(model, steps, run)
     before = pretrained(posterior.lm, [task])
-    adapted = posterior.adapt(task, steps=10)
+    adapted = posterior.adapt(task, steps=posterior.default_steps)
     for name, method, draws in (("pretrained", before, 0), (f"adapted to {shots} rows", adapted, 10)):
         print(f"{name}: {method.evaluate([task], num_draws=draws)[task.name]}")
 

@@ -121,7 +121,7 @@ def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Co
     return comparison
 
 
-LORA_STEPS, LORA_RATE = 30, 1e-3
+LORA_STEPS, LORA_RATE = 10, 1e-3
 """Chosen on training tasks of the prior (benchmarks/unseen.py)."""
 
 
