@@ -104,6 +104,30 @@ def test_one_command_adapts_and_predicts_without_a_fit(monkeypatch, capsys, tmp_
     assert code == 0 and again == out, err
 
 
+@HERE
+def test_the_demo_shows_the_shipped_prior(monkeypatch, capsys, tmp_path):
+    small = {"SHOTS": 4, "QUERIES": 4, "CURVE_QUERIES": 3, "SIZES": (2, 4), "LORA_STEPS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(f"bayes_lora.runs.demo.{name}", value)
+    folder = tmp_path / "demo"
+    code, out, err = run(monkeypatch, capsys, "demo", "--run", folder)
+    assert code == 0, err
+    read = json.loads((folder / "metrics.json").read_text())
+    assert list(read) == ["label counts", "pretrained", "LoRA, 1 steps of 0.001", "ABMLL (closed form)"]
+    assert all("tickets" in result["tasks"] and len(result["tasks"]) == 6 for result in read.values())
+    curve = json.loads((folder / "support_curve.json").read_text())
+    shares = [sum(one[size]["epistemic_share"] for one in curve.values()) / len(curve) for size in ("2", "4")]
+    assert f"{100 * shares[0]:.0f} %, {100 * shares[1]:.0f} %" in out and shares[1] < shares[0]
+    assert (folder / "support_curve.png").stat().st_size > 10_000
+    assert len(list((folder / "adapters").iterdir())) == 6
+    posterior = bayes_lora.load_posterior(folder)
+    assert torch.equal(
+        posterior.guide.theta_mean()["theta.loc.head.slope"],
+        bayes_lora.load_prior().guide.theta_mean()["theta.loc.head.slope"],
+    )
+    assert "--overwrite" in run(monkeypatch, capsys, "demo", "--run", folder)[2]
+
+
 def test_label_counts_are_smoothed_frequencies(lm):
     first, second = list(make_tasks(2).values())
     own = Task("own", tuple(Example(f"which {i}", (f"a{i}", f"b{i}", f"c{i}"), i % 3) for i in range(5)))

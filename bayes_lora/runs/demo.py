@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from rich.console import Console
 from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model
-from bayes_lora.runs.folder import check_run_folder, language_model_of, read_fitted_tasks, shipped_prior, write_settings
+from bayes_lora.runs.folder import CONFIG, POSTERIOR, TASKS, check_run_folder, read_fitted_tasks, shipped_prior
 from bayes_lora.tasks.shipped import demo_spreadsheet, demo_tasks
 from bayes_lora.utils.progress import bars
 from bayes_lora.utils.storage import write_json
@@ -24,6 +25,8 @@ __all__ = ["demo_config", "run_demo"]
 
 SHOTS, QUERIES, CURVE_QUERIES = 16, 32, 24
 SIZES = (2, 4, 8, 16, 32)
+LORA_STEPS, LORA_RATE = 10, 1e-3
+"""Chosen on training tasks of the prior (benchmarks/unseen.py)."""
 CURVE, PICTURE = "support_curve.json", "support_curve.png"
 
 
@@ -91,7 +94,9 @@ def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Co
     posterior = load_prior()
     _print(console, f"{posterior.lm.name}: {posterior.lm.arithmetic}")
     prepare_run_folder(run, resume=resume, overwrite=overwrite)
-    write_settings(run, RunConfig(language_model=language_model_of(prior)), fitted, [])
+    for name in (CONFIG, TASKS):
+        shutil.copy(prior / name, run / name)
+    posterior.save(run / POSTERIOR, overwrite=True)
     _, larger = demo_tasks(max(SIZES))
     with bars() as progress:
         comparison = compare(
@@ -121,10 +126,6 @@ def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Co
     return comparison
 
 
-LORA_STEPS, LORA_RATE = 10, 1e-3
-"""Chosen on training tasks of the prior (benchmarks/unseen.py)."""
-
-
 def _write(
     run: Path, posterior: Posterior, unseen: Mapping[str, object], comparison: Comparison, console: Console
 ) -> None:
@@ -136,8 +137,8 @@ def _write(
     console.print(comparison.table())
     _print(
         console,
-        f"\nIn {run}: unseen/ (TaskPosterior.load), adapters/<task>/ (PeftModel.from_pretrained), metrics.json, "
-        "reliability.png",
+        f"\nIn {run}: posterior/ (load_posterior), unseen/ (TaskPosterior.load), adapters/<task>/ "
+        "(PeftModel.from_pretrained), metrics.json, reliability.png",
     )
 
 
