@@ -2,8 +2,8 @@
 
     python benchmarks/prior.py --tasks data/crossfit --cache cache/crossfit --run runs/prior
 
-It takes half an hour on two cores, and is deterministic. --install copies it into the package. With the same cache,
-benchmarks/unseen.py does not compute the derivatives of training tasks again.
+It takes a quarter of an hour on two cores, and is deterministic. --install copies it into the package. With the same
+cache, benchmarks/unseen.py does not compute the derivatives of training tasks again.
 """
 
 from __future__ import annotations

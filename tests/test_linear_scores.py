@@ -1,5 +1,7 @@
 """Predictions with scores that are linear in the weights, against the dense computation and against draws."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_tasks
@@ -41,6 +43,32 @@ def test_moments_are_those_of_the_dense_posterior(lm):
         start = torch.cat([value.flatten() for value in origin.values()])
         torch.testing.assert_close(found[t].mean, here.scores[0] + rows @ (loc[t] - start))
         torch.testing.assert_close(found[t].covariance, rows @ covariance[t] @ rows.mT)
+
+
+def test_entropies_are_those_of_monte_carlo():
+    """Entropy and mutual information of 200,000 draws, whose standard error is below 0.002 nats; and two limits."""
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(3, 3, 3, generator=generator, dtype=torch.float64)
+    mean = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
+    covariance = (root @ root.mT) * (mask[:, :, None] & mask[:, None, :])
+    none = torch.zeros(3, dtype=torch.bool)
+    total, epistemic = LinearScores(mean * mask, covariance, mask, none).entropies()
+    torch.manual_seed(0)
+    for i, count in enumerate(mask.sum(-1).tolist()):
+        probs = MultivariateNormal(mean[i, :count], covariance[i, :count, :count]).sample((200_000,)).softmax(-1)
+        average = probs.mean(0)
+        whole = -(average * average.log()).sum()
+        inner = -(probs * probs.clamp_min(1e-300).log()).sum(-1).mean()
+        assert float(total[i]) == pytest.approx(float(whole), abs=0.02)
+        assert float(epistemic[i]) == pytest.approx(float(whole - inner), abs=0.02)
+        assert float(whole - inner) > 0.08
+    two = torch.ones(1, 2, dtype=torch.bool)
+    for variance, expected in ((0.0, 0.0), (1e8, math.log(2.0))):
+        spread = variance * torch.eye(2, dtype=torch.float64)[None]
+        found = LinearScores(torch.zeros(1, 2, dtype=torch.float64), spread, two, none[:1]).entropies()
+        assert float(found[0]) == pytest.approx(math.log(2.0), abs=1e-3)
+        assert float(found[1]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_probabilities_are_averaged_over_the_scores():

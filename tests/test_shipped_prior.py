@@ -64,7 +64,7 @@ def test_another_copy_of_the_language_model_passes_with_a_warning(lm, tokenizer,
         Posterior.load(tmp_path / "posterior", other)
     with pytest.warns(UserWarning, match="base weights other than .* as an approximation"):
         found = Posterior.load(tmp_path / "posterior", other, same_copy=False)
-    [task] = [make_tasks(1)["task-0"].split(4, seed=0)]
+    task = make_tasks(1)["task-0"].split(4, seed=0)
     assert found.adapt(task).predict(task.query).isfinite().all()
     narrower = build_lm("llama", tokenizer, top_layers=1)
     with pytest.raises(PosteriorError, match="shapes"):
@@ -155,7 +155,7 @@ def test_the_support_curve_is_that_of_adaptation(lm, tmp_path):
         assert row["epistemic_share"] == pytest.approx(float(epistemic.mean() / total.mean()), abs=5e-3)
     with pytest.raises(ConfigError, match="expected 7 support examples"):
         support_curve(posterior, [task], (7,))
-    figure = support_curve_plot(curve, tmp_path / "curve.png", label_counts=0.7)
+    figure = support_curve_plot(curve, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     left, right = figure.axes
     for axes, column in ((left, "epistemic_share"), (right, "nll")):

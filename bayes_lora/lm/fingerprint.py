@@ -98,11 +98,12 @@ def check_fingerprint(facts: Any, lm: LanguageModel, path: Path, *, same_copy: b
         PosteriorError: it has another fingerprint; or the file has none, or a damaged one.
     """
     saved = _saved(facts, path)
-    found = _first_mismatch(saved, lm, CURES if same_copy else COPY_SECTIONS)
+    here = fingerprint(lm)
+    found = _first_mismatch(saved, here, lm, CURES if same_copy else COPY_SECTIONS)
     if found is not None:
         section, text = found
         raise PosteriorError(f"{path}: fitted {text}. {CURES[section]}, or fit again.")
-    if not same_copy and (other := _first_mismatch(saved, lm, CURES)) is not None:
+    if not same_copy and (other := _first_mismatch(saved, here, lm, CURES)) is not None:
         warnings.warn(f"{path}: fitted {other[1]}; it is used nevertheless, as an approximation", stacklevel=3)
 
 
@@ -116,7 +117,7 @@ def check_exported(folder: Path, lm: LanguageModel) -> None:
     path = folder / EXPORTED
     if not path.is_file():
         return
-    found = _first_mismatch(_saved(read_json(path), path), lm, EXPORTED_SECTIONS)
+    found = _first_mismatch(_saved(read_json(path), path), fingerprint(lm), lm, EXPORTED_SECTIONS)
     if found is not None:
         section, text = found
         raise ModelFileError(
@@ -138,9 +139,10 @@ def _saved(facts: Any, path: Path) -> dict[str, Any]:
     return dict(saved)
 
 
-def _first_mismatch(saved: Mapping[str, Any], lm: LanguageModel, sections: Iterable[str]) -> tuple[str, str] | None:
+def _first_mismatch(
+    saved: Mapping[str, Any], here: Mapping[str, Any], lm: LanguageModel, sections: Iterable[str]
+) -> tuple[str, str] | None:
     """Return the first section that differs, and what differs in it; None if no section differs."""
-    here = fingerprint(lm)
     for section in sections:
         was, now = saved[section], here[section]
         if section == WEIGHTS:

@@ -79,19 +79,13 @@ def reliability_diagram(
     return figure
 
 
-def support_curve_plot(
-    curves: Mapping[str, Mapping[int, Mapping[str, float]]],
-    path: Path | None = None,
-    *,
-    label_counts: float | None = None,
-) -> Figure:
+def support_curve_plot(curves: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path | None = None) -> Figure:
     """Plot the epistemic share and the NLL against the number of support examples: tasks thin, their mean thick.
 
     Args:
         curves: By task and number of support examples, ``epistemic_share`` and ``nll``, as returned by
             `bayes_lora.runs.support_curve.support_curve`.
         path: File to write, see `reliability_diagram`.
-        label_counts: NLL of the label counts at the largest number but one, drawn as a line.
 
     Returns:
         The figure, which is not registered with pyplot and need not be closed.
@@ -114,8 +108,6 @@ def support_curve_plot(
         axes.set_ylim(bottom=0)
         _plain(axes)
     figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    if label_counts is not None:
-        figure.axes[1].axhline(label_counts, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), label="label counts, 16")
     for axes in figure.axes:
         axes.legend(fontsize=_SMALL, frameon=False)
     if path is not None:
