@@ -13,6 +13,7 @@ from bayes_lora.guides.nuts import NUTS
 from bayes_lora.guides.point import SharedPoint
 from bayes_lora.guides.swag import SWAG
 from bayes_lora.guides.tangent import TangentGuide
+from bayes_lora.guides.tangent_network import TangentNetwork
 from bayes_lora.guides.task_guide import TaskGuide
 from bayes_lora.guides.theta import NormalTheta, PointTheta
 
@@ -36,5 +37,6 @@ __all__ = [
     "SharedMeanField",
     "SharedPoint",
     "TangentGuide",
+    "TangentNetwork",
     "TaskGuide",
 ]

@@ -10,6 +10,7 @@ from bayes_lora.models.independent_normal import IndependentNormal
 from bayes_lora.models.layerwise_scale import LayerwiseScale
 from bayes_lora.models.option_head import WithHead
 from bayes_lora.models.rank_ard import RankARD
+from bayes_lora.models.subspace import Subspace
 from bayes_lora.models.weight_space import WeightSpace
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LayerwiseScale",
     "RankARD",
     "RegularizedHorseshoe",
+    "Subspace",
     "WeightSpace",
     "WithHead",
 ]

@@ -23,6 +23,7 @@ from bayes_lora.guides import (
     SharedMeanField,
     SharedPoint,
     TangentGuide,
+    TangentNetwork,
 )
 from bayes_lora.infer.handlers import LocalReparameterization
 from bayes_lora.infer.objective import BetaELBO
@@ -36,6 +37,7 @@ PRIORS = {
     "LayerwiseScale": lambda lm: models.LayerwiseScale(lm, start(lm)),
     "RankARD": lambda lm: models.RankARD(lm, start(lm)),
     "RegularizedHorseshoe": lambda lm: models.RegularizedHorseshoe(lm, start(lm)),
+    "Subspace": lambda lm: models.Subspace(lm, start(lm), size=5),
     "WeightSpace": lambda lm: models.WeightSpace(lm, start(lm), offset=0.05),
     "WithHead": lambda lm: models.WithHead(models.LayerwiseScale(lm, start(lm))),
 }
@@ -64,6 +66,7 @@ GUIDES = {
     "SharedMeanField, MatrixNormal": lambda model: SharedMeanField(model, family=MatrixNormal(8)),
     "SharedPoint": SharedPoint,
     "TangentGuide": lambda model: TangentGuide(model, steps=1, batch_size=5),
+    "TangentNetwork": lambda model: TangentNetwork(model, rank=6, hidden=4).double(),
 }
 # What cannot work, and what the error says to do instead.
 ANOTHER = "Use GradientGuide, or a model of LoRA factors"
@@ -82,6 +85,7 @@ REFUSED = {
         if guide.endswith((" Point", " Reptile", " LowRank", " MatrixNormal"))
     },
     **{(prior, "TangentGuide"): ANOTHER for prior in ("ActivationSpace", "ClusterMixture", "WeightSpace")},
+    **{(prior, "TangentNetwork"): "expected a Subspace" for prior in PRIORS if prior != "Subspace"},
     ("ActivationSpace", "Ensemble"): ANOTHER,
     ("WeightSpace", "Ensemble"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
     ("WeightSpace", "SharedPoint"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",

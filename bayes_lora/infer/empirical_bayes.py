@@ -238,7 +238,7 @@ class EmpiricalBayes(nn.Module):
         moved = [
             node["log_prob_sum"]
             for name, node in trace.nodes.items()
-            if name in mean and (not name.startswith("theta.loc.") or name.endswith(SLOPE))
+            if name in mean and (name.startswith("theta.precision.") or name.endswith(SLOPE))
         ]
         return sum(moved, torch.zeros(()))
 

@@ -27,6 +27,7 @@ from bayes_lora.lm.packed_forward import Forward, PackedForward, Read
 from bayes_lora.lm.passed_checks import PassedChecks
 from bayes_lora.lm.scoring import option_scores
 from bayes_lora.lm.sites import LoraSites, find_sites
+from bayes_lora.lm.subspace import decode
 from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.lm.tensor_store import TensorStore
 from bayes_lora.lm.text_config import max_row_length, text_config
@@ -149,7 +150,8 @@ class LanguageModel:
 
         Args:
             phi: per site ``(*draws, T or 1, 1, layers, out, in)``, or ``(layers, out, in)``. The sites of the option
-                head, ``head.slope`` and ``head.bias``, are optional.
+                head, ``head.slope`` and ``head.bias``, are optional; so are a code and directions, which are added
+                to the weights (:mod:`bayes_lora.lm.subspace`).
             episode: T tasks, N examples, up to K options.
 
         Raises:
@@ -165,7 +167,7 @@ class LanguageModel:
                 f"phi has batch shape {tuple(batch)}: expected (*draws, {tasks} or 1, 1), because "
                 "tasks are dimension -2 and a draw is shared by all examples (dimension -1) of a task."
             )
-        lora, head = split_head(phi)
+        lora, head = split_head(decode(phi))
         if head:  # which may have more draws, or a value per task, without further forwards
             leaves = tree_leaves(lora)
             batch = torch.broadcast_shapes((1, 1), *(value.shape[:-3] for value in leaves))

@@ -22,6 +22,7 @@ from bayes_lora.errors import SiteError, did_you_mean
 from bayes_lora.lm.adapters import TAKEN, check_not_taken, lora_layers
 from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.lm.slots import Bound, Slot, unchanged
+from bayes_lora.lm.subspace import subspace_shapes
 from bayes_lora.types import Sites, SiteShapes, delta_site, factor_sites
 from bayes_lora.utils.grouped_linear import RowGroups
 from bayes_lora.utils.seeding import same_noise
@@ -82,9 +83,11 @@ class LoraSites:
     def check(self, values: Sites) -> None:
         """Raise :class:`SiteError` unless ``values`` has exactly these sites with these event shapes.
 
-        A ``delta_weight`` replaces both of its factors. The sites of the option head are optional.
+        A ``delta_weight`` replaces both of its factors. The sites of the option head are optional, and so are a code
+        and directions, see :mod:`bayes_lora.lm.subspace`.
         """
-        self._check(values, {site: shape for site, shape in HEAD_SHAPES.items() if site in values})
+        head = {site: shape for site, shape in HEAD_SHAPES.items() if site in values}
+        self._check(values, head | subspace_shapes(values, self.shapes))
 
     def _check(self, values: Sites, more: SiteShapes) -> None:
         """Check values of the LoRA sites and of some more."""

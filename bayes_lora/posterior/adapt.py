@@ -18,6 +18,7 @@ from bayes_lora.infer.handlers import AtMean
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.option_head import HEAD_SHAPES
+from bayes_lora.lm.subspace import CODE
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
 from bayes_lora.types import Distributions, Guide, Model, Predictive, Sites
@@ -88,7 +89,7 @@ def adapt_at(
     with torch.no_grad():
         shared = model.shared(theta)
     # A model may have random sites that the language model has not.
-    sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys() | HEAD_SHAPES.keys()
+    sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys() | HEAD_SHAPES.keys() | {CODE}
     own = {site: scaled(fn, width) for site, fn in phi.items() if site in sites}
     names = tuple(task.name for task in tasks)
     predictive: Predictive = getattr(objective.guide, "predictive", "draws")

@@ -16,7 +16,6 @@ from bayes_lora.guides import TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.fingerprint import FINGERPRINT, check_fingerprint, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
-from bayes_lora.lm.option_head import split_head
 from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.classes import Made, describe, make_guide, make_model
 from bayes_lora.posterior.diagnose import Diagnosis, diagnose
@@ -159,8 +158,8 @@ class Posterior:
         }
         tensors = objective.state_dict()
         own = self.lm.sites.initial()
-        # The head's values are those of its settings.
-        initial, _ = split_head(model.initial)
+        # Other sites, such as the option head's, have the values of their settings.
+        initial = {site: model.initial[site] for site in own}
         if any(not torch.equal(value, own[site]) for site, value in initial.items()):
             tensors |= {f"{INITIAL}{site}": value for site, value in initial.items()}
         facts[SHA256] = write_tensors(folder / TENSORS, tensors)

@@ -26,6 +26,7 @@ from bayes_lora.lm.generation import Generated, generate
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.lm.sites import factor_sites
+from bayes_lora.lm.subspace import CODE, decode
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
@@ -122,7 +123,7 @@ class TaskPosterior:
                 loc[site] = fn.mean
         if isinstance(self.phi, Components):
             loc = {site: value.mean(0) for site, value in loc.items()}
-        return {site: value.mean(0) for site, value in self.shared.items()} | loc
+        return decode({site: value.mean(0) for site, value in self.shared.items()} | loc)
 
     def draw(self, num_draws: int, *, seed: int = 0, common_noise: bool = False) -> Sites:
         """Draw phi: ``(num_draws, T, 1, layers, out, in)``, the same draws for the same seed.
@@ -142,15 +143,15 @@ class TaskPosterior:
         taken = self.phi.take(chosen) if isinstance(self.phi, Components) else self.phi
         count = 1 if isinstance(self.phi, Components) else num_draws
         # In the order of the model's sites: files have no order, and a seed must give the same draws after loading.
-        known = (*self.lm.sites.shapes, *self.lm.sites.delta_shapes, *HEAD_SHAPES)
+        known = (*self.lm.sites.shapes, *self.lm.sites.delta_shapes, CODE, *HEAD_SHAPES)
         ordered = [site for site in known if site in taken]
         if isinstance(taken, JointNormal):
             joint = JointNormal({site: taken[site] for site in ordered})
-            return phi | joint.drawn(num_draws, noise_of(joint[ordered[0]], generator, common_noise))
+            return decode(phi | joint.drawn(num_draws, noise_of(joint[ordered[0]], generator, common_noise)))
         for site in ordered:
             values = draw_site(taken[site], count, generator, common_noise)
             phi[site] = tree_map(lambda value: value[0], values) if isinstance(self.phi, Components) else values
-        return phi
+        return decode(phi)
 
     def _turns(self, num_draws: int, generator: torch.Generator) -> Tensor:
         """Return the component of each draw, ``(num_draws,)``."""

@@ -49,6 +49,7 @@ class Recipe:
 INDEPENDENT = {"name": "independent-normal"}
 GRADIENT, NETWORK = {"name": "gradient-guide"}, {"name": "guide-network"}
 FINE_TUNING = GRADIENT | {"family": "point"}
+SUBSPACE = {"name": "subspace", "head": {"slope": 0.25}}
 # A learnt initialisation learns locations; the prior's standard deviations stay fixed.
 LOCATIONS = {"theta_guide": {"name": "point", "locations_only": True}}
 
@@ -123,6 +124,20 @@ RECIPES: dict[str, Recipe] = {
         "A LoRA for each task, initialised at a running average of fine-tuned LoRAs: Reptile (arXiv 1803.02999).",
         guide=FINE_TUNING | LOCATIONS | {"follow_theta": False},
         calibrate="none",
+    ),
+    "subspace": Recipe(
+        "The posterior in closed form in a few hundred directions that training tasks determine, with an option head.",
+        prior=SUBSPACE,
+        guide={"name": "tangent-guide"},
+        calibrate="none",
+        beta=1.0,
+    ),
+    "subspace-network": Recipe(
+        "The same from derivatives that a network predicts: one forward pass.",
+        prior=SUBSPACE,
+        guide={"name": "tangent-network"},
+        calibrate="none",
+        beta=1.0,
     ),
     "tangent": Recipe(
         "The posterior in closed form in the tangent space of theta, with an option head; linear predictions.",

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.episodes.sampler import EpisodeSampler
 from bayes_lora.errors import ConfigError, TaskError
-from bayes_lora.guides import TaskGuide
+from bayes_lora.guides import TangentNetwork, TaskGuide
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitConfig, FitState, fit
 from bayes_lora.lm.language_model import LanguageModel
@@ -24,9 +24,11 @@ from bayes_lora.posterior.posterior import Posterior, check_pair
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of
 from bayes_lora.runs.compare import warm_feature_cache
+from bayes_lora.runs.distillation import distil
 from bayes_lora.runs.empirical_bayes import fit_in_closed_form, held_out_linear_nll
 from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
+from bayes_lora.runs.subspace import set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
@@ -115,7 +117,10 @@ def fit_posterior(
     logger.open_bar(state, steps)
     if closed_form:
         support = config.episodes.num_support
+        set_directions(lm, objective.guide, kept, support, max_steps=steps, progress=progress)
         state = fit_in_closed_form(lm, objective, kept, support, max_steps=steps, progress=progress)
+        if isinstance(objective.guide, TangentNetwork):
+            distil(lm, objective.guide, kept, seed=config.seed, progress=progress)
         if held_out:
             state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
     elif steps:
