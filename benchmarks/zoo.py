@@ -30,7 +30,7 @@ TINY = replace(SHAPES["smollm2-135m"].tiny(), layers=2)
 
 
 def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
-    """Each prior with the cheapest guide, and the default prior with each guide."""
+    """Each prior with the cheapest guide, and the default prior with each guide that takes it."""
     initial = lm.sites.initial()
     others = ("FactorModel", "HierarchicalModel", "WithHead")
     priors: dict[str, Callable[..., Any]] = {
@@ -41,8 +41,8 @@ def objectives(lm: LanguageModel, tasks: int) -> dict[str, BetaELBO]:
         model = make(lm, initial)
         found[name] = BetaELBO(model, guides.SharedMeanField(model), beta=1e-3)
     for name, make in makers(tasks).items():
-        model = models.HierarchicalNormal(lm, initial)
-        guide = make(model)
+        prior = models.Subspace if name == "TangentNetwork" else models.HierarchicalNormal  # its only prior
+        guide = make(model := prior(lm, initial))
         found[name] = BetaELBO(model, guide, beta=1e-3, num_particles=guide.num_members)
     return found
 
@@ -69,6 +69,7 @@ def makers(tasks: int) -> dict[str, Callable[[Any], Any]]:
         "SharedMeanField, MatrixNormal": lambda model: guides.SharedMeanField(model, family=guides.MatrixNormal()),
         "SharedPoint": guides.SharedPoint,
         "TangentGuide": guides.TangentGuide,
+        "TangentNetwork": guides.TangentNetwork,
     }
 
 

@@ -30,6 +30,8 @@ def small(name, **sections):
     network = {"directions": 2, "hidden": 6, "bilinear": 2}
     if name == "abmll-network":
         settings["guide"] = network
+    elif name.startswith("subspace"):
+        settings["prior"] = {"size": 4}
     elif RECIPES[name].guide["name"] in ("gradient-guide", "laplace"):
         settings["guide"] = {"steps": 2} | ({"start": network} if "start" in RECIPES[name].guide else {})
     return RunConfig(recipe=name, **settings | sections)
