@@ -26,6 +26,7 @@ SMALL = [
     "language_model.top_layers=2",
     "language_model.target_modules=[q_proj, o_proj]",
     "language_model.max_length=96",
+    "recipe=abmll-network",
     "guide={directions: 2, hidden: 8, bilinear: 2}",
     "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, held_out: 1, held_out_shots: 4}",
     "fit={steps: 4, eval_every: 2, warmup: 2, num_draws: 2}",
@@ -175,7 +176,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
 def test_fit_with_another_prior_and_guide(call, data, model_folder, tmp_path, prior, guide, more):
     """They are fitted, evaluated and adapted by their names, from files alone."""
     run, mine = tmp_path / "run", tmp_path / "mine"
-    small = [setting for setting in SMALL if not setting.startswith("guide=")]
+    small = [setting for setting in SMALL if not setting.startswith(("guide=", "recipe="))]
     kept = [word for setting in (*small, *more) for word in ("--set", setting)]
     words = ("--tasks", data / "training", "--run", run, "--model", model_folder, "--prior", prior, "--guide", guide)
     code, out, _ = call("fit", *words, *kept)
@@ -194,7 +195,7 @@ def test_a_prior_or_guide_that_does_not_exist(refuse, data, model_folder, tmp_pa
     words = ("--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder)
     assert "unknown prior 'rank_ard' (did you mean 'rank-ard'" in refuse("fit", *words, "--prior", "rank_ard")
     assert "unknown guide 'swagg' (did you mean 'swag'" in refuse("fit", *words, "--guide", "swagg")
-    wrong = refuse("fit", *words, "--set", "guide.hiden=4")
+    wrong = refuse("fit", *words, "--guide", "guide-network", "--set", "guide.hiden=4")
     assert "unknown key 'guide.hiden': not a setting of guide-network (did you mean 'hidden'" in wrong
     assert not (tmp_path / "run").exists()
 

@@ -76,7 +76,7 @@ def test_trained_parameters_and_activations_are_those_of_a_real_run(tokenizer, t
     """The network guide's parameters to the last one; what a forward keeps for backward within 15 %."""
     settings = LanguageModelConfig(r=3, top_layers=5, target_modules=targets, max_length=64, dtype="float32")
     episodes = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=4)
-    config = RunConfig(language_model=settings, episodes=episodes)
+    config = RunConfig(recipe="abmll-network", language_model=settings, episodes=episodes)
     found = dry_run(config, LlamaConfig(**SMALL))
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     lora = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM")

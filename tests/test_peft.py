@@ -33,7 +33,7 @@ from bayes_lora.runs.loading import load_posterior
 # PEFT 0.21 on transformers 5.23
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-SMALL = {"guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
+SMALL = {"recipe": "abmll-network", "guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
 FACTORS = ("lora_A", "lora_B")
 
 
