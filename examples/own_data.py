@@ -7,21 +7,19 @@ python examples/own_data.py --table mine.csv --new new.csv --label verdict
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from rich import print as show
 
 import bayes_lora
 from bayes_lora.posterior.baselines import pretrained
-from bayes_lora.runs.demo import demo_config
 from bayes_lora.tasks import load_tasks, statistics_table, task_statistics
 from bayes_lora.tasks.readers.questions import question_card, read_table_questions
 
 HERE = Path(__file__).parent
 
 
-def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_lora.Posterior:
+def fitted_posterior(model: str | None, run: Path | None) -> bayes_lora.Posterior:
     """Load the shipped prior or that of a run, or fit one on the shipped tasks, none of which is about tickets."""
     if run is not None:
         return bayes_lora.load_posterior(run)
@@ -29,14 +27,11 @@ def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_l
         return bayes_lora.load_prior()
     lm = bayes_lora.load_language_model(model)
     training, _ = bayes_lora.demo_tasks()
-    config = demo_config()
-    posterior, _ = bayes_lora.fit_posterior(lm, training, replace(config, fit=replace(config.fit, steps=steps)))
+    posterior, _ = bayes_lora.fit_posterior(lm, training)
     return posterior
 
 
-def main(
-    model: str | None, steps: int, run: Path | None, table: Path, new: Path, label: str | None, shots: int
-) -> None:
+def main(model: str | None, run: Path | None, table: Path, new: Path, label: str | None, shots: int) -> None:
     # A row is a ticket. The column `category` is detected as the answer; the other texts are the input.
     [task] = load_tasks(table, format="table", label=label).values()
     statistics = task_statistics([task])
@@ -47,7 +42,7 @@ def main(
 
     # Adapt to a few rows, and evaluate on all others.
     task = task.split(shots, seed=13)
-    posterior = fitted_posterior(model, steps, run)
+    posterior = fitted_posterior(model, run)
     before = pretrained(posterior.lm, [task])
     adapted = posterior.adapt(task, steps=posterior.default_steps)
     for name, method, draws in (("pretrained", before, 0), (f"adapted to {shots} rows", adapted, 10)):
@@ -65,7 +60,6 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--steps", type=int, default=demo_config().fit.steps, help="episodes of meta-learning")
     parser.add_argument("--run", type=Path, help="a run folder; its posterior is used, and none is fitted")
     parser.add_argument("--table", type=Path, default=HERE / "tickets.csv", help="rows with answers")
     parser.add_argument("--new", type=Path, default=HERE / "new_tickets.csv", help="rows without answers")

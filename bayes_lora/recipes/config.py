@@ -147,7 +147,8 @@ class RunConfig:
     """All settings of a run, by section.
 
     Attributes:
-        recipe: name of a prior, a guide and their calibration (docs/recipes.md).
+        recipe: name of a prior, a guide and their calibration (docs/recipes.md). None means ``tangent``, or
+            ``abmll-network`` with a prior or a guide other than those of ``tangent``.
         prior: ``name`` of another prior, and keyword arguments of its class, which override those of the recipe.
         guide: the same for the guide; ``theta_guide``, ``family`` and ``start`` are names, or mappings with a name.
         objective: weights of the divergences.
@@ -157,7 +158,7 @@ class RunConfig:
         seed: seed of initial parameters, of the split of tasks, and of episodes.
     """
 
-    recipe: str = "abmll-network"
+    recipe: str | None = None
     prior: dict[str, Any] = field(default_factory=dict)
     guide: dict[str, Any] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -31,7 +31,7 @@ CURVE, PICTURE = "support_curve.json", "support_curve.png"
 
 
 def demo_config() -> RunConfig:
-    """Return settings with which a guide network is fitted on the shipped tasks, within ten minutes on two CPU cores."""
+    """Return settings that fit a guide network on the shipped tasks in less than ten minutes on two CPU cores."""
     return RunConfig(
         recipe="abmll-network",
         episodes=EpisodeConfig(held_out=2),
