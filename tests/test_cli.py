@@ -249,6 +249,43 @@ def test_a_dry_run_shows_sizes_and_loads_nothing(call, refuse, tmp_path):
     assert "expected the config.json of a causal LM" in refuse(*words)
 
 
+def test_a_fit_by_default_is_in_closed_form(call, data, model_folder, tmp_path):
+    run = tmp_path / "run"
+    small = [word for word in SMALL if not word.startswith(("guide=", "recipe=", "fit="))]
+    words = ("--tasks", data / "training", "--run", run, "--model", model_folder)
+    words += tuple(word for setting in small for word in ("--set", setting))
+    code, out, err = call("fit", *words)
+    assert code == 0, err
+    found = re.search(
+        r"fitted in closed form: \d+ steps of L-BFGS, loss (\S+) to (\S+), held out nll \S+\. Posterior in", out
+    )
+    assert found and float(found[2]) < float(found[1]) and "stopped" not in out
+    assert json.loads((run / "config.json").read_text())["recipe"] == "tangent"
+    again = call("fit", *words, "--resume")
+    assert again[0] == 0 and again[1].splitlines()[-1] == out.splitlines()[-1]
+    code, out, _ = call("fit", *words, "--overwrite", "--set", "fit.steps=1")
+    assert code == 0 and "stopped after fit.steps=1 steps; more steps may lower the loss" in out
+    unseen = ("--tasks", data / "unseen", "--shots", 4, "--queries", 5)
+    code, out, _ = call("evaluate", "--run", run, *unseen)
+    assert code == 0 and "ABMLL (closed form)" in out
+
+
+def test_a_dry_run_of_a_closed_form_fit_counts_the_tasks(call, data, tmp_path):
+    llama = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(llama | {"num_attention_heads": 4, "vocab_size": 500}))
+    words = ("dry-run", "--architecture", tmp_path / "config.json", "--set", "episodes.held_out=0")
+    code, out, _ = call(*words, "--tasks", data / "training")
+    assert code == 0
+    tasks = load_tasks(data / "training").values()
+    derivatives = sum(len(task) * len(task.examples[0].options) for task in tasks)
+    rows = dict(
+        line.replace("│", " ").split() for line in out.splitlines() if re.match(r"(derivatives|examples) ", line)
+    )
+    assert rows["examples"] == str(sum(map(len, tasks))) and str(derivatives) in out
+    code, out, _ = call(*words)
+    assert code == 0 and re.search(r"derivatives +│ +256\b", out)  # of 64 examples with four options
+
+
 def test_evaluate_reads_the_metaicl_layout_beside_files(call, data, fitted, tmp_path):
     both = tmp_path / "both"
     shutil.copytree(data / "metaicl", both)
