@@ -20,6 +20,7 @@ of the tasks does not matter, and splits into support and query depend on a task
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -327,6 +328,8 @@ def fit_theta(
         with torch.no_grad():
             vector_to_parameters(torch.from_numpy(values).to(used[0]), used)
         value: Tensor = loss()
+        if not value.isfinite():  # a step too far, which the line search takes back
+            return math.inf, np.zeros_like(values)
         found = torch.autograd.grad(value, used)
         gradient = torch.cat([one.flatten() for one in found]).double().cpu().numpy()
         return float(value.detach()), gradient
