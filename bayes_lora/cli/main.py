@@ -112,9 +112,9 @@ def fit(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Meta-learn a prior over LoRA weights, and a guide, from a folder of tasks.
+    """Meta-learn a prior over LoRA weights from a folder of tasks: in closed form, or with a guide by SVI.
 
-    Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run runs/cls --prior rank-ard --guide swag`
+    Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run r`, or with `--prior rank-ard --guide swag`
     """
     from bayes_lora.cli.task_source import TaskSource, training_tasks
     from bayes_lora.recipes.recipes import build_language_model
