@@ -87,6 +87,15 @@ def test_objects_are_built_into_the_recipe(lm):
     assert build_objective(lm, RunConfig(recipe="tangent"), model=LayerwiseScale(lm)).target_beta == 1.0
 
 
+def test_settings_of_the_other_half_are_those_of_the_network(lm):
+    """With a prior as an object, ``guide.hidden`` needs no name; without one it does, and the error says so."""
+    values = {"guide": {"hidden": 7}, "fit": {"steps": 1, "eval_every": 1}, "episodes": EPISODES}
+    posterior, _ = fit_posterior(lm, make_tasks(3), values, model=RankARD(lm))
+    assert isinstance(posterior.guide, GuideNetwork) and posterior.guide.encode.out_features == 7
+    with pytest.raises(ConfigError, match="not a setting of tangent-guide.*guide-network: set guide.name"):
+        fit_posterior(lm, make_tasks(3), values)
+
+
 def test_a_run_by_default(lm, tmp_path):
     run, tasks = tmp_path / "run", make_tasks(5)
     posterior, state = fit_posterior(lm, tasks, CONFIG, run=run)

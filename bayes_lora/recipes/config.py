@@ -168,8 +168,14 @@ class RunConfig:
     seed: Seed = 0
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config", *, own_parts: bool = False) -> RunConfig:
         """Build from nested mappings.
+
+        Args:
+            values: the settings.
+            source: the name of their source in messages.
+            own_parts: whether a prior or a guide is passed as an object; settings of the other one are then those of
+                ``abmll-network``.
 
         Raises:
             ConfigError: a key is unknown, or a value has the wrong type.
@@ -185,7 +191,7 @@ class RunConfig:
             problem = f".{raised}" if raised else f": {first['msg']}, got {reprlib.repr(first['input'])}."
             raise ConfigError(f"{source}: {where}{problem}") from error
         try:
-            recipe = recipe_of(config)
+            recipe = recipe_of(config, own_parts=own_parts)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from error
         if config.prior or config.guide:  # the settings of a recipe alone are right

@@ -82,8 +82,9 @@ def fit_posterior(
         PosteriorError: the checkpoint was made with another language model, see :mod:`bayes_lora.lm.fingerprint`.
         RunFolderError: the folder already has a run, or is not a run folder.
     """
+    own_parts = model is not None or guide is not None
     if isinstance(config, Mapping):
-        config = RunConfig.from_dict(config)
+        config = RunConfig.from_dict(config, own_parts=own_parts)
     config = with_language_model(config or RunConfig(), lm)
     run = None if run is None else Path(run)
     kept, held = split_tasks(tasks, config)
@@ -99,7 +100,7 @@ def fit_posterior(
             )
     if model is not None and guide is not None:
         check_pair(model, guide)
-    config = with_recipe(config, own_parts=model is not None or guide is not None)
+    config = with_recipe(config, own_parts=own_parts)
     objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
     # Raises an error before the fit if model or guide cannot be saved.
     parts = None
@@ -122,7 +123,8 @@ def fit_posterior(
     logger = RunLogger(run, lm, objective, optimizer, [*identity(config, tasks), parts], progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
-    start = {name: value.clone() for name, value in objective.state_dict().items()}
+    # A closed-form fit is repeated from the start.
+    start = {name: value.clone() for name, value in objective.state_dict().items()} if closed_form else {}
     state = logger.resumed()
     if run is not None:
         write_settings(run, config, list(kept), list(held))
