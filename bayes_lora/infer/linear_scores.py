@@ -79,7 +79,8 @@ def _cholesky(covariance: Tensor) -> Tensor:
     """
     size = 1.0 + covariance.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     eye = torch.eye(covariance.shape[-1], dtype=size.dtype, device=size.device)
-    root, factor = covariance, torch.full_like(size, 1e-6, requires_grad=False)
+    factor = torch.full_like(size, 1e-6, requires_grad=False)
+    root: Tensor = covariance
     for _ in range(JITTERS):
         root, info = torch.linalg.cholesky_ex(covariance + (factor * size)[:, None, None] * eye)
         if not info.any():

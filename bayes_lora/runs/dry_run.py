@@ -178,19 +178,18 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig, tasks: TaskSet | 
     trained = sum(p.numel() for p in objective.parameters())
     quantised = sum(m.weight.numel() for name, m in linears.items() if m is not model.get_output_embeddings())
     parameters = {"base": sum(counted.values()), "lora": sites.num_parameters, "trained": trained}
-    base = parameters["base"] * model.dtype.itemsize
-    if quantized:
-        base += quantised * (BITS[str(settings.quantization)] - 8 * model.dtype.itemsize) // 8
+    bits = 8 * model.dtype.itemsize if settings.quantization is None else BITS[settings.quantization]
+    base = (parameters["base"] - quantised) * model.dtype.itemsize + quantised * bits // 8
     per_token = _activations(config, architecture, sites) * model.dtype.itemsize
     if not is_closed_form(objective.guide):
+        work: dict[str, int] = {}
         memory, tokens = _of_step(config, objective, parameters, per_token)
-        memory, work = {"base": base} | memory, {}
     else:
-        sizes = _sizes(config, tasks)
         theta = objective.model.initial_theta()
         parameters["trained"] = sum(value.numel() for name, value in theta.items() if is_fitted(name))
-        memory, work, tokens = _of_closed_form(config, objective, sizes, per_token)
-        memory = {"base": base, "theta": 4 * sum(value.numel() for value in theta.values())} | memory
+        memory, work, tokens = _of_closed_form(config, objective, _sizes(config, tasks), per_token)
+        memory = {"theta": 4 * sum(value.numel() for value in theta.values())} | memory
+    memory = {"base": base} | memory
     return DryRun(dict(sites.shapes), parameters, memory | {"total": sum(memory.values())}, tokens, work)
 
 
