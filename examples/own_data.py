@@ -19,7 +19,7 @@ from bayes_lora.tasks.readers.questions import question_card, read_table_questio
 HERE = Path(__file__).parent
 
 
-def fitted_posterior(model: str | None, run: Path | None) -> bayes_lora.Posterior:
+def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_lora.Posterior:
     """Load the shipped prior or that of a run, or fit one on the shipped tasks, none of which is about tickets."""
     if run is not None:
         return bayes_lora.load_posterior(run)
@@ -27,11 +27,13 @@ def fitted_posterior(model: str | None, run: Path | None) -> bayes_lora.Posterio
         return bayes_lora.load_prior()
     lm = bayes_lora.load_language_model(model)
     training, _ = bayes_lora.demo_tasks()
-    posterior, _ = bayes_lora.fit_posterior(lm, training)
+    posterior, _ = bayes_lora.fit_posterior(lm, training, {"fit": {"steps": steps}})
     return posterior
 
 
-def main(model: str | None, run: Path | None, table: Path, new: Path, label: str | None, shots: int) -> None:
+def main(
+    model: str | None, steps: int, run: Path | None, table: Path, new: Path, label: str | None, shots: int
+) -> None:
     # A row is a ticket. The column `category` is detected as the answer; the other texts are the input.
     [task] = load_tasks(table, format="table", label=label).values()
     statistics = task_statistics([task])
@@ -42,7 +44,7 @@ def main(model: str | None, run: Path | None, table: Path, new: Path, label: str
 
     # Adapt to a few rows, and evaluate on all others.
     task = task.split(shots, seed=13)
-    posterior = fitted_posterior(model, run)
+    posterior = fitted_posterior(model, steps, run)
     before = pretrained(posterior.lm, [task])
     adapted = posterior.adapt(task, steps=posterior.default_steps)
     for name, method, draws in (("pretrained", before, 0), (f"adapted to {shots} rows", adapted, 10)):
@@ -60,6 +62,7 @@ def main(model: str | None, run: Path | None, table: Path, new: Path, label: str
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
+    parser.add_argument("--steps", type=int, default=50, help="maximum number of steps of the fit")
     parser.add_argument("--run", type=Path, help="a run folder; its posterior is used, and none is fitted")
     parser.add_argument("--table", type=Path, default=HERE / "tickets.csv", help="rows with answers")
     parser.add_argument("--new", type=Path, default=HERE / "new_tickets.csv", help="rows without answers")

@@ -9,10 +9,11 @@ from pathlib import Path
 import bayes_lora
 
 
-def main(model: str | None, run: Path) -> None:
+def main(model: str | None, steps: int, run: Path) -> None:
     lm = bayes_lora.load_language_model(model) if model else bayes_lora.load_language_model()
     training, unseen = bayes_lora.demo_tasks()
-    posterior, state = bayes_lora.fit_posterior(lm, training, {"episodes": {"held_out": 2}}, run=run, overwrite=True)
+    config = {"episodes": {"held_out": 2}, "fit": {"steps": steps}}
+    posterior, state = bayes_lora.fit_posterior(lm, training, config, run=run, overwrite=True)
     for row in (state.history[0], state.history[-1]):
         print({name: round(value, 3) for name, value in row.items()})
 
@@ -33,5 +34,6 @@ def main(model: str | None, run: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
+    parser.add_argument("--steps", type=int, default=50, help="maximum number of steps of the fit")
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder for the run")
     main(**vars(parser.parse_args()))

@@ -278,10 +278,9 @@ def test_a_dry_run_of_a_closed_form_fit_counts_the_tasks(call, data, tmp_path):
     assert code == 0
     tasks = load_tasks(data / "training").values()
     derivatives = sum(len(task) * len(task.examples[0].options) for task in tasks)
-    rows = dict(
-        line.replace("│", " ").split() for line in out.splitlines() if re.match(r"(derivatives|examples) ", line)
-    )
-    assert rows["examples"] == str(sum(map(len, tasks))) and str(derivatives) in out
+    rows = dict(re.findall(r"│ (\w+) +│ +(\d+) +│", out))
+    assert rows["tasks"] == "4" and rows["examples"] == str(sum(map(len, tasks)))
+    assert rows["derivatives"] == str(derivatives)
     code, out, _ = call(*words)
     assert code == 0 and re.search(r"derivatives +│ +256\b", out)  # of 64 examples with four options
 

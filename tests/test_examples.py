@@ -12,10 +12,10 @@ from bayes_lora.tasks import TaskSet
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FLAGS = {
     "icl_plus_adaptation.py": ["--steps", "1", "--queries", "4", "--demonstrations", "1", "--shots", "4"],
-    "own_data.py": [],
+    "own_data.py": ["--steps", "1"],
     "own_prior_and_guide.py": ["--steps", "3", "--folder", "{tmp}/run"],
     "paper.py": ["--steps", "1", "--inner", "1"],
-    "quickstart.py": ["--run", "{tmp}/run"],
+    "quickstart.py": ["--steps", "2", "--run", "{tmp}/run"],
     "svi_script.py": ["--steps", "2"],
 }
 SHOWS = {
