@@ -270,6 +270,16 @@ def test_a_fit_by_default_is_in_closed_form(call, data, model_folder, tmp_path):
     assert code == 0 and "ABMLL (closed form)" in out
 
 
+def test_a_fit_with_nothing_to_fit_names_its_recipe(call, data, model_folder, tmp_path):
+    small = [word for word in SMALL if not word.startswith(("guide=", "recipe=", "fit="))] + ["guide.family=point"]
+    words = ["--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder]
+    words += ["--prior", "independent-normal", "--guide", "gradient-guide"]
+    words += [word for setting in small for word in ("--set", setting)]
+    code, out, err = call("fit", *words)
+    assert code == 0, err
+    assert "nothing to fit: abmll-network has no parameters to learn" in out
+
+
 def test_a_dry_run_of_a_closed_form_fit_counts_the_tasks(call, data, tmp_path):
     llama = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(llama | {"num_attention_heads": 4, "vocab_size": 500}))

@@ -117,14 +117,14 @@ def fit(
     Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run r`, or with `--prior rank-ard --guide swag`
     """
     from bayes_lora.cli.task_source import TaskSource, training_tasks
-    from bayes_lora.recipes.recipes import build_language_model
+    from bayes_lora.recipes.recipes import build_language_model, with_recipe
     from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
     flags = {"recipe": recipe, "prior.name": prior, "guide.name": guide}
     named = [f"{key}={name}" for key, name in flags.items() if name is not None]
     more = ["episodes.shuffle_options=true"] if shuffle_options else []
-    chosen = _config(config, [*named, *(settings or []), *more], model)
+    chosen = with_recipe(_config(config, [*named, *(settings or []), *more], model))
     training = training_tasks(TaskSource(tasks, format, input, label, max_options), split, names)
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
