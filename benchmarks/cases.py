@@ -38,13 +38,13 @@ class TrainingStep:
 def training_step(setup: Setup) -> tuple[list[Result], dict[str, Any]]:
     """A step on T tasks, each with its own weights, against one PEFT LoRA, and against PEFT task by task.
 
-    The step is that of the default recipe, guide network included, with the support's features cached, as they are
+    The step is that of ``abmll-network``, guide network included, with the support's features cached, as they are
     after an example's first use. A profile of the step is returned as well.
     """
     lm = setup.language_model()
     tasks, episode = training_episode(setup, lm)
     lm.features(episode)
-    network = TrainingStep(build_objective(lm, RunConfig()))
+    network = TrainingStep(build_objective(lm, RunConfig(recipe="abmll-network")))
     model = HierarchicalNormal(lm, lm.sites.initial())
     mean_field = TrainingStep(BetaELBO(model, SharedMeanField(model), beta=1e-3).to(setup.device))
     plain, by_task = Stock(setup.base, lm.lora_config), Stock(setup.base, lm.lora_config, len(tasks))

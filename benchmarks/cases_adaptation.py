@@ -66,7 +66,7 @@ def adaptation(setup: Setup) -> list[Result]:
 def _adaptation_sides(
     setup: Setup, lm: LanguageModel, known: Task, packed: Episode, rows: Rows
 ) -> dict[str, Callable[[], Any]]:
-    objective, stock = build_objective(lm, RunConfig()), Stock(setup.base, lm.lora_config)
+    objective, stock = build_objective(lm, RunConfig(recipe="abmll-network")), Stock(setup.base, lm.lora_config)
     closed = build_objective(lm, RunConfig(recipe="tangent"))
     steps = setup.sizes.steps
     fresh = (setup.task(seed, setup.sizes.support) for seed in count(3001))
@@ -109,7 +109,7 @@ def _step_of_collection(setup: Setup, lm: LanguageModel, number: int) -> int:
     """Peak memory of one step, in bytes."""
     sizes, half = setup.sizes, setup.sizes.task_size // 2
     tasks = TaskSet(_even_task(setup, 10_000 * number + i, sizes.task_size) for i in range(number))
-    step = TrainingStep(build_objective(lm, RunConfig()))
+    step = TrainingStep(build_objective(lm, RunConfig(recipe="abmll-network")))
     sampler = EpisodeSampler(
         tasks,
         lm.encoder,

@@ -83,7 +83,7 @@ def training_steps(setup: Setup, tasks: TaskSet, encoder: Encoder, count: int) -
     lm = setup.language_model(layers=max(1, setup.shape.layers // 3))
     sampler = EpisodeSampler(tasks, encoder, tasks_per_episode=4, num_support=16, num_query=8, score_support=False)
     drawn = [both(lambda i=i: sampler[i]) for i in range(count)]  # type: ignore[misc]
-    step = TrainingStep(build_objective(lm, RunConfig()))
+    step = TrainingStep(build_objective(lm, RunConfig(recipe="abmll-network")))
 
     def side(name: str) -> Callable[[], None]:
         return lambda: [step(one[name]) for one in drawn] and None

@@ -1,6 +1,6 @@
 """Few-shot adaptation to unseen tasks: a fitted posterior against a LoRA fine-tuned from scratch, over several seeds.
 
-    bayes-lora fit --tasks data/crossfit --split cls-45 --run runs/cls-45
+    bayes-lora fit --tasks data/crossfit --split cls-45 --run runs/cls-45 --recipe abmll-network
     python benchmarks/few_shot.py --run runs/cls-45 --tasks data/crossfit --seeds 13,21 \\
         --names ag_news,tweet_eval-stance_atheism,climate_fever,emo --output benchmarks/results/cls-45.json
 

@@ -18,7 +18,7 @@ from bayes_lora.runs.report import metrics_table
 
 
 def fitted_posterior(model: str | None, steps: int, run: Path | None, demonstrations: int) -> bayes_lora.Posterior:
-    """Load the posterior of a run, or fit one on episodes with this number of demonstrations."""
+    """Load the posterior of a run, or fit a guide network on episodes with this number of demonstrations."""
     if run is not None:
         return bayes_lora.load_posterior(run)
     lm = bayes_lora.load_language_model(model) if model else bayes_lora.load_language_model()

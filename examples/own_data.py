@@ -7,14 +7,12 @@ python examples/own_data.py --table mine.csv --new new.csv --label verdict
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from rich import print as show
 
 import bayes_lora
 from bayes_lora.posterior.baselines import pretrained
-from bayes_lora.runs.demo import demo_config
 from bayes_lora.tasks import load_tasks, statistics_table, task_statistics
 from bayes_lora.tasks.readers.questions import question_card, read_table_questions
 
@@ -29,8 +27,7 @@ def fitted_posterior(model: str | None, steps: int, run: Path | None) -> bayes_l
         return bayes_lora.load_prior()
     lm = bayes_lora.load_language_model(model)
     training, _ = bayes_lora.demo_tasks()
-    config = demo_config()
-    posterior, _ = bayes_lora.fit_posterior(lm, training, replace(config, fit=replace(config.fit, steps=steps)))
+    posterior, _ = bayes_lora.fit_posterior(lm, training, {"fit": {"steps": steps}})
     return posterior
 
 
@@ -65,7 +62,7 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id or a local folder; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--steps", type=int, default=demo_config().fit.steps, help="episodes of meta-learning")
+    parser.add_argument("--steps", type=int, default=50, help="maximum number of steps of the fit")
     parser.add_argument("--run", type=Path, help="a run folder; its posterior is used, and none is fitted")
     parser.add_argument("--table", type=Path, default=HERE / "tickets.csv", help="rows with answers")
     parser.add_argument("--new", type=Path, default=HERE / "new_tickets.csv", help="rows without answers")

@@ -14,6 +14,7 @@ from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import RECIPES
 
 CONFIG = RunConfig(
+    recipe="abmll-network",
     guide={"directions": 2, "hidden": 8, "bilinear": 2},
     episodes=EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=2, held_out=1, held_out_shots=4),
     fit=FitConfig(steps=6, eval_every=2, warmup=3, num_draws=2),
@@ -26,7 +27,7 @@ def small(name, **sections):
     """Settings of a recipe that make it small."""
     settings = dict(episodes=EPISODES)
     if name not in NOTHING_TO_LEARN:
-        settings["fit"] = FitConfig(steps=3, eval_every=3)
+        settings["fit"] = FitConfig(steps=3) if name == "tangent" else FitConfig(steps=3, eval_every=3)
     network = {"directions": 2, "hidden": 6, "bilinear": 2}
     if name == "abmll-network":
         settings["guide"] = network

@@ -60,7 +60,13 @@ def test_few_shot_runs_and_averages_over_seeds(tmp_path, model_folder, monkeypat
     write_metaicl(tmp_path / "tasks", make_tasks(4, 20))
     monkeypatch.chdir(tmp_path)
     settings = ["episodes.held_out=1", "episodes.held_out_shots=2", "episodes.num_support=2", "episodes.num_query=2"]
-    settings += ["episodes.tasks_per_episode=2", "fit.steps=2", "fit.eval_every=1", "guide.hidden=4"]
+    settings += [
+        "episodes.tasks_per_episode=2",
+        "fit.steps=2",
+        "fit.eval_every=1",
+        "recipe=abmll-network",
+        "guide.hidden=4",
+    ]
     words = ["fit", "--tasks", "tasks", "--run", "run", "--model", model_folder]
     for setting in settings:
         words += ["--set", setting]

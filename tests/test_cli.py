@@ -26,6 +26,7 @@ SMALL = [
     "language_model.top_layers=2",
     "language_model.target_modules=[q_proj, o_proj]",
     "language_model.max_length=96",
+    "recipe=abmll-network",
     "guide={directions: 2, hidden: 8, bilinear: 2}",
     "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, held_out: 1, held_out_shots: 4}",
     "fit={steps: 4, eval_every: 2, warmup: 2, num_draws: 2}",
@@ -175,7 +176,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
 def test_fit_with_another_prior_and_guide(call, data, model_folder, tmp_path, prior, guide, more):
     """They are fitted, evaluated and adapted by their names, from files alone."""
     run, mine = tmp_path / "run", tmp_path / "mine"
-    small = [setting for setting in SMALL if not setting.startswith("guide=")]
+    small = [setting for setting in SMALL if not setting.startswith(("guide=", "recipe="))]
     kept = [word for setting in (*small, *more) for word in ("--set", setting)]
     words = ("--tasks", data / "training", "--run", run, "--model", model_folder, "--prior", prior, "--guide", guide)
     code, out, _ = call("fit", *words, *kept)
@@ -194,7 +195,7 @@ def test_a_prior_or_guide_that_does_not_exist(refuse, data, model_folder, tmp_pa
     words = ("--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder)
     assert "unknown prior 'rank_ard' (did you mean 'rank-ard'" in refuse("fit", *words, "--prior", "rank_ard")
     assert "unknown guide 'swagg' (did you mean 'swag'" in refuse("fit", *words, "--guide", "swagg")
-    wrong = refuse("fit", *words, "--set", "guide.hiden=4")
+    wrong = refuse("fit", *words, "--guide", "guide-network", "--set", "guide.hiden=4")
     assert "unknown key 'guide.hiden': not a setting of guide-network (did you mean 'hidden'" in wrong
     assert not (tmp_path / "run").exists()
 
@@ -246,6 +247,52 @@ def test_a_dry_run_shows_sizes_and_loads_nothing(call, refuse, tmp_path):
     assert f"{2 * (2 * 2 * 64 + 2 * 2 * 64):,}" in out  # LoRA weights: two layers, q and o, rank 2
     (tmp_path / "config.json").write_text("{")
     assert "expected the config.json of a causal LM" in refuse(*words)
+
+
+def test_a_fit_by_default_is_in_closed_form(call, data, model_folder, tmp_path):
+    run = tmp_path / "run"
+    small = [word for word in SMALL if not word.startswith(("guide=", "recipe=", "fit="))]
+    words = ("--tasks", data / "training", "--run", run, "--model", model_folder)
+    words += tuple(word for setting in small for word in ("--set", setting))
+    code, out, err = call("fit", *words)
+    assert code == 0, err
+    found = re.search(
+        r"fitted in closed form: \d+ steps of L-BFGS, loss (\S+) to (\S+), held out nll \S+\. Posterior in", out
+    )
+    assert found and float(found[2]) < float(found[1]) and "stopped" not in out
+    assert json.loads((run / "config.json").read_text())["recipe"] == "tangent"
+    again = call("fit", *words, "--resume")
+    assert again[0] == 0 and again[1].splitlines()[-1] == out.splitlines()[-1]
+    code, out, _ = call("fit", *words, "--overwrite", "--set", "fit.steps=1")
+    assert code == 0 and "stopped after fit.steps=1 steps; more steps may lower the loss" in out
+    unseen = ("--tasks", data / "unseen", "--shots", 4, "--queries", 5)
+    code, out, _ = call("evaluate", "--run", run, *unseen)
+    assert code == 0 and "ABMLL (closed form)" in out
+
+
+def test_a_fit_with_nothing_to_fit_names_its_recipe(call, data, model_folder, tmp_path):
+    small = [word for word in SMALL if not word.startswith(("guide=", "recipe=", "fit="))] + ["guide.family=point"]
+    words = ["--tasks", data / "training", "--run", tmp_path / "run", "--model", model_folder]
+    words += ["--prior", "independent-normal", "--guide", "gradient-guide"]
+    words += [word for setting in small for word in ("--set", setting)]
+    code, out, err = call("fit", *words)
+    assert code == 0, err
+    assert "nothing to fit: abmll-network has no parameters to learn" in out
+
+
+def test_a_dry_run_of_a_closed_form_fit_counts_the_tasks(call, data, tmp_path):
+    llama = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(llama | {"num_attention_heads": 4, "vocab_size": 500}))
+    words = ("dry-run", "--architecture", tmp_path / "config.json", "--set", "episodes.held_out=0")
+    code, out, _ = call(*words, "--tasks", data / "training")
+    assert code == 0
+    tasks = load_tasks(data / "training").values()
+    derivatives = sum(len(task) * len(task.examples[0].options) for task in tasks)
+    rows = dict(re.findall(r"│ (\w+) +│ +(\d+) +│", out))
+    assert rows["tasks"] == "4" and rows["examples"] == str(sum(map(len, tasks)))
+    assert rows["derivatives"] == str(derivatives)
+    code, out, _ = call(*words)
+    assert code == 0 and re.search(r"derivatives +│ +256\b", out)  # of 64 examples with four options
 
 
 def test_evaluate_reads_the_metaicl_layout_beside_files(call, data, fitted, tmp_path):

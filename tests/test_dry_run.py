@@ -12,11 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ModelFileError, SiteError
+from bayes_lora.infer import tangent
+from bayes_lora.infer.empirical_bayes import EmpiricalBayes
 from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs.dry_run import dry_run, read_architecture
+from bayes_lora.runs.empirical_bayes import grams_of_tasks
+from bayes_lora.runs.fit import split_tasks
+from bayes_lora.tasks import Example, Task, TaskSet
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -76,7 +81,7 @@ def test_trained_parameters_and_activations_are_those_of_a_real_run(tokenizer, t
     """The network guide's parameters to the last one; what a forward keeps for backward within 15 %."""
     settings = LanguageModelConfig(r=3, top_layers=5, target_modules=targets, max_length=64, dtype="float32")
     episodes = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=4)
-    config = RunConfig(language_model=settings, episodes=episodes)
+    config = RunConfig(recipe="abmll-network", language_model=settings, episodes=episodes)
     found = dry_run(config, LlamaConfig(**SMALL))
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     lora = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM")
@@ -104,6 +109,100 @@ def test_trained_parameters_and_activations_are_those_of_a_real_run(tokenizer, t
     logits = len(episode.sources) * 320 * 4
     share = episode.input_ids.numel() / found.tokens
     assert (sum(kept.values()) - logits) / (found.memory["activations"] * share) == pytest.approx(1.0, abs=0.15)
+
+
+SIZES = ((7, 2), (12, 3), (10, 2))
+"""Examples and options of the tasks of a closed-form fit."""
+
+
+def sized_tasks():
+    names = ("yes", "no", "maybe")
+    return TaskSet(
+        Task(f"{n} of {k}", tuple(Example(f"the film {i}", names[:k], i % k) for i in range(n))) for n, k in SIZES
+    )
+
+
+def closed_form_config(**guide):
+    settings = LanguageModelConfig(r=3, top_layers=5, target_modules=["q_proj", "v_proj"], max_length=64)
+    settings = replace(settings, dtype="float32")
+    return RunConfig(
+        guide={"batch_size": 4, **guide},
+        language_model=settings,
+        episodes=EpisodeConfig(num_support=4, held_out=0, examples_per_task=11),
+    )
+
+
+def test_a_closed_form_fit():
+    """By hand: 11 of the 12 examples of the second task, and the last pass of each task is smaller."""
+    found = dry_run(closed_form_config(), LlamaConfig(**SMALL), sized_tasks())
+    derivatives = 7 * 2 + 11 * 3 + 10 * 2
+    assert found.work == {"tasks": 3, "examples": 28, "derivatives": derivatives, "forward": 8, "backward": 19}
+    weights, layers = 5 * 64 * 3 + 5 * 32 * 3 + 1 + 32, 5 + 5 + 1 + 1  # B of q and v, a slope and biases
+    assert found.parameters["trained"] == layers + 1  # a scale each, and the mean of the slopes
+    memory = dict(found.memory)
+    assert memory.pop("base") == 4 * found.parameters["base"]
+    assert memory.pop("total") == found.memory["base"] + sum(memory.values())
+    assert found.tokens == 4 * 64
+    splits = 8 * 8 + 6 * 8 + 3 * 2 * 2, 12 * 12 + 21 * 12 + 7 * 3 * 3, 8 * 8 + 12 * 8 + 6 * 2 * 2
+    assert memory == {
+        "theta": 4 * (3 * 5 * 64 * 3 + 5 * 32 * 3 + 10 + 3),  # locations of A as well
+        "phi": 4 * 4 * weights,
+        "derivatives": 2 * 4 * 33 * weights,
+        "activations": 4 * found.tokens * 5 * (7 * 64 + 3 * 160),
+        "grams": 4 * layers * (14**2 + 33**2 + 20**2),
+        "splits": 2 * 8 * layers * 2 * sum(splits),
+    }
+    whole = dry_run(closed_form_config(theta_objective="evidence"), LlamaConfig(**SMALL), sized_tasks())
+    assert whole.memory["splits"] == 2 * 8 * layers * (14**2 + 33**2 + 20**2)
+    assert dry_run(closed_form_config(theta_objective="elbo"), LlamaConfig(**SMALL), sized_tasks()).work == {}
+    one = dry_run(closed_form_config(), LlamaConfig(**SMALL)).work
+    assert one == {"tasks": 1, "examples": 11, "derivatives": 44, "forward": 3, "backward": 12}
+    names = [str(table.columns[0].header) for table in found.tables()]
+    assert names == [
+        "site",
+        "parameters",
+        "closed-form fit",
+        f"memory of a closed-form fit in passes of {4 * 64} tokens (estimate)",
+    ]
+
+
+def test_the_work_of_a_closed_form_fit_is_that_of_a_real_one(tokenizer, monkeypatch):
+    config, tasks = closed_form_config(), sized_tasks()
+    found = dry_run(config, LlamaConfig(**SMALL), tasks)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    lora = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    inject(lora, model)
+    lm = LanguageModel(model, tokenizer, lora, max_length=64)
+    counted = {"forward": 0, "backward": 0}
+    inner, grad = tangent.scores_of_examples, torch.autograd.grad
+
+    def forward(*args):
+        for batch in inner(*args):
+            counted["forward"] += 1
+            yield batch
+
+    def backward(*args, **kwargs):
+        counted["backward"] += 1
+        return grad(*args, **kwargs)
+
+    objective, kept = build_objective(lm, config), split_tasks(tasks, config)[0]
+    guide = objective.guide
+    with monkeypatch.context() as patch:
+        patch.setattr(tangent, "scores_of_examples", forward)
+        patch.setattr(torch.autograd, "grad", backward)
+        grams = grams_of_tasks(lm, objective.model, guide.theta_mean(), kept, guide.batch_size)
+    assert counted == {name: found.work[name] for name in counted}
+    assert found.work["derivatives"] == sum(one.scores.numel() for one in grams.values())
+    kernels = [value for one in grams.values() for value in one.kernels.values()]
+    assert found.memory["grams"] == sum(value.nbytes for value in kernels)
+    loss = EmpiricalBayes(objective.model, guide.theta, grams, num_support=4)
+    fields = [getattr(parts, name) for parts in loss.parts for name in ("own", "cross", "each")]
+    assert found.memory["splits"] == 2 * sum(value.nbytes for value in fields)
+    theta = dict(guide.theta.named_parameters())
+    assert found.memory["theta"] == sum(value.nbytes for value in theta.values())
+    found_grads = grad(loss(), list(theta.values()), allow_unused=True)
+    moved = sum(value.numel() for value in found_grads if value is not None and value.any())
+    assert moved == found.parameters["trained"]
 
 
 def test_a_saved_adapter_decides_the_sites(tmp_path):

@@ -10,7 +10,7 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides import PointTheta, TangentGuide
 from bayes_lora.infer.empirical_bayes import EmpiricalBayes, TaskGrams, fit_theta, task_grams
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.models import HierarchicalNormal, LayerwiseScale, WithHead
+from bayes_lora.models import HierarchicalNormal, LayerwiseScale, RankARD, RegularizedHorseshoe, WithHead
 from bayes_lora.posterior.linear import linear_scores
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.runs.empirical_bayes import grams_of_tasks
@@ -208,6 +208,12 @@ def test_it_refuses_scales_that_gram_matrices_do_not_determine(lm):
         next(p for name, p in theta.named_parameters() if "precision" in name).view(-1)[0] += 1.0
     with pytest.raises(ConfigError, match="expected one standard deviation per layer.*Use LayerwiseScale"):
         EmpiricalBayes(model, theta, grams, num_support=4)
+    for prior in (HierarchicalNormal, RankARD, RegularizedHorseshoe):  # also where all scales start equal
+        model = prior(lm, random="B")
+        with pytest.raises(ConfigError, match=f'{prior.__name__} has others.*guide.theta_objective="elbo"'):
+            EmpiricalBayes(model, PointTheta(model), grams, num_support=4)
+        with pytest.raises(ConfigError, match=f"{prior.__name__} has others"):
+            EmpiricalBayes(WithHead(model), PointTheta(WithHead(model)), grams, num_support=4)
     with pytest.raises(ConfigError, match="expected more than num_support=40 examples"):
         EmpiricalBayes(
             LayerwiseScale(lm, random="B"), PointTheta(LayerwiseScale(lm, random="B")), grams, num_support=40

@@ -23,7 +23,7 @@ SHOWS = {
     "own_data.py": "adapted to 16 rows: Metrics(",
     "own_prior_and_guide.py": "predictions: (48, 2)\nSVI: ",
     "paper.py": "ABMLL (amortized)",
-    "quickstart.py": "amortized + 10 steps: Metrics(",
+    "quickstart.py": "closed form: Metrics(",
     "svi_script.py": "unseen tasks: NLL ",
 }
 

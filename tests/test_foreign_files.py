@@ -159,7 +159,7 @@ def test_a_rank_above_every_matrix_is_refused(config):
 @pytest.fixture
 def run(lm, tmp_path):
     """The folder of a run whose model is on the hub."""
-    config = RunConfig.from_dict({"guide": {"hidden": 4, "directions": 1, "bilinear": 1}})
+    config = RunConfig.from_dict({"recipe": "abmll-network", "guide": {"hidden": 4, "directions": 1, "bilinear": 1}})
     Posterior.from_objective(lm, build_objective(lm, config).double().eval()).save(tmp_path / "run" / "posterior")
     facts = CONFIG.to_dict()
     facts["language_model"] |= {"name": "someone/a-model", "r": 3, "cache_folder": str(tmp_path / "cache")}

@@ -26,6 +26,7 @@ from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from bayes_lora.tasks.readers.table_rows import read_table
 
 SETTINGS = {
+    "recipe": "abmll-network",
     "guide": {"hidden": 4, "directions": 1, "bilinear": 1},
     "prior": {"random": "A"},
     "language_model": {"name": "here", "r": 3, "template": "letters"},

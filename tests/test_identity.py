@@ -123,7 +123,7 @@ def test_a_damaged_sample_is_refused(lm, tmp_path, values):
 @pytest.fixture
 def saved(lm, tmp_path):
     """A posterior, and one of two tasks, in folders with the loaders that read them."""
-    config = RunConfig.from_dict({"guide": {"hidden": 4, "directions": 1, "bilinear": 1}})
+    config = RunConfig.from_dict({"recipe": "abmll-network", "guide": {"hidden": 4, "directions": 1, "bilinear": 1}})
     posterior = Posterior.from_objective(lm, build_objective(lm, config).double().eval())
     posterior.save(tmp_path / "posterior")
     posterior.adapt([task.split(3, seed=0) for task in list(make_tasks(2).values())]).save(tmp_path / "task_posterior")

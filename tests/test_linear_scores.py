@@ -97,6 +97,24 @@ def test_probabilities_are_averaged_over_the_scores():
     assert (at_mean.exp().amax(-1) > scores.log_probs().exp().amax(-1)).all()
 
 
+def test_a_covariance_with_rounding_errors_has_a_loss_and_a_gradient():
+    """Its smallest eigenvalue is below zero by more than the jitter of other covariances, which stay as they are."""
+    basis = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    good, bad = (
+        basis @ torch.diag(torch.tensor(e).double()) @ basis.mT for e in ((4.0, 1.0, 0.5), (900.0, 2.0, -0.05))
+    )
+    mean = torch.tensor([[1.0, 0.0, -1.0], [20.0, 10.0, -5.0]], dtype=torch.float64)
+    mask, free = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
+    covariance = torch.stack([good, bad]).requires_grad_()
+    found = LinearScores(mean, covariance, mask, free).log_probs()
+    [gradient] = torch.autograd.grad(found[:, 1].sum(), covariance)
+    assert gradient.isfinite().all() and gradient[1].any()
+    alone = LinearScores(mean[:1], good[None].requires_grad_(), mask[:1], free[:1]).log_probs()
+    assert torch.equal(found[:1], alone)
+    without = LinearScores(mean, torch.stack([good, bad]), mask, free).log_probs()  # negative eigenvalues are zero
+    torch.testing.assert_close(found.exp(), without.exp(), atol=0.03, rtol=0)
+
+
 def test_where_weights_vary_little_they_are_the_network_s(lm):
     tasks = split()
     adapted = fitted(lm, scale=0.01).adapt(tasks)

@@ -60,6 +60,7 @@ CONFIG = RunConfig(
 )
 
 
+@pytest.mark.filterwarnings("ignore:TangentGuide is fitted in closed form")
 @pytest.mark.parametrize(("prior", "guide"), pairs())
 def test_from_a_fit_to_predictions_of_what_was_saved(lm, prior, guide, tmp_path):
     """Any pair goes the whole way; predictions come back bit for bit, after loading the posterior or a task's."""

@@ -25,7 +25,7 @@ from bayes_lora.models import HierarchicalNormal
 from bayes_lora.posterior.baselines import finetune_lora, pretrained
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
-from bayes_lora.recipes.config import EpisodeConfig, LanguageModelConfig, RunConfig
+from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model, build_objective
 from bayes_lora.runs.folder import write_settings
 from bayes_lora.runs.loading import load_posterior
@@ -33,7 +33,7 @@ from bayes_lora.runs.loading import load_posterior
 # PEFT 0.21 on transformers 5.23
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-SMALL = {"guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
+SMALL = {"recipe": "abmll-network", "guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
 FACTORS = ("lora_A", "lora_B")
 
 
@@ -608,7 +608,7 @@ def test_the_code_of_the_docs_runs(model_folder, adapter, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BAYES_LORA_CACHE", str(tmp_path / "cache"))
     fit = bayes_lora.fit_posterior
-    config = RunConfig(fit=FitConfig(steps=1, eval_every=1), episodes=EpisodeConfig(tasks_per_episode=1))
+    config = RunConfig(fit=FitConfig(steps=1))
     monkeypatch.setattr(bayes_lora, "fit_posterior", lambda lm, tasks: fit(lm, tasks, config), raising=False)
     found = {}
     exec(compile(code, str(DOCS), "exec"), found)

@@ -22,7 +22,8 @@ from bayes_lora.tasks import Task
 
 
 def build(lm, random="AB"):
-    config = RunConfig.from_dict({"prior": {"random": random}, "guide": {"hidden": 6, "directions": 2, "bilinear": 2}})
+    network = {"hidden": 6, "directions": 2, "bilinear": 2}
+    config = RunConfig.from_dict({"recipe": "abmll-network", "prior": {"random": random}, "guide": network})
     objective = build_objective(lm, config).double().eval()
     with torch.no_grad():
         for parameter in objective.parameters():
@@ -252,7 +253,8 @@ def test_a_language_model_made_otherwise_is_refused(tmp_path, posterior, tokeniz
 def test_lora_weights_are_float32_on_a_base_of_lower_precision(tokenizer, unseen):
     lm = build_lm("llama", tokenizer, dtype=torch.bfloat16)
     assert {value.dtype for value in lm.sites.initial().values()} == {torch.float32}
-    config = RunConfig.from_dict({"prior": {"random": "B"}, "guide": {"hidden": 6, "directions": 2, "bilinear": 2}})
+    network = {"hidden": 6, "directions": 2, "bilinear": 2}
+    config = RunConfig.from_dict({"recipe": "abmll-network", "prior": {"random": "B"}, "guide": network})
     posterior = Posterior.from_objective(lm, build_objective(lm, config).eval())
     adapted = posterior.adapt(unseen, steps=2)
     assert adapted.mean()["q_proj.lora_B"].dtype == torch.float32
@@ -381,7 +383,8 @@ def test_finetuned_lora_equals_peft_trained_one_task_at_a_time(lm, unseen, token
 
 
 def test_normal_theta_adapts_at_its_mean(lm, unseen):
-    config = RunConfig(guide={"theta_guide": "normal", "hidden": 4, "directions": 1, "bilinear": 1})
+    network = {"theta_guide": "normal", "hidden": 4, "directions": 1, "bilinear": 1}
+    config = RunConfig(recipe="abmll-network", guide=network)
     posterior = Posterior.from_objective(lm, build_objective(lm, config).double().eval())
     one, two = (adapt(posterior.objective, lm, unseen) for _ in range(2))
     assert all(torch.equal(value, two.mean()[site]) for site, value in one.mean().items())

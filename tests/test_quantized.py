@@ -107,7 +107,7 @@ def test_in_float32_a_model_has_its_dequantised_weights(folder, bits):
 def test_a_posterior_belongs_to_its_quantised_base(folder, bits, tmp_path):
     lm = load(folder, bits)
     episode = query_episode(lm)[0]
-    objective = build_objective(lm, RunConfig())
+    objective = build_objective(lm, RunConfig(recipe="abmll-network"))
     objective(episode).backward()
     facts = {FINGERPRINT: fingerprint(lm)}
     Posterior.from_objective(lm, objective).save(tmp_path / "posterior")

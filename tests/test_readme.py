@@ -10,14 +10,13 @@ import bayes_lora
 from bayes_lora.recipes.config import RunConfig
 
 README = Path(__file__).parents[1] / "README.md"
-SETTINGS = ["fit.steps=2", "fit.eval_every=2", "episodes.num_support=4", "episodes.num_query=2", "episodes.held_out=2"]
+SETTINGS = ["fit.steps=2", "episodes.num_support=4", "episodes.num_query=2", "episodes.held_out=2"]
 # What makes it quick: fewer steps, fewer questions.
 QUICK = {
     "fit_posterior(lm, training": "fit_posterior(lm, training, QUICK",
     "range(100)": "range(2)",
     'unseen["film-opinion"] ': 'unseen["film-opinion"].split(4, seed=0, num_query=48) ',
     "num_draws=10": "num_draws=2",
-    "steps=10": "steps=1",
 }
 
 

@@ -24,7 +24,7 @@ from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
 from bayes_lora.utils.reading import read_facts, read_json, read_tensors
 from bayes_lora.utils.storage import write_json, write_tensors
 
-NETWORK = {"guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
+NETWORK = {"recipe": "abmll-network", "guide": {"hidden": 4, "directions": 1, "bilinear": 1}}
 KINDS = ["posterior", "task_posterior", "checkpoint"]
 
 

@@ -59,7 +59,7 @@ def test_the_chosen_width_has_the_least_nll(lm):
 
 
 def test_a_posterior_keeps_and_uses_its_width(lm, tmp_path):
-    config = RunConfig()
+    config = RunConfig(recipe="abmll-network")
     task = make_tasks(1)["task-0"].split(5, seed=0)
     narrow = Posterior.from_objective(lm, build_objective(lm, config))
     Posterior.from_objective(lm, narrow.objective, width=1.4).save(tmp_path / "wide")
@@ -77,7 +77,7 @@ def test_a_posterior_keeps_and_uses_its_width(lm, tmp_path):
 def test_bad_widths_are_refused(lm, tmp_path):
     with pytest.raises(ConfigError, match=r"width: expected a positive number, got 0\."):
         Widened(0)
-    config = RunConfig()
+    config = RunConfig(recipe="abmll-network")
     Posterior.from_objective(lm, build_objective(lm, config)).save(tmp_path / "it")
     write_json(tmp_path / "it" / "posterior.json", read_json(tmp_path / "it" / "posterior.json") | {"width": -1})
     with pytest.raises(PosteriorError, match="expected a positive 'width', got -1"):

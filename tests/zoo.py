@@ -41,6 +41,14 @@ PRIORS = {
     "WeightSpace": lambda lm: models.WeightSpace(lm, start(lm), offset=0.05),
     "WithHead": lambda lm: models.WithHead(models.LayerwiseScale(lm, start(lm))),
 }
+
+
+def theta_objective(model):
+    """What TangentGuide can fit theta by: Gram matrices determine only scales of whole layers."""
+    whole = models.IndependentNormal, models.LayerwiseScale
+    return "predictive" if isinstance(getattr(model, "prior", model), whole) else "elbo"
+
+
 GUIDES = {
     "Ensemble": lambda model: Ensemble(model, theta_guide=NormalTheta, num_members=2),
     "FlowNetwork": lambda model: FlowNetwork(model, num_components=3, directions=2, hidden=6, bilinear=2).double(),
@@ -65,7 +73,7 @@ GUIDES = {
     "SharedMeanField": lambda model: SharedMeanField(model, theta_guide=NormalTheta),
     "SharedMeanField, MatrixNormal": lambda model: SharedMeanField(model, family=MatrixNormal(8)),
     "SharedPoint": SharedPoint,
-    "TangentGuide": lambda model: TangentGuide(model, steps=1, batch_size=5),
+    "TangentGuide": lambda model: TangentGuide(model, steps=1, batch_size=5, theta_objective=theta_objective(model)),
     "TangentNetwork": lambda model: TangentNetwork(model, rank=6, hidden=4).double(),
 }
 # What cannot work, and what the error says to do instead.

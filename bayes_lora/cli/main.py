@@ -112,30 +112,42 @@ def fit(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Meta-learn a prior over LoRA weights, and a guide, from a folder of tasks.
+    """Meta-learn a prior over LoRA weights from a folder of tasks: in closed form, or with a guide by SVI.
 
-    Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run runs/cls --prior rank-ard --guide swag`
+    Example: `bayes-lora fit --tasks data/crossfit --split cls-45 --run r`, or with `--prior rank-ard --guide swag`
     """
     from bayes_lora.cli.task_source import TaskSource, training_tasks
-    from bayes_lora.recipes.recipes import build_language_model
+    from bayes_lora.recipes.recipes import build_language_model, with_recipe
     from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
     flags = {"recipe": recipe, "prior.name": prior, "guide.name": guide}
     named = [f"{key}={name}" for key, name in flags.items() if name is not None]
     more = ["episodes.shuffle_options=true"] if shuffle_options else []
-    chosen = _config(config, [*named, *(settings or []), *more], model)
+    chosen = with_recipe(_config(config, [*named, *(settings or []), *more], model))
     training = training_tasks(TaskSource(tasks, format, input, label, max_options), split, names)
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
+    from bayes_lora.runs.empirical_bayes import is_closed_form
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(chosen.language_model)
     status(f"{lm.name}: {lm.arithmetic}")
     with bars() as progress:
-        _, state = fit_posterior(lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress)
+        posterior, state = fit_posterior(
+            lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress
+        )
     if not state.history:
         print_line(f"nothing to fit: {chosen.recipe} has no parameters to learn. Posterior in {run / 'posterior'}")
+        return
+    if is_closed_form(posterior.guide):
+        if state.step == chosen.fit.steps:
+            print_line(f"stopped after fit.steps={state.step} steps; more steps may lower the loss")
+        first, last = state.history[0]["loss"], _show(state.history[-1]).removeprefix("loss ")
+        print_line(
+            f"fitted in closed form: {state.step} steps of L-BFGS, loss {first:.3f} to {last}. "
+            f"Posterior in {run / 'posterior'}"
+        )
         return
     if state.step < chosen.fit.steps:
         waited = state.evaluations_without_improvement
@@ -236,16 +248,27 @@ def dry_run(
     architecture: Annotated[Path, typer.Option(help="A config.json of the base model.", exists=True, dir_okay=False)],
     config: Config = None,
     settings: Set = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="The training tasks, whose sizes decide the cost of a closed-form fit.")
+    ] = None,
+    split: Split = None,
+    names: Names = None,
+    format: Format = None,
 ) -> None:
     """Show a run's LoRA sites, parameter counts and estimated memory, without loading or downloading weights.
 
     Example: `bayes-lora dry-run --config llama-3-8b.yaml --architecture llama-3-8b.json` (both in examples/configs)
     """
     chosen = _config(config, settings)
+    training = None
+    if tasks is not None:
+        from bayes_lora.cli.task_source import TaskSource, training_tasks
+
+        training = training_tasks(TaskSource(tasks, format, None, None, None), split, names)
     from bayes_lora.runs.dry_run import dry_run as estimate
     from bayes_lora.runs.dry_run import read_architecture
 
-    for table in estimate(chosen, read_architecture(architecture)).tables():
+    for table in estimate(chosen, read_architecture(architecture), training).tables():
         out.print(table)
 
 

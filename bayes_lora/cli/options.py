@@ -69,7 +69,13 @@ ShuffleOptions = Annotated[
 
 Config = Annotated[Path | None, typer.Option(help="A YAML file with settings.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as objective.beta=1e-4. Repeatable.")]
-Recipe = Annotated[str | None, typer.Option(help="A named prior and guide, see docs/recipes.md.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="A named prior and guide, see docs/recipes.md; by default tangent, or abmll-network with another --prior "
+        "or --guide."
+    ),
+]
 Prior = Annotated[
     str | None,
     typer.Option(help="Another prior: rank-ard, ...; set its settings with --set prior.KEY=VALUE. See docs/zoo.md."),

@@ -20,8 +20,9 @@ of the tasks does not matter, and splits into support and query depend on a task
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,9 +39,11 @@ from bayes_lora.infer.score_posterior import CategoricalAnswers, ScorePosterior,
 from bayes_lora.infer.tangent import tangent
 from bayes_lora.types import Likelihood, Sites
 
-__all__ = ["EmpiricalBayes", "TaskGrams", "fit_theta", "task_grams"]
+__all__ = ["EmpiricalBayes", "TaskGrams", "check_scales", "fit_theta", "is_fitted", "task_grams"]
 
 SLOPE = "head.slope"
+NUM_SPLITS = 2
+"""Splits of each task into support and queries, of the predictive objective."""
 
 
 class TaskGrams(NamedTuple):
@@ -127,20 +130,14 @@ class EmpiricalBayes(nn.Module):
         *,
         objective: Literal["evidence", "predictive"] = "predictive",
         num_support: int = 16,
-        num_splits: int = 2,
+        num_splits: int = NUM_SPLITS,
         beta: float = 1.0,
     ) -> None:
         super().__init__()
         self.model, self.theta, self.objective, self.beta = model, theta, objective, beta
+        check_scales(model, theta)
         with torch.no_grad():
             prior = self._prior()
-        for site, fn in prior.items():
-            scale = fn.stddev.flatten(1)
-            if not torch.allclose(scale, scale[:, :1].expand_as(scale)):
-                raise ConfigError(
-                    f"site {site!r}: expected one standard deviation per layer, so that Gram matrices determine theta; "
-                    f"{type(model).__name__} has others. Use LayerwiseScale."
-                )
         self.origin = {site: fn.mean.detach().clone() for site, fn in prior.items()}  # theta itself moves
         grouped: dict[tuple[int, int, int], list[Parts]] = {}
         for name in sorted(tasks):
@@ -156,7 +153,8 @@ class EmpiricalBayes(nn.Module):
             return [(torch.arange(count), torch.arange(0))]
         if count <= num_support:
             raise ConfigError(
-                f"task {name!r}: expected more than num_support={num_support} examples, to have queries; got {count}."
+                f"task {name!r}: expected more than num_support={num_support} examples, to have queries; got {count}. "
+                "Lower episodes.num_support, or leave the task out."
             )
         orders = [list(range(count)) for _ in range(num_splits)]
         for i, order in enumerate(orders):
@@ -235,12 +233,40 @@ class EmpiricalBayes(nn.Module):
         mean = {site: self.theta.distribution(site).mean for site in self.theta.positive}
         trace = pyro.poutine.trace(pyro.poutine.condition(self.model.theta, mean)).get_trace()
         trace.compute_log_prob()
-        moved = [
-            node["log_prob_sum"]
-            for name, node in trace.nodes.items()
-            if name in mean and (name.startswith("theta.precision.") or name.endswith(SLOPE))
-        ]
+        moved = [node["log_prob_sum"] for name, node in trace.nodes.items() if name in mean and is_fitted(name)]
         return sum(moved, torch.zeros(()))
+
+
+def is_fitted(name: str) -> bool:
+    """Return whether the fit changes a site of theta: scales, and the location of the slopes of an option head."""
+    return name.startswith("theta.precision.") or name.endswith(SLOPE)
+
+
+@torch.no_grad()
+def check_scales(model: Any, theta: Any) -> None:
+    """Check that a prior has one standard deviation per layer and site, whatever theta is.
+
+    Args:
+        model: a hierarchical model.
+        theta: q(theta).
+
+    Raises:
+        ConfigError: it has others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = {site: theta.distribution(site).mean for site in theta.positive}
+    for site, positive in theta.positive.items():
+        if positive:  # at the start, all scales of a layer may be equal
+            factor = 1 + torch.rand(values[site].shape, generator=generator)
+            values[site] = values[site] * factor.to(values[site])
+    for site, fn in model.phi_prior(values).items():
+        scale = fn.stddev.flatten(1)
+        if not torch.allclose(scale, scale[:, :1].expand_as(scale)):
+            raise ConfigError(
+                f"site {site!r}: expected one standard deviation per layer, so that Gram matrices determine theta; "
+                f"{type(getattr(model, 'prior', model)).__name__} has others. Use LayerwiseScale "
+                '(prior.name="layerwise-scale"), or fit theta by gradient steps: guide.theta_objective="elbo".'
+            )
 
 
 def _part(task: TaskGrams, support: Tensor, query: Tensor, sites: Sequence[str]) -> Parts:
@@ -271,7 +297,12 @@ def _places(examples: Tensor, options: int) -> Tensor:
     return (examples[:, None] * options + torch.arange(options)).flatten()
 
 
-def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -> list[float]:
+def fit_theta(
+    loss: EmpiricalBayes,
+    max_steps: int = 50,
+    widest: float = 12.0,
+    on_step: Callable[[float], None] | None = None,
+) -> list[float]:
     """Minimise the loss over theta's parameters that it depends on, and return the loss after each step of L-BFGS-B.
 
     Args:
@@ -279,6 +310,7 @@ def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -
         max_steps: maximum number of steps.
         widest: bound on the change of a parameter, such as the logarithm of a precision. A scale that the tasks say
             nothing about would otherwise grow or shrink without limit.
+        on_step: called with the loss after each step.
 
     Raises:
         NonFiniteLoss: the loss is not finite at the start.
@@ -296,6 +328,8 @@ def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -
         with torch.no_grad():
             vector_to_parameters(torch.from_numpy(values).to(used[0]), used)
         value: Tensor = loss()
+        if not value.isfinite():  # a step too far, which the line search takes back
+            return math.inf, np.zeros_like(values)
         found = torch.autograd.grad(value, used)
         gradient = torch.cat([one.flatten() for one in found]).double().cpu().numpy()
         return float(value.detach()), gradient
@@ -305,6 +339,12 @@ def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -
     if not (np.isfinite(first) and np.isfinite(gradient).all()):
         raise NonFiniteLoss(f"the {loss.objective} of theta is {first} at the start. Lower the prior's initial_scale.")
     history: list[float] = []
+
+    def after_step(intermediate_result: Any) -> None:
+        history.append(float(intermediate_result.fun))
+        if on_step is not None:
+            on_step(history[-1])
+
     bounds = list(zip(start - widest, start + widest, strict=True))
     options = {"maxiter": max_steps, "maxcor": 20}
     found = minimize(
@@ -314,7 +354,7 @@ def fit_theta(loss: EmpiricalBayes, max_steps: int = 50, widest: float = 12.0) -
         method="L-BFGS-B",
         bounds=bounds,
         options=options,
-        callback=lambda intermediate_result: history.append(float(intermediate_result.fun)),
+        callback=after_step,
     )
     at(found.x)
     return [first, *history]

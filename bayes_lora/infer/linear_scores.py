@@ -14,6 +14,8 @@ __all__ = ["LinearScores"]
 
 NUM_POINTS = 256
 """Points of the average over scores."""
+JITTERS = 8
+"""Multiples of the identity that are tried, each ten times the one before."""
 
 
 class LinearScores(NamedTuple):
@@ -35,9 +37,7 @@ class LinearScores(NamedTuple):
         """Return scores ``(NUM_POINTS, n, K)`` that represent their distribution: always the same, of equal weight."""
         if self.covariance.requires_grad:
             # The derivative of eigenvectors is infinite where eigenvalues are equal, as those of absent options are.
-            size = 1.0 + self.covariance.diagonal(dim1=-2, dim2=-1).amax(-1)
-            eye = torch.eye(self.mean.shape[-1], dtype=size.dtype, device=size.device)
-            root = torch.linalg.cholesky(self.covariance + 1e-6 * size[:, None, None] * eye)
+            root = _cholesky(self.covariance)
         else:
             values, vectors = torch.linalg.eigh(self.covariance)
             root = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
@@ -69,6 +69,24 @@ class LinearScores(NamedTuple):
         log_probs, draws = self.log_probs(), self.draws().masked_fill(~self.option_mask, -1e30).log_softmax(-1)
         total, rest = (-(one.exp() * one.clamp_min(-1e4)).sum(-1) for one in (log_probs, draws))
         return total, total - rest.mean(0)
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """Return the Cholesky factor of matrices plus a small multiple of the identity.
+
+    Rounding errors of a wide prior's covariance minus what the support determines may exceed the smallest multiple;
+    those matrices get a larger one.
+    """
+    size = 1.0 + covariance.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    eye = torch.eye(covariance.shape[-1], dtype=size.dtype, device=size.device)
+    factor = torch.full_like(size, 1e-6, requires_grad=False)
+    root: Tensor = covariance
+    for _ in range(JITTERS):
+        root, info = torch.linalg.cholesky_ex(covariance + (factor * size)[:, None, None] * eye)
+        if not info.any():
+            break
+        factor = torch.where(info > 0, 10.0 * factor, factor)
+    return root
 
 
 @lru_cache(maxsize=64)

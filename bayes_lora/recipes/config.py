@@ -147,7 +147,8 @@ class RunConfig:
     """All settings of a run, by section.
 
     Attributes:
-        recipe: name of a prior, a guide and their calibration (docs/recipes.md).
+        recipe: name of a prior, a guide and their calibration (docs/recipes.md). None means ``tangent``, or
+            ``abmll-network`` with a prior or a guide other than those of ``tangent``.
         prior: ``name`` of another prior, and keyword arguments of its class, which override those of the recipe.
         guide: the same for the guide; ``theta_guide``, ``family`` and ``start`` are names, or mappings with a name.
         objective: weights of the divergences.
@@ -157,7 +158,7 @@ class RunConfig:
         seed: seed of initial parameters, of the split of tasks, and of episodes.
     """
 
-    recipe: str = "abmll-network"
+    recipe: str | None = None
     prior: dict[str, Any] = field(default_factory=dict)
     guide: dict[str, Any] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -167,8 +168,14 @@ class RunConfig:
     seed: Seed = 0
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config", *, own_parts: bool = False) -> RunConfig:
         """Build from nested mappings.
+
+        Args:
+            values: the settings.
+            source: the name of their source in messages.
+            own_parts: whether a prior or a guide is passed as an object; settings of the other one are then those of
+                ``abmll-network``.
 
         Raises:
             ConfigError: a key is unknown, or a value has the wrong type.
@@ -184,7 +191,7 @@ class RunConfig:
             problem = f".{raised}" if raised else f": {first['msg']}, got {reprlib.repr(first['input'])}."
             raise ConfigError(f"{source}: {where}{problem}") from error
         try:
-            recipe = recipe_of(config)
+            recipe = recipe_of(config, own_parts=own_parts)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from error
         if config.prior or config.guide:  # the settings of a recipe alone are right

@@ -21,9 +21,23 @@ if TYPE_CHECKING:
 
 # Imports of torch are inside the functions that build, because settings are read and checked without them.
 
-__all__ = ["RECIPES", "Calibration", "Recipe", "build_language_model", "build_objective", "override", "recipe_of"]
+__all__ = [
+    "RECIPES",
+    "Calibration",
+    "Recipe",
+    "build_language_model",
+    "build_objective",
+    "override",
+    "recipe_name",
+    "recipe_of",
+    "with_recipe",
+]
 
 Calibration = Literal["width", "temperature", "none"]
+
+DEFAULT = "tangent"
+SWAPPED = "abmll-network"
+"""What a prior or a guide of the user's own is put into: its other half and its beta suit any."""
 
 
 @dataclass(frozen=True)
@@ -181,19 +195,51 @@ def _cache_folder(config: LanguageModelConfig) -> dict[str, Any]:
     return {} if config.cache_folder is None else {"cache_folder": config.cache_folder}
 
 
-def recipe_of(config: RunConfig) -> Recipe:
+def recipe_name(
+    recipe: str | None, prior: Mapping[str, Any], guide: Mapping[str, Any], *, own_parts: bool = False
+) -> str:
+    """Return the name of a run's recipe: the one that is set, or else the default.
+
+    The default is ``tangent``, and ``abmll-network`` for a run with a prior or a guide other than those of ``tangent``.
+
+    Args:
+        recipe: the name that is set; None if none is.
+        prior: settings of the prior.
+        guide: settings of the guide.
+        own_parts: whether a prior or a guide was passed as an object.
+    """
+    if recipe is not None:
+        return recipe
+    found = RECIPES[DEFAULT]
+    swapped = any(
+        own.get("name", part["name"]) != part["name"] for own, part in ((prior, found.prior), (guide, found.guide))
+    )
+    return SWAPPED if swapped or own_parts else DEFAULT
+
+
+def with_recipe(config: RunConfig, *, own_parts: bool = False) -> RunConfig:
+    """Return the settings of a run with the name of its recipe, see :func:`recipe_name`."""
+    return replace(config, recipe=recipe_name(config.recipe, config.prior, config.guide, own_parts=own_parts))
+
+
+def recipe_of(config: RunConfig, *, own_parts: bool = False) -> Recipe:
     """Return the recipe of a run, with the run's settings of prior and guide applied.
 
     A prior or guide of another name replaces that of the recipe with its settings. With another guide, the posterior's
     width is calibrated.
 
+    Args:
+        config: settings of the run.
+        own_parts: whether a prior or a guide was passed as an object.
+
     Raises:
         ConfigError: there is no such recipe.
     """
-    if config.recipe not in RECIPES:
-        near = did_you_mean(config.recipe, RECIPES, list_all=True)
-        raise ConfigError(f"recipe {config.recipe!r} is unknown{near}.")
-    found = RECIPES[config.recipe]
+    name = recipe_name(config.recipe, config.prior, config.guide, own_parts=own_parts)
+    if name not in RECIPES:
+        near = did_you_mean(name, RECIPES, list_all=True)
+        raise ConfigError(f"recipe {name!r} is unknown{near}.")
+    found = RECIPES[name]
     other = config.guide.get("name", found.guide["name"]) != found.guide["name"]
     return replace(
         found,
@@ -207,12 +253,14 @@ def override(values: dict[str, Any], over: Mapping[str, Any]) -> None:
     """Override the nested values of :class:`bayes_lora.recipes.config.RunConfig` by others.
 
     A prior or guide of another name than before, which may be the recipe's, replaces the former one with its settings.
+    The recipe is that of the result.
     """
-    found = RECIPES.get(over.get("recipe", values["recipe"]))
+    own = {part: over[part] if isinstance(over.get(part), Mapping) else {} for part in PARTS}
+    recipe = recipe_name(over.get("recipe", values["recipe"]), *(values[part] | own[part] for part in PARTS))
+    found = RECIPES.get(recipe) if isinstance(recipe, str) else None
     for part in PARTS:
-        default = getattr(found, part)["name"] if found else None
-        before, own = values[part].get("name", default), over.get(part)
-        if isinstance(own, Mapping) and own.get("name", before) != before:
+        before = values[part].get("name", getattr(found, part)["name"] if found else None)
+        if own[part].get("name", before) != before:
             values[part] = {}
     merge(values, over)
 
@@ -258,7 +306,8 @@ def build_objective(
     for name, part, own in (("prior", model, config.prior), ("guide", guide, config.guide)):
         if part is not None and own:
             raise ConfigError(f"{name}: expected no settings for the {type(part).__name__} that was passed, got {own}.")
-    recipe, settings = recipe_of(config), asdict(config.objective)
+    recipe = recipe_of(config, own_parts=model is not None or guide is not None)
+    settings = asdict(config.objective)
     settings["beta"] = recipe.beta if settings["beta"] is None else settings["beta"]
     with seeded(config.seed, lm.device):
         prior: Model = build_prior(recipe.prior, lm) if model is None else model

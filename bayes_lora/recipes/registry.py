@@ -157,7 +157,9 @@ def _part(section: str, spec: Settings, table: Mapping[str, Any]) -> tuple[Any, 
     for key in settings:
         if key not in known:
             near = did_you_mean(str(key), known, list_all=True)
-            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: not a setting of {name}{near}.")
+            others = [other for other in table if key in parameters_of(table[other])]
+            cure = f" It is one of {', '.join(others)}: set {section}.name." if others else ""
+            raise ConfigError(f"unknown key {f'{section}.{key}'!r}: not a setting of {name}{near}.{cure}")
     try:
         values = {key: getattr(_schema(cls)(**settings), key) for key in settings}
     except ValidationError as error:

@@ -1,18 +1,31 @@
 """Estimate the size of a run without loading weights: the model is built on the ``meta`` device, without data.
 
-Memory is an estimate, in bytes, of a training step of Llama-like decoder layers:
+Memory is an estimate, in bytes, for Llama-like decoder layers. Of a training step:
 
 - base: the frozen weights in their dtype, or in 8 or 4 bits for the linear layers of a quantised model;
 - trained: four copies of the trained parameters in 32 bits (values, gradients, Adam's two moments), and their average;
 - phi: eight tensors of an episode's LoRA weights in 32 bits (location, scale, noise, draw, and their gradients);
 - activations: per token and adapted layer 7 hidden and 3 intermediate vectors in the base's dtype, and one more
   intermediate vector if down_proj is adapted; with gradient checkpointing one hidden vector, and one whole layer.
+
+Of a closed-form fit, which differentiates all option scores of all training tasks once, in passes of
+``guide.batch_size`` examples, and then fits the scales to Gram matrices:
+
+- theta: one copy of its values in 32 bits; the few that are fitted need no more;
+- phi: the weights of each example of a pass, in 32 bits;
+- derivatives: two copies of those of the task with the most scores, examples x options x random weights, in 32 bits;
+- activations: as above, of a pass;
+- grams: (examples x options)^2 per task, random site and layer, in 32 bits, of all tasks;
+- splits: two copies of the parts of them that the fit reads, in 64 bits.
+
+The splits are made after the derivatives are gone, so that the total is an upper bound. Grams and splits are in RAM.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ModelFileError, SiteError
+from bayes_lora.infer.empirical_bayes import NUM_SPLITS, is_fitted
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.adapters import read_lora_config
 from bayes_lora.lm.arithmetic import choose_arithmetic
@@ -32,9 +46,12 @@ from bayes_lora.lm.inject import default_lora, inject
 from bayes_lora.lm.model_files import cache_folder
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.models import ActivationSpace, WeightSpace
-from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.types import Features, Guide
+from bayes_lora.runs.empirical_bayes import is_closed_form, leave_out_free_form
+from bayes_lora.runs.fit import split_tasks
+from bayes_lora.tasks.task_set import TaskSet
+from bayes_lora.types import Features
 from bayes_lora.utils.limits import read_limited
 
 __all__ = ["DryRun", "dry_run", "read_architecture"]
@@ -42,6 +59,8 @@ __all__ = ["DryRun", "dry_run", "read_architecture"]
 META = torch.device("meta")
 BITS = {"8bit": 8, "4bit": 4}
 MAX_BYTES = 1 << 20
+OPTIONS = 4
+"""Number of options of a closed-form fit's task, if there are no tasks to count them in."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +70,36 @@ class DryRun:
     Attributes:
         sites: from LoRA site to event shape ``(layers, out, in)``.
         parameters: numbers of ``base`` parameters, of ``lora`` weights of one draw, and of ``trained`` parameters.
-        memory: bytes of ``base``, ``trained``, ``phi``, ``activations``, and their ``total``.
-        tokens: number of tokens of the largest forward of a training step.
+        memory: bytes of each part named above, and their ``total``.
+        tokens: number of tokens of the largest forward of a training step, or of a pass of a closed-form fit.
+        work: of a closed-form fit, the numbers of training ``tasks`` and of their ``examples``, of ``derivatives``
+            (examples x options), and of ``forward`` and ``backward`` passes; empty for other fits.
     """
 
     sites: dict[str, tuple[int, int, int]]
     parameters: dict[str, int]
     memory: dict[str, int]
     tokens: int
+    work: dict[str, int] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
-        """Return tables of sites, parameter counts and memory."""
+        """Return tables of sites, parameter counts and memory, and of the work of a closed-form fit."""
         sites = Table("site", "layers", "out", "in")
         for site, shape in self.sites.items():
             sites.add_row(site, *map(str, shape))
         counts = Table("parameters", "number")
         for name, number in self.parameters.items():
             counts.add_row(name, f"{number:,}")
-        memory = Table(f"memory of a step of {self.tokens:,} tokens (estimate)", "GiB")
+        what = "a closed-form fit in passes" if self.work else "a step"
+        memory = Table(f"memory of {what} of {self.tokens:,} tokens (estimate)", "GiB")
         for name, size in self.memory.items():
             memory.add_row(name, f"{size / 2**30:.2f}")
-        return [sites, counts, memory]
+        if not self.work:
+            return [sites, counts, memory]
+        work = Table("closed-form fit", "number")
+        for name, number in self.work.items():
+            work.add_row(name, f"{number:,}")
+        return [sites, counts, work, memory]
 
 
 def read_architecture(path: Path) -> PreTrainedConfig:
@@ -106,12 +134,14 @@ class _Shapes:
         raise NotImplementedError("a dry run reads nothing")
 
 
-def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
+def dry_run(config: RunConfig, architecture: PreTrainedConfig, tasks: TaskSet | None = None) -> DryRun:
     """Build a run's model and guide on the ``meta`` device, check every LoRA site, and count parameters and memory.
 
     Args:
         config: settings of the run.
         architecture: configuration of the base model.
+        tasks: training tasks, whose sizes decide the cost of a closed-form fit; by default one task of
+            ``episodes.examples_per_task`` examples with four options.
 
     Raises:
         SiteError: a target module is not in the model, or the shape of a site does not match its layers.
@@ -148,8 +178,19 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig) -> DryRun:
     trained = sum(p.numel() for p in objective.parameters())
     quantised = sum(m.weight.numel() for name, m in linears.items() if m is not model.get_output_embeddings())
     parameters = {"base": sum(counted.values()), "lora": sites.num_parameters, "trained": trained}
-    memory, tokens = _memory(config, objective, architecture, sites, parameters, quantised, model.dtype.itemsize)
-    return DryRun(dict(sites.shapes), parameters, memory, tokens)
+    bits = 8 * model.dtype.itemsize if settings.quantization is None else BITS[settings.quantization]
+    base = (parameters["base"] - quantised) * model.dtype.itemsize + quantised * bits // 8
+    per_token = _activations(config, architecture, sites) * model.dtype.itemsize
+    if not is_closed_form(objective.guide):
+        work: dict[str, int] = {}
+        memory, tokens = _of_step(config, objective, parameters, per_token)
+    else:
+        theta = objective.model.initial_theta()
+        parameters["trained"] = sum(value.numel() for name, value in theta.items() if is_fitted(name))
+        memory, work, tokens = _of_closed_form(config, objective, _sizes(config, tasks), per_token)
+        memory = {"theta": 4 * sum(value.numel() for value in theta.values())} | memory
+    memory = {"base": base} | memory
+    return DryRun(dict(sites.shapes), parameters, memory | {"total": sum(memory.values())}, tokens, work)
 
 
 def _check(sites: LoraSites, linears: dict[str, torch.nn.Linear], r: int | None) -> None:
@@ -163,32 +204,72 @@ def _check(sites: LoraSites, linears: dict[str, torch.nn.Linear], r: int | None)
                 raise SiteError(f"site {site!r}: expected event shape {expected} of {name}, got {sites.shapes[site]}.")
 
 
-def _memory(
-    config: RunConfig,
-    objective: BetaELBO,
-    architecture: PreTrainedConfig,
-    sites: LoraSites,
-    parameters: dict[str, int],
-    quantised: int,
-    itemsize: int,
-) -> tuple[dict[str, int], int]:
-    settings, episodes = config.language_model, config.episodes
-    guide: Guide = objective.guide
-    particles = objective.elbo.num_particles
-    scored = episodes.num_query + (episodes.num_support if episodes.score_support else 0)
-    inside = episodes.num_support if guide.steps else 0
-    tokens = episodes.tasks_per_episode * max(scored, inside) * settings.max_length * particles
+def _activations(config: RunConfig, architecture: PreTrainedConfig, sites: LoraSites) -> int:
+    """Return how many numbers a forward keeps for each token."""
     layers = max(len(modules) for modules in sites.modules.values())
     hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
     whole = 7 * hidden + (4 if any("down_proj" in site for site in sites.shapes) else 3) * intermediate
-    per_token = layers * hidden + whole if settings.gradient_checkpointing else layers * whole
-    bits = 8 * itemsize if settings.quantization is None else BITS[settings.quantization]
+    return int(layers * hidden + whole if config.language_model.gradient_checkpointing else layers * whole)
+
+
+def _of_step(
+    config: RunConfig, objective: BetaELBO, parameters: dict[str, int], per_token: int
+) -> tuple[dict[str, int], int]:
+    """Return the memory of a training step, and the tokens of its largest forward."""
+    episodes, guide = config.episodes, objective.guide
+    particles = objective.elbo.num_particles
+    scored = episodes.num_query + (episodes.num_support if episodes.score_support else 0)
+    inside = episodes.num_support if guide.steps else 0
+    tokens = episodes.tasks_per_episode * max(scored, inside) * config.language_model.max_length * particles
     draws = episodes.tasks_per_episode * particles
     pairs = 2 if isinstance(objective.model, WeightSpace | ActivationSpace) else 1  # factor pairs, for mean and scale
     memory = {
-        "base": (parameters["base"] - quantised) * itemsize + quantised * bits // 8,
         "trained": 5 * 4 * parameters["trained"],
         "phi": pairs * 8 * 4 * draws * parameters["lora"],
-        "activations": tokens * per_token * itemsize,
+        "activations": tokens * per_token,
     }
-    return memory | {"total": sum(memory.values())}, tokens
+    return memory, tokens
+
+
+def _sizes(config: RunConfig, tasks: TaskSet | None) -> list[tuple[int, int]]:
+    """Return the numbers of examples and of options of each training task of a closed-form fit."""
+    if tasks is None:
+        return [(config.episodes.examples_per_task or int(EpisodeConfig().examples_per_task or 0), OPTIONS)]
+    kept = leave_out_free_form(split_tasks(tasks, config)[0])
+    return [(len(task), max(len(example.options) for example in task.examples)) for task in kept.values()]
+
+
+def _of_closed_form(
+    config: RunConfig, objective: BetaELBO, sizes: Sequence[tuple[int, int]], per_token: int
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Return the memory of a closed-form fit, its work, and the tokens of a pass."""
+    guide: Any = objective.guide
+    model: Any = objective.model
+    batch, support = guide.batch_size, config.episodes.num_support
+    weights = sum(model.initial[site].numel() for site in model.random_sites)
+    layers = sum(len(model.initial[site]) for site in model.random_sites)
+    passes = [(-(-examples // batch), options) for examples, options in sizes]
+    work = {
+        "tasks": len(sizes),
+        "examples": sum(examples for examples, _ in sizes),
+        "derivatives": sum(examples * options for examples, options in sizes),
+        "forward": sum(count for count, _ in passes),
+        "backward": sum(count * options for count, options in passes),
+    }
+    splits = 0
+    for examples, options in sizes:
+        if guide.theta_objective == "evidence":
+            splits += (examples * options) ** 2
+        else:
+            queries = max(0, examples - support)
+            seen = (examples - queries) * options
+            splits += NUM_SPLITS * (seen**2 + queries * options * (seen + options))
+    tokens = batch * config.language_model.max_length
+    memory = {
+        "phi": 4 * batch * weights,
+        "derivatives": 2 * 4 * weights * max(examples * options for examples, options in sizes),
+        "activations": tokens * per_token,
+        "grams": 4 * layers * sum((examples * options) ** 2 for examples, options in sizes),
+        "splits": 2 * 8 * layers * splits,
+    }
+    return memory, work, tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from hashlib import blake2b
 from statistics import fmean
@@ -21,12 +22,46 @@ from bayes_lora.lm.tensor_store import Entry, TensorStore
 from bayes_lora.posterior.adapt import adapt
 from bayes_lora.posterior.predict import score
 from bayes_lora.tasks.task import Task
-from bayes_lora.types import Sites
+from bayes_lora.tasks.task_set import TaskSet
+from bayes_lora.types import Guide, Sites
 
-__all__ = ["fit_in_closed_form", "grams_of_tasks", "held_out_linear_nll"]
+__all__ = [
+    "fit_in_closed_form",
+    "grams_of_tasks",
+    "held_out_linear_nll",
+    "is_closed_form",
+    "leave_out_free_form",
+]
+
+OTHER_FITS = 'use the recipe abmll-network or guide.theta_objective="elbo"'
 
 VERSION = 1
 """Changed with what is stored, so that matrices of former versions are not read."""
+
+
+def is_closed_form(guide: Guide) -> bool:
+    """Return whether theta of a guide is fitted in closed form."""
+    return bool(getattr(guide, "theta_objective", "elbo") != "elbo")
+
+
+def leave_out_free_form(tasks: TaskSet) -> TaskSet:
+    """Return the tasks whose answers are options, with a warning that names the others.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    free = [name for name, task in tasks.items() if task.free_form]
+    if not free:
+        return tasks
+    named = ", ".join(map(repr, free[:3])) + (f" and {len(free) - 3} more" if len(free) > 3 else "")
+    why = "their answers are generated, and a closed-form fit needs options"
+    if len(free) == len(tasks):
+        raise ConfigError(f"expected training tasks with options, got {named}: {why}. To fit them, {OTHER_FITS}.")
+    warnings.warn(
+        f"{len(free)} of {len(tasks)} training tasks are left out ({named}): {why}. To fit them too, {OTHER_FITS}",
+        stacklevel=3,
+    )
+    return TaskSet(task for task in tasks.values() if not task.free_form)
 
 
 def fit_in_closed_form(
@@ -48,10 +83,10 @@ def fit_in_closed_form(
         tasks: training tasks.
         num_support: support examples of a split of a task; the others are its queries.
         max_steps: maximum number of steps of L-BFGS.
-        progress: shows a progress bar of the tasks.
+        progress: shows progress bars of the tasks and of the steps.
 
     Raises:
-        ConfigError: a task generates answers, or the prior has more than one standard deviation per layer.
+        ConfigError: a task is free-form, or the prior has more than one standard deviation per layer.
     """
     guide: Any = objective.guide
     grams = grams_of_tasks(lm, objective.model, guide.theta_mean(), tasks, guide.batch_size, progress)
@@ -63,8 +98,16 @@ def fit_in_closed_form(
         num_support=num_support,
         beta=guide.beta,
     )
+    bar = progress.add_task("fitting theta", total=max_steps) if progress else None
+
+    def on_step(value: float) -> None:
+        if progress is not None and bar is not None:
+            progress.update(bar, advance=1, description=f"fitting theta, loss {value:.3f}")
+
     with objective.running():
-        values = fit_theta(loss, max_steps)
+        values = fit_theta(loss, max_steps, on_step=on_step)
+    if progress is not None and bar is not None:
+        progress.update(bar, total=len(values) - 1, completed=len(values) - 1)
     history: list[dict[str, float]] = [{"step": step, "loss": value} for step, value in enumerate(values)]
     return FitState(step=len(history) - 1, history=history, best=len(history) - 1)
 
@@ -88,7 +131,7 @@ def grams_of_tasks(
         progress: shows a progress bar.
 
     Raises:
-        ConfigError: a task generates answers.
+        ConfigError: a task is free-form.
     """
     with torch.no_grad():
         prior, shared = model.phi_prior(theta), model.shared(theta)
@@ -100,8 +143,8 @@ def grams_of_tasks(
     for name, task in tasks.items():
         if task.free_form:
             raise ConfigError(
-                f"task {name!r}: its answers are generated, and have no options whose scores could be linearised. "
-                'Leave it out, or set guide.theta_objective="elbo".'
+                f"task {name!r}: its answers are generated, and a closed-form fit needs options. Leave it out, or "
+                f"{OTHER_FITS}."
             )
         found[name] = _grams(lm, task, shared, phi, numbers, store, batch_size)
         if progress is not None and bar is not None:
@@ -109,12 +152,18 @@ def grams_of_tasks(
     return found
 
 
-def held_out_linear_nll(lm: LanguageModel, objective: BetaELBO, tasks: Mapping[str, Task]) -> float:
-    """Return the NLL (nats) of linear predictions of the queries of held-out tasks, averaged over tasks."""
+def held_out_linear_nll(lm: LanguageModel, objective: BetaELBO, tasks: Mapping[str, Task], width: float = 1.0) -> float:
+    """Return the NLL (nats) of linear predictions of the queries of held-out tasks, averaged over tasks.
+
+    That of a generated answer is of the first reference. ``width`` is a factor on the posterior's standard deviations.
+    """
     listed = list(tasks.values())
-    adapted = adapt(objective, lm, listed)
+    adapted = adapt(objective, lm, listed, width=width)
     predictions = adapted.predict([task.query for task in listed])
-    return fmean(score(task.query, found).nll for task, found in zip(listed, predictions, strict=True))
+    return fmean(
+        -float(found[:, 0].mean()) if task.free_form else score(task.query, found).nll
+        for task, found in zip(listed, predictions, strict=True)
+    )
 
 
 def _grams(

@@ -15,6 +15,7 @@ from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.episodes.sampler import EpisodeSampler
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.guides import TangentNetwork, TaskGuide
+from bayes_lora.infer.empirical_bayes import check_scales
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitConfig, FitState, fit
 from bayes_lora.lm.language_model import LanguageModel
@@ -22,10 +23,15 @@ from bayes_lora.posterior.calibrate import WIDTHS, choose_temperature, choose_wi
 from bayes_lora.posterior.classes import describe
 from bayes_lora.posterior.posterior import Posterior, check_pair
 from bayes_lora.recipes.config import RunConfig
-from bayes_lora.recipes.recipes import build_objective, recipe_of
+from bayes_lora.recipes.recipes import build_objective, recipe_of, with_recipe
 from bayes_lora.runs.compare import warm_feature_cache
 from bayes_lora.runs.distillation import distil
-from bayes_lora.runs.empirical_bayes import fit_in_closed_form, held_out_linear_nll
+from bayes_lora.runs.empirical_bayes import (
+    fit_in_closed_form,
+    held_out_linear_nll,
+    is_closed_form,
+    leave_out_free_form,
+)
 from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
 from bayes_lora.runs.subspace import set_directions
@@ -49,7 +55,10 @@ def fit_posterior(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Posterior, FitState]:
-    """Meta-learn on training tasks: hold some out, fit on the others, and return the best checkpoint.
+    """Meta-learn on training tasks: hold some out, fit on the others, and return the posterior.
+
+    By default theta is fitted in closed form (recipe ``tangent``). If a prior or a guide is passed, and with most other
+    recipes, it is fitted by stochastic variational inference, and the posterior is that of the best checkpoint.
 
     Args:
         lm: the language model.
@@ -63,18 +72,21 @@ def fit_posterior(
             (``temperatures.json``); None writes nothing.
         resume: resume from the folder's checkpoint, if there is one. A finished run continues if ``fit.steps`` or
             ``fit.patience`` is larger than before. The learning rate decays over ``fit.steps``, so it rises again, and
-            the result differs slightly from that of a run with as many steps from the start.
+            the result differs slightly from that of a run with as many steps from the start. A closed-form fit is
+            repeated, with the derivatives that are on disk.
         overwrite: replace the folder if it already has a run.
         progress: shows progress bars with an estimate of the remaining time.
 
     Raises:
         TaskError: a task is too small for the episodes.
-        ConfigError: the checkpoint was made with other settings or tasks.
+        ConfigError: the checkpoint was made with other settings or tasks; or theta is fitted in closed form, and the
+            prior has more than one scale per layer, or all training tasks are free-form.
         PosteriorError: the checkpoint was made with another language model, see :mod:`bayes_lora.lm.fingerprint`.
         RunFolderError: the folder already has a run, or is not a run folder.
     """
+    own_parts = model is not None or guide is not None
     if isinstance(config, Mapping):
-        config = RunConfig.from_dict(config)
+        config = RunConfig.from_dict(config, own_parts=own_parts)
     config = with_language_model(config or RunConfig(), lm)
     run = None if run is None else Path(run)
     kept, held = split_tasks(tasks, config)
@@ -90,6 +102,7 @@ def fit_posterior(
             )
     if model is not None and guide is not None:
         check_pair(model, guide)
+    config = with_recipe(config, own_parts=own_parts)
     objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
     # Raises an error before the fit if model or guide cannot be saved.
     parts = None
@@ -99,23 +112,29 @@ def fit_posterior(
             describe(objective.guide, "guide"),
             digest(objective.model.initial),
         ]
-    closed_form = getattr(objective.guide, "theta_objective", "elbo") != "elbo"
+    closed_form = is_closed_form(objective.guide)
+    if closed_form:
+        kept = leave_out_free_form(kept)
+        # The loss checks it too, but after the derivatives are computed.
+        check_scales(objective.model, objective.guide.theta)
     # Without trainable parameters there is nothing to fit.
     steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
-    if not steps:
-        warn_of_no_fit(config)
+    if closed_form or not steps:
+        warn_of_no_effect(config, closed_form=type(objective.guide).__name__ if steps else None)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
     logger = RunLogger(run, lm, objective, optimizer, [*identity(config, tasks), parts], progress)
     if run is not None:
         prepare_run_folder(run, resume=resume, overwrite=overwrite)
+    # A closed-form fit is repeated from the start.
+    start = {name: value.clone() for name, value in objective.state_dict().items()} if closed_form else {}
     state = logger.resumed()
     if run is not None:
         write_settings(run, config, list(kept), list(held))
     warm_feature_cache(
         lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress
     )
-    logger.open_bar(state, steps)
     if closed_form:
+        objective.load_state_dict(start)
         support = config.episodes.num_support
         set_directions(lm, objective.guide, kept, support, max_steps=steps, progress=progress)
         state = fit_in_closed_form(lm, objective, kept, support, max_steps=steps, progress=progress)
@@ -123,7 +142,9 @@ def fit_posterior(
             distil(lm, objective.guide, kept, seed=config.seed, progress=progress)
         if held_out:
             state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
+        logger.save(state)
     elif steps:
+        logger.open_bar(state, steps)
         state = fit(
             objective,
             sampler,
@@ -151,17 +172,23 @@ def fit_posterior(
     return posterior, state
 
 
-def warn_of_no_fit(config: RunConfig) -> None:
-    """Warn if settings of the fit are changed for a recipe without trainable parameters.
+def warn_of_no_effect(config: RunConfig, *, closed_form: str | None) -> None:
+    """Warn if settings are changed that have no effect in a closed-form fit, or without trainable parameters.
 
-    It is not an error, because settings files for several recipes have such settings.
+    It is not an error, because settings files for several recipes have such settings. ``closed_form`` is the name of
+    the guide that is fitted in closed form; None if there is nothing to fit.
     """
     changed = [
         f"fit.{f.name}" for f in fields(FitConfig) if getattr(config.fit, f.name) != getattr(FitConfig(), f.name)
     ]
+    if closed_form:
+        changed = [name for name in changed if name != "fit.steps"]
+        changed += ["episodes.num_demonstrations"] if config.episodes.num_demonstrations else []
     if changed:
-        message = f"recipe {config.recipe!r} has nothing to fit: {', '.join(changed)} have no effect"
-        warnings.warn(message, stacklevel=3)
+        why = (
+            f"{closed_form} is fitted in closed form" if closed_form else f"recipe {config.recipe!r} has nothing to fit"
+        )
+        warnings.warn(f"{why}: {', '.join(changed)} have no effect", stacklevel=3)
 
 
 def _choose_width(

@@ -92,10 +92,14 @@ class RunLogger:
             self.progress.update(self.bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
 
     def on_evaluate(self, state: FitState) -> None:
-        """Print the evaluation; write a checkpoint and the history."""
+        """Print the evaluation, and save."""
         if self.progress is not None:
             values = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in state.history[-1].items())
             self.progress.console.print(", ".join(values))
+        self.save(state)
+
+    def save(self, state: FitState) -> None:
+        """Write a checkpoint and the history."""
         if self.run is not None:
             save_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, state, self.identity, self.lm)
             write_json(self.run / CURVE, state.history)

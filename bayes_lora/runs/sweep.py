@@ -15,7 +15,8 @@ from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
-from bayes_lora.runs.fit import build_episodes, fit_posterior
+from bayes_lora.runs.empirical_bayes import held_out_linear_nll
+from bayes_lora.runs.fit import build_episodes, fit_posterior, split_tasks
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.utils.seeding import seeded
 
@@ -28,7 +29,8 @@ class BetaPoint:
 
     Attributes:
         beta: the value of beta.
-        nll: predictive NLL of the held-out tasks' query, nats per example, with draws from q(phi | support).
+        nll: predictive NLL of the held-out tasks' query, nats per example, with draws from q(phi | support), or with
+            linear scores for a guide that predicts with them.
         width: factor of the standard deviations of q(phi | support) that minimises the held-out NLL.
         nll_at_width: the NLL at that width.
         divergence: KL(q(phi | support) || p(phi | theta)), nats per held-out task.
@@ -83,6 +85,9 @@ def _point(
     _, held_out = build_episodes(lm, tasks, config)
     objective, nll = posterior.objective, {}
     for width in (1.0, posterior.width):
+        if getattr(posterior.guide, "predictive", "draws") == "linear":
+            nll[width] = held_out_linear_nll(lm, objective, split_tasks(tasks, config)[1], width)
+            continue
         with seeded(config.seed, lm.device):
             nll[width] = held_out_nll(objective, held_out, num_draws, width)
     with evaluating(objective):
