@@ -2,7 +2,7 @@
 
 Settings are chosen by the mean NLL on training tasks, 16 examples of which are support and 24 are queries: number of
 steps, learning rate and temperature of a LoRA for each task, and the penalty of logistic regression on the hidden state
-before the answer. The recipe ``abmll-network`` is fitted on the same training tasks.
+before the answer. Recipes are fitted on the same training tasks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ STEPS, RATES = (10, 30), (1e-3, 3e-3)
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
 TEMPERATURES = [2.0 ** (k / 4) for k in range(-4, 17)]
 SUPPORT, QUERY, EVERY = 16, 24, 6
-NETWORK_STEPS = 150
+FITS: dict[str, dict[str, float]] = {"abmll-network": {"steps": 150, "learning_rate": 2e-3}}
+"""Settings of the fit of a recipe, where they are not the default."""
 
 Adapt = Callable[[Sequence[Task]], list[Tensor]]
 """From tasks with the same queries to log-probabilities ``(q, K)`` of each."""
@@ -38,11 +39,11 @@ class Baselines:
         lm: the language model.
         folder: where predictions are kept.
         training: training tasks, on which settings are chosen.
-        network: whether to fit and evaluate ``abmll-network``, which takes two hours more.
+        recipes: names of recipes to fit and evaluate, which takes up to an hour each.
     """
 
-    def __init__(self, lm: Any, folder: Path, training: Mapping[str, Task], *, network: bool = False) -> None:
-        self.lm, self.folder, self.training, self.network = lm, folder, training, network
+    def __init__(self, lm: Any, folder: Path, training: Mapping[str, Task], *, recipes: Sequence[str] = ()) -> None:
+        self.lm, self.folder, self.training, self.recipes = lm, folder, training, recipes
         self.tuning = [
             Task(task.name, task.examples[:SUPPORT], task.examples[SUPPORT : SUPPORT + QUERY])
             for task in list(training.values())[::EVERY]
@@ -63,10 +64,11 @@ class Baselines:
             "logistic regression": self._method(f"logistic-{penalty:g}", self._logistic(penalty)),
             "LoRA": self._method("lora-{}-{:g}".format(*best[0]), self._lora(*best[0]), best[1]),
         }
-        for steps in (0, 10) if self.network else ():
-            name = f"abmll-network + {steps} steps" if steps else "abmll-network"
-            found[name] = self._method(name, self._network(steps))
-            self.settings[name] = {"steps of the fit": NETWORK_STEPS}
+        for recipe in self.recipes:
+            for steps in dict.fromkeys([0, self._fitted(recipe).default_steps]):
+                name = f"{recipe} + {steps} steps" if steps else recipe
+                found[name] = self._method(name, self._recipe(recipe, steps))
+                self.settings[name] = {f"{setting} of the fit": value for setting, value in FITS.get(recipe, {}).items()}
         return found
 
     def _nll(self, predictions: Sequence[Tensor], temperature: float) -> float:
@@ -106,17 +108,17 @@ class Baselines:
 
         return adapt
 
-    def _network(self, steps: int) -> Adapt:
+    def _recipe(self, recipe: str, steps: int) -> Adapt:
         def adapt(tasks: Sequence[Task]) -> list[Tensor]:
-            adapted = self._fitted_network().adapt(tasks, steps=steps)
+            adapted = self._fitted(recipe).adapt(tasks, steps=steps)
             return adapted.predict([task.query for task in tasks], num_draws=10)
 
         return adapt
 
-    def _fitted_network(self) -> Any:
-        run = self.folder / "abmll-network"
+    def _fitted(self, recipe: str) -> Any:
+        run = self.folder / recipe
         if not (run / "posterior").exists():
-            config = {"recipe": "abmll-network", "fit": {"steps": NETWORK_STEPS, "learning_rate": 2e-3}}
+            config = {"recipe": recipe, "fit": FITS.get(recipe, {})}
             bayes_lora.fit_posterior(self.lm, self.training, config, run=run, overwrite=True)  # type: ignore[arg-type]
         return bayes_lora.load_posterior(run, self.lm)
 

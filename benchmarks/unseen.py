@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=Path, help="folder of CrossFit's tasks, with splits.json")
     parser.add_argument("--cache", type=Path, help="folder for derivatives, hidden states, predictions")
-    parser.add_argument("--network", action="store_true", help="evaluate the recipe abmll-network, for two hours more")
+    parser.add_argument("--recipes", nargs="*", default=(), help="recipes to fit and evaluate, up to an hour each")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "unseen.json")
     chosen = parser.parse_args(arguments)
     if chosen.tasks is None or chosen.cache is None:
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grams = grams_of_tasks(lm, start.model, origin, {name: Task(name, tuple(rows))})[name]
         tasks[name] = UnseenTask(name, rows, grams, [len(one) for one in sets], len({row.options for row in rows}) == 1)
         print(name, len(rows), flush=True)
-    baselines = Baselines(lm, chosen.cache / "predictions", training, network=chosen.network)
+    baselines = Baselines(lm, chosen.cache / "predictions", training, recipes=chosen.recipes)
     methods: dict[str, Predict] = {
         "label counts": label_counts,
         "slope and biases": FromGrams(lm, grams_of_tasks(lm, start.model, origin, training)),

@@ -77,8 +77,8 @@ class TangentNetwork(TangentGuide):
         if not {CODE} <= {*getattr(model, "random_sites", ())} <= {CODE, SLOPE, BIAS}:
             got = [*getattr(model, "random_sites", ())]
             raise ConfigError(
-                f"TangentNetwork: expected a Subspace, whose random site is {CODE!r}; {type(model).__name__} has {got}. "
-                "Use TangentGuide, or prior.name=subspace."
+                f"TangentNetwork: expected a Subspace, with the random site {CODE!r}; {type(model).__name__} has "
+                f"{got}. Use TangentGuide, or prior.name=subspace."
             )
         super().__init__(
             model, theta_guide=theta_guide, beta=beta, batch_size=batch_size, theta_objective=theta_objective

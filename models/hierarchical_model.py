@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -48,7 +48,7 @@ class HierarchicalModel(RecordedSettings, PyroModule):
         SiteError: the sites or event shapes of ``initial`` differ from those of the language model.
     """
 
-    not_settings = ("initial",)
+    not_settings: ClassVar[tuple[str, ...]] = ("initial",)
     random_sites: list[str]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 

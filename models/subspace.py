@@ -12,7 +12,7 @@ tasks; stochastic variational inference trains them further.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -34,7 +34,8 @@ class Subspace(FactorModel):
     """p(theta) p(c_i | theta) p(y | x, phi_i) as a Pyro program.
 
     Sites: ``theta.loc.<site>`` for every LoRA site; ``theta.directions.<site>``, ``(size * layers, out, in)``, for
-    those that differ between tasks; ``theta.precision.code``, ``(1, 1, 1)``; ``phi.code``, ``(1, 1, size)``; ``answer``.
+    those that differ between tasks; ``theta.precision.code``, ``(1, 1, 1)``; ``phi.code``, ``(1, 1, size)``;
+    ``answer``.
 
     Args:
         likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
@@ -53,7 +54,7 @@ class Subspace(FactorModel):
         SiteError: ``initial`` or ``directions`` do not fit the likelihood's sites.
     """
 
-    not_settings = ("initial", "directions")
+    not_settings: ClassVar[tuple[str, ...]] = ("initial", "directions")
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class Subspace(FactorModel):
             got = tuple(directions[site].shape) if site in directions else None
             if got != self._shape(site):
                 raise SiteError(
-                    f"directions: site {site!r}: expected shape {self._shape(site)} (size * layers, out, in), got {got}."
+                    f"directions: site {site!r}: expected {self._shape(site)} (size * layers, out, in), got {got}."
                 )
         if directions.keys() != set(self.varied):
             raise SiteError(f"directions: expected the sites {self.varied}, got {[*directions]}.")

@@ -77,7 +77,7 @@ def test_the_language_model_reads_a_code(lm):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda phi: phi.pop(CODE), "'directions.q_proj.lora_B': the model has no such site"),
+        (lambda phi: phi.pop(CODE), r"'directions\..*': the model has no such site"),
         (lambda phi: phi.update({CODE: phi[CODE][..., :2]}), r"expected event shape \(4, 16, 2\)|expected event shape"),
         (lambda phi: [phi.pop(s) for s in [*phi] if s.startswith("directions")], "'code': expected directions beside"),
     ],
@@ -126,9 +126,11 @@ def test_derivatives_by_the_code_are_inner_products_with_the_directions(lm):
 def test_leading_directions_are_those_of_the_singular_value_decomposition():
     generator = torch.Generator().manual_seed(1)
     weights = 0.5 ** torch.arange(9, dtype=torch.float64)
-    rows = torch.randn(40, 9, generator=generator, dtype=torch.float64) * weights @ torch.linalg.qr(
-        torch.randn(30, 9, generator=generator, dtype=torch.float64)
-    ).Q.T
+    rows = (
+        torch.randn(40, 9, generator=generator, dtype=torch.float64)
+        * weights
+        @ torch.linalg.qr(torch.randn(30, 9, generator=generator, dtype=torch.float64)).Q.T
+    )
     found = leading_directions(rows.split([7, 1, 20, 12]), 3)
     expected = torch.linalg.svd(rows).Vh[:3]
     torch.testing.assert_close(found @ found.T, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -224,7 +226,7 @@ def test_settings_out_of_range_are_refused(lm, settings, message):
 def test_directions_of_other_shapes_are_refused(lm):
     right = Subspace(lm, size=2).directions
     assert Subspace(lm, directions=right, size=2).directions == right
-    with pytest.raises(SiteError, match=r"site 'q_proj.lora_B': expected shape .* \(size \* layers, out, in\), got"):
+    with pytest.raises(SiteError, match=r"site 'q_proj.lora_B': expected .* \(size \* layers, out, in\), got"):
         Subspace(lm, directions=right, size=3)
     with pytest.raises(SiteError, match="directions: expected the sites"):
         Subspace(lm, directions=right | {"q_proj.lora_A": right["q_proj.lora_B"]}, size=2)

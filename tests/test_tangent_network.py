@@ -111,8 +111,8 @@ def test_distillation_finds_derivatives(lm):
     [task] = make_tasks(1).values()
     episode = collate([lm.encoder(task.examples)])
     theta = guide.theta_mean()
-    true = TangentGuide(guide.model).linearised(episode, theta).tangent.gradients[CODE]
-    found = guide.linearised(episode, theta).tangent.gradients[CODE]
+    true = TangentGuide(guide.model).linearised(episode, theta).tangent.gradients[CODE].detach()
+    found = guide.linearised(episode, theta).tangent.gradients[CODE].detach()
     present = episode.option_mask
     true = distillation.centred(true.flatten(3), present)
     error = (distillation.centred(found.flatten(3), present) - true).square().sum()

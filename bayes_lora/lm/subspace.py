@@ -54,7 +54,8 @@ def _combined(code: Tensor, directions: Tensor, like: Tensor) -> Tensor:
     event, batch = like.shape[-3:], directions.shape[:-3]
     # One matrix product for all draws and tasks, unless there are draws of the directions too.
     flat = directions.reshape(*(batch if batch.numel() > 1 else ()), code.shape[-1], event.numel())
-    return torch.einsum("...m,...mp->...p", code, flat).unflatten(-1, event)
+    found: Tensor = torch.einsum("...m,...mp->...p", code, flat).unflatten(-1, event)
+    return found
 
 
 def subspace_shapes(values: Sites, shapes: SiteShapes) -> SiteShapes:

@@ -119,7 +119,7 @@ def distil(
             chosen = [order.randrange(len(batches)) for _ in range(BATCHES)]
             loss = torch.stack([_error(guide, batches[i]) / (targets[i] + floor) for i in chosen]).mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             decay.step()
             history.append(float(loss.detach()))
@@ -147,7 +147,9 @@ def other_options(tasks: Mapping[str, Task], tokenizer: Any, seed: int = 0) -> d
         for name, task in tasks.items()
     }
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    words = sorted({text.strip() for text in texts if text.startswith(" ") and len(text) > 3 and text.strip().isalpha()})
+    words = sorted(
+        {text.strip() for text in texts if text.startswith(" ") and len(text) > 3 and text.strip().isalpha()}
+    )
     found = {}
     for name, task in tasks.items():
         choose = random.Random(f"{seed}/{name}")
