@@ -132,6 +132,22 @@ def closed_form_config(**guide):
     )
 
 
+def test_a_closed_form_fit_of_a_subspace():
+    """By hand: derivatives by all weights, for the directions, by the code, and for the network's training twice."""
+    config = replace(closed_form_config(rank=6), recipe="subspace-network", prior={"size": 9})
+    found = dry_run(config, LlamaConfig(**SMALL), sized_tasks())
+    all_rows, others = 7 * 2 + 11 * 3 + 10 * 2, (7 + 11 + 10) * 8
+    assert found.work["derivatives"] == 4 * all_rows + others and found.work["examples"] == 28
+    assert found.work["forward"] == 5 * 8 and found.work["backward"] == 4 * 19 + 8 * 8
+    weights = 5 * 64 * 3 + 5 * 32 * 3
+    assert found.memory["directions"] == 2 * 4 * weights * (2 * 9 + 33)
+    assert found.memory["derivatives"] == 2 * 4 * 33 * weights
+    assert found.memory["theta"] == 4 * (3 * 5 * 64 * 3 + 5 * 32 * 3 + 9 * weights + 1 + 3)
+    assert found.parameters["trained"] == 4  # scales of the code, the slopes and the biases, and the mean of the slopes
+    config = replace(config, recipe="subspace", guide={"batch_size": 4})
+    assert dry_run(config, LlamaConfig(**SMALL), sized_tasks()).work["derivatives"] == 3 * all_rows
+
+
 def test_a_closed_form_fit():
     """By hand: 11 of the 12 examples of the second task, and the last pass of each task is smaller."""
     found = dry_run(closed_form_config(), LlamaConfig(**SMALL), sized_tasks())

@@ -16,7 +16,9 @@ Of a closed-form fit, which differentiates all option scores of all training tas
 - derivatives: two copies of those of the task with the most scores, examples x options x random weights, in 32 bits;
 - activations: as above, of a pass;
 - grams: (examples x options)^2 per task, random site and layer, in 32 bits, of all tasks;
-- splits: two copies of the parts of them that the fit reads, in 64 bits.
+- splits: two copies of the parts of them that the fit reads, in 64 bits;
+- directions, of a subspace: two copies of the rows in which they are found, of as many numbers as weights differ
+  between tasks. Its scores are differentiated again for the directions, by the code, and for a network's training.
 
 The splits are made after the derivatives are gone, so that the total is an upper bound. Grams and splits are in RAM.
 """
@@ -37,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.errors import ModelFileError, SiteError
+from bayes_lora.guides import TangentNetwork
 from bayes_lora.infer.empirical_bayes import NUM_SPLITS, is_fitted
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.lm.adapters import read_lora_config
@@ -48,8 +51,12 @@ from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_objective
+from bayes_lora.runs.distillation import EXAMPLES as OTHER_EXAMPLES
+from bayes_lora.runs.distillation import WORDS
 from bayes_lora.runs.empirical_bayes import is_closed_form, leave_out_free_form
 from bayes_lora.runs.fit import split_tasks
+from bayes_lora.runs.subspace import EXAMPLES as DIRECTION_EXAMPLES
+from bayes_lora.runs.subspace import subspace_of
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Features
 from bayes_lora.utils.limits import read_limited
@@ -246,13 +253,17 @@ def _of_closed_form(
     guide: Any = objective.guide
     model: Any = objective.model
     batch, support = guide.batch_size, config.episodes.num_support
-    weights = sum(model.initial[site].numel() for site in model.random_sites)
-    layers = sum(len(model.initial[site]) for site in model.random_sites)
-    passes = [(-(-examples // batch), options) for examples, options in sizes]
+    subspace = subspace_of(model)
+    # Directions are found with the derivatives by all weights that differ between tasks.
+    widest = model.random_sites if subspace is None else subspace.varied
+    weights = sum(model.initial[site].numel() for site in widest)
+    layers = sum(len(model.initial[site]) for site in widest)
+    read = [*sizes, *_of_subspace(sizes, guide)] if subspace is not None else sizes
+    passes = [(-(-examples // batch), options) for examples, options in read]
     work = {
         "tasks": len(sizes),
         "examples": sum(examples for examples, _ in sizes),
-        "derivatives": sum(examples * options for examples, options in sizes),
+        "derivatives": sum(examples * options for examples, options in read),
         "forward": sum(count for count, _ in passes),
         "backward": sum(count * options for count, options in passes),
     }
@@ -272,4 +283,15 @@ def _of_closed_form(
         "grams": 4 * layers * sum((examples * options) ** 2 for examples, options in sizes),
         "splits": 2 * 8 * layers * splits,
     }
+    if subspace is not None:
+        rows = max(min(DIRECTION_EXAMPLES, examples) * options for examples, options in sizes)
+        memory["directions"] = 2 * 4 * weights * (2 * subspace.size + rows)
     return memory, work, tokens
+
+
+def _of_subspace(sizes: Sequence[tuple[int, int]], guide: Any) -> list[tuple[int, int]]:
+    """Return the examples and options whose derivatives are read after those by all weights."""
+    read = [(min(DIRECTION_EXAMPLES, examples), options) for examples, options in sizes] + [*sizes]
+    if isinstance(guide, TangentNetwork):
+        read += [*sizes] + [(min(OTHER_EXAMPLES, examples), 2 * WORDS) for examples, _ in sizes]
+    return read
