@@ -36,7 +36,7 @@ from bayes_lora.runs.empirical_bayes import grams_of_tasks
 from bayes_lora.tasks import Example, Task
 from bayes_lora.utils.storage import read_json, write_json
 
-SIZES = (2, 4, 8, 16)
+SIZES = (2, 4, 8, 16, 32)
 COLUMNS = ("accuracy", "nll", "brier", "epistemic", "auroc of mutual information", "auroc of confidence")
 
 
@@ -94,13 +94,29 @@ def label_counts(task: UnseenTask, support: Tensor, query: Tensor) -> tuple[Tens
     return (weights / weights.sum(-1, keepdim=True)).log().clamp_min(-1e30), torch.zeros(len(query))
 
 
-def scored(task: UnseenTask, predict: Any, size: int) -> list[dict[str, Any]]:
-    """Accuracy, NLL, Brier score and uncertainty of each support set of a task."""
+def supports(task: UnseenTask, size: int, joined: bool = False) -> list[Tensor]:
+    """Return the indices of the first examples of each support set; joined, the next set goes on where one ends."""
     starts = np.cumsum([0, *task.sets]).tolist()
-    query = torch.arange(starts[-1], len(task.grams.answer))
+    sets = [list(range(begin, end)) for begin, end in zip(starts, starts[1:], strict=False)]
+    if joined:
+        pairs = [one + sets[(i + 1) % len(sets)] for i, one in enumerate(sets)]
+        sets = [distinct(task, pair) for pair in pairs]
+    return [torch.tensor(one[:size]) for one in sets]
+
+
+def distinct(task: UnseenTask, indices: Sequence[int]) -> list[int]:
+    """Return indices of examples with different inputs; support sets of different seeds share some."""
+    found: dict[str, int] = {}
+    for index in indices:
+        found.setdefault(task.rows[index].input, index)
+    return list(found.values())
+
+
+def scored(task: UnseenTask, predict: Any, size: int, joined: bool = False) -> list[dict[str, Any]]:
+    """Accuracy, NLL, Brier score and uncertainty of each support set of a task."""
+    query = torch.arange(sum(task.sets), len(task.grams.answer))
     found = []
-    for begin, count in zip(starts, task.sets, strict=False):
-        support = torch.arange(begin, begin + min(size, count))
+    for support in supports(task, size, joined):
         log_probs, epistemic = predict(task, support, query)
         gold = task.grams.answer[query]
         confidence, chosen = log_probs.exp().max(-1)
@@ -170,8 +186,11 @@ def mean_of(by_task: Mapping[str, list[dict[str, Any]]], column: str) -> float:
 
 
 def by_size(tasks: Mapping[str, UnseenTask], predict: Any) -> dict[str, Any]:
-    """The epistemic share at each support size, and the interval of its change from one size to the next."""
-    rows = {size: {name: scored(task, predict, size) for name, task in tasks.items()} for size in SIZES}
+    """The epistemic share at each support size, and the interval of its change from one size to the next.
+
+    More examples than a set has are those of the next set.
+    """
+    rows = {size: {name: scored(task, predict, size, joined=True) for name, task in tasks.items()} for size in SIZES}
     shares = {size: {name: [one["epistemic"] for one in own] for name, own in rows[size].items()} for size in SIZES}
     return {
         "share": {str(size): mean_of(rows[size], "epistemic") for size in SIZES},

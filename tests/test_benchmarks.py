@@ -16,10 +16,12 @@ from runs import run
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import GUIDES, PRIORS
 
+from bayes_lora import load_posterior
 from bayes_lora.episodes import collate
 from bayes_lora.lm.arithmetic import Arithmetic
 from bayes_lora.posterior.baselines import finetune_lora
 from bayes_lora.tasks import Example, Task
+from bayes_lora.tasks.task_set import TaskSet
 
 ROOT = Path(__file__).parents[1]
 CASES = {
@@ -265,6 +267,31 @@ def test_the_zoo_is_measured(tmp_path, capsys):
     assert lines["GradientGuide"]["passes"] == 6.0 and lines["GradientGuide"]["passes_of_a_new_task"] == 5.0
     assert lines["HierarchicalNormal"]["parameters"] == 4.0 and lines["GradientGuide"]["parameters"] == 2.0
     assert "RankARD" in capsys.readouterr().out
+
+
+def test_a_recipe_is_fitted_once_and_adapted_to_each_support_set(lm, tmp_path, monkeypatch):
+    lm_baselines, unseen = importlib.import_module("lm_baselines"), importlib.import_module("unseen")
+    monkeypatch.setattr(lm_baselines, "GRID", [(1, 1e-3)])
+    tasks = make_tasks(4, 44)
+    *training, last = tasks.values()
+    found = lm_baselines.Baselines(lm, tmp_path, TaskSet(training), recipes=["tangent"])
+    methods = found.methods()
+    assert list(methods) == ["logistic regression", "LoRA", "tangent"]  # a closed form takes no steps
+    rows = list(last.examples[:14])
+    task = unseen.UnseenTask("unseen", rows, None, [6, 5], True)
+    log_probs, epistemic = methods["tangent"](task, torch.arange(6, 11), torch.arange(11, 14))
+    adapted = load_posterior(tmp_path / "tangent", lm=lm).adapt(Task("one", tuple(rows[6:11])))
+    torch.testing.assert_close(log_probs.exp(), adapted.predict(rows[11:]).exp().double(), atol=1e-6, rtol=0)
+    assert not epistemic.any()
+
+
+def test_joined_support_sets_have_no_example_twice():
+    unseen = importlib.import_module("unseen")
+    rows = [Example(text, ("yes", "no"), 0) for text in ("a", "b", "c", "b", "d", "query")]
+    task = unseen.UnseenTask("unseen", rows, None, [3, 2], True)
+    assert [one.tolist() for one in unseen.supports(task, 2)] == [[0, 1], [3, 4]]
+    assert [one.tolist() for one in unseen.supports(task, 4)] == [[0, 1, 2], [3, 4]]
+    assert [one.tolist() for one in unseen.supports(task, 4, joined=True)] == [[0, 1, 2, 4], [3, 4, 0, 2]]
 
 
 def test_baselines_of_unseen_tasks_are_kept_and_chosen_on_training_tasks(lm, tmp_path):
