@@ -68,7 +68,8 @@ class Baselines:
             for steps in dict.fromkeys([0, self._fitted(recipe).default_steps]):
                 name = f"{recipe} + {steps} steps" if steps else recipe
                 found[name] = self._method(name, self._recipe(recipe, steps))
-                self.settings[name] = {f"{setting} of the fit": value for setting, value in FITS.get(recipe, {}).items()}
+                fit = FITS.get(recipe, {})
+                self.settings[name] = {f"{setting} of the fit": value for setting, value in fit.items()}
         return found
 
     def _nll(self, predictions: Sequence[Tensor], temperature: float) -> float:

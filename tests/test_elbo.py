@@ -1,5 +1,6 @@
 """AnalyticELBO against Pyro's own estimators: values, gradients, what it keeps, and what it refuses."""
 
+import math
 from contextlib import nullcontext
 
 import pyro
@@ -42,6 +43,78 @@ def test_values_and_gradients_are_pyro_s(lm, theta):
     torch.testing.assert_close(loss, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, theirs[name])
+
+
+def observations(shared=True):
+    """A location of each of two tasks, of which three values are observed, one of them absent."""
+    values = torch.tensor([[0.3, -1.0, 2.0], [1.5, 0.2, -0.4]], dtype=torch.float64)
+    present = torch.tensor([[True, True, True], [True, True, False]])
+
+    def model():
+        with pyro.plate("task", 2, dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, 1, dtype=torch.float64), 1.0))
+            with pyro.plate("example", 3, dim=-1), pyro.poutine.scale(scale=1.5), pyro.poutine.mask(mask=present):
+                pyro.sample("answer", dist.Normal(z, 0.7), obs=values)
+
+    def guide():
+        with pyro.plate("task", 2, dim=-2):
+            pyro.sample("z", dist.Normal(torch.tensor([[0.4], [-0.2]], dtype=torch.float64), 0.8))
+
+    return model, guide, values, present
+
+
+def test_the_predictive_loss_averages_draws_inside_the_logarithm():
+    model, guide, values, present = observations()
+    elbo = AnalyticELBO(5, max_plate_nesting=2, vectorize_particles=True, predictive=True)
+    torch.manual_seed(2)
+    [(_, trace)] = list(elbo._get_traces(model, guide, (), {}))
+    z = trace.nodes["z"]["value"]
+    assert z.shape == (5, 2, 1)
+    likelihood = dist.Normal(z, 0.7).log_prob(values).exp().mean(0).log()
+    q = torch.distributions.Normal(torch.tensor([0.4, -0.2], dtype=torch.float64), 0.8)
+    divergence_of_z = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum()
+    torch.manual_seed(2)
+    torch.testing.assert_close(
+        elbo.differentiable_loss(model, guide), divergence_of_z - 1.5 * likelihood[present].sum()
+    )
+
+
+def test_the_predictive_loss_of_many_draws_is_the_log_density_of_predictions():
+    """By Monte Carlo, within five standard errors: the predictive distribution is normal here."""
+    model, guide, values, present = observations()
+    torch.manual_seed(3)
+    elbo = AnalyticELBO(20_000, max_plate_nesting=2, vectorize_particles=True, predictive=True)
+    loc = torch.tensor([[0.4], [-0.2]], dtype=torch.float64)
+    predictive = dist.Normal(loc, math.hypot(0.8, 0.7)).log_prob(values)[present].sum()
+    q = torch.distributions.Normal(loc, 0.8)
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum() - 1.5 * predictive
+    found = elbo.differentiable_loss(model, guide)
+    # The variance of p(y | z) / p(y) is at most the ratio of its maximum and p(y), below 20 for each of five values.
+    assert abs(float(found - expected)) < 5 * 1.5 * 5 * math.sqrt(20 / 20_000)
+    plain = AnalyticELBO(20_000, max_plate_nesting=2, vectorize_particles=True).differentiable_loss(model, guide)
+    assert float(plain) > float(found) + 1.0  # Jensen's inequality
+
+
+def test_the_predictive_loss_needs_several_draws_in_one_forward(lm):
+    model = IndependentNormal(lm)
+    with pytest.raises(ConfigError, match=r"predictive: expected at least two particles.*num_particles=1"):
+        BetaELBO(model, model, predictive=True)
+    with pytest.raises(ConfigError, match="predictive: expected no elbo beside it"):
+        BetaELBO(model, model, predictive=True, num_particles=2, elbo=Trace_ELBO())
+    assert BetaELBO(model, model, predictive=True, num_particles=2).elbo.predictive
+
+
+def test_the_predictive_loss_trains_a_guide_network(lm):
+    episode = make_episode(lm, num_data=[11, 5], task_index=[1, 4], num_tasks=7)
+    objective = network_objective(lm, theta_guide=PointTheta)
+    objective.elbo = AnalyticELBO(4, max_plate_nesting=2, vectorize_particles=True, predictive=True)
+    torch.manual_seed(5)
+    loss = objective(episode)
+    objective.elbo = AnalyticELBO(4, max_plate_nesting=2, vectorize_particles=True)
+    torch.manual_seed(5)
+    assert float(loss.detach()) < float(objective(episode).detach())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.guide.theta.parameters())
 
 
 def normals():

@@ -2,13 +2,20 @@ r"""An ELBO estimator with the values of Pyro's ``TraceMeanField_ELBO`` that nee
 
 .. math:: \mathrm{ELBO} = \mathbb E_q[\log p(y \mid z)] - \mathrm{KL}(q(z) \,\|\, p(z))
 
-in nats, with the divergence in closed form if the two families have one. Pyro's estimator also computes the log-density
+in nats, with the divergence in closed form if the two families have one. With ``predictive=True`` draws are averaged
+inside the logarithm, over the S draws of each observation,
+
+.. math:: \sum_j \log \tfrac1S \textstyle\sum_s p(y_j \mid z_s) - \mathrm{KL}(q(z) \,\|\, p(z))
+
+as predictions are scored. It is no bound on the evidence, and needs no wide posterior where the likelihood is right in
+only some draws (PAC-m bound, Morningstar et al., arXiv 2010.09629). Pyro's estimator also computes the log-density
 of every latent site, and keeps what its backward would need. With separate LoRA weights for every task of an episode,
 that is the largest item in memory after the language model's activations.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +31,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from bayes_lora.distributions.divergence import divergence
-from bayes_lora.errors import SiteError, did_you_mean
+from bayes_lora.errors import ConfigError, SiteError, did_you_mean
 
 __all__ = ["AnalyticELBO", "site_divergence"]
 
@@ -42,10 +49,22 @@ class AnalyticELBO(TraceMeanField_ELBO):
     Args:
         num_particles: draws of the latent variables that the loss averages over. With ``vectorize_particles=True`` and
             ``max_plate_nesting=2`` (the plates ``task`` and ``example``) they share one forward.
+        predictive: whether the likelihoods of draws are averaged before the logarithm; needs ``vectorize_particles``
+            and at least two particles.
 
     Raises:
+        ConfigError: ``predictive`` without several draws in one forward.
         NotImplementedError: a latent site of the guide is not reparameterised; the message names it.
     """
+
+    def __init__(self, *args: Any, predictive: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.predictive = predictive
+        if predictive and not (self.vectorize_particles and self.num_particles > 1):
+            raise ConfigError(
+                f"predictive: expected at least two particles in one forward, got num_particles={self.num_particles}, "
+                f"vectorize_particles={self.vectorize_particles}. Raise objective.num_particles."
+            )
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         unwrapped: Any = poutine.unwrap(guide)
@@ -69,7 +88,7 @@ class AnalyticELBO(TraceMeanField_ELBO):
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample":
                 if site["is_observed"]:
-                    elbo = elbo + site["log_prob_sum"]
+                    elbo = elbo + self._observed(name, site)
                     _check_shape(site, site["log_prob"], self.max_plate_nesting)
                 else:
                     elbo = elbo - site_divergence(name, guide_trace, model_trace, self.max_plate_nesting)
@@ -79,6 +98,14 @@ class AnalyticELBO(TraceMeanField_ELBO):
                 elbo = elbo - _log_density(site).sum()
         loss = -elbo
         return loss.detach() if torch.is_tensor(loss) else loss, loss
+
+    def _observed(self, name: str, site: Any) -> Any:
+        """Return the log-likelihood of an observed site, summed over draws."""
+        if not self.predictive or name.startswith("phi."):  # a factor of the prior is no observation
+            return site["log_prob_sum"]
+        each, draws = site["unscaled_log_prob"], -self.max_plate_nesting
+        mean = each.logsumexp(draws, keepdim=True) - math.log(self.num_particles)
+        return self.num_particles * scale_and_mask(mean, scale=site["scale"], mask=site["mask"]).sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss in nats; its gradient is that of the negative ELBO."""

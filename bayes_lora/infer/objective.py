@@ -46,6 +46,8 @@ class BetaELBO(nn.Module):
         beta: weight of KL(q(phi) || p(phi | theta)).
         gamma: weight of KL(q(theta) || p(theta)); by default beta, as in arXiv 2508.14285 v2.
         num_particles: draws of phi over which the loss averages, all in one forward.
+        predictive: whether the likelihood of each example is averaged over the draws before the logarithm, as
+            predictions are, see :mod:`bayes_lora.infer.elbo`; needs several particles.
         context: a function that makes a context manager, such as an effect handler, inside which model and guide run;
             by default ``model.context``, if the model has one.
         elbo: any Pyro ELBO; by default :class:`bayes_lora.infer.elbo.AnalyticELBO`, which computes divergences in
@@ -60,6 +62,7 @@ class BetaELBO(nn.Module):
         beta: float = 1.0,
         gamma: float | None = None,
         num_particles: int = 1,
+        predictive: bool = False,
         context: Callable[[], AbstractContextManager[Any]] | None = None,
         elbo: ELBO | None = None,
     ) -> None:
@@ -76,8 +79,12 @@ class BetaELBO(nn.Module):
         self.model: Any = model
         self.guide: Any = guide
         # Two plates: task and example.
-        make: Any = AnalyticELBO
-        self.elbo: Any = elbo or make(num_particles, max_plate_nesting=2, vectorize_particles=True)
+        if elbo is None:
+            settings: Any = {"max_plate_nesting": 2, "vectorize_particles": True, "predictive": predictive}
+            elbo = AnalyticELBO(num_particles, **settings)
+        elif predictive:
+            raise ConfigError("predictive: expected no elbo beside it. Pass AnalyticELBO(predictive=True) as elbo.")
+        self.elbo: Any = elbo
 
     def forward(self, episode: Episode) -> Tensor:
         """Return the loss in nats, summed over the examples of the collection.

@@ -113,6 +113,7 @@ class ObjectiveConfig:
     beta: Positive | None = None
     gamma: Positive | None = None
     num_particles: Count = 1
+    predictive: bool = False
 
 
 @dataclass(frozen=True)
