@@ -177,6 +177,14 @@ def test_directions_keep_derivatives_in_units_of_a_layerwise_prior(lm, head, mon
         torch.testing.assert_close(own @ own.T, rows @ rows.T, rtol=1e-5, atol=1e-8)
 
 
+def test_units_are_fitted_by_the_objective_of_the_guide(lm):
+    """The evidence needs no queries, so that tasks may be as small as a support set."""
+    tasks = {name: task.split(4, seed=0, num_query=0) for name, task in make_tasks(3).items()}
+    set_directions(lm, TangentGuide(Subspace(lm, size=2), theta_objective="evidence"), tasks, 4)
+    with pytest.raises(ConfigError, match="expected more than num_support=4 examples"):
+        set_directions(lm, TangentGuide(Subspace(lm, size=2)), tasks, 4)
+
+
 def test_the_recipe_fits_saves_and_exports(lm, tmp_path):
     posterior, state = fit_posterior(lm, make_tasks(5), CONFIG, run=tmp_path / "run")
     assert isinstance(posterior.model, WithHead) and isinstance(posterior.model.prior, Subspace)

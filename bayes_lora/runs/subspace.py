@@ -69,7 +69,8 @@ def set_directions(
     wide = WithHead(wide, **model.settings) if isinstance(model, WithHead) else wide
     theta = PointTheta(wide).to(lm.device)
     grams = grams_of_tasks(lm, wide, wide.initial_theta(), tasks, guide.batch_size, progress)
-    fit_theta(EmpiricalBayes(wide, theta, grams, num_support=num_support, beta=guide.beta), max_steps)
+    settings: Any = {"objective": guide.theta_objective, "num_support": num_support, "beta": guide.beta}
+    fit_theta(EmpiricalBayes(wide, theta, grams, **settings), max_steps)
     with torch.no_grad():
         fitted = {site: theta.distribution(site).mean for site in theta.positive}
         unit = {site: fn.stddev for site, fn in wide.phi_prior(fitted).items() if site in subspace.varied}
