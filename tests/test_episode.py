@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice, pairwise
 from typing import Any
 
@@ -220,10 +221,56 @@ def test_demonstrations_stand_before_every_query(tasks: TaskSet, encoder: Encode
         assert contexts == {encoder([shown[0]], shown)[0].context}
         assert encoder.tokenizer.decode(row.tokens[: len(next(iter(contexts)))]).count("Answer:") == 2
     for wrong in (4, -1):
-        with pytest.raises(TaskError, match=f"num_demonstrations={wrong}: expected 0 to num_support=3"):
+        with pytest.raises(TaskError, match=f"num_demonstrations={wrong}: expected 0 to the smallest support, 3"):
             EpisodeSampler(tasks, encoder, num_demonstrations=wrong, **settings)
     with pytest.raises(TaskError, match="score_support=False"):
         EpisodeSampler(tasks, encoder, **settings | dict(num_demonstrations=2, score_support=True))
+
+
+def test_support_sets_have_different_sizes(tasks: TaskSet, encoder: Encoder) -> None:
+    """Between both bounds, small ones as often as large ones; without a lower bound, episodes are as before."""
+    settings: dict[str, Any] = dict(tasks_per_episode=2, num_support=8, num_query=3, score_support=False, seed=2)
+    sampler = EpisodeSampler(tasks, encoder, min_support=2, **settings)
+    sizes = torch.cat([episode.support.mask.sum(-1) for episode in islice(sampler, 200)])
+    assert sizes.min() == 2
+    assert sizes.max() == 8
+    # Five standard errors of 400 draws are 0.125; if all sizes were equally likely, it would be 2 / 7.
+    assert abs(float((sizes <= 3).double().mean()) - math.log(4 / 2) / math.log(9 / 2)) < 0.125
+    assert all(same(sampler[i], EpisodeSampler(tasks, encoder, min_support=2, **settings)[i]) for i in (0, 7))
+    assert same(
+        EpisodeSampler(tasks, encoder, min_support=8, **settings)[3], EpisodeSampler(tasks, encoder, **settings)[3]
+    )
+
+
+def test_labels_are_permuted_alike_in_support_and_query(encoder: Encoder) -> None:
+    """Of tasks with a fixed set of labels: a label of the episode is a function of the true one, and one to one."""
+    labels = ("red", "green", "blue")
+    fixed = Task("fixed", [Example(f"thing {i}", labels, i % 3) for i in range(18)])
+    own = Task("own", [Example(f"which of {i}", (f"a{i}", f"b{i}"), i % 2) for i in range(18)])
+    true = {row.key: row.answer for task in (fixed, own) for row in encoder(task.examples)}
+    sampler = EpisodeSampler(TaskSet([fixed, own]), encoder, tasks_per_episode=2, num_support=6, num_query=6, seed=1)
+    permuted = EpisodeSampler(
+        TaskSet([fixed, own]),
+        encoder,
+        tasks_per_episode=2,
+        num_support=6,
+        num_query=6,
+        seed=1,
+        score_support=False,
+        permute_labels=True,
+    )
+    seen = set()
+    for plain, episode in zip(islice(sampler, 12), islice(permuted, 12), strict=True):
+        assert plain.task_index.tolist() == episode.task_index.tolist()
+        for t, place in enumerate(episode.task_index.tolist()):
+            rows = [row for part in (episode, episode.support) for row in part.examples[t] if row is not None]
+            pairs = {(true[row.key], row.answer) for row in rows}
+            if place == 1:
+                assert all(one == other for one, other in pairs)
+            else:
+                assert len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
+                seen |= pairs
+    assert len(seen) == 9  # every label stood for every other
 
 
 def test_tasks_of_other_sizes(encoder: Encoder) -> None:
@@ -248,6 +295,9 @@ def test_tasks_of_other_sizes(encoder: Encoder) -> None:
         ({"num_support": 0, "score_support": False}, "num_support=0"),
         ({"num_query": 0, "score_support": False}, "num_query=0: .*1 query example if score_support is false"),
         ({"num_query": -1}, "num_query=-1"),
+        ({"min_support": 3}, "min_support=3: expected 1 to num_support=2"),
+        ({"min_support": 0}, "min_support=0: expected 1 to num_support=2"),
+        ({"min_support": 1, "num_demonstrations": 2, "score_support": False}, "the smallest support, 1"),
     ],
 )
 def test_sampler_refuses_at_once(tasks: TaskSet, encoder: Encoder, settings: dict[str, Any], match: str) -> None:

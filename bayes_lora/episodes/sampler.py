@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -26,6 +27,10 @@ class EpisodeSampler:
         encoder: encodes examples as packed rows.
         tasks_per_episode: T, at most the number of tasks.
         num_support: support examples per task.
+        min_support: if given, each task of an episode has between ``min_support`` and ``num_support`` of them, all
+            orders of magnitude alike, so that a guide learns how its posterior depends on their number.
+        permute_labels: permute the labels of each task that has a fixed set of them, in each episode again and alike in
+            support and query. Then a prompt alone does not tell its label, and a guide has to read the support.
         num_query: query examples per task, disjoint from the support.
         score_support: whether the likelihood is computed on support and query, or on the query alone. In the latter
             case the LM does not run on the support, whose features are cached, and theta learns from generalisation.
@@ -48,6 +53,8 @@ class EpisodeSampler:
         num_query: int = 8,
         score_support: bool = True,
         num_demonstrations: int = 0,
+        min_support: int | None = None,
+        permute_labels: bool = False,
         seed: int = 0,
     ) -> None:
         if not 0 < tasks_per_episode <= len(tasks):
@@ -57,14 +64,18 @@ class EpisodeSampler:
                 f"num_support={num_support}, num_query={num_query}: expected at least 1 support example, "
                 "and at least 1 query example if score_support is false."
             )
-        if not 0 <= num_demonstrations <= num_support or (num_demonstrations and score_support):
+        least = num_support if min_support is None else min_support
+        if not 1 <= least <= num_support:
+            raise TaskError(f"min_support={min_support}: expected 1 to num_support={num_support}.")
+        if not 0 <= num_demonstrations <= least or (num_demonstrations and score_support):
             raise TaskError(
-                f"num_demonstrations={num_demonstrations}: expected 0 to num_support={num_support}, and "
+                f"num_demonstrations={num_demonstrations}: expected 0 to the smallest support, {least}, and "
                 "score_support=False if there are any."
             )
         self.tasks, self.encoder, self.seed = list(tasks.values()), encoder, seed
         self.tasks_per_episode, self.num_support, self.num_query = tasks_per_episode, num_support, num_query
         self.score_support, self.num_demonstrations = score_support, num_demonstrations
+        self.min_support, self.permute_labels = least, permute_labels
         lengths = [median(len(row) for row in encoder(task.examples)) for task in self.tasks]
         self._by_length = np.argsort(lengths, kind="stable")
         for task in self.tasks:
@@ -99,4 +110,20 @@ class EpisodeSampler:
         return rng.choice(neighbours, self.tasks_per_episode, replace=False)
 
     def _draw(self, task: Task, rng: np.random.Generator) -> Task:
-        return task.split(self.num_support, seed=int(rng.integers(2**31)), num_query=self.num_query)
+        seed, size = int(rng.integers(2**31)), self.num_support
+        if self.min_support < size:
+            size = int(np.exp(rng.uniform(np.log(self.min_support), np.log(size + 1))))
+        drawn = task.split(size, seed=seed, num_query=self.num_query)
+        return _permuted(drawn, rng) if self.permute_labels else drawn
+
+
+def _permuted(task: Task, rng: np.random.Generator) -> Task:
+    """Permute the labels of a task whose examples all have the same options; return another task as it is."""
+    if task.free_form or len({example.options for example in task.examples}) > 1:
+        return task
+    labels = rng.permutation(len(task.examples[0].options)).tolist()
+
+    def relabelled(rows: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(replace(row, answer=labels[row.answer]) for row in rows)
+
+    return replace(task, support=relabelled(task.support), query=relabelled(task.query))

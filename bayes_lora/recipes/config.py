@@ -123,6 +123,9 @@ class EpisodeConfig:
     Attributes:
         tasks_per_episode: number of tasks T of an episode.
         num_support: support examples per task.
+        min_support: if given, training episodes have between ``min_support`` and ``num_support`` of them per task.
+        permute_labels: permute the labels of training tasks in each episode again, so that a guide has to read the
+            support.
         num_query: query examples per task.
         score_support: whether the likelihood is computed on support and query, or on the query alone.
         num_demonstrations: number of support examples that precede every query with their answers.
@@ -141,6 +144,8 @@ class EpisodeConfig:
     held_out: NonNegative = 0.12
     held_out_shots: Count = 16
     shuffle_options: bool = False
+    min_support: Count | None = None
+    permute_labels: bool = False
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def warn_of_no_effect(config: RunConfig, *, closed_form: str | None) -> None:
     ]
     if closed_form:
         changed = [name for name in changed if name != "fit.steps"]
-        changed += ["episodes.num_demonstrations"] if config.episodes.num_demonstrations else []
+        of_episodes = ("num_demonstrations", "min_support", "permute_labels")
+        changed += [f"episodes.{name}" for name in of_episodes if getattr(config.episodes, name)]
     if changed:
         why = (
             f"{closed_form} is fitted in closed form" if closed_form else f"recipe {config.recipe!r} has nothing to fit"
@@ -239,6 +240,8 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
         num_query=settings.num_query,
         score_support=settings.score_support,
         num_demonstrations=settings.num_demonstrations,
+        min_support=settings.min_support,
+        permute_labels=settings.permute_labels,
         seed=config.seed,
     )
     shown = settings.num_demonstrations
