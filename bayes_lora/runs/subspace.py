@@ -66,7 +66,7 @@ def set_directions(
         return
     initial = {site: subspace.initial[site] for site in lm.sites.shapes}
     wide: Any = LayerwiseScale(lm, initial, random=subspace.random, initial_scale=INITIAL_SCALE)
-    wide = WithHead(wide, **model.settings) if isinstance(model, WithHead) else wide
+    wide = (WithHead(wide, **model.settings) if isinstance(model, WithHead) else wide).to(lm.device)
     theta = PointTheta(wide).to(lm.device)
     grams = grams_of_tasks(lm, wide, wide.initial_theta(), tasks, guide.batch_size, progress)
     settings: Any = {"objective": guide.theta_objective, "num_support": num_support, "beta": guide.beta}
