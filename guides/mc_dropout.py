@@ -7,6 +7,7 @@ for each layer. Adaptation steps start there and fine-tune V for each task, with
 
 from __future__ import annotations
 
+from bayes_lora.errors import ConfigError
 from bayes_lora.guides.family import Dropout
 from bayes_lora.guides.mean_field import SharedMeanField
 from bayes_lora.guides.task_guide import check_moments
@@ -29,11 +30,16 @@ class MCDropout(SharedMeanField):
         rate: probability with which a column is dropped.
 
     Raises:
-        ConfigError: the rate is not between 0 and 1, or phi is not over LoRA factors.
+        ConfigError: the rate is not between 0 and 1, or phi is not over LoRA factors, such as a code.
     """
 
     def __init__(self, model: Model, *, theta_guide: ThetaFactory = PointTheta, rate: Rate = 0.1) -> None:
         check_moments(model, "MCDropout")
         factors = [site for site in model.random_sites if ".lora_" in site]
+        if not factors:
+            raise ConfigError(
+                f"MCDropout: expected random LoRA factors, got {[*model.random_sites]}. Use GradientGuide, or a "
+                "model of LoRA factors (HierarchicalNormal)."
+            )
         sites = [site for site in factors if ".lora_A" in site] or factors
         super().__init__(model, theta_guide=theta_guide, family=Dropout(rate, tuple(sites)))

@@ -9,8 +9,8 @@ with the weights a and R of :mod:`bayes_lora.infer.score_posterior`, for the cod
 :class:`bayes_lora.models.Subspace`. h_j are the frozen language model's hidden states of example j, e_jk is the output
 embedding of its option k. The derivative of a one-token option's log-likelihood by the last hidden state is linear in
 its embedding, which is why the prediction is. The set of examples is combined by Bayes' rule, not by a learned pooling:
-the posterior does not depend on their order, and narrows with their number (compare Bayesian aggregation, arXiv
-2011.05177). The derivatives by an option head's slope and biases are exact.
+the posterior does not depend on their order, and narrows with their number (compare Bayesian context aggregation,
+Volpp et al., ICLR 2021). The derivatives by an option head's slope and biases are exact.
 
 The network learns from the true derivatives of training tasks (:mod:`bayes_lora.runs.distillation`), or by stochastic
 variational inference, as any guide.
@@ -78,7 +78,12 @@ class TangentNetwork(TangentGuide):
             got = [*getattr(model, "random_sites", ())]
             raise ConfigError(
                 f"TangentNetwork: expected a Subspace, with the random site {CODE!r}; {type(model).__name__} has "
-                f"{got}. Use TangentGuide, or prior.name=subspace."
+                f"{got}. Use TangentGuide, or the recipe subspace-network."
+            )
+        if rank < 1 or hidden < 1 or not 0 <= dropout < 1:
+            raise ConfigError(
+                "expected rank and hidden of at least 1 and a dropout in [0, 1), got "
+                f"rank={rank}, hidden={hidden}, dropout={dropout}."
             )
         super().__init__(
             model, theta_guide=theta_guide, beta=beta, batch_size=batch_size, theta_objective=theta_objective
@@ -88,8 +93,7 @@ class TangentNetwork(TangentGuide):
         self.gate_deep, self.gate_out = Linear(2 * self.width, hidden), Linear(hidden, rank)
         self.option, self.code = Linear(self.width, rank, bias=False), Linear(rank, self.size, bias=False)
         nn.init.zeros_(self.code.weight)  # initially q(phi | S) = p(phi | theta)
-        # Root mean square of an embedding, which differs between models; the distillation sets it.
-        self.register_buffer("embedding_scale", torch.ones(()))
+        self.register_buffer("embedding_scale", torch.tensor(embedding_scale(model.likelihood)))
 
     @property
     def size(self) -> int:
@@ -128,3 +132,14 @@ class TangentNetwork(TangentGuide):
         head = torch.where(support.free_form[..., None], scores, slope * relative + bias)
         gradients = {CODE: slope[..., None] * by_code, SLOPE: (relative * options)[..., None], BIAS: labels}
         return Tangent(head, {site: gradients[site][..., None, None, :] for site in origin})
+
+
+def embedding_scale(likelihood: Any) -> float:
+    """Return the root mean square of a language model's output embeddings, which differs between models.
+
+    It is 1 for a likelihood without them, such as a model without weights.
+    """
+    head = getattr(getattr(likelihood, "model", None), "get_output_embeddings", lambda: None)()
+    if head is None or head.weight.is_meta:
+        return 1.0
+    return float(head.weight.detach().float().square().mean().sqrt())

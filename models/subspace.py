@@ -5,9 +5,10 @@ r"""Prior in a subspace: a few hundred numbers for each task, with directions in
     c_i \mid \theta \sim \mathcal N(0, \sigma^2 I_M), \qquad \phi_i = \mu_\theta + \textstyle\sum_m c_{im} D_m
 
 Inference in a subspace of the weights (Izmailov et al., arXiv 1907.07504), whose directions are learned from many
-tasks. A posterior of M numbers can have a full covariance at any size of model, and its draws stay where the training
-tasks went. :func:`bayes_lora.infer.directions.leading_directions` finds directions from the derivatives of training
-tasks; stochastic variational inference trains them further.
+tasks. A posterior of M numbers can have a full covariance at any size of model. A closed-form fit (recipes ``subspace``
+and ``subspace-network``) finds the directions in the derivatives of the training tasks, see
+:mod:`bayes_lora.infer.directions`. Stochastic variational inference trains them, from random ones unless others are
+given.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Subspace(FactorModel):
         likelihood: the language model; not a submodule, so that Pyro does not see its parameters.
         initial: a value per LoRA site, ``(layers, out, in)``, at which guides start ``theta.loc``.
         directions: a value per LoRA site, ``(size * layers, out, in)``, at which guides start ``theta.directions``;
-            by default random ones, of unit length over all sites in expectation.
+            by default random ones, of unit length over all sites in expectation. A closed-form fit keeps those that are
+            given, and replaces random ones.
         size: M, the number of directions.
         random: which factors differ between tasks: ``"A"``, ``"B"`` or ``"AB"``.
         initial_scale: sigma at which guides start.
@@ -72,11 +74,13 @@ class Subspace(FactorModel):
         super().__init__(likelihood, initial, random=random, loc_scale=loc_scale)
         if size < 1 or not initial_scale > 0:
             raise ConfigError(
-                f"expected a size of at least 1 and a positive initial_scale, got size={size}, {initial_scale}."
+                f"expected a size of at least 1 and a positive initial_scale, got size={size}, "
+                f"initial_scale={initial_scale}."
             )
         self.set_hyperparameters(concentration=concentration, rate=rate)
         self.size, self.random, self.initial_scale = size, random, initial_scale
         self.varied = self.random_sites
+        self.given = directions is not None
         self.directions = self._random_directions() if directions is None else self._checked(directions)
         like = next(iter(self.initial.values()))
         self.initial = self.initial | {CODE: like.new_zeros(1, 1, size)}
@@ -101,7 +105,7 @@ class Subspace(FactorModel):
                 )
         if directions.keys() != set(self.varied):
             raise SiteError(f"directions: expected the sites {self.varied}, got {[*directions]}.")
-        return {site: directions[site] for site in self.varied}
+        return {site: directions[site].to(self.initial[site]) for site in self.varied}
 
     def initial_theta(self) -> Sites:
         """Return the value at which guides start each theta site."""

@@ -29,6 +29,16 @@ CASES = {
     "another guide": ({"guide": {"name": "swag", "rank": 3}}, "abmll-network"),
     "another prior with the guide of tangent": (
         {"prior": {"name": "rank-ard"}, "guide": {"name": "tangent-guide"}},
+        "tangent",
+    ),
+    "a subspace": ({"prior": {"name": "subspace", "size": 9}}, "subspace"),
+    "a subspace with the guide of tangent": (
+        {"prior": {"name": "subspace"}, "guide": {"name": "tangent-guide"}},
+        "subspace",
+    ),
+    "a network of derivatives": ({"guide": {"name": "tangent-network"}}, "subspace-network"),
+    "a subspace with another guide": (
+        {"prior": {"name": "subspace"}, "guide": {"name": "gradient-guide"}},
         "abmll-network",
     ),
     "the guide network": ({"guide": {"name": "guide-network", "hidden": 4}}, "abmll-network"),
@@ -92,7 +102,7 @@ def test_settings_of_the_other_half_are_those_of_the_network(lm):
     values = {"guide": {"hidden": 7}, "fit": {"steps": 1, "eval_every": 1}, "episodes": EPISODES}
     posterior, _ = fit_posterior(lm, make_tasks(3), values, model=RankARD(lm))
     assert isinstance(posterior.guide, GuideNetwork) and posterior.guide.encode.out_features == 7
-    with pytest.raises(ConfigError, match="not a setting of tangent-guide.*guide-network: set guide.name"):
+    with pytest.raises(ConfigError, match="not a setting of tangent-guide.*guide-network.*: set guide.name"):
         fit_posterior(lm, make_tasks(3), values)
 
 

@@ -140,10 +140,13 @@ def test_a_closed_form_fit_of_a_subspace():
     assert found.work["derivatives"] == 4 * all_rows + others and found.work["examples"] == 28
     assert found.work["forward"] == 5 * 8 and found.work["backward"] == 4 * 19 + 8 * 8
     weights = 5 * 64 * 3 + 5 * 32 * 3
-    assert found.memory["directions"] == 2 * 4 * weights * (2 * 9 + 33)
+    assert found.memory["directions"] == (4 + 4 + 8) * weights * (2 * 9 + 33)
+    network = (2 * 64 + 1) * 6 + (2 * 64 + 1) * 128 + (128 + 1) * 6 + 64 * 6 + 6 * 9
+    assert found.memory["network"] == 4 * 4 * network
     assert found.memory["derivatives"] == 2 * 4 * 33 * weights
     assert found.memory["theta"] == 4 * (3 * 5 * 64 * 3 + 5 * 32 * 3 + 9 * weights + 1 + 3)
-    assert found.parameters["trained"] == 4  # scales of the code, the slopes and the biases, and the mean of the slopes
+    # Scales of the code, the slopes and the biases, and the mean of the slopes.
+    assert found.parameters["trained"] == network + 4
     config = replace(config, recipe="subspace", guide={"batch_size": 4})
     assert dry_run(config, LlamaConfig(**SMALL), sized_tasks()).work["derivatives"] == 3 * all_rows
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from bayes_lora import fit_posterior
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError, SiteError
-from bayes_lora.guides import GradientGuide, PointTheta, TangentGuide
+from bayes_lora.guides import Ensemble, GradientGuide, PointTheta, TangentGuide
 from bayes_lora.infer.directions import centred, leading_directions
 from bayes_lora.infer.empirical_bayes import EmpiricalBayes, fit_theta
 from bayes_lora.infer.tangent import tangent
@@ -138,6 +138,39 @@ def test_leading_directions_are_those_of_the_singular_value_decomposition():
     torch.testing.assert_close((found @ expected.T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-2, rtol=0)
     with pytest.raises(ConfigError, match=r"size: expected at most 9 directions.*got 10. Lower prior.size"):
         leading_directions(rows.split([20, 20]), 10)
+
+
+def test_more_directions_than_derivatives_are_refused_before_anything_is_computed(lm, tmp_path):
+    """Of K options, K - 1 derivatives are not shifts: 72 for 12 examples of four tasks. No folder is made."""
+    config = CONFIG | {"prior": {"size": 73}}
+    with pytest.raises(
+        ConfigError, match=r"prior.size: expected at most 72, .* 48 examples .*got 73. Lower it, or add"
+    ):
+        fit_posterior(lm, make_tasks(5), config, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_directions_that_are_given_are_kept(lm):
+    given = {site: 2.0 * value for site, value in Subspace(lm, size=2).directions.items()}
+    guide = TangentGuide(Subspace(lm, directions=given, size=2))
+    set_directions(lm, guide, make_tasks(2), 4)
+    for site, value in given.items():
+        assert torch.equal(guide.theta_mean()[f"theta.{directions_of(site)}"], value)
+
+
+def test_the_mean_of_components_is_that_of_their_weights(lm):
+    """Members of an ensemble have directions of their own, so that codes alone cannot be averaged."""
+    torch.manual_seed(0)
+    model = Subspace(lm, size=3, initial_scale=2.0)
+    guide = Ensemble(model, num_members=2)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    [task] = [task.split(4, seed=0) for task in make_tasks(1).values()]
+    adapted = Posterior(lm, model, guide).adapt(task)
+    draws = adapted.draw(2, seed=0)  # one of each member, which are points
+    for site, value in adapted.mean().items():
+        torch.testing.assert_close(value, draws[site].mean(0), rtol=1e-9, atol=1e-9)
 
 
 def test_centred_derivatives_ignore_absent_options():

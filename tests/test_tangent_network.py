@@ -106,7 +106,7 @@ def test_distillation_finds_derivatives(lm):
     history = distil(lm, guide, tasks, steps=250, learning_rate=1e-2, seed=1)
     assert len(history) == 250 and history[-1] < 0.3 and abs(history[0] - 1.0) < 0.3
     for name, value in guide.state_dict().items():
-        assert torch.equal(value, before[name]) == name.startswith("theta."), name
+        assert torch.equal(value, before[name]) == name.startswith(("theta.", "embedding_scale")), name
     guide.eval()
     [task] = make_tasks(1).values()
     episode = collate([lm.encoder(task.examples)])
@@ -156,6 +156,41 @@ def test_other_options_are_words_and_labels_of_other_tasks(lm):
         assert {"Good", "bad"} <= {*row.options} and not {"spam", "ham", "a label of four words"} & {*row.options}
     assert all("ham" in row.options and "spam" not in row.options for row in found["two"])
     assert [row.input for row in found["two"]] == ["b", "c"]
+
+
+@pytest.mark.parametrize(("mark", "space"), [("\u0120", " "), ("\u2581", "")])
+def test_words_are_found_whether_a_tokenizer_shows_the_space_or_not(mark, space):
+    """SentencePiece's decoders drop the space before a single token."""
+
+    class Words:
+        tokens = ("<s>", f"{mark}tree", "tree", f"{mark}sea", f"{mark}42", f"{mark}a", f"{mark}stone", f"{mark}cloud")
+
+        def __len__(self):
+            return len(self.tokens)
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.tokens[index] for index in ids]
+
+        def decode(self, ids):
+            return "".join(self.tokens[index] for index in ids).replace(mark, space)
+
+    task = Task("one", (Example("a", ("spam", "ham"), 0),))
+    [row] = other_options({"one": task}, Words())["one"]
+    assert set(row.options) == {"tree", "sea", "stone", "cloud"}
+
+
+def test_embeddings_are_read_in_their_root_mean_square(lm):
+    _, guide = pair(lm)
+    weight = lm.model.get_output_embeddings().weight
+    torch.testing.assert_close(
+        guide.embedding_scale.double(), weight.double().square().mean().sqrt(), rtol=1e-6, atol=0
+    )
+
+
+def test_settings_out_of_range_are_refused(lm):
+    for settings in ({"rank": 0}, {"hidden": 0}, {"dropout": 1.0}):
+        with pytest.raises(ConfigError, match=r"rank and hidden of at least 1 and a dropout in \[0, 1\)"):
+            TangentNetwork(Subspace(lm, size=2), **settings)
 
 
 def test_tasks_that_generate_answers_are_left_out_and_cannot_be_all(lm):
@@ -210,7 +245,7 @@ def test_svi_trains_the_network(lm):
     "make", [lambda lm: LayerwiseScale(lm), lambda lm: WithHead(LayerwiseScale(lm, random="B"))], ids=["plain", "head"]
 )
 def test_other_priors_are_refused(lm, make):
-    with pytest.raises(ConfigError, match=r"expected a Subspace, .*Use TangentGuide, or prior.name=subspace"):
+    with pytest.raises(ConfigError, match=r"expected a Subspace, .*Use TangentGuide, or the recipe subspace-network"):
         TangentNetwork(make(lm))
 
 

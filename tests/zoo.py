@@ -94,6 +94,7 @@ REFUSED = {
     },
     **{(prior, "TangentGuide"): ANOTHER for prior in ("ActivationSpace", "ClusterMixture", "WeightSpace")},
     **{(prior, "TangentNetwork"): "expected a Subspace" for prior in PRIORS if prior != "Subspace"},
+    ("Subspace", "MCDropout"): ANOTHER,
     ("ActivationSpace", "Ensemble"): ANOTHER,
     ("WeightSpace", "Ensemble"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",
     ("WeightSpace", "SharedPoint"): "Use SharedMeanField or GradientGuide, or a model of LoRA factors",

@@ -29,20 +29,22 @@ def leading_directions(blocks: Iterable[Tensor], size: int) -> Tensor:
         size: M.
 
     Raises:
-        ConfigError: the rows span fewer than M directions.
+        ConfigError: the rows have fewer than M directions that are longer than rounding errors.
     """
     kept: Tensor | None = None
     for block in blocks:
         rows = block if kept is None else torch.cat([kept, block])
-        values, vectors = torch.linalg.eigh(rows.double() @ rows.double().mT)
+        precise = rows.double()
+        values, vectors = torch.linalg.eigh(precise @ precise.mT)
         spanned = values > values.amax().clamp_min(0.0) * len(rows) * torch.finfo(rows.dtype).eps
         vectors = vectors[:, spanned].flip(-1)[:, : 2 * size]
         kept = vectors.to(rows.dtype).mT @ rows
     found = 0 if kept is None else len(kept)
     if kept is None or found < size:
         raise ConfigError(
-            f"size: expected at most {found} directions, as many as the derivatives of the training tasks span; got "
-            f"{size}. Lower prior.size, or add tasks."
+            f"size: expected at most {found} directions, because the derivatives of the training tasks have no more "
+            f"that are longer than rounding errors; got {size}. Lower prior.size, add tasks, or let B differ "
+            "(prior.random=B)."
         )
     return torch.nn.functional.normalize(kept[:size], dim=-1)
 

@@ -7,8 +7,8 @@ inside the logarithm, over the S draws of each observation,
 
 .. math:: \sum_j \log \tfrac1S \textstyle\sum_s p(y_j \mid z_s) - \mathrm{KL}(q(z) \,\|\, p(z))
 
-as predictions are scored. It is no bound on the evidence, and needs no wide posterior where the likelihood is right in
-only some draws (PAC-m bound, Morningstar et al., arXiv 2010.09629). Pyro's estimator also computes the log-density
+as predictions are scored. It is no bound on the evidence, and does not punish a wide posterior of which only some draws
+are right (PAC-m bound, Morningstar et al., arXiv 2010.09629). Pyro's estimator also computes the log-density
 of every latent site, and keeps what its backward would need. With separate LoRA weights for every task of an episode,
 that is the largest item in memory after the language model's activations.
 """

@@ -170,7 +170,7 @@ class EmpiricalBayes(nn.Module):
         total: Any = sum(self._loss(parts, weights, shift) for parts in self.parts)
         if self.objective == "predictive":
             return total / self.num_parts  # type: ignore[no-any-return]
-        return total - self._log_prior()  # type: ignore[no-any-return]
+        return total - self._log_prior().to(total.device)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def predict(self, task: TaskGrams, support: Tensor, query: Tensor) -> LinearScores:
@@ -195,7 +195,8 @@ class EmpiricalBayes(nn.Module):
         shift = {
             site: (fn.mean - self.origin[site]).double().flatten() for site, fn in prior.items() if fn.mean.numel() == 1
         }
-        return torch.cat(list(variance.values())), shift
+        # Gram matrices are on the CPU, wherever theta is.
+        return torch.cat(list(variance.values())).cpu(), {site: value.cpu() for site, value in shift.items()}
 
     def _support(self, parts: Parts, weights: Tensor, shift: Sites) -> tuple[Tensor, ScorePosterior]:
         """Return the prior mean of all scores, and the posterior of the support's."""

@@ -121,9 +121,9 @@ class TaskPosterior:
                 loc |= zip(factor_sites(site), (fn.loc_A, fn.loc_B), strict=True)
             else:
                 loc[site] = fn.mean
-        if isinstance(self.phi, Components):
-            loc = {site: value.mean(0) for site, value in loc.items()}
-        return decode({site: value.mean(0) for site, value in self.shared.items()} | loc)
+        # Each component first: the directions of a subspace may differ between them.
+        found = decode(self.shared | (loc if isinstance(self.phi, Components) else _as_one(loc)))
+        return {site: value.mean(0) for site, value in found.items()}
 
     def draw(self, num_draws: int, *, seed: int = 0, common_noise: bool = False) -> Sites:
         """Draw phi: ``(num_draws, T, 1, layers, out, in)``, the same draws for the same seed.
@@ -426,6 +426,11 @@ class TaskPosterior:
             ConfigError: a draw of whole updates was requested, which is not a LoRA.
         """
         export_adapter(self, Path(path), draw, overwrite=overwrite)
+
+
+def _as_one(values: Sites) -> Sites:
+    """Return values as those of the only component."""
+    return {site: value[None] for site, value in values.items()}
 
 
 def is_of_one_task(examples: Sequence[object]) -> bool:

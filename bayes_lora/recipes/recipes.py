@@ -36,6 +36,8 @@ __all__ = [
 Calibration = Literal["width", "temperature", "none"]
 
 DEFAULT = "tangent"
+CLOSED_FORM = (DEFAULT, "subspace", "subspace-network")
+"""What a run is that names their prior or their guide, and no recipe."""
 SWAPPED = "abmll-network"
 """What a prior or a guide of the user's own is put into: its other half and its beta suit any."""
 
@@ -200,7 +202,9 @@ def recipe_name(
 ) -> str:
     """Return the name of a run's recipe: the one that is set, or else the default.
 
-    The default is ``tangent``, and ``abmll-network`` for a run with a prior or a guide other than those of ``tangent``.
+    The default is ``tangent``; ``subspace`` or ``subspace-network`` for a run that names their prior or guide; and
+    ``abmll-network`` for a run with another prior or guide. A run that names ``tangent-guide`` with any other prior is
+    ``tangent``, whose beta is 1.
 
     Args:
         recipe: the name that is set; None if none is.
@@ -210,11 +214,14 @@ def recipe_name(
     """
     if recipe is not None:
         return recipe
-    found = RECIPES[DEFAULT]
-    swapped = any(
-        own.get("name", part["name"]) != part["name"] for own, part in ((prior, found.prior), (guide, found.guide))
-    )
-    return SWAPPED if swapped or own_parts else DEFAULT
+    if own_parts:
+        return SWAPPED
+    for name in CLOSED_FORM:
+        found = RECIPES[name]
+        pairs = (prior, found.prior), (guide, found.guide)
+        if all(own.get("name", part["name"]) == part["name"] for own, part in pairs):
+            return name
+    return DEFAULT if guide.get("name") == RECIPES[DEFAULT].guide["name"] else SWAPPED
 
 
 def with_recipe(config: RunConfig, *, own_parts: bool = False) -> RunConfig:

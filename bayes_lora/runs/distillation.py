@@ -105,8 +105,6 @@ def distil(
         batches.append(_batch(lm, guide, rows, store))
         if progress is not None and bar is not None:
             progress.advance(bar)
-    squares = torch.cat([batch.options[batch.option_mask].square().mean(-1) for batch in batches])
-    guide.embedding_scale.copy_(squares.mean().sqrt())
     targets = [batch.derivatives.square().sum(-1)[batch.option_mask].mean() for batch in batches]
     floor = FLOOR * torch.stack(targets).mean()
     network = [p for name, p in guide.named_parameters() if not name.startswith("theta.")]
@@ -146,10 +144,11 @@ def other_options(tasks: Mapping[str, Task], tokenizer: Any, seed: int = 0) -> d
         name: sorted({option for row in task.examples for option in row.options if len(option.split()) <= 3})
         for name, task in tasks.items()
     }
-    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    words = sorted(
-        {text.strip() for text in texts if text.startswith(" ") and len(text) > 3 and text.strip().isalpha()}
-    )
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    # What stands for the space before a word in byte-level and in SentencePiece tokenizers.
+    starts = [index for index, token in enumerate(tokens) if token and token[0] in "\u0120\u2581"]
+    texts = (tokenizer.decode([index]).strip() for index in starts)
+    words = sorted({text for text in texts if len(text) > 2 and text.isalpha()})
     found = {}
     for name, task in tasks.items():
         choose = random.Random(f"{seed}/{name}")

@@ -17,8 +17,10 @@ Of a closed-form fit, which differentiates all option scores of all training tas
 - activations: as above, of a pass;
 - grams: (examples x options)^2 per task, random site and layer, in 32 bits, of all tasks;
 - splits: two copies of the parts of them that the fit reads, in 64 bits;
-- directions, of a subspace: two copies of the rows in which they are found, of as many numbers as weights differ
-  between tasks. Its scores are differentiated again for the directions, by the code, and for a network's training.
+- network, that predicts derivatives: its values, gradients and AdamW's two moments in 32 bits;
+- directions, of a subspace: the rows in which they are found, of as many numbers as weights differ between tasks, twice
+  in 32 bits and once in 64. Scores are differentiated again for the directions, by the code, and for the training of a
+  network.
 
 The splits are made after the derivatives are gone, so that the total is an upper bound. Grams and splits are in RAM.
 """
@@ -194,6 +196,7 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig, tasks: TaskSet | 
     else:
         theta = objective.model.initial_theta()
         parameters["trained"] = sum(value.numel() for name, value in theta.items() if is_fitted(name))
+        parameters["trained"] += _network(objective.guide)
         memory, work, tokens = _of_closed_form(config, objective, _sizes(config, tasks), per_token)
         memory = {"theta": 4 * sum(value.numel() for value in theta.values())} | memory
     memory = {"base": base} | memory
@@ -285,8 +288,15 @@ def _of_closed_form(
     }
     if subspace is not None:
         rows = max(min(DIRECTION_EXAMPLES, examples) * options for examples, options in sizes)
-        memory["directions"] = 2 * 4 * weights * (2 * subspace.size + rows)
+        memory["directions"] = (4 + 4 + 8) * weights * (2 * subspace.size + rows)
+    if _network(guide):
+        memory["network"] = 4 * 4 * _network(guide)
     return memory, work, tokens
+
+
+def _network(guide: Any) -> int:
+    """Return the number of parameters of a guide's network."""
+    return sum(p.numel() for name, p in guide.named_parameters() if not name.startswith("theta."))
 
 
 def _of_subspace(sizes: Sequence[tuple[int, int]], guide: Any) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ from bayes_lora.runs.empirical_bayes import (
 )
 from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
-from bayes_lora.runs.subspace import set_directions
+from bayes_lora.runs.subspace import check_size, set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
@@ -117,6 +117,7 @@ def fit_posterior(
         kept = leave_out_free_form(kept)
         # The loss checks it too, but after the derivatives are computed.
         check_scales(objective.model, objective.guide.theta)
+        check_size(objective.model, kept)
     # Without trainable parameters there is nothing to fit.
     steps = config.fit.steps if any(p.requires_grad for p in objective.parameters()) else 0
     if closed_form or not steps:
@@ -185,6 +186,7 @@ def warn_of_no_effect(config: RunConfig, *, closed_form: str | None) -> None:
         changed = [name for name in changed if name != "fit.steps"]
         of_episodes = ("num_demonstrations", "min_support", "permute_labels")
         changed += [f"episodes.{name}" for name in of_episodes if getattr(config.episodes, name)]
+        changed += ["objective.predictive"] if config.objective.predictive else []
     if changed:
         why = (
             f"{closed_form} is fitted in closed form" if closed_form else f"recipe {config.recipe!r} has nothing to fit"

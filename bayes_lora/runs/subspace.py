@@ -10,6 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from bayes_lora.episodes.episode import collate
+from bayes_lora.errors import ConfigError
 from bayes_lora.guides.theta import PointTheta, parameter_name
 from bayes_lora.infer.directions import centred, leading_directions
 from bayes_lora.infer.empirical_bayes import EmpiricalBayes, fit_theta
@@ -21,7 +22,7 @@ from bayes_lora.runs.empirical_bayes import grams_of_tasks
 from bayes_lora.tasks.task import Task
 from bayes_lora.types import Sites
 
-__all__ = ["set_directions", "subspace_of"]
+__all__ = ["check_size", "set_directions", "subspace_of"]
 
 EXAMPLES = 12
 """Number of examples of each task whose derivatives are read: the directions are those of many tasks."""
@@ -33,6 +34,24 @@ def subspace_of(model: Any) -> Subspace | None:
     """Return a model's subspace, under an option head or not; None if it has none."""
     prior = model.prior if isinstance(model, WithHead) else model
     return prior if isinstance(prior, Subspace) else None
+
+
+def check_size(model: Any, tasks: Mapping[str, Task]) -> None:
+    """Check that derivatives of the training tasks can span as many directions as a model's subspace has, if any.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    subspace = subspace_of(model)
+    if subspace is None or subspace.given:
+        return
+    rows = [row for task in tasks.values() for row in task.examples[:EXAMPLES]]
+    most = sum(len(row.options) - 1 for row in rows)
+    if subspace.size > most:
+        raise ConfigError(
+            f"prior.size: expected at most {most}, because the directions are found in the derivatives of {len(rows)} "
+            f"examples of the training tasks; got {subspace.size}. Lower it, or add tasks."
+        )
 
 
 def set_directions(
@@ -62,7 +81,7 @@ def set_directions(
     """
     model: Any = guide.model
     subspace = subspace_of(model)
-    if subspace is None:
+    if subspace is None or subspace.given:
         return
     initial = {site: subspace.initial[site] for site in lm.sites.shapes}
     wide: Any = LayerwiseScale(lm, initial, random=subspace.random, initial_scale=INITIAL_SCALE)
