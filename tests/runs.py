@@ -11,7 +11,7 @@ from bayes_lora.cli import main as cli
 from bayes_lora.cli.console import out as console
 from bayes_lora.infer.training import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
-from bayes_lora.recipes.recipes import RECIPES
+from bayes_lora.recipes.recipes import CLOSED_FORM, RECIPES
 
 CONFIG = RunConfig(
     recipe="abmll-network",
@@ -27,7 +27,7 @@ def small(name, **sections):
     """Settings of a recipe that make it small."""
     settings = dict(episodes=EPISODES)
     if name not in NOTHING_TO_LEARN:
-        settings["fit"] = FitConfig(steps=3) if name == "tangent" else FitConfig(steps=3, eval_every=3)
+        settings["fit"] = FitConfig(steps=3) if name in CLOSED_FORM else FitConfig(steps=3, eval_every=3)
     network = {"directions": 2, "hidden": 6, "bilinear": 2}
     if name == "abmll-network":
         settings["guide"] = network

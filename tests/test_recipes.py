@@ -16,7 +16,7 @@ from bayes_lora.recipes.config import (
     ObjectiveConfig,
     RunConfig,
 )
-from bayes_lora.recipes.recipes import RECIPES, build_objective
+from bayes_lora.recipes.recipes import CLOSED_FORM, RECIPES, build_objective
 from bayes_lora.runs.fit import fit_posterior
 
 
@@ -25,7 +25,7 @@ from bayes_lora.runs.fit import fit_posterior
 def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstrations):
     shown = replace(EPISODES, num_demonstrations=demonstrations)
     config = small(name, objective=ObjectiveConfig(num_particles=2), episodes=shown)
-    unused = name == "tangent" and demonstrations
+    unused = name in CLOSED_FORM and demonstrations
     with pytest.warns(UserWarning, match="episodes.num_demonstrations have no effect") if unused else nullcontext():
         posterior, state = fit_posterior(lm, make_tasks(4), config)
     assert state.step == (0 if name in NOTHING_TO_LEARN else 3)

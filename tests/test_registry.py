@@ -35,7 +35,7 @@ def test_settings_are_keyword_arguments_with_their_defaults(cls):
     signature = inspect.signature(cls.__init__).parameters
     keywords = {name: p.default for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
     known = {name: p.default for name, p in parameters_of(cls).items()}
-    functions = {"make"}
+    functions = {"make", *getattr(cls, "not_settings", ())}  # and tensors
     assert keywords.items() - known.items() <= {(name, keywords.get(name)) for name in functions}
     if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
         assert "hidden" in known

@@ -74,7 +74,7 @@ GUIDES = {
     "SharedMeanField, MatrixNormal": lambda model: SharedMeanField(model, family=MatrixNormal(8)),
     "SharedPoint": SharedPoint,
     "TangentGuide": lambda model: TangentGuide(model, steps=1, batch_size=5, theta_objective=theta_objective(model)),
-    "TangentNetwork": lambda model: TangentNetwork(model, rank=6, hidden=4).double(),
+    "TangentNetwork": lambda model: TangentNetwork(model, rank=6, hidden=4, theta_objective="elbo").double(),
 }
 # What cannot work, and what the error says to do instead.
 ANOTHER = "Use GradientGuide, or a model of LoRA factors"

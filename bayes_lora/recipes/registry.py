@@ -104,7 +104,8 @@ def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
         } | found
         if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
             break
-    return {name: p for name, p in found.items() if not _is_function(p.annotation)}
+    others = getattr(cls, "not_settings", ())
+    return {name: p for name, p in found.items() if name not in others and not _is_function(p.annotation)}
 
 
 @cache
