@@ -99,7 +99,7 @@ def test_the_predictive_loss_needs_several_draws_in_one_forward(lm):
     model = IndependentNormal(lm)
     with pytest.raises(ConfigError, match=r"predictive: expected at least two particles.*num_particles=1"):
         BetaELBO(model, model, predictive=True)
-    with pytest.raises(ConfigError, match="predictive: expected no elbo beside it"):
+    with pytest.raises(ConfigError, match="predictive: expected no elbo as well"):
         BetaELBO(model, model, predictive=True, num_particles=2, elbo=Trace_ELBO())
     assert BetaELBO(model, model, predictive=True, num_particles=2).elbo.predictive
 

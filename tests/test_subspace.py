@@ -79,7 +79,7 @@ def test_the_language_model_reads_a_code(lm):
     [
         (lambda phi: phi.pop(CODE), r"'directions\..*': the model has no such site"),
         (lambda phi: phi.update({CODE: phi[CODE][..., :2]}), r"expected event shape \(4, 16, 2\)|expected event shape"),
-        (lambda phi: [phi.pop(s) for s in [*phi] if s.startswith("directions")], "'code': expected directions beside"),
+        (lambda phi: [phi.pop(s) for s in [*phi] if s.startswith("directions")], "'code': expected directions as well"),
     ],
 )
 def test_codes_that_fit_no_directions_are_refused(lm, change, message):

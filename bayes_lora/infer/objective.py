@@ -83,7 +83,7 @@ class BetaELBO(nn.Module):
             settings: Any = {"max_plate_nesting": 2, "vectorize_particles": True, "predictive": predictive}
             elbo = AnalyticELBO(num_particles, **settings)
         elif predictive:
-            raise ConfigError("predictive: expected no elbo beside it. Pass AnalyticELBO(predictive=True) as elbo.")
+            raise ConfigError("predictive: expected no elbo as well. Pass AnalyticELBO(predictive=True) as elbo.")
         self.elbo: Any = elbo
 
     def forward(self, episode: Episode) -> Tensor:

@@ -39,7 +39,7 @@ def decode(phi: Sites) -> Sites:
     if CODE not in phi:
         return phi
     if not any(site.startswith(DIRECTIONS) for site in phi):
-        raise SiteError(f"site {CODE!r}: expected directions beside it, {DIRECTIONS}<site>; got {[*phi]}.")
+        raise SiteError(f"site {CODE!r}: expected directions as well, {DIRECTIONS}<site>; got {[*phi]}.")
     code = phi[CODE][..., 0, 0, :]
     found = {site: value for site, value in phi.items() if site != CODE and not site.startswith(DIRECTIONS)}
     # Sorted, because the derivative by the code is a sum over sites, in the order in which they are computed here.
