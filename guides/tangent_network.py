@@ -5,12 +5,12 @@ r"""A network that predicts derivatives, so that the posterior in the tangent sp
         g(h) = 1 + U h + \mathrm{MLP}(h) \\
     q(c_i \mid S_i) &= \mathcal N(\sigma^2 \hat J^\top a,\; \sigma^2 (I - \sigma^2 \hat J^\top R \hat J))
 
-with the weights a and R of :mod:`bayes_lora.infer.score_posterior`, for the code c of a
-:class:`bayes_lora.models.Subspace`. h_j are the frozen language model's hidden states of example j, e_jk is the output
-embedding of its option k. The derivative of a one-token option's log-likelihood by the last hidden state is linear in
-its embedding, which is why the prediction is. The set of examples is combined by Bayes' rule, not by a learned pooling:
-the posterior does not depend on their order, and narrows with their number (compare Bayesian context aggregation,
-Volpp et al., ICLR 2021). The derivatives by an option head's slope and biases are exact.
+where c is the code of a :class:`bayes_lora.models.Subspace`, and :mod:`bayes_lora.infer.score_posterior` defines a and
+R. h_j are the frozen language model's hidden states of example j, e_jk is the output embedding of its option k. The
+derivative of a one-token option's log-likelihood with respect to the last hidden state is linear in its embedding,
+which is why the prediction is. The examples are combined by Bayes' rule, not by a learned pooling: the posterior does
+not depend on their order, and narrows with their number (compare Bayesian context aggregation, Volpp et al., ICLR
+2021). The derivatives with respect to an option head's slope and biases are exact.
 
 The network learns from the true derivatives of training tasks (:mod:`bayes_lora.runs.distillation`), or by stochastic
 variational inference, as any guide.
@@ -101,7 +101,7 @@ class TangentNetwork(TangentGuide):
         return int(self.model.initial[CODE].shape[-1])
 
     def derivatives(self, features: Features, option_mask: Tensor) -> Tensor:
-        """Predict the derivatives of centred option scores by the code, ``(T, N, K, M)``; 0 at absent options.
+        """Predict derivatives of centred option scores with respect to the code, ``(T, N, K, M)``; 0 at absent options.
 
         Args:
             features: of T tasks with N examples.

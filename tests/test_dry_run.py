@@ -133,7 +133,7 @@ def closed_form_config(**guide):
 
 
 def test_a_closed_form_fit_of_a_subspace():
-    """By hand: derivatives by all weights, for the directions, by the code, and for the network's training twice."""
+    """Counted by hand: all weights, the directions, the code, and two sets of examples to train the network on."""
     config = replace(closed_form_config(rank=6), recipe="subspace-network", prior={"size": 9})
     found = dry_run(config, LlamaConfig(**SMALL), sized_tasks())
     all_rows, others = 7 * 2 + 11 * 3 + 10 * 2, (7 + 11 + 10) * 8

@@ -181,7 +181,7 @@ def test_centred_derivatives_ignore_absent_options():
 
 @pytest.mark.parametrize("head", [False, True])
 def test_directions_keep_derivatives_in_units_of_a_layerwise_prior(lm, head, monkeypatch):
-    """As many as the derivatives span: inner products of derivatives by the code are those of the wide prior."""
+    """As many as the derivatives span: inner products of the code's derivatives are those of the wide prior."""
     tasks = {name: task.split(3, seed=0, num_query=0) for name, task in make_tasks(2).items()}
     wide = LayerwiseScale(lm, random="B", initial_scale=(0.1, 2.0))
     wide = WithHead(wide, slope=0.5) if head else wide

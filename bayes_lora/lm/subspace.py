@@ -4,8 +4,8 @@ r"""LoRA weights in a subspace: a few numbers for each task, the code, times dir
 
 for each site s that has directions. The code c is the site ``code`` of phi, of event shape ``(1, 1, M)``. The
 directions of a site are the shared site ``directions.<site>``, of event shape ``(M * layers, out, in)``: M stacks of
-its layers. The language model adds them up before it binds the weights, so that derivatives by the code are those by
-M numbers, whatever the size of the model.
+its layers. The language model adds them up before it binds the weights, so that the derivatives with respect to the
+code are M numbers, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def decode(phi: Sites) -> Sites:
         raise SiteError(f"site {CODE!r}: expected directions as well, {DIRECTIONS}<site>; got {[*phi]}.")
     code = phi[CODE][..., 0, 0, :]
     found = {site: value for site, value in phi.items() if site != CODE and not site.startswith(DIRECTIONS)}
-    # Sorted, because the derivative by the code is a sum over sites, in the order in which they are computed here.
+    # Sorted, because the derivative with respect to the code is a sum over sites, in the order of computation.
     for site in sorted(found):
         if directions_of(site) in phi:
             found[site] = found[site] + _combined(code, phi[directions_of(site)], found[site])

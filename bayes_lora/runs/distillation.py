@@ -2,9 +2,9 @@ r"""Distillation: a :class:`bayes_lora.guides.TangentNetwork` learns the derivat
 
 .. math:: \min_{\hat J} \; \frac1B \sum_b \frac{\lVert \hat J_b - J_b \rVert^2}{\lVert J_b \rVert^2 + \epsilon}
 
-for batches b of one task's examples, with the true derivatives J of centred option scores by the code. Each prompt is
-also paired with options of no meaning for it: labels of other tasks and words of the vocabulary. A few dozen tasks have
-a hundred labels, which a network would learn by heart; a derivative is defined for any option.
+for batches b of one task's examples, with the true derivatives J of centred option scores with respect to the code.
+Each prompt is also paired with options of no meaning for it: labels of other tasks and words of the vocabulary. A few
+dozen tasks have a hundred labels, which a network would learn by heart; a derivative is defined for any option.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bayes_lora.errors import TaskError
 from bayes_lora.guides.tangent_network import TangentNetwork
 from bayes_lora.infer.directions import centred
 from bayes_lora.infer.tangent import tangent
-from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.subspace import CODE
 from bayes_lora.lm.tensor_store import TensorStore
+from bayes_lora.runs.empirical_bayes import derivative_store
 from bayes_lora.tasks.task import Example, Task
-from bayes_lora.types import Features, Sites
+from bayes_lora.types import Features
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["distil", "other_options"]
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         hidden: ``(n, 2, d)``.
         options: ``(n, K, d)``.
         option_mask: ``(n, K)``.
-        derivatives: of centred option scores by the code, ``(n, K, M)``.
+        derivatives: of centred option scores with respect to the code, ``(n, K, M)``.
     """
 
     hidden: Tensor
@@ -99,8 +99,9 @@ def distil(
         raise TaskError("distillation: expected tasks with options; the answers of all training tasks are generated.")
     others = other_options(known, lm.tokenizer, seed)
     sets = [task.examples for task in known.values()] + [rows for rows in others.values() if rows]
-    bar = progress.add_task("derivatives by the code", total=len(sets)) if progress else None
-    store, batches = _store(lm, guide), []
+    bar = progress.add_task("derivatives with respect to the code", total=len(sets)) if progress else None
+    shared = guide.model.shared(guide.theta_mean())
+    store, batches = derivative_store(lm, shared, "derivatives with respect to the code", VERSION), []
     for rows in sets:
         batches.append(_batch(lm, guide, rows, store))
         if progress is not None and bar is not None:
@@ -185,17 +186,3 @@ def _batch(lm: LanguageModel, guide: TangentNetwork, examples: Any, store: Tenso
     if store is not None:
         store.put({key: tuple(value.cpu() for value in batch)})
     return batch
-
-
-def _store(lm: LanguageModel, guide: TangentNetwork) -> TensorStore | None:
-    """Return the store of derivatives at theta's mean; they depend on locations and directions."""
-    if lm.cache_folder is None:
-        return None
-    found = blake2b(digest_size=16)
-    shared: Sites = guide.model.shared(guide.theta_mean())
-    for site, value in sorted(shared.items()):
-        found.update(f"{site} {tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    about = {"what": "derivatives by the code", "version": VERSION, "values": found.hexdigest()}
-    about |= {"normalize": lm.normalize, "scaling": float(lm.lora_config.lora_alpha) / lm.lora_config.r}
-    about |= {"rslora": bool(lm.lora_config.use_rslora), "max_length": lm.encoder.max_length}
-    return TensorStore(lm.cache_folder / "states", about | base_facts(lm.model, lm.name))

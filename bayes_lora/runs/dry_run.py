@@ -19,8 +19,8 @@ Of a closed-form fit, which differentiates all option scores of all training tas
 - splits: two copies of the parts of them that the fit reads, in 64 bits;
 - network, that predicts derivatives: its values, gradients and AdamW's two moments in 32 bits;
 - directions, of a subspace: the rows in which they are found, of as many numbers as weights differ between tasks, twice
-  in 32 bits and once in 64. Scores are differentiated again for the directions, by the code, and for the training of a
-  network.
+  in 32 bits and once in 64. Scores are differentiated again for the directions, with respect to the code, and for the
+  training of a network.
 
 The splits are made after the derivatives are gone, so that the total is an upper bound. Grams and splits are in RAM.
 """
@@ -257,7 +257,7 @@ def _of_closed_form(
     model: Any = objective.model
     batch, support = guide.batch_size, config.episodes.num_support
     subspace = subspace_of(model)
-    # Directions are found with the derivatives by all weights that differ between tasks.
+    # Directions are found with the derivatives with respect to all weights that differ between tasks.
     widest = model.random_sites if subspace is None else subspace.varied
     weights = sum(model.initial[site].numel() for site in widest)
     layers = sum(len(model.initial[site]) for site in widest)
@@ -300,7 +300,7 @@ def _network(guide: Any) -> int:
 
 
 def _of_subspace(sizes: Sequence[tuple[int, int]], guide: Any) -> list[tuple[int, int]]:
-    """Return the examples and options whose derivatives are read after those by all weights."""
+    """Return the examples and options whose derivatives are read after those with respect to all weights."""
     read = [(min(DIRECTION_EXAMPLES, examples), options) for examples, options in sizes] + [*sizes]
     if isinstance(guide, TangentNetwork):
         read += [*sizes] + [(min(OTHER_EXAMPLES, examples), 2 * WORDS) for examples, _ in sizes]

@@ -26,6 +26,7 @@ from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Sites
 
 __all__ = [
+    "derivative_store",
     "fit_in_closed_form",
     "grams_of_tasks",
     "held_out_linear_nll",
@@ -137,7 +138,7 @@ def grams_of_tasks(
         prior, shared = model.phi_prior(theta), model.shared(theta)
     phi = {site: fn.mean.detach().expand(1, 1, *fn.event_shape) for site, fn in prior.items()}
     numbers = [site for site in phi if phi[site].numel() == 1]
-    store = _store(lm, shared | phi)
+    store = derivative_store(lm, shared | phi, "Gram matrices", VERSION)
     bar = progress.add_task("derivatives of training tasks", total=len(tasks)) if progress else None
     found = {}
     for name, task in tasks.items():
@@ -202,13 +203,21 @@ def _in_order(grams: TaskGrams, order: torch.Tensor) -> TaskGrams:
     )
 
 
-def _store(lm: LanguageModel, values: Sites) -> TensorStore | None:
+def derivative_store(lm: LanguageModel, values: Sites, what: str, version: int) -> TensorStore | None:
+    """Return the store of what is computed from derivatives; None if the language model has no cache folder.
+
+    Args:
+        lm: the language model.
+        values: values of the sites at which derivatives are taken.
+        what: what is stored.
+        version: version of its format.
+    """
     if lm.cache_folder is None:
         return None
     found = blake2b(digest_size=16)
     for site, value in values.items():
         found.update(f"{site} {tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    about = {"what": "Gram matrices", "version": VERSION, "values": found.hexdigest(), "normalize": lm.normalize}
+    about = {"what": what, "version": version, "values": found.hexdigest(), "normalize": lm.normalize}
     about |= {"scaling": float(lm.lora_config.lora_alpha) / lm.lora_config.r, "rslora": bool(lm.lora_config.use_rslora)}
     return TensorStore(lm.cache_folder / "states", about | base_facts(lm.model, lm.name))
 
