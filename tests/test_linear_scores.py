@@ -97,6 +97,21 @@ def test_probabilities_are_averaged_over_the_scores():
     assert (at_mean.exp().amax(-1) > scores.log_probs().exp().amax(-1)).all()
 
 
+def test_draws_do_not_depend_on_the_choice_of_eigenvectors():
+    """Eigenvectors of nearly equal eigenvalues are anything; two covariances that differ by 1e-9 have the same draws."""
+    noise = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, mask, free = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
+    one = torch.eye(3, dtype=torch.float64)
+    rank_one = torch.ones(3, 3, dtype=torch.float64)
+    exact = torch.stack([one, rank_one])
+    first, second = (
+        LinearScores(mean.double(), exact + size * (noise + noise.mT), mask, free).draws() for size in (1e-9, -1e-9)
+    )
+    torch.testing.assert_close(first, second, atol=1e-3, rtol=0)  # the root of 1e-9 is 3e-5
+    spread = first.transpose(0, 1).transpose(1, 2) @ first.transpose(0, 1) / len(first)
+    torch.testing.assert_close(spread, exact, atol=0.05, rtol=0)
+
+
 def test_a_covariance_with_rounding_errors_has_a_loss_and_a_gradient():
     """Its smallest eigenvalue is below zero by more than the jitter of other covariances, which stay as they are."""
     basis = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]

@@ -39,8 +39,9 @@ class LinearScores(NamedTuple):
             # The derivative of eigenvectors is infinite where eigenvalues are equal, as those of absent options are.
             root = _cholesky(self.covariance)
         else:
+            # The symmetric root is unique. Eigenvectors are not, and depend on the machine.
             values, vectors = torch.linalg.eigh(self.covariance)
-            root = vectors * values.clamp_min(0.0).sqrt()[..., None, :]
+            root = (vectors * values.clamp_min(0.0).sqrt()[..., None, :]) @ vectors.mT
         points = _points(self.mean.shape[-1]).to(self.mean)
         return self.mean + torch.einsum("nkj,sj->snk", root, points)
 
