@@ -273,6 +273,31 @@ def test_labels_are_permuted_alike_in_support_and_query(encoder: Encoder) -> Non
     assert len(seen) == 9  # every label stood for every other
 
 
+def test_labels_have_unequal_frequencies(encoder: Encoder) -> None:
+    """The share of a label has the variance of a Dirichlet draw, alike in support and query; by default they are equal."""
+    labels = ("red", "green")
+    fixed = Task("fixed", [Example(f"thing {i}", labels, i % 2) for i in range(100)])
+    own = Task("own", [Example(f"which of {i}", (f"a{i}", f"b{i}"), i % 2) for i in range(40)])
+    settings = dict(num_support=10, num_query=10, seed=1, score_support=False)
+
+    def shares(skew: float | None) -> torch.Tensor:
+        sampler = EpisodeSampler(TaskSet([fixed]), encoder, tasks_per_episode=1, label_skew=skew, **settings)
+        parts = [(episode.support, episode) for episode in islice(sampler, 150)]
+        return torch.tensor([[float(part.answer.double().mean()) for part in pair] for pair in parts])
+
+    support, query = shares(2.0).unbind(-1)
+    # Beta(1/2, 1/2) has variance 1/8; 10 draws of a share add a tenth of E[p (1 - p)] = 1/8. The standard error of the
+    # variance is 0.008.
+    assert abs(float(support.var()) - 0.1375) < 0.03
+    assert float(torch.corrcoef(torch.stack([support, query]))[0, 1]) > 0.9
+    assert float(shares(0.01)[:, 0].var()) < 0.05  # 1/4 / 10 = 0.025 and little more
+    assert bool((shares(None)[:, 0] == 0.5).all())
+    plain, skewed = (
+        EpisodeSampler(TaskSet([own]), encoder, tasks_per_episode=1, label_skew=skew, **settings) for skew in (None, 2.0)
+    )
+    assert same(plain[3], skewed[3])  # a task without labels
+
+
 def test_tasks_of_other_sizes(encoder: Encoder) -> None:
     """Each task has its own N, and support given with the task is sampled again."""
     examples = [Example(f"film {i}", ("yes", "no"), i % 2) for i in range(20)]
@@ -297,6 +322,7 @@ def test_tasks_of_other_sizes(encoder: Encoder) -> None:
         ({"num_query": -1}, "num_query=-1"),
         ({"min_support": 3}, "min_support=3: expected 1 to num_support=2"),
         ({"min_support": 0}, "min_support=0: expected 1 to num_support=2"),
+        ({"label_skew": 0.0}, "label_skew=0.0: expected a positive number, or None"),
         ({"min_support": 1, "num_demonstrations": 2, "score_support": False}, "the smallest support, 1"),
     ],
 )

@@ -31,6 +31,9 @@ class EpisodeSampler:
             orders of magnitude alike, so that a guide learns how its posterior depends on their number.
         permute_labels: permute the labels of each task that has a fixed set of them, in each episode again and alike in
             support and query. Then a prompt alone does not tell its label, and a guide has to read the support.
+        label_skew: if given, the labels of each such task have unequal frequencies in an episode, proportional to a
+            draw of ``Dirichlet(1 / label_skew)`` for each label: about equal near 0, mostly one label above 1. It is
+            limited by the number of examples that a task has of each label.
         num_query: query examples per task, disjoint from the support.
         score_support: whether the likelihood is computed on support and query, or on the query alone. In the latter
             case the LM does not run on the support, whose features are cached, and theta learns from generalisation.
@@ -55,6 +58,7 @@ class EpisodeSampler:
         num_demonstrations: int = 0,
         min_support: int | None = None,
         permute_labels: bool = False,
+        label_skew: float | None = None,
         seed: int = 0,
     ) -> None:
         if not 0 < tasks_per_episode <= len(tasks):
@@ -67,6 +71,8 @@ class EpisodeSampler:
         least = num_support if min_support is None else min_support
         if not 1 <= least <= num_support:
             raise TaskError(f"min_support={min_support}: expected 1 to num_support={num_support}.")
+        if label_skew is not None and not 0 < label_skew < float("inf"):
+            raise TaskError(f"label_skew={label_skew}: expected a positive number, or None.")
         if not 0 <= num_demonstrations <= least or (num_demonstrations and score_support):
             raise TaskError(
                 f"num_demonstrations={num_demonstrations}: expected 0 to the smallest support, {least}, and "
@@ -75,7 +81,7 @@ class EpisodeSampler:
         self.tasks, self.encoder, self.seed = list(tasks.values()), encoder, seed
         self.tasks_per_episode, self.num_support, self.num_query = tasks_per_episode, num_support, num_query
         self.score_support, self.num_demonstrations = score_support, num_demonstrations
-        self.min_support, self.permute_labels = least, permute_labels
+        self.min_support, self.permute_labels, self.label_skew = least, permute_labels, label_skew
         lengths = [median(len(row) for row in encoder(task.examples)) for task in self.tasks]
         self._by_length = np.argsort(lengths, kind="stable")
         for task in self.tasks:
@@ -113,13 +119,31 @@ class EpisodeSampler:
         seed, size = int(rng.integers(2**31)), self.num_support
         if self.min_support < size:
             size = int(np.exp(rng.uniform(np.log(self.min_support), np.log(size + 1))))
-        drawn = task.split(size, seed=seed, num_query=self.num_query)
+        if self.label_skew is None or not _has_labels(task):
+            drawn = task.split(size, seed=seed, num_query=self.num_query)
+        else:
+            drawn = _skewed(task, size, self.num_query, self.label_skew, rng)
         return _permuted(drawn, rng) if self.permute_labels else drawn
+
+
+def _has_labels(task: Task) -> bool:
+    return not task.free_form and len({example.options for example in task.examples}) == 1
+
+
+def _skewed(task: Task, num_support: int, num_query: int, skew: float, rng: np.random.Generator) -> Task:
+    """Draw support and query with the same label frequencies, from a Dirichlet distribution."""
+    frequencies = rng.dirichlet(np.full(len(task.examples[0].options), 1.0 / skew))
+    with np.errstate(divide="ignore"):  # a frequency may underflow: its examples come last
+        weights = np.log(frequencies)[[example.answer for example in task.examples]]
+    # The largest sums with Gumbel noise are a draw without replacement, of each example proportional to its weight.
+    order = np.argsort(-np.maximum(weights, -1e30) - rng.gumbel(size=len(weights)), kind="stable")
+    drawn = [task.examples[i] for i in rng.permutation(order[: num_support + num_query])]
+    return replace(task, support=tuple(drawn[:num_support]), query=tuple(drawn[num_support:]))
 
 
 def _permuted(task: Task, rng: np.random.Generator) -> Task:
     """Permute the labels of a task whose examples all have the same options; return another task as it is."""
-    if task.free_form or len({example.options for example in task.examples}) > 1:
+    if not _has_labels(task):
         return task
     labels = rng.permutation(len(task.examples[0].options)).tolist()
 

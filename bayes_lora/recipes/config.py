@@ -126,6 +126,8 @@ class EpisodeConfig:
         min_support: if given, training episodes have between ``min_support`` and ``num_support`` of them per task.
         permute_labels: permute the labels of training tasks in each episode again, so that a guide has to read the
             support.
+        label_skew: if given, the labels of a training task have unequal frequencies in each episode: 1 for strongly
+            unequal ones (:class:`bayes_lora.episodes.EpisodeSampler`).
         num_query: query examples per task.
         score_support: whether the likelihood is computed on support and query, or on the query alone.
         num_demonstrations: number of support examples that precede every query with their answers.
@@ -146,6 +148,7 @@ class EpisodeConfig:
     shuffle_options: bool = False
     min_support: Count | None = None
     permute_labels: bool = False
+    label_skew: Positive | None = None
 
 
 @dataclass(frozen=True)

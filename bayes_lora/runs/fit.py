@@ -184,9 +184,10 @@ def warn_of_no_effect(config: RunConfig, *, closed_form: str | None) -> None:
     ]
     if closed_form:
         changed = [name for name in changed if name != "fit.steps"]
-        of_episodes = ("num_demonstrations", "min_support", "permute_labels")
+        of_episodes = ("num_demonstrations", "min_support", "permute_labels", "label_skew")
         changed += [f"episodes.{name}" for name in of_episodes if getattr(config.episodes, name)]
         changed += ["objective.predictive"] if config.objective.predictive else []
+        changed += ["objective.num_particles"] if config.objective.num_particles > 1 else []
     if changed:
         why = (
             f"{closed_form} is fitted in closed form" if closed_form else f"recipe {config.recipe!r} has nothing to fit"
@@ -244,6 +245,7 @@ def build_episodes(lm: LanguageModel, tasks: TaskSet, config: RunConfig) -> tupl
         num_demonstrations=settings.num_demonstrations,
         min_support=settings.min_support,
         permute_labels=settings.permute_labels,
+        label_skew=settings.label_skew,
         seed=config.seed,
     )
     shown = settings.num_demonstrations
