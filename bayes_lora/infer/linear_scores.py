@@ -8,12 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_lora.infer.predictive import mean_over_draws
 from bayes_lora.types import absent_score
 
 __all__ = ["LinearScores"]
 
 NUM_POINTS = 256
 """Points of the average over scores."""
+ABSENT = -1e30
+"""Score of absent options."""
 JITTERS = 8
 """Multiples of the identity that are tried, each ten times the one before."""
 
@@ -54,12 +57,18 @@ class LinearScores(NamedTuple):
             temperature: divides the scores, except those of free text.
             averaged: average probabilities over the distribution of scores; otherwise at their mean.
         """
+        found = mean_over_draws(self.draw_log_probs(temperature, averaged=averaged))
+        return found.masked_fill(~self.option_mask, absent_score(found.dtype))
+
+    def draw_log_probs(self, temperature: float = 1.0, *, averaged: bool = True) -> Tensor:
+        """Return log-probabilities under each of :meth:`draws`, ``(NUM_POINTS, n, K)`` nats; arguments as above.
+
+        Without averaging there is one draw, the mean of the scores.
+        """
         scores = self.draws() if averaged else self.mean[None]
         scores = torch.where(self.free_form[:, None], scores, scores / temperature)
         # Not infinite, because the derivative of logsumexp of infinities is not a number.
-        log_probs = scores.masked_fill(~self.option_mask, -1e30).log_softmax(-1)
-        found = torch.logsumexp(log_probs, 0) - torch.tensor(float(len(scores))).log()
-        return found.masked_fill(~self.option_mask, absent_score(found.dtype))
+        return scores.masked_fill(~self.option_mask, ABSENT).log_softmax(-1)
 
     def entropies(self) -> tuple[Tensor, Tensor]:
         """Return the entropy of the predictive distribution and its epistemic part, ``(n,)`` nats each.
@@ -67,7 +76,7 @@ class LinearScores(NamedTuple):
         The epistemic part is the mutual information of answer and scores: the entropy minus the expected entropy of the
         options given the scores.
         """
-        log_probs, draws = self.log_probs(), self.draws().masked_fill(~self.option_mask, -1e30).log_softmax(-1)
+        log_probs, draws = self.log_probs(), self.draw_log_probs()
         total, rest = (-(one.exp() * one.clamp_min(-1e4)).sum(-1) for one in (log_probs, draws))
         return total, total - rest.mean(0)
 

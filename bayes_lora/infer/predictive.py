@@ -14,7 +14,7 @@ from bayes_lora.infer.handlers import ModuleParameters, Widened
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.types import Sites
 
-__all__ = ["draw_phi", "held_out_nll", "predictive", "tempered"]
+__all__ = ["draw_phi", "held_out_nll", "mean_over_draws", "predictive", "tempered"]
 
 
 def predictive(log_lik: Tensor) -> Tensor:
@@ -26,7 +26,12 @@ def predictive(log_lik: Tensor) -> Tensor:
     Returns:
         ``(..., K)``, nats.
     """
-    return torch.logsumexp(log_lik.log_softmax(-1), 0) - torch.tensor(float(len(log_lik))).log()
+    return mean_over_draws(log_lik.log_softmax(-1))
+
+
+def mean_over_draws(log_probs: Tensor) -> Tensor:
+    """Return the logarithm of the mean probability over the first dimension."""
+    return torch.logsumexp(log_probs, 0) - torch.tensor(float(len(log_probs))).log()
 
 
 def tempered(scores: Tensor, episode: Episode, temperature: float | Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Predictions averaged over draws, and their metrics."""
+"""Predictions under each draw, and their metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from bayes_lora.episodes.episode import collate
 from bayes_lora.episodes.packing import EncodedExample
-from bayes_lora.infer.predictive import predictive, tempered
+from bayes_lora.infer.predictive import tempered
 from bayes_lora.lm.generation import Generated
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.metrics.options import Metrics, compute_metrics
@@ -33,7 +33,7 @@ def predict_tasks(
     max_tokens: Callable[[], int],
     fixed_options: Sequence[bool] | None = None,
 ) -> list[Tensor]:
-    """Return predictive log-probabilities ``(N, K)``, nats, of each task's examples.
+    """Return the log-probabilities ``(S, N, K)``, nats, of each task's examples under each draw.
 
     Examples of all tasks share forwards with all draws, each example under the draws of its own task.
 
@@ -53,14 +53,15 @@ def predict_tasks(
         rows = [[tasks[t][i] for i in members] for t, members in batch.items()]
         episode = collate(rows, fixed_options=fixed).to(lm.device)
         scores = lm(of_tasks(phi, list(batch), len(tasks)), episode)
-        for (t, members), found in zip(batch.items(), predictive(tempered(scores, episode, temperature)), strict=True):
-            own = found[: len(members), : widths[t]]
+        log_probs = tempered(scores, episode, temperature).log_softmax(-1)  # (S, T, N, K)
+        for (t, members), found in zip(batch.items(), log_probs.unbind(1), strict=True):
+            own = found[:, : len(members), : widths[t]]
             absent = widths[t] - own.shape[-1]
             pieces[t].append(nn.functional.pad(own, (0, absent), value=absent_score(own.dtype)))
             places[t] += members
-    none = torch.zeros(0, 0, device=lm.device)
+    none = torch.zeros(1, 0, 0, device=lm.device)
     return [
-        torch.cat(parts)[torch.tensor(at, device=lm.device).argsort()] if parts else none
+        torch.cat(parts, 1)[:, torch.tensor(at, device=lm.device).argsort()] if parts else none
         for parts, at in zip(pieces, places, strict=True)
     ]
 

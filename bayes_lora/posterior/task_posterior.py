@@ -32,6 +32,7 @@ from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
 from bayes_lora.posterior.linear import linear_scores
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
+from bayes_lora.posterior.prediction_draws import PredictionDraws, prediction_draws
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.types import Distributions, Predictive, Sites
 from bayes_lora.utils.seeding import seeded
@@ -223,19 +224,86 @@ class TaskPosterior:
         Raises:
             TaskError: the number of lists is not the number of tasks, or demonstrations do not fit into the context.
         """
-        if (predictive or self.predictive) == "linear":
-            scores = self._linear_scores(queries, demonstrations)
-            found = [one.log_probs(self.temperature, averaged=num_draws > 0) for one in scores]
-            return found[0] if is_of_one_task(queries) else found
-        asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
-        phi = self._draws_or_mean(num_draws, seed, common_noise)
-        rows = [self.lm.encoder(own, before) for own, before in zip(asked, shown, strict=True)]
-        count = max(len(value) for value in tree_leaves(phi))
-        # Deferred weights are drawn while they are used.
-        with seeded(seed, self.lm.device) if self.is_deferred else nullcontext():
-            most = lambda: max_tokens or self.lm.budget.per_item(count)  # noqa: E731
-            found = predict_tasks(self.lm, phi, rows, self.temperature, most, self.fixed_options)
+        draws = self._predict_draws(
+            queries, num_draws, seed, demonstrations, max_tokens, common_noise, predictive or self.predictive
+        )
+        found = [one.mean() for one in draws]
         return found[0] if is_of_one_task(queries) else found
+
+    @overload
+    def predict_draws(
+        self,
+        queries: Sequence[Example],
+        *,
+        num_draws: int = 100,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_tokens: int | None = None,
+        common_noise: bool = False,
+        predictive: Predictive | None = None,
+    ) -> PredictionDraws: ...
+
+    @overload
+    def predict_draws(
+        self,
+        queries: Sequence[Sequence[Example]],
+        *,
+        num_draws: int = 100,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_tokens: int | None = None,
+        common_noise: bool = False,
+        predictive: Predictive | None = None,
+    ) -> list[PredictionDraws]: ...
+
+    @torch.no_grad()
+    def predict_draws(
+        self,
+        queries: Sequence[Example] | Sequence[Sequence[Example]],
+        *,
+        num_draws: int = 100,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_tokens: int | None = None,
+        common_noise: bool = False,
+        predictive: Predictive | None = None,
+    ) -> PredictionDraws | list[PredictionDraws]:
+        """Return the predictions under each draw, whose average is that of :meth:`predict`.
+
+        Args, Raises: see :meth:`predict`.
+
+        Returns:
+            For each task; those of the only task if its examples were passed.
+        """
+        found = self._predict_draws(
+            queries, num_draws, seed, demonstrations, max_tokens, common_noise, predictive or self.predictive
+        )
+        return found[0] if is_of_one_task(queries) else found
+
+    def _predict_draws(
+        self,
+        queries: Any,
+        num_draws: int,
+        seed: int,
+        demonstrations: Any,
+        max_tokens: int | None,
+        common_noise: bool,
+        predictive: Predictive,
+    ) -> list[PredictionDraws]:
+        asked = self._by_task("queries", queries)
+        if predictive == "linear":
+            scores = self._linear_scores(queries, demonstrations)
+            found = [one.draw_log_probs(self.temperature, averaged=num_draws > 0) for one in scores]
+        else:
+            shown = self._by_task("demonstrations", demonstrations)
+            phi = self._draws_or_mean(num_draws, seed, common_noise)
+            rows = [self.lm.encoder(own, before) for own, before in zip(asked, shown, strict=True)]
+            count = max(len(value) for value in tree_leaves(phi))
+            # Deferred weights are drawn while they are used.
+            with seeded(seed, self.lm.device) if self.is_deferred else nullcontext():
+                most = lambda: max_tokens or self.lm.budget.per_item(count)  # noqa: E731
+                found = predict_tasks(self.lm, phi, rows, self.temperature, most, self.fixed_options)
+        return [prediction_draws(*each) for each in zip(self.names, asked, found, strict=True)]
 
     def linear_scores(
         self,

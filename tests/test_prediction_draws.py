@@ -1,0 +1,81 @@
+"""Predictions under each draw: their average is the prediction, and each is that of one coherent model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tasks
+from pyro.distributions import Normal
+
+from bayes_lora import TaskPosterior
+from bayes_lora.episodes import collate
+from bayes_lora.posterior.prediction_draws import prediction_draws
+from bayes_lora.tasks import Example
+from bayes_lora.types import absent_score
+
+
+@pytest.fixture
+def tasks():
+    return [task.split(4, seed=1, num_query=5) for task in make_tasks(2).values()]
+
+
+@pytest.fixture
+def adapted(lm, tasks):
+    generator = torch.Generator().manual_seed(7)
+    phi = {}
+    for site, shape in lm.sites.shapes.items():
+        loc = 0.3 * torch.randn(len(tasks), 1, *shape, generator=generator, dtype=torch.float64)
+        phi[site] = Normal(loc, torch.full_like(loc, 0.2)).to_event(3)
+    return TaskPosterior(lm, phi, {}, tuple(task.name for task in tasks), temperature=1.5)
+
+
+@pytest.mark.parametrize("predictive", ["draws", "linear"])
+def test_the_average_is_the_prediction(adapted, tasks, predictive):
+    queries = [task.query for task in tasks]
+    draws = adapted.predict_draws(queries, num_draws=6, seed=3, predictive=predictive)
+    expected = adapted.predict(queries, num_draws=6, seed=3, predictive=predictive)
+    for task, one, mean in zip(tasks, draws, expected, strict=True):
+        assert (one.task, one.examples) == (task.name, tuple(task.query))
+        assert predictive == "linear" or len(one) == 6
+        assert torch.equal(one.mean(), mean)
+        torch.testing.assert_close(one.log_probs.exp().mean(0), mean.exp())
+        torch.testing.assert_close(one.log_probs.exp().sum(-1), torch.ones(one.log_probs.shape[:2]).double())
+
+
+def test_a_draw_is_one_model_for_all_questions(adapted, tasks, lm):
+    draws = adapted.select(tasks[1].name).predict_draws(tasks[1].query, num_draws=3, seed=5)
+    phi = adapted.select(tasks[1].name).draw(3, seed=5)
+    episode = collate([lm.encoder(tasks[1].query)])
+    expected = (lm(phi, episode) / 1.5).log_softmax(-1)[:, 0]
+    torch.testing.assert_close(draws.log_probs, expected, rtol=0, atol=1e-6)
+    assert float(draws.log_probs.std(0).max()) > 0.01
+
+
+def test_answers_below_the_confidence_are_left_out():
+    rows = [Example("a?", ("yes", "no"), 0), Example("b?", ("red", "green", "blue"), 0), Example("c?", references=("x",))]
+    probs = torch.tensor(
+        [[[0.9, 0.1, 0.0], [0.2, 0.4, 0.4], [0.3, 0.7, 0.0]], [[0.7, 0.3, 0.0], [0.2, 0.5, 0.3], [0.1, 0.9, 0.0]]]
+    )
+    draws = prediction_draws("t", rows, probs.log())
+    assert draws.option_mask.tolist() == [[True, True, False], [True, True, True], [True, True, False]]
+    assert draws.answers() == ["yes", "green", None]  # another text than x is more probable
+    assert draws.answers(abstain_at=0.6) == ["yes", None, None]
+    assert draws.answers(abstain_at=0.81) == [None, None, None]
+    assert float(draws.mean()[0, 2]) == absent_score(torch.float32)
+    assert replace(draws, examples=(), log_probs=probs[:, :0], option_mask=draws.option_mask[:0]).answers() == []
+
+
+def test_a_dataset_has_the_texts(adapted, tasks):
+    pytest.importorskip("xarray")
+    draws = adapted.select(tasks[0].name).predict_draws(tasks[0].query, num_draws=4)
+    found = draws.to_dataset()
+    assert dict(found.sizes) == {"chain": 1, "draw": 4, "question": 5, "option": draws.log_probs.shape[-1]}
+    assert found.attrs == {"task": tasks[0].name}
+    np.testing.assert_allclose(found["probability"][0], draws.log_probs.exp(), atol=1e-12)
+    assert found["question"].values.tolist() == [row.input for row in tasks[0].query]
+    assert found["option"].values.tolist() == list(tasks[0].query[0].options)
+    own = [Example("a?", ("x", "y"), 0), Example("b?", ("u", "v", "w"), 0)]
+    mixed = prediction_draws("own", own, torch.full((2, 2, 3), 1 / 3).log()).to_dataset()
+    assert mixed["option_text"].values.tolist() == [["x", "y", ""], ["u", "v", "w"]]
+    assert mixed["probability"].isnull().values.tolist() == [[[[False, False, True], [False] * 3]] * 2]
