@@ -274,7 +274,7 @@ def test_labels_are_permuted_alike_in_support_and_query(encoder: Encoder) -> Non
 
 
 def test_labels_have_unequal_frequencies(encoder: Encoder) -> None:
-    """The share of a label has the variance of a Dirichlet draw, alike in support and query; by default they are equal."""
+    """The share of a label has the variance of a Dirichlet draw, alike in support and query; by default it is equal."""
     labels = ("red", "green")
     fixed = Task("fixed", [Example(f"thing {i}", labels, i % 2) for i in range(100)])
     own = Task("own", [Example(f"which of {i}", (f"a{i}", f"b{i}"), i % 2) for i in range(40)])
@@ -293,7 +293,8 @@ def test_labels_have_unequal_frequencies(encoder: Encoder) -> None:
     assert float(shares(0.01)[:, 0].var()) < 0.05  # 1/4 / 10 = 0.025 and little more
     assert bool((shares(None)[:, 0] == 0.5).all())
     plain, skewed = (
-        EpisodeSampler(TaskSet([own]), encoder, tasks_per_episode=1, label_skew=skew, **settings) for skew in (None, 2.0)
+        EpisodeSampler(TaskSet([own]), encoder, tasks_per_episode=1, label_skew=skew, **settings)
+        for skew in (None, 2.0)
     )
     assert same(plain[3], skewed[3])  # a task without labels
 

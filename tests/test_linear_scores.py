@@ -98,7 +98,7 @@ def test_probabilities_are_averaged_over_the_scores():
 
 
 def test_draws_do_not_depend_on_the_choice_of_eigenvectors():
-    """Eigenvectors of nearly equal eigenvalues are anything; two covariances that differ by 1e-9 have the same draws."""
+    """Those of nearly equal eigenvalues are anything; two covariances that differ by 1e-9 have the same draws."""
     noise = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, mask, free = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
     one = torch.eye(3, dtype=torch.float64)

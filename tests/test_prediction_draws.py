@@ -10,6 +10,7 @@ from pyro.distributions import Normal
 
 from bayes_lora import TaskPosterior
 from bayes_lora.episodes import collate
+from bayes_lora.errors import TaskError
 from bayes_lora.posterior.prediction_draws import prediction_draws
 from bayes_lora.tasks import Example
 from bayes_lora.types import absent_score
@@ -53,7 +54,11 @@ def test_a_draw_is_one_model_for_all_questions(adapted, tasks, lm):
 
 
 def test_answers_below_the_confidence_are_left_out():
-    rows = [Example("a?", ("yes", "no"), 0), Example("b?", ("red", "green", "blue"), 0), Example("c?", references=("x",))]
+    rows = [
+        Example("a?", ("yes", "no"), 0),
+        Example("b?", ("red", "green", "blue"), 0),
+        Example("c?", references=("x",)),
+    ]
     probs = torch.tensor(
         [[[0.9, 0.1, 0.0], [0.2, 0.4, 0.4], [0.3, 0.7, 0.0]], [[0.7, 0.3, 0.0], [0.2, 0.5, 0.3], [0.1, 0.9, 0.0]]]
     )
@@ -67,7 +72,6 @@ def test_answers_below_the_confidence_are_left_out():
 
 
 def test_a_dataset_has_the_texts(adapted, tasks):
-    pytest.importorskip("xarray")
     draws = adapted.select(tasks[0].name).predict_draws(tasks[0].query, num_draws=4)
     found = draws.to_dataset()
     assert dict(found.sizes) == {"chain": 1, "draw": 4, "question": 5, "option": draws.log_probs.shape[-1]}
@@ -79,3 +83,26 @@ def test_a_dataset_has_the_texts(adapted, tasks):
     mixed = prediction_draws("own", own, torch.full((2, 2, 3), 1 / 3).log()).to_dataset()
     assert mixed["option_text"].values.tolist() == [["x", "y", ""], ["u", "v", "w"]]
     assert mixed["probability"].isnull().values.tolist() == [[[[False, False, True], [False] * 3]] * 2]
+
+
+def test_arviz_reads_weights_and_predictions(adapted, tasks):
+    import arviz
+
+    task, own = tasks[0], adapted.select(tasks[0].name)
+    found = own.to_arviz(task.query, num_draws=40, seed=3, observed=True)
+    drawn, predicted = own.draw(40, seed=3), own.predict_draws(task.query, num_draws=40, seed=3, predictive="draws")
+    assert set(found.groups()) == {"posterior", "predictions", "log_likelihood", "observed_data"}
+    assert set(found.posterior.data_vars) == set(own.phi)
+    for site, values in found.posterior.data_vars.items():
+        np.testing.assert_array_equal(values[0], drawn[site][:, 0, 0])
+    np.testing.assert_allclose(found.predictions["probability"][0], predicted.log_probs.exp())
+    gold = [row.answer for row in task.query]
+    assert found.observed_data["answer"].values.tolist() == gold
+    np.testing.assert_allclose(found.log_likelihood["answer"][0, :, 2], predicted.log_probs[:, 2, gold[2]])
+    summary = arviz.summary(found, group="predictions", kind="stats")
+    np.testing.assert_allclose(
+        summary["mean"].iloc[0], float(predicted.log_probs.exp().mean(0)[0, 0]), atol=6e-4
+    )  # it rounds to three digits
+    assert own.to_arviz(num_draws=2).groups() == ["posterior"]
+    with pytest.raises(TaskError, match="expected one task, got 2. select\\(\\) one first"):
+        adapted.to_arviz()

@@ -31,10 +31,9 @@ def inference_data(
     if adapted.is_deferred:
         raise ConfigError("to_arviz: whole updates are drawn while they are used, and have no draws to show.")
     drawn = adapted.draw(num_draws, seed=seed)
-    random = adapted.mean().keys() - adapted.shared.keys() if adapted.distributions() else set()
     weights: dict[str, Any] = {}
-    for site in (site for site in drawn if site in random):
-        value = drawn[site][:, 0, 0].detach().cpu().numpy()
+    for site in (site for site in drawn if site not in adapted.shared):
+        value = drawn[site].expand(num_draws, 1, 1, *drawn[site].shape[-3:])[:, 0, 0].detach().cpu().numpy()
         dims = ("chain", "draw", *(f"{site}.{axis}" for axis in ("layer", "out", "in")))
         weights[site] = (dims, value[None])
     axes = {"chain": [0], "draw": range(num_draws)}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from pyro.distributions import Delta
@@ -29,6 +29,7 @@ from bayes_lora.lm.sites import factor_sites
 from bayes_lora.lm.subspace import CODE, decode
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
+from bayes_lora.posterior.arviz import inference_data
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
 from bayes_lora.posterior.linear import linear_scores
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
@@ -36,6 +37,9 @@ from bayes_lora.posterior.prediction_draws import PredictionDraws, prediction_dr
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.types import Distributions, Predictive, Sites
 from bayes_lora.utils.seeding import seeded
+
+if TYPE_CHECKING:
+    from arviz import InferenceData
 
 __all__ = ["TaskPosterior"]
 
@@ -304,6 +308,30 @@ class TaskPosterior:
                 most = lambda: max_tokens or self.lm.budget.per_item(count)  # noqa: E731
                 found = predict_tasks(self.lm, phi, rows, self.temperature, most, self.fixed_options)
         return [prediction_draws(*each) for each in zip(self.names, asked, found, strict=True)]
+
+    def to_arviz(
+        self, queries: Sequence[Example] = (), *, num_draws: int = 100, seed: int = 0, observed: bool = False
+    ) -> InferenceData:
+        """Return draws of the only task as ArviZ's InferenceData, whose plots and summaries read it.
+
+        Groups: ``posterior`` has the weights of each random site, ``(chain, draw, layer, out, in)``. With queries,
+        ``predictions`` has the probabilities of their options under the same draws of the weights, whatever the
+        posterior predicts with by default. If the gold answers of the queries are ``observed``, ``observed_data`` has
+        their indices and ``log_likelihood`` their log-probabilities, nats.
+
+        Args:
+            queries: questions.
+            num_draws: number of draws, S, of one chain.
+            seed: random seed of the draws.
+            observed: whether the gold answers of the queries are known.
+
+        Raises:
+            ConfigError: ArviZ is not installed (``pip install bayes-lora[arviz]``), or whole updates are random.
+            TaskError: there are several tasks; ``select`` one first.
+        """
+        if len(self.names) != 1:
+            raise TaskError(f"to_arviz: expected one task, got {len(self.names)}. select() one first.")
+        return inference_data(self, queries, num_draws, seed, observed)
 
     def linear_scores(
         self,
