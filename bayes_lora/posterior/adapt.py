@@ -87,14 +87,16 @@ def adapt_at(
             # The steps went through the network, not through scores that are linear at the former origin.
             phi = JointNormal({site: fn.without_origin() for site, fn in end.items()})
     with torch.no_grad():
-        shared = model.shared(theta)
+        shared, prior = model.shared(theta), model.phi_prior(theta)
     # A model may have random sites that the language model has not.
     sites = lm.sites.shapes.keys() | lm.sites.delta_shapes.keys() | HEAD_SHAPES.keys() | {CODE}
     own = {site: scaled(fn, width) for site, fn in phi.items() if site in sites}
+    prior = {site: fn for site, fn in prior.items() if site in own}
     names = tuple(task.name for task in tasks)
     predictive: Predictive = getattr(objective.guide, "predictive", "draws")
     fixed = tuple(supports.fixed_options.tolist())
-    return TaskPosterior(lm, type(phi)(own), shared, names, predictive=predictive, fixed_options=fixed), theta
+    found = TaskPosterior(lm, type(phi)(own), shared, names, predictive=predictive, fixed_options=fixed, prior=prior)
+    return found, theta
 
 
 def _side_by_side(phi: Distributions) -> Distributions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -30,6 +30,7 @@ from bayes_lora.lm.subspace import CODE, decode
 from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.arviz import inference_data
+from bayes_lora.posterior.distance import distance_from_prior
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
 from bayes_lora.posterior.linear import linear_scores
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
@@ -39,6 +40,7 @@ from bayes_lora.types import Distributions, Predictive, Sites
 from bayes_lora.utils.seeding import seeded
 
 if TYPE_CHECKING:
+    import pandas as pd
     from arviz import InferenceData
 
 __all__ = ["TaskPosterior"]
@@ -62,6 +64,7 @@ class TaskPosterior:
         predictive: how :meth:`predict` predicts by default: ``"draws"`` or ``"linear"``.
         fixed_options: whether the support examples of each task have the same options, so that biases of an option head
             apply to its queries, see :mod:`bayes_lora.lm.option_head`; by default all have.
+        prior: p(phi | theta) per random site, at the mean of q(theta); empty if it is not known. It is not saved.
 
     Raises:
         ConfigError: a distribution is of another family, or ``fixed_options`` has another number of tasks.
@@ -74,6 +77,7 @@ class TaskPosterior:
     temperature: float = 1.0
     predictive: Predictive = "draws"
     fixed_options: tuple[bool, ...] = ()
+    prior: Distributions = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for site, fn in self.phi.items():
@@ -114,6 +118,19 @@ class TaskPosterior:
     def distributions(self) -> Distributions:
         """Return q(phi | support) of the sites that are not points: batch ``(T, 1)``, event ``(layers, out, in)``."""
         return {site: fn for site, fn in self.phi.items() if not isinstance(fn, Delta)}
+
+    def distance_from_prior(self) -> pd.DataFrame:
+        """Return how far each task's posterior is from p(phi | theta): a frame with one row per task, site and layer.
+
+        Columns: ``task``, ``site``, ``module`` (its Hugging Face name), ``kl`` (nats, summed over the layer's weights,
+        without their correlations), ``posterior_sd`` and ``prior_sd`` (means over the weights), ``shift`` (root mean
+        square of the distance between the means, in standard deviations of the prior). Sites that are points have no
+        rows. See :mod:`bayes_lora.posterior.distance`.
+
+        Raises:
+            ConfigError: the prior is not known, because the posterior was loaded from a file.
+        """
+        return distance_from_prior(self)
 
     def mean(self) -> Sites:
         """Return the mean of every LoRA site, ``(T or 1, 1, layers, out, in)``, averaged over components.
