@@ -15,6 +15,7 @@ needs at any support size, and the predictions of baselines that run the languag
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,15 @@ class FromGrams:
                 if "precision" in name and "lora" in name:
                     parameter.fill_(30.0).requires_grad_(False)  # the logarithm
         fit_theta(self.scores)
+
+    @classmethod
+    def fitted(cls, lm: Any, training: Mapping[str, TaskGrams]) -> FromGrams:
+        """Fit all of theta to some training tasks, as the shipped prior is to all of them."""
+        found = cls.__new__(cls)
+        objective = build_objective(lm, settings())
+        found.scores = EmpiricalBayes(objective.model, objective.guide.theta, training, num_support=16)
+        fit_theta(found.scores)
+        return found
 
     def __call__(self, task: UnseenTask, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         found = self.scores.predict(task.grams, support, query)
@@ -199,6 +209,19 @@ def by_size(tasks: Mapping[str, UnseenTask], predict: Any) -> dict[str, Any]:
     }
 
 
+def of_thirds(lm: Any, training: Mapping[str, TaskGrams], tasks: Mapping[str, UnseenTask]) -> list[dict[str, float]]:
+    """Metrics of three fits, each without another third of the training tasks: the spread over what was trained on."""
+    names = sorted(training)
+    random.Random(0).shuffle(names)
+    found = []
+    for i in range(3):
+        predict = FromGrams.fitted(lm, {name: training[name] for j, name in enumerate(names) if j % 3 != i})
+        rows = {name: scored(task, predict, 16) for name, task in tasks.items()}
+        found.append({column: mean_of(rows, column) for column in ("accuracy", "nll", "brier")})
+        print("two thirds of the training tasks:", found[-1], flush=True)
+    return found
+
+
 def detail(settings: Mapping[str, float]) -> str:
     """Return the settings of a baseline in words."""
     return f" ({', '.join(f'{name} {value:g}' for name, value in settings.items())})" if settings else ""
@@ -230,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, help="folder of CrossFit's tasks, with splits.json")
     parser.add_argument("--cache", type=Path, help="folder for derivatives, hidden states, predictions")
     parser.add_argument("--recipes", nargs="*", default=(), help="recipes to fit and evaluate, up to an hour each")
+    parser.add_argument("--fits", action="store_true", help="also fit to thirds of the training tasks, half an hour")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "unseen.json")
     chosen = parser.parse_args(arguments)
     if chosen.tasks is None or chosen.cache is None:
@@ -266,6 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "results": {part: table(own, methods) for part, own in parts.items() if own},
         "support size": by_size(parts["test"], methods["tangent"]),
     }
+    if chosen.fits:
+        grams = grams_of_tasks(lm, start.model, origin, training)
+        results["fits without a third of the training tasks"] = of_thirds(lm, grams, parts["test"])
     write_json(chosen.output, results)
     for part, rows in results["results"].items():
         for method, row in rows.items():
