@@ -53,14 +53,14 @@ def percentile_interval(resamples: Array, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def basic_interval(value: float, resamples: Array, level: float, limit: float) -> tuple[float, float]:
-    """Return the percentile interval reflected at the value, within 0 and ``limit``.
+def basic_interval(value: float, resamples: Array, level: float) -> tuple[float, float]:
+    """Return the percentile interval reflected at the value.
 
     A resample is to the sample as the sample is to the truth: what resampling adds to an error that is a sum of
     absolute values, sampling has added before.
     """
     low, high = percentile_interval(resamples, level)
-    return float(np.clip(2.0 * value - high, 0.0, limit)), float(np.clip(2.0 * value - low, 0.0, limit))
+    return 2.0 * value - high, 2.0 * value - low
 
 
 def sign_flip_test(differences: Array, seed: int, num_flips: int = 9999) -> float:

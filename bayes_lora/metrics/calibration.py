@@ -33,7 +33,7 @@ def calibration_statistics(case: Case, num_bins: int, seed: int, num_simulations
     pooled, adaptive, classwise = _Pooled(case, num_bins), _Adaptive(case, num_bins), _Classwise(case, num_bins)
     floors = _floors(case, (pooled, adaptive, classwise), seed, num_simulations)
     found = {
-        name: Statistic(one.of, limit=1.0, floor=floor)
+        name: Statistic(one.of, raised=True, floor=floor)
         for name, one, floor in zip(errors, (pooled, adaptive, classwise), floors, strict=True)
     }
     return found | dict(zip(brier, _brier_parts(case, num_bins), strict=True))
@@ -146,7 +146,7 @@ def _brier_parts(case: Case, num_bins: int) -> list[Statistic]:
     def part(index: int) -> Callable[[Array], Array]:
         return lambda weights: parts(weights)[index]
 
-    return [Statistic(part(0), limit=2.0), Statistic(part(1)), Statistic(part(2)), Statistic(part(3))]
+    return [Statistic(part(0), raised=True), Statistic(part(1)), Statistic(part(2)), Statistic(part(3))]
 
 
 def bin_of(probs: Array, num_bins: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +39,7 @@ class Draws:
     @cached_property
     def mean(self) -> Tensor:
         """Logarithm of the average probability, ``(N, K)`` nats: the prediction."""
-        return torch.logsumexp(self.log_probs, 0) - torch.tensor(float(self.count)).log()
+        return torch.logsumexp(self.log_probs, 0) - math.log(self.count)
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -145,9 +146,10 @@ def checked_answers(answers: Any, draws: Draws) -> Tensor:
 
 
 def _stacked(log_probs: Any, name: str) -> Tensor:
-    if isinstance(log_probs, Sequence) and log_probs and isinstance(log_probs[0], Tensor):
-        shapes = {tuple(one.shape) for one in log_probs}
+    if isinstance(log_probs, Sequence) and log_probs:
+        draws = [torch.as_tensor(one) for one in log_probs]
+        shapes = {tuple(one.shape) for one in draws}
         if len(shapes) > 1:
             raise ValueError(f"`{name}` must be draws of one shape, got {', '.join(map(str, sorted(shapes)))}")
-        log_probs = torch.stack(list(log_probs))
+        log_probs = torch.stack(draws)
     return torch.as_tensor(log_probs).detach().cpu().double()

@@ -87,8 +87,8 @@ def risk_coverage(uncertainty: Any, correct: Any) -> DataFrame:
 
     Returns:
         By increasing ``coverage``, the share of questions that are answered: ``risk``, the error rate among them, and
-        ``threshold``, the largest uncertainty among them. ``attrs`` has ``aurc`` and ``excess_aurc``: the average of the
-        risk over all coverages, and what it exceeds that of an order with all errors last by.
+        ``threshold``, the largest uncertainty among them. ``attrs`` has ``aurc``, the average of the risk over all
+        coverages, and ``excess_aurc``, the same minus that of the best possible order, which has all errors last.
 
     Raises:
         ValueError: there are no answers, the shapes differ, or an uncertainty is not finite.

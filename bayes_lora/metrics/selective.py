@@ -21,7 +21,7 @@ class RiskControl:
         threshold: A question is answered if its confidence is *above* it. -inf answers all, inf answers none.
         coverage: Share of calibration questions that are answered.
         risk: Share of calibration questions that are answered and wrong; with ``delta``, the share of wrong answers
-            among those that are given (NaN if none is). The promise is about the bound ``target``, not about this number.
+            among those that are given (NaN if none is). The promise is about ``target``, not about this number.
         target: The bound.
         delta: Probability that the bound does not hold; None if it holds on average.
         num_examples: Number of calibration questions.
@@ -56,12 +56,12 @@ def risk_control_threshold(
     questions: among those that are answered the error rate is higher, by a factor of one over the coverage. Below a
     target of ``1 / (n + 1)`` no question is answered.
 
-    *With* ``delta``: the error rate *among the answers that are given*. The thresholds that answer 1/J, 2/J, ..., all of
-    the calibration questions are tested (learn then test, arXiv 2110.01052): the p-value of m answers with e errors is
-    :math:`P(\mathrm{Binomial}(m, \texttt{target}) \le e)`, compared with ``delta / J``. Of those that pass, the one that
-    answers most is taken. If the questions are independent and identically distributed, then with probability
-    ``1 - delta`` over calibration sets :math:`P(\text{wrong} \mid \text{answered}) \le \texttt{target}`. This does not
-    need the error rate to fall with the confidence. A test passes only with
+    *With* ``delta``: the error rate *among the answers that are given*. The thresholds that answer 1/J, 2/J, ..., all
+    of the calibration questions are tested (learn then test, arXiv 2110.01052): the p-value of m answers with e errors
+    is :math:`P(\mathrm{Binomial}(m, \texttt{target}) \le e)`, compared with ``delta / J``. Of those that pass, the one
+    that answers most is taken. If the questions are independent and identically distributed, then with probability
+    ``1 - delta`` over calibration sets :math:`P(\text{wrong} \mid \text{answered}) \le \texttt{target}`. The error
+    rate need not fall with the confidence. A test passes only with
     :math:`m \ge \log(\texttt{delta} / J) / \log(1 - \texttt{target})` answers, 44 for a target and a delta of 0.1.
 
     Neither promise holds for a task that has no calibration questions, nor for each question by itself.

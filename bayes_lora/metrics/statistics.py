@@ -28,7 +28,7 @@ class Statistic:
         of: from weights ``(R, N)``, whose rows sum to 1, to R values.
         rows: value of each question, ``(N,)``, if the metric is their weighted mean.
         task_mean: whether the metric is the mean over tasks of its values on each.
-        limit: upper limit of a metric that is a sum of absolute or squared sums, which noise raises; else None.
+        raised: whether noise raises the metric, a sum of absolute or squared sums that is not negative.
         floor: value that is expected of a calibrated predictor with the same probabilities.
         note: why the value is NaN.
     """
@@ -36,7 +36,7 @@ class Statistic:
     of: Callable[[Array], Array]
     rows: Array | None = None
     task_mean: bool = False
-    limit: float | None = None
+    raised: bool = False
     floor: float = float("nan")
     note: str = ""
 

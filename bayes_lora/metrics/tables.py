@@ -9,6 +9,7 @@ import numpy as np
 
 from bayes_lora.metrics.bootstrap import (
     Array,
+    balanced_weights,
     basic_interval,
     percentile_interval,
     resampled_weights,
@@ -19,9 +20,23 @@ from bayes_lora.metrics.draws import Draws, checked_answers, checked_draws
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-untyped]
 
-    from bayes_lora.metrics.statistics import Case, Statistic
+    from bayes_lora.metrics.statistics import Statistic
 
 __all__ = ["metric_table"]
+
+_COLUMNS = [
+    "method",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "floor",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "p_value",
+    "note",
+]
 
 
 def metric_table(
@@ -46,7 +61,7 @@ def metric_table(
     ============================ =======================================================================================
     metric                       definition (docs/uncertainty.md has the formulas)
     ============================ =======================================================================================
-    ``accuracy``, ``macro_f1``   of the option with the largest average probability; F1 over options that occur in a task
+    ``accuracy``, ``macro_f1``   of the most probable option; F1 is averaged over the options that occur in a task
     ``nll``                      of the gold option, nats
     ``skill``                    mean over tasks of 1 - NLL / NLL of ``reference``
     ``brier``                    sum over options; ``brier_reliability - brier_resolution + brier_uncertainty
@@ -63,8 +78,8 @@ def metric_table(
     The last three are given for each uncertainty: ``confidence`` (one minus it), ``entropy`` and ``epistemic``.
 
     Args:
-        predictions: for each method, log-probabilities ``(N, K)``, or ``(S, N, K)`` for S draws, whose probabilities are
-            averaged; nats. Numbers of draws may differ.
+        predictions: for each method, log-probabilities ``(N, K)``, or ``(S, N, K)`` for S draws, whose probabilities
+            are averaged; nats. Numbers of draws may differ.
         answers: indices of the gold options, ``(N,)``.
         tasks: name of the task of each question, ``(N,)``.
         option_mask: True for options that exist, ``(N, K)``. None means every option that is above -3e4 nats in any
@@ -77,12 +92,12 @@ def metric_table(
         seed: seeds resamples, simulations and sign flips.
 
     Returns:
-        Columns ``method``, ``metric``, ``value``, ``low``, ``high``; ``floor``, the mean value of a calibrated predictor
-        with the same probabilities, of the three calibration errors; ``difference`` (this method minus ``against``) with
-        ``difference_low`` and ``difference_high``; ``p_value`` of no difference by random signs of the differences of
-        tasks (of questions if there is one task), for metrics that are means over them; and ``note``, which says why a
-        value is NaN. P-values are not corrected for the number of comparisons. Intervals of metrics that noise can only
-        raise are reflected at the value (the basic bootstrap).
+        Columns ``method``, ``metric``, ``value``, ``low``, ``high``; ``floor``, for the three calibration errors what a
+        calibrated predictor with the same probabilities has on average; ``difference`` (this method minus ``against``)
+        with ``difference_low`` and ``difference_high``; ``p_value`` of no difference by random signs of the differences
+        of tasks (of questions if there is one task), for metrics that are means over them; and ``note``, which says why
+        a number is NaN. P-values are not corrected for the number of comparisons. Intervals of calibration errors and
+        of ``brier_reliability``, which noise raises, are percentiles reflected at the value (the basic bootstrap).
 
     Raises:
         ValueError: a shape is wrong, a row is NaN or not normalised, methods have different questions, an answer is out
@@ -106,26 +121,17 @@ def metric_table(
         row = {"method": method, "metric": metric} | _estimate(*one, task, level)
         if method != base:
             row |= _difference(one, other, task, level, seed)
-        rows.append(row | {"note": _note(*one)})
-    frame = pandas.DataFrame(rows, columns=COLUMNS)
+        rows.append(row | {"note": _note(one, other, base)})
+    frame = pandas.DataFrame(rows, columns=_COLUMNS)
     counts = {"num_tasks": int(task.max()) + 1, "num_questions": len(task), "num_resamples": num_resamples}
-    frame.attrs |= {"against": base, "reference": reference, "level": level, "seed": seed, "num_bins": num_bins} | counts
+    frame.attrs |= {
+        "against": base,
+        "reference": reference,
+        "level": level,
+        "seed": seed,
+        "num_bins": num_bins,
+    } | counts
     return frame
-
-
-COLUMNS = [
-    "method",
-    "metric",
-    "value",
-    "low",
-    "high",
-    "floor",
-    "difference",
-    "difference_low",
-    "difference_high",
-    "p_value",
-    "note",
-]
 
 
 def _checked(
@@ -142,8 +148,7 @@ def _checked(
         raise ValueError("`predictions` is empty: pass the log-probabilities of at least one method")
     if not 0.0 < level < 1.0 or num_bins < 1 or num_resamples < 2:
         raise ValueError(
-            "expected 0 < level < 1, num_bins >= 1 and num_resamples >= 2, got "
-            f"{level}, {num_bins} and {num_resamples}"
+            f"expected 0 < level < 1, num_bins >= 1 and num_resamples >= 2, got {level}, {num_bins} and {num_resamples}"
         )
     draws = {name: checked_draws(one, option_mask, f"predictions[{name!r}]") for name, one in predictions.items()}
     shapes = {name: tuple(one.present.shape) for name, one in draws.items()}
@@ -182,17 +187,14 @@ def _statistics(
 
 
 def _value(statistic: Statistic, task: Any) -> float:
-    from bayes_lora.metrics.bootstrap import balanced_weights
-
     return float(statistic.of(balanced_weights(task)[None])[0])
 
 
 def _estimate(statistic: Statistic, resamples: Array, task: Any, level: float) -> dict[str, float]:
     value = _value(statistic, task)
-    if statistic.limit is None:
-        low, high = percentile_interval(resamples, level)
-    else:
-        low, high = basic_interval(value, resamples, level, statistic.limit)
+    low, high = percentile_interval(resamples, level)
+    if statistic.raised:
+        low, high = (float(np.maximum(end, 0.0)) for end in basic_interval(value, resamples, level))
     return {"value": value, "low": low, "high": high, "floor": statistic.floor}
 
 
@@ -200,13 +202,15 @@ def _difference(
     one: tuple[Statistic, Array], other: tuple[Statistic, Array], task: Any, level: float, seed: int
 ) -> dict[str, float]:
     with np.errstate(invalid="ignore"):  # inf - inf, of two infinite NLLs, is NaN
-        value = np.float64(_value(one[0], task)) - _value(other[0], task)
-        low, high = percentile_interval(one[1] - other[1], level)
+        value = float(np.float64(_value(one[0], task)) - _value(other[0], task))
+        resamples = one[1] - other[1]
         units = [_units(statistic, task) for statistic, _ in (one, other)]
         differences = None if units[0] is None or units[1] is None else units[0] - units[1]
+    reflected = one[0].raised and not np.isnan(value)
+    low, high = basic_interval(value, resamples, level) if reflected else percentile_interval(resamples, level)
     known = differences is not None and bool(np.isfinite(differences).all())
     p_value = sign_flip_test(differences, seed) if known and differences is not None else float("nan")
-    return {"difference": float(value), "difference_low": low, "difference_high": high, "p_value": p_value}
+    return {"difference": value, "difference_low": low, "difference_high": high, "p_value": p_value}
 
 
 def _units(statistic: Statistic, task: Any) -> Array | None:
@@ -220,8 +224,11 @@ def _units(statistic: Statistic, task: Any) -> Array | None:
     return statistic.of(inside / inside.sum(1, keepdims=True))
 
 
-def _note(statistic: Statistic, resamples: Array) -> str:
+def _note(one: tuple[Statistic, Array], other: tuple[Statistic, Array], base: str) -> str:
+    statistic, resamples = one
     lost = float(np.isnan(resamples).mean())
-    if statistic.note or not lost:
+    if statistic.note:
         return statistic.note
-    return f"undefined in {100 * lost:.1f} % of the resamples, which the interval leaves out"
+    if other[0].note:
+        return f"no difference: {base}: {other[0].note}"
+    return f"undefined in {100 * lost:.1f} % of the resamples, which the interval leaves out" if lost else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ def uncertainty(
         level: probability of the interval.
 
     Raises:
-        ValueError: a shape is wrong, the draws have different shapes, a row is NaN or not normalised, an answer is out of
-            range or absent, or an option has no text.
+        ValueError: a shape is wrong, the draws have different shapes, a row is NaN or not normalised, an answer is out
+            of range or absent, or an option has no text.
     """
     import pandas  # takes long to import
 
@@ -91,7 +92,9 @@ def uncertainty(
         gold = checked_answers(answers, draws)
         # Without a mask, a probability of zero and an absent option are the same.
         if option_mask is not None and not bool(draws.present.gather(1, gold[:, None]).all()):
-            raise ValueError("`answers` has the index of an absent option; check that it was not shifted by the padding")
+            raise ValueError(
+                "`answers` has the index of an absent option; check that it was not shifted by the padding"
+            )
         columns["gold"] = gold.tolist()
         if texts is not None:
             columns["gold_text"] = [row[k] for row, k in zip(texts, columns["gold"], strict=True)]
@@ -116,8 +119,8 @@ def uncertainty(
 def credible_interval(log_probs: Any, level: float = 0.9, *, option_mask: Any = None) -> tuple[Tensor, Tensor]:
     """Return the ends of the equal-tailed interval of each option's probability over draws, ``(N, K)`` each.
 
-    They are quantiles of the draws, interpolated linearly; fewer than ``2 / (1 - level)`` draws give an interval that is
-    too narrow. NaN for absent options, and for one draw. Arguments are those of :func:`uncertainty`.
+    They are quantiles of the draws, interpolated linearly; fewer than ``2 / (1 - level)`` draws give an interval that
+    is too narrow. NaN for absent options, and for one draw. Arguments are those of :func:`uncertainty`.
 
     Raises:
         ValueError: as for :func:`uncertainty`, or ``level`` is not between 0 and 1.
@@ -133,7 +136,7 @@ def _notes(draws: Draws, level: float) -> list[str]:
         notes.append(f"{draws.count} draws: their {level:g} interval is too narrow")
     options = draws.present.sum(-1).max()
     if draws.count < options:
-        notes.append(f"{draws.count} draws: the epistemic part is at most {torch.tensor(draws.count).log():.2f} nats")
+        notes.append(f"{draws.count} draws: the epistemic part is at most {math.log(draws.count):.2f} nats")
     return notes
 
 
