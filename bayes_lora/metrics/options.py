@@ -25,7 +25,7 @@ __all__ = [
 
 Scores = TypeVar("Scores")
 
-_SUM_TOLERANCE = 2e-2  # bfloat16 log-probabilities of a few nats are off by about 1 %
+SUM_TOLERANCE = 2e-2  # bfloat16 log-probabilities of a few nats are off by about 1 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _checked(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None) -> t
     if option_mask is not None and not bool(option_mask.gather(1, answer[:, None]).all()):
         raise ValueError("`answer` is the index of a padded option; check that it was not shifted by the padding")
     error = (log_probs.exp().sum(-1) - 1).abs()
-    if not bool((error <= _SUM_TOLERANCE).all()):
+    if not bool((error <= SUM_TOLERANCE).all()):
         row = int(error.nan_to_num(torch.inf).argmax())
         raise ValueError(
             f"`log_probs` must be normalised over the options, but row {row} sums to "
