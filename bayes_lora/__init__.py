@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bayes_lora.lm.loading import from_peft as from_peft
     from bayes_lora.lm.loading import load_language_model as load_language_model
     from bayes_lora.posterior.posterior import Posterior as Posterior
+    from bayes_lora.posterior.prediction_draws import uncertainty as uncertainty
     from bayes_lora.posterior.task_posterior import TaskPosterior as TaskPosterior
     from bayes_lora.recipes.config import RunConfig as RunConfig
     from bayes_lora.runs.compare import compare as compare
@@ -40,6 +41,7 @@ _MODULES = {
     "load_prior": "runs.loading",
     "load_split": "tasks",
     "load_tasks": "tasks",
+    "uncertainty": "posterior.prediction_draws",
 }
 __all__ = ["__version__", *sorted(_MODULES)]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

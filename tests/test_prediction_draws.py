@@ -8,6 +8,7 @@ import torch
 from conftest import make_tasks
 from pyro.distributions import Normal
 
+import bayes_lora
 from bayes_lora import TaskPosterior
 from bayes_lora.episodes import collate
 from bayes_lora.errors import TaskError
@@ -69,6 +70,50 @@ def test_answers_below_the_confidence_are_left_out():
     assert draws.answers(abstain_at=0.81) == [None, None, None]
     assert float(draws.mean()[0, 2]) == absent_score(torch.float32)
     assert replace(draws, examples=(), log_probs=probs[:, :0], option_mask=draws.option_mask[:0]).answers() == []
+
+
+def test_a_frame_has_each_task_s_questions(adapted, tasks):
+    queries = [task.query for task in tasks]
+    draws = adapted.predict_draws(queries, num_draws=6, seed=3)
+    found = bayes_lora.uncertainty(draws, [[row.output for row in own] for own in queries])
+    expected = adapted.evaluate(tasks, num_draws=6, seed=3)
+    for task in tasks:
+        own = found[found.task == task.name]
+        assert own.question.tolist() == [row.input for row in task.query]
+        assert own.gold.tolist() == [row.answer for row in task.query]
+        assert own.nll.mean() == pytest.approx(expected[task.name].nll, rel=1e-6)
+        assert own.correct.mean() == pytest.approx(expected[task.name].accuracy)
+        assert set(own.prediction_text) <= set(task.query[0].options)
+    np.testing.assert_allclose(found.entropy, found.aleatoric + found.epistemic, rtol=1e-6)
+    indices = [[row.answer for row in own] for own in queries]
+    assert found.equals(bayes_lora.uncertainty(draws, indices))
+    assert bayes_lora.uncertainty(draws[0]).columns.isin(["gold", "nll", "correct"]).sum() == 0
+    with pytest.raises(TaskError, match="expected one for each of 5 questions, got 4"):
+        draws[0].uncertainty(indices[0][:4])
+    with pytest.raises(TaskError, match="expected one of .* for question 0, got 'no such option'"):
+        draws[0].uncertainty(["no such option"] * 5)
+    with pytest.raises(TaskError, match="expected a list for each of 2 tasks, got 1"):
+        bayes_lora.uncertainty(draws, indices[:1])
+
+
+def test_abstaining_keeps_its_promise_on_other_questions():
+    """Of 300 pairs of samples of a predictor whose confidence is right, the errors among the answers given."""
+    rng = np.random.default_rng(0)
+    rows = tuple(Example(f"{i}?", ("yes", "no")) for i in range(200))
+    failures, answered = 0, 0
+    for _ in range(300):
+        confidence = torch.tensor(rng.uniform(0.5, 1.0, (2, 200)))
+        gold = (torch.tensor(rng.uniform(size=(2, 200))) > confidence).long()
+        known, new = (prediction_draws("t", rows, torch.stack([c, 1 - c], -1).log()[None]) for c in confidence)
+        control = known.control_risk(gold[0].tolist(), 0.15, delta=0.1)
+        given = new.answers(abstain_at=control.threshold)
+        wrong = [a != rows[0].options[k] for a, k in zip(given, gold[1].tolist(), strict=True) if a is not None]
+        # By the confidences themselves, because a sample's share of errors has noise of its own.
+        kept = confidence[1][[a is not None for a in given]]
+        failures += bool(len(kept)) and float(1 - kept.mean()) > 0.15
+        answered += len(wrong)
+    assert failures / 300 <= 0.1 + 3 * (0.1 * 0.9 / 300) ** 0.5
+    assert answered / (300 * 200) > 0.15  # with 200 labelled questions; 60 % would be the most if all were known
 
 
 def test_a_dataset_has_the_texts(adapted, tasks):

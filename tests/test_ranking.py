@@ -161,12 +161,12 @@ def test_conformal_threshold_by_hand():
 
 
 def test_learn_then_test_by_hand():
-    """60 right answers, then 60 wrong ones: 0.9^60 < 0.1 / 20, and with six errors of 66 the p-value is 0.5."""
+    """60 right answers, then 60 wrong ones: 0.9^60 < 0.1, and with six errors of 66 the p-value is 0.5."""
     confidence = np.linspace(1, 0.01, 120)
     correct = np.arange(120) < 60
     found = risk_control_threshold(confidence, correct, 0.1, 0.1, num_coverages=20)
     assert found.coverage == 0.5 and found.risk == 0.0 and found.threshold == confidence[60]
-    few = risk_control_threshold(confidence[:40], correct[:40], 0.1, 0.1)
+    few = risk_control_threshold(confidence[:21], correct[:21], 0.1, 0.1)  # 0.9^21 > 0.1
     assert few.threshold == math.inf and math.isnan(few.risk)
     everything = risk_control_threshold(confidence[:50], correct[:50], 0.1, 0.1)
     assert everything.threshold == -math.inf and everything.coverage == 1.0

@@ -42,7 +42,7 @@ class RiskControl:
 
 
 def risk_control_threshold(
-    confidence: Any, correct: Any, target: float, delta: float | None = None, *, num_coverages: int = 10
+    confidence: Any, correct: Any, target: float, delta: float | None = None, *, num_coverages: int = 20
 ) -> RiskControl:
     r"""Choose the lowest confidence at which answers are given, such that few of them are wrong.
 
@@ -57,12 +57,13 @@ def risk_control_threshold(
     target of ``1 / (n + 1)`` no question is answered.
 
     *With* ``delta``: the error rate *among the answers that are given*. The thresholds that answer 1/J, 2/J, ..., all
-    of the calibration questions are tested (learn then test, arXiv 2110.01052): the p-value of m answers with e errors
-    is :math:`P(\mathrm{Binomial}(m, \texttt{target}) \le e)`, compared with ``delta / J``. Of those that pass, the one
-    that answers most is taken. If the questions are independent and identically distributed, then with probability
-    ``1 - delta`` over calibration sets :math:`P(\text{wrong} \mid \text{answered}) \le \texttt{target}`. The error
-    rate need not fall with the confidence. A test passes only with
-    :math:`m \ge \log(\texttt{delta} / J) / \log(1 - \texttt{target})` answers, 44 for a target and a delta of 0.1.
+    of the calibration questions are tested in this order, until one fails (learn then test with a fixed sequence, arXiv
+    2110.01052): m answers with e errors pass if :math:`P(\mathrm{Binomial}(m, \texttt{target}) \le e) \le
+    \texttt{delta}`. The last that passes is taken. If the questions are independent and identically distributed, then
+    with probability ``1 - delta`` over calibration sets :math:`P(\text{wrong} \mid \text{answered}) \le
+    \texttt{target}`. The error rate need not fall with the confidence, but where it does not, fewer questions are
+    answered. The sequence begins at the number m of answers of which :math:`\lfloor \texttt{target}\, m / 3 \rfloor`
+    wrong ones pass, 22 for a target and a delta of 0.1: no smaller number can pass, or only by luck.
 
     Neither promise holds for a task that has no calibration questions, nor for each question by itself.
 
@@ -72,7 +73,7 @@ def risk_control_threshold(
         correct: whether the answer is right, ``(N,)`` bool.
         target: the bound on the risk, in (0, 1).
         delta: probability that the bound fails, in (0, 1); None for a bound on average.
-        num_coverages: the number J of thresholds that are tested.
+        num_coverages: the number J of thresholds.
 
     Raises:
         ValueError: the shapes differ, a confidence is not finite, or a number is out of range.
@@ -89,7 +90,7 @@ def risk_control_threshold(
         threshold = _conformal(values[wrong], size, target)
         guarantee = f"P(answered and wrong) <= {target:g}, on average over calibration sets of exchangeable questions"
     else:
-        threshold = _learn_then_test(values, wrong, target, delta / num_coverages, num_coverages)
+        threshold = _learn_then_test(values, wrong, target, delta, num_coverages)
         guarantee = (
             f"P(wrong | answered) <= {target:g} with probability {1 - delta:g} over calibration sets of independent, "
             "identically distributed questions"
@@ -117,18 +118,25 @@ def _conformal(wrong: Any, size: int, target: float) -> float:
 
 
 def _learn_then_test(values: Any, wrong: Any, target: float, delta: float, num_coverages: int) -> float:
-    """Return the lowest of the thresholds whose error rate is below the target at level ``delta``.
+    """Return the lowest threshold down to which all tests pass at level ``delta``.
 
     Given the threshold, a fixed rank of the confidences, the answers above it are independent, each wrong with the same
-    probability; so each p-value is valid, and the sum over thresholds bounds the chance that one fails.
+    probability; so each p-value is valid. The order of the tests is fixed before errors are counted, and the first
+    false promise of the sequence passes with probability ``delta`` at most: no correction for their number is needed.
     """
     from scipy.stats import binom  # takes long to import
 
-    ranked = np.sort(values)[::-1]
-    for step in range(num_coverages, 0, -1):
+    least = 1
+    while binom.cdf(int(target * least / 3), least, target) > delta:
+        least += 1
+    ranked, found = np.sort(values)[::-1], math.inf
+    for step in range(1, num_coverages + 1):
         rank = math.ceil(len(values) * step / num_coverages - 1e-9)
         threshold = -math.inf if rank == len(values) else float(ranked[rank])
         answered = values > threshold
-        if answered.any() and binom.cdf(int((wrong & answered).sum()), int(answered.sum()), target) <= delta:
-            return threshold
-    return math.inf
+        if answered.sum() < least:
+            continue
+        if binom.cdf(int((wrong & answered).sum()), int(answered.sum()), target) > delta:
+            break
+        found = threshold
+    return found

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bayes_lora.errors import TaskError
 from bayes_lora.infer.predictive import mean_over_draws
+from bayes_lora.metrics.selective import RiskControl, risk_control_threshold
+from bayes_lora.metrics.uncertainty import uncertainty as of_log_probs
 from bayes_lora.tasks.task import Example
 from bayes_lora.types import absent_score
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray
 
-__all__ = ["PredictionDraws", "prediction_draws"]
+__all__ = ["PredictionDraws", "prediction_draws", "uncertainty"]
+
+Gold = Sequence[int | str]
+"""Gold answers of one task's questions: indices of options, or their texts."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,68 @@ class PredictionDraws:
         return found.masked_fill(~self.option_mask, absent_score(found.dtype))
 
     def answers(self, *, abstain_at: float = 0.0) -> list[str | None]:
-        """Return the most probable option of each question, or None where its probability is below ``abstain_at``.
+        """Return the most probable option of each question, or None where its probability is not above ``abstain_at``.
 
-        For a generated answer it is the reference, or None where any other text is more probable.
+        For a generated answer it is the reference, or None where any other text is more probable. A threshold that
+        bounds the share of wrong answers is chosen by :meth:`control_risk`.
         """
-        confidence, chosen = self.mean().exp().max(-1) if self.examples else (torch.zeros(0), torch.zeros(0))
+        confidence, chosen = self._confidence()
         texts = [row.options or (row.references[0], None) for row in self.examples]
-        return [
-            options[int(k)] if float(p) >= abstain_at else None
-            for options, p, k in zip(texts, confidence, chosen, strict=True)
-        ]
+        rows = zip(texts, confidence.tolist(), chosen.tolist(), strict=True)
+        return [options[k] if p > abstain_at else None for options, p, k in rows]
+
+    def control_risk(self, answers: Gold, target: float, *, delta: float | None = None) -> RiskControl:
+        """Choose the confidence at which to abstain from these labelled questions.
+
+        ``draws.answers(abstain_at=control.threshold)`` of *other* questions of the same task then keeps the promise
+        ``control.guarantee``: see :func:`bayes_lora.metrics.risk_control_threshold`, whose arguments ``target`` and
+        ``delta`` are.
+
+        Args:
+            answers: the gold answers. The posterior must not have been adapted to these questions.
+            target: bound on the share of questions that are answered and wrong; with ``delta``, on the share of wrong
+                answers among those given.
+            delta: probability that the bound does not hold.
+        """
+        confidence, chosen = self._confidence()
+        return risk_control_threshold(confidence, chosen == torch.tensor(self._indices(answers)), target, delta)
+
+    def uncertainty(self, answers: Gold | None = None, *, level: float = 0.9) -> pd.DataFrame:
+        """Return a frame with one row per question, see :func:`bayes_lora.metrics.uncertainty`.
+
+        Args:
+            answers: the gold answers, if they are known.
+            level: probability of the credible intervals.
+        """
+        texts = [row.options or (row.references[0], "(another text)") for row in self.examples]
+        width = self.option_mask.shape[-1]
+        return of_log_probs(
+            self.log_probs,
+            None if answers is None else torch.tensor(self._indices(answers)),
+            option_mask=self.option_mask,
+            task=self.task,
+            question=[row.input for row in self.examples],
+            options=[[*own, *[""] * (width - len(own))] for own in texts],
+            level=level,
+        )
+
+    def _confidence(self) -> tuple[Tensor, Tensor]:
+        """Return the probability and the index of the most probable option of each question."""
+        if not self.examples:
+            return torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        confidence, chosen = self.mean().cpu().exp().max(-1)
+        return confidence, chosen
+
+    def _indices(self, answers: Gold) -> list[int]:
+        if len(answers) != len(self.examples):
+            raise TaskError(f"answers: expected one for each of {len(self.examples)} questions, got {len(answers)}.")
+        found = []
+        for i, (row, answer) in enumerate(zip(self.examples, answers, strict=True)):
+            if isinstance(answer, str) and answer not in (row.options or row.references):
+                raise TaskError(f"answers: expected one of {list(row.options)} for question {i}, got {answer!r}.")
+            text = isinstance(answer, str)
+            found.append(row.options.index(answer) if text and row.options else 0 if text else int(answer))
+        return found
 
     def to_dataset(self) -> xarray.Dataset:
         """Return an xarray Dataset: ``probability`` with dimensions chain, draw, question and option.
@@ -93,3 +152,37 @@ def prediction_draws(task: str, examples: Sequence[Example], log_probs: Tensor) 
     counts = torch.tensor([len(row.options) or 2 for row in examples])
     mask = torch.arange(log_probs.shape[-1]) < counts[:, None]
     return PredictionDraws(task, tuple(examples), log_probs, mask.to(log_probs.device))
+
+
+def uncertainty(
+    draws: PredictionDraws | Sequence[PredictionDraws],
+    answers: Gold | Sequence[Gold] | None = None,
+    *,
+    level: float = 0.9,
+) -> pd.DataFrame:
+    """Return a frame with one row per question of each task, see :func:`bayes_lora.metrics.uncertainty`.
+
+    Example::
+
+        draws = adapted.predict_draws(task.query)
+        frame = bayes_lora.uncertainty(draws, [example.answer for example in task.query])
+
+    Args:
+        draws: what :meth:`TaskPosterior.predict_draws` returns, of one task or of several.
+        answers: the gold answers, indices of options or their texts; for several tasks a list for each.
+        level: probability of the credible intervals.
+
+    Raises:
+        TaskError: there is another number of answers than of questions, or one is not among the options.
+    """
+    import pandas
+
+    if isinstance(draws, PredictionDraws):
+        return draws.uncertainty(answers, level=level)  # type: ignore[arg-type]
+    golds: Sequence[Any] = [None] * len(draws) if answers is None else answers
+    if len(golds) != len(draws):
+        raise TaskError(f"answers: expected a list for each of {len(draws)} tasks, got {len(golds)}.")
+    frames = [one.uncertainty(gold, level=level) for one, gold in zip(draws, golds, strict=True) if one.examples]
+    found = pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+    found.attrs = {"level": level, "notes": sorted({note for one in frames for note in one.attrs["notes"]})}
+    return found

@@ -291,6 +291,8 @@ class TaskPosterior:
     ) -> PredictionDraws | list[PredictionDraws]:
         """Return the predictions under each draw, whose average is that of :meth:`predict`.
 
+        ``bayes_lora.uncertainty(draws)`` makes a frame of them.
+
         Args, Raises: see :meth:`predict`.
 
         Returns:
