@@ -669,6 +669,38 @@ def test_a_spreadsheet_in_three_commands(call, fitted, tickets, tmp_path):
     assert all(list(row["probs"]) == ["broken", "late"] for row in rows)
 
 
+def test_abstains_where_labelled_rows_say_so(call, refuse, fitted, tickets, tmp_path):
+    mine, questions, other = tmp_path / "mine", tmp_path / "questions.csv", tmp_path / "other.csv"
+    call("adapt", "--run", fitted, "--examples", tickets, "--shots", 5, "--steps", 0, "--output", mine)
+    questions.write_text("number,text\n1,a film\n2,so bad\n")
+    words = ("predict", "--adapted", mine, "--examples", questions, "--draws", 2)
+
+    def answers(*more):
+        code, out, err = call(*words, *more)
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert code == 0, err
+        assert all(list(row["probs"]) == ["broken", "late"] for row in rows)
+        return [row["prediction"] for row in rows], [max(row["probs"].values()) for row in rows], err
+
+    plain, confidence, _ = answers()
+    between = sum(confidence) / 2
+    assert confidence[0] != confidence[1] and None not in plain
+    expected = [text if p > between else None for text, p in zip(plain, confidence, strict=True)]
+    assert answers("--abstain-at", between)[0] == expected
+
+    labelled = tmp_path / "labelled.csv"  # both questions six times, with what is predicted as their answers
+    rows = [f"{text},{answer}" for text, answer in zip(("a film", "so bad"), plain, strict=True)]
+    labelled.write_text("text,Category\n" + "".join(f"{row}\n" for row in 6 * rows))
+    found, _, err = answers("--labelled", labelled, "--max-error", 0.2)  # 0.8^12 < 0.1
+    assert found == plain and "answers above a probability of 0.000, which are 100% of 12 labelled rows; P(wrong" in err
+    found, _, err = answers("--labelled", labelled, "--max-error", 0.1)  # 0.9^12 > 0.1
+    assert found == [None, None] and err.rstrip().endswith("no question is answered")
+
+    assert "--labelled and --max-error are given together" in refuse(*words, "--max-error", 0.1)
+    other.write_text("text,Category\na film,lost\nso bad,late\n")
+    assert "other.csv:2: column 'Category': got 'lost'" in refuse(*words, "--labelled", other, "--max-error", 0.1)
+
+
 def test_looks_at_a_spreadsheet(call, model_folder, tickets):
     code, out, err = call("tasks", tickets)
     assert (code, err) == (0, TOLD) and "14" in out and "50%" in out

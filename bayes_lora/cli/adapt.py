@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,20 +88,40 @@ def predict(
     ],
     draws: Draws = 10,
     max_new_tokens: Tokens = 32,
+    abstain_at: Annotated[
+        float, typer.Option(help="Give no answer whose probability is not above this.", min=0.0, max=1.0)
+    ] = 0.0,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(help="Labelled rows, none of which `adapt` has seen, to choose where to abstain by --max-error."),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="Bound on the share of wrong answers among those given, with --labelled.", min=0.0, max=1.0),
+    ] = None,
+    delta: Annotated[
+        float, typer.Option(help="Probability that the bound of --max-error fails.", min=0.0, max=1.0)
+    ] = 0.1,
 ) -> None:
     """Predict with a task's posterior, and print one JSON object per example.
 
-    The columns of a table and the options are those given to `adapt`. Without options the answer is free text.
+    The columns of a table and the options are those given to `adapt`. Without options the answer is free text. Where no
+    answer is given, the prediction is null.
 
     Example: `bayes-lora predict --adapted runs/tickets --examples questions.csv > answers.jsonl`
     """
+    from bayes_lora.cli.task_source import labelled as labelled_rows
     from bayes_lora.cli.task_source import questions
     from bayes_lora.runs.folder import language_model_of, read_home, read_question_card
     from bayes_lora.utils.progress import hide_loading_bar
 
+    if (labelled is None) != (max_error is None):
+        raise typer.BadParameter("--labelled and --max-error are given together.")
     run = read_home(adapted)
     language_model_of(run)
-    found = questions(examples, read_question_card(adapted))
+    card = read_question_card(adapted)
+    found = questions(examples, card)
+    known = None if labelled is None else labelled_rows(labelled, card)
     hide_loading_bar()
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.runs.loading import load_language_model_of
@@ -108,18 +129,35 @@ def predict(
     lm = load_language_model_of(run)
     status(f"{lm.name}: {lm.arithmetic}")
     posterior = TaskPosterior.load(adapted / "posterior", lm)
-    _print_answers(posterior, found, draws, max_new_tokens)
+    if known is not None and max_error is not None:
+        abstain_at = max(abstain_at, _threshold(posterior, known, draws, max_error, delta))
+    _print_answers(posterior, found, draws, max_new_tokens, abstain_at)
+
+
+def _threshold(posterior: TaskPosterior, known: Sequence[Example], draws: int, max_error: float, delta: float) -> float:
+    """Return the probability at which to abstain, and tell what it promises."""
+    [found] = posterior.predict_draws([known], num_draws=draws)
+    control = found.control_risk([row.answer for row in known], max_error, delta=delta)
+    status(
+        f"answers above a probability of {max(0.0, control.threshold):.3f}, which are {control.coverage:.0%} of "
+        f"{control.num_examples} labelled rows; {control.guarantee}"
+    )
+    return control.threshold
 
 
 def _print_answers(
-    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
+    posterior: TaskPosterior,
+    questions: Sequence[Example | str],
+    draws: int,
+    max_new_tokens: int,
+    abstain_at: float = 0.0,
 ) -> None:
-    for answer in _answers(posterior, questions, draws, max_new_tokens):
+    for answer in _answers(posterior, questions, draws, max_new_tokens, abstain_at):
         sys.stdout.write(json.dumps(answer) + "\n")
 
 
 def _answers(
-    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
+    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int, abstain_at: float
 ) -> Iterator[dict[str, Any]]:
     """Yield the prediction of each question: an option with the probabilities of all, or a text with its own."""
     choices = [one for one in questions if not isinstance(one, str) and not one.free_form]
@@ -127,9 +165,13 @@ def _answers(
         [texts] = posterior.generate([questions], num_draws=draws, max_new_tokens=max_new_tokens)
         for question, answer in zip(questions, texts, strict=True):
             asked = question if isinstance(question, str) else question.input
-            yield {"input": asked, "prediction": answer.text, "log_prob": round(answer.log_prob, 6)}
+            given = math.exp(answer.log_prob) > abstain_at
+            text = answer.text if given else None
+            yield {"input": asked, "prediction": text, "log_prob": round(answer.log_prob, 6)}
         return
-    [log_probs] = posterior.predict([choices], num_draws=draws)
-    for choice, row in zip(choices, log_probs.exp().tolist(), strict=True):
+    [found] = posterior.predict_draws([choices], num_draws=draws)
+    for choice, row, text in zip(
+        choices, found.mean().exp().tolist(), found.answers(abstain_at=abstain_at), strict=True
+    ):
         probs = dict(zip(choice.options, (round(p, 6) for p in row), strict=False))
-        yield {"input": choice.input, "prediction": max(probs, key=probs.__getitem__), "probs": probs}
+        yield {"input": choice.input, "prediction": text, "probs": probs}

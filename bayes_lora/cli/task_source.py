@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 from bayes_lora.cli.console import status
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks import Card, Example, Task, TaskSet, load_split, load_tasks, read_questions
+from bayes_lora.tasks.readers.card_examples import load_card
 from bayes_lora.tasks.readers.formats import Found, find_tasks, look_at
 from bayes_lora.tasks.readers.load import format_options
 from bayes_lora.tasks.readers.questions import question_card, read_table_questions
 from bayes_lora.tasks.readers.table_rows import TABLES, Table
 
-__all__ = ["TaskSource", "one_task", "questions", "support_of", "training_tasks", "unseen_tasks"]
+__all__ = ["TaskSource", "labelled", "one_task", "questions", "support_of", "training_tasks", "unseen_tasks"]
 
 MANY_ROWS = 1_000
 """Maximum number of support examples by default; a gradient step uses all of them, so more must be requested."""
@@ -178,6 +179,28 @@ def questions(path: Path, card: Card) -> Sequence[Example | str]:
     if path.suffix.lower() in TABLES and place.formats != ["metaicl"]:
         return read_table_questions(source, card)
     return read_questions(source)
+
+
+def labelled(path: Path, card: Card) -> list[Example]:
+    """Read labelled rows of the task that was adapted to, with its options in its order.
+
+    Raises:
+        TaskError: the file cannot be read, answers are free text, or one is not among the options.
+    """
+    if card.label and card.options is not None:
+        return list(load_card(replace(card, files=path.name, folder=path.parent, split="train")).examples)
+    task = one_task(TaskSource(path), None)
+    if task.free_form:
+        raise TaskError(f"{path}: expected rows whose answers are options, got free text. Leave out --labelled.")
+    if not isinstance(card.options, tuple):
+        return list(task.examples)
+    unknown = {row.output for row in task.examples} - {*card.options}
+    if unknown:
+        raise TaskError(
+            f"{path}: expected answers among the options that were adapted to, {', '.join(card.options)}; got "
+            f"{min(unknown)!r}. Correct the row or leave it out."
+        )
+    return [Example(row.input, card.options, card.options.index(row.output)) for row in task.examples]
 
 
 def _drawn(task: Task, seed: int, shots: int) -> Task:
