@@ -6,13 +6,13 @@ import pytest
 from conftest import make_tasks
 from runs import CONFIG, assert_equal, names
 
-import bayes_lora.runs.logger
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import recipe_of
+from bayes_lora.runs.checkpoint import Checkpoints
 from bayes_lora.runs.fit import fit_posterior, split_tasks, with_language_model
-from bayes_lora.runs.folder import check_run_folder, prepare_run_folder, read_fitted_tasks
+from bayes_lora.runs.folder import check_run_folder, open_run_folder, read_fitted_tasks
 from bayes_lora.tasks import Task, TaskSet
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
@@ -24,14 +24,14 @@ class CutOff(Exception):
 
 
 def cut_off_after(monkeypatch, step):
-    save = bayes_lora.runs.logger.save_checkpoint
+    save = Checkpoints.save
 
-    def save_and_stop(path, objective, optimizer, state, settings, lm):
-        save(path, objective, optimizer, state, settings, lm)
+    def save_and_stop(self, state):
+        save(self, state)
         if state.step == step:
             raise CutOff
 
-    monkeypatch.setattr(bayes_lora.runs.logger, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
 
 
 def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
@@ -155,19 +155,26 @@ def test_resume_without_a_run_starts_one(lm, tasks, tmp_path):
     assert state.step == 6 and names(tmp_path / "a") == FILES
 
 
-def test_prepare_run_folder(tmp_path):
+def opened(run, **flags):
+    """The names in a run folder when it is opened, without the lock."""
+    with open_run_folder(run, **flags) as folder:
+        assert folder == run and ".lock" in names(run)
+        found = names(run)
+    assert ".lock" not in names(run)
+    return [name for name in found if name != ".lock"]
+
+
+def test_open_run_folder(tmp_path):
     run = tmp_path / "b" / "run"
     for _ in range(2):  # an empty folder may be used
-        assert prepare_run_folder(run) == run and names(run) == []
+        assert opened(run) == []
     (run / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match="already exists.*--resume.*--overwrite"):
-        prepare_run_folder(run)
-    prepare_run_folder(run, resume=True)
-    assert names(run) == ["config.json"]
+        opened(run)
+    assert opened(run, resume=True) == ["config.json"]
     check_run_folder(run, overwrite=True)
     assert names(run) == ["config.json"]
-    prepare_run_folder(run, overwrite=True)
-    assert names(run) == []
+    assert opened(run, overwrite=True) == []
 
 
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}, {"overwrite": True, "resume": True}])
@@ -177,9 +184,9 @@ def test_what_is_no_run_folder_is_never_touched(tmp_path, flags):
     (tmp_path / "file").write_text("text")
     for name in ("thesis", "file"):
         with pytest.raises(RunFolderError, match="not a run folder"):
-            prepare_run_folder(tmp_path / name, **flags)
+            opened(tmp_path / name, **flags)
     with pytest.raises(RunFolderError, match="cannot be written"):
-        prepare_run_folder(tmp_path / "file" / "run", **flags)
+        opened(tmp_path / "file" / "run", **flags)
     assert names(tmp_path / "thesis") == ["a.tex"] and (tmp_path / "file").read_text() == "text"
 
 
