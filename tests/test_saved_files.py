@@ -131,6 +131,22 @@ def test_values_that_are_not_finite_are_refused(lm, folder, kind, value):
     refused(kind, lm, folder, f"{tensors.name} is damaged: tensor '", "NaN or infinite")
 
 
+def test_finite_values_that_overflow_are_told_when_they_are_used(tokenizer, tmp_path):
+    lm = build_lm("llama", tokenizer, dtype=torch.float32)
+    posterior = Posterior.from_objective(lm, build_objective(lm, RunConfig.from_dict(NETWORK)).eval())
+    posterior.save(tmp_path / "posterior")
+    task = make_tasks(1)["task-0"].split(3, seed=0)
+    posterior.adapt(task).save(tmp_path / "task_posterior")
+    for kind in ("posterior", "task_posterior"):
+        change_tensors(
+            tensors_of(tmp_path / kind), lambda tensors: {name: torch.full_like(v, 1e20) for name, v in tensors.items()}
+        )
+    with pytest.raises(PosteriorError, match="of GuideNetwork is not a distribution: .* constraint GreaterThan"):
+        Posterior.load(tmp_path / "posterior", lm).adapt(task)
+    with pytest.raises(PosteriorError, match="predictions of llama are NaN: .* Restore the posterior"):
+        TaskPosterior.load(tmp_path / "task_posterior", lm).predict(task.query)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
 def test_dtypes_other_than_floating_point_are_refused(lm, folder, kind, dtype):
