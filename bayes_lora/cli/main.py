@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from dataclasses import replace
@@ -312,8 +313,9 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     words = sys.argv[1:] or ["--help"]
+    received: list[int] = []
     try:
-        with terminations():
+        with terminations() as received:
             code = app(words, prog_name=NAME, standalone_mode=False)
     except UsageError as raised:
         command = raised.ctx.command_path if raised.ctx else " ".join([NAME, *words[:1]])
@@ -324,11 +326,14 @@ def main() -> None:
         code = USAGE
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    except Terminated as raised:
-        code = 128 + raised.number
-        err.print(f"{raised}: {CURE}", style="red")
+    except (Terminated, Exception):
+        if not received:
+            raise
+        code = 128 + received[0]
     if code == INTERRUPTED:  # some versions of Typer return it
         err.print(f"interrupted: {CURE}", style="red")
+    elif received:
+        err.print(f"ended by {signal.Signals(received[0]).name}: {CURE}", style="red")
     sys.exit(code)
 
 

@@ -11,32 +11,33 @@ from bayes_lora.utils.signals import SIGNALS, leave_lost_terminal
 
 __all__ = ["Terminated", "terminations"]
 
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+
 
 class Terminated(BaseException):
-    """The process was asked to end by a signal other than that of Ctrl-C, which is a KeyboardInterrupt.
-
-    Attributes:
-        number: number of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
-        self.number = number
+    """The process was asked to end by a signal other than that of Ctrl-C, which is a KeyboardInterrupt."""
 
 
 @contextmanager
-def terminations() -> Iterator[None]:
-    """Raise :class:`Terminated` on SIGTERM and SIGHUP inside the block, unless they are ignored, as under nohup."""
-    numbers = [n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, _terminate)
+def terminations() -> Iterator[list[int]]:
+    """Raise :class:`Terminated` on SIGTERM and SIGHUP, and KeyboardInterrupt on SIGINT, inside the block.
+
+    Signals that are ignored, as under nohup, stay ignored. Yields a list of the signals that were received: where an
+    import is cut off, packages may raise an error of their own instead.
+    """
+    received: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        leave_lost_terminal()
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    replaced = [number for number, handler in handlers.items() if handler in DEFAULTS]
+    for number in replaced:
+        signal.signal(number, end)
     try:
-        yield
+        yield received
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    leave_lost_terminal()
-    raise Terminated(number)
+        for number in replaced:
+            signal.signal(number, handlers[number])
