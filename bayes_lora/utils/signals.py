@@ -1,4 +1,4 @@
-"""Signals that ask a process to end, held back until its work is saved."""
+"""Signals that ask a process to end, deferred until its work is saved."""
 
 from __future__ import annotations
 
