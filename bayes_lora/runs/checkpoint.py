@@ -156,12 +156,15 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 def _files(facts: Mapping[str, Any], path: Path) -> dict[str, dict[str, str]]:
     """Return the names and SHA-256 of the files of the tensors, checked to be names in this folder."""
-    files = facts.get(FILES)
-    kinds = files.keys() if isinstance(files, dict) else set()
-    if not {STEP} <= kinds <= {STEP, BEST} or not all(_is_entry(kind, files[kind]) for kind in kinds):
+    files: Any = facts.get(FILES)
+    if (
+        not isinstance(files, dict)
+        or not {STEP} <= files.keys() <= {STEP, BEST}
+        or not all(_is_entry(kind, entry) for kind, entry in files.items())
+    ):
         expected = f"expected {FILES!r} with {NAME!r} and {SHA256!r} of {STEP!r}, and of {BEST!r} if there is one"
         raise PosteriorError(f"{path} is damaged or of another version: {expected}. Start over with --overwrite.")
-    return {kind: {key: files[kind][key] for key in (NAME, SHA256)} for kind in kinds}
+    return {kind: {key: entry[key] for key in (NAME, SHA256)} for kind, entry in files.items()}
 
 
 def _is_entry(kind: str, entry: object) -> bool:
