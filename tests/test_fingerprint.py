@@ -30,7 +30,7 @@ from bayes_lora.lm.loading import inject, load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.runs.checkpoint import Checkpoints
 
 CHAT = (
     "{% if messages %}%s{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
@@ -90,7 +90,7 @@ def save(lm, folder):
     Posterior.from_objective(lm, objective.eval()).save(folder / "posterior")
     TaskPosterior(lm, {}, phi, ("a",)).save(folder / "task")
     optimizer = torch.optim.Adam(objective.parameters())
-    save_checkpoint(folder / "checkpoint", objective, optimizer, FitState(), CONFIG.to_dict(), lm)
+    Checkpoints(folder / "checkpoint", objective, optimizer, CONFIG.to_dict(), lm).save(FitState())
 
 
 def load(lm, folder):
@@ -100,7 +100,7 @@ def load(lm, folder):
     loads = [
         lambda: Posterior.load(folder / "posterior", lm),
         lambda: TaskPosterior.load(folder / "task", lm),
-        lambda: load_checkpoint(folder / "checkpoint", objective, optimizer, CONFIG.to_dict(), lm),
+        lambda: Checkpoints(folder / "checkpoint", objective, optimizer, CONFIG.to_dict(), lm).load(),
     ]
     for one in loads:
         try:

@@ -22,7 +22,7 @@ from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
 from bayes_lora.runs import loading
-from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.runs.checkpoint import Checkpoints
 from bayes_lora.tasks.readers.table_rows import read_table
 
 SETTINGS = {
@@ -60,7 +60,7 @@ def saved(lm, support, tmp_path_factory):
     optimizer.step()
     state = FitState(2, [{"step": 2, "loss": 1.5, "held_out_nll": 0.5}], 0)
     state.best_parameters = copy.deepcopy(objective.state_dict())
-    save_checkpoint(run / "checkpoint", objective, optimizer, state, [], lm)
+    Checkpoints(run / "checkpoint", objective, optimizer, [], lm).save(state)
     posterior = Posterior.from_objective(lm, objective.eval(), width=0.5)
     posterior.save(run / "posterior")
     posterior.adapt(support).save(run / "task_posterior")
@@ -82,7 +82,7 @@ def read(kind, run, lm, support):
     if kind == "checkpoint":
         objective = build(lm)
         optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
-        state = load_checkpoint(run / kind, objective, optimizer, [], lm)
+        state = Checkpoints(run / kind, objective, optimizer, [], lm).load()
         tensors = [*objective.state_dict().values(), *state.best_parameters.values()]
         moments = [value for one in optimizer.state_dict()["state"].values() for value in one.values()]
         optimizer.step()
@@ -120,7 +120,7 @@ def outcome(kind, run, lm, support, expected, strict=True):
 FILES = {
     "posterior": ["posterior/posterior.safetensors", "posterior/posterior.json"],
     "task_posterior": ["task_posterior/task_posterior.safetensors", "task_posterior/task_posterior.json"],
-    "checkpoint": ["checkpoint/checkpoint.safetensors", "checkpoint/checkpoint.json"],
+    "checkpoint": ["checkpoint/step-*.safetensors", "checkpoint/best-*.safetensors", "checkpoint/checkpoint.json"],
     "config": ["config.json"],
     "table": ["table.parquet"],
 }
@@ -133,7 +133,7 @@ def test_flipped_bits_and_cut_files(kind, saved, lm, support, tmp_path):
     for name in FILES[kind]:
         for trial in range(40):
             run = shutil.copytree(saved, tmp_path / f"{trial}-{name.replace('/', '-')}")
-            path = run / name
+            [path] = run.glob(name)
             if trial % 4:
                 flip(path, rng.random(), rng.randrange(8))
             else:

@@ -1,18 +1,21 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_tasks
 from runs import CONFIG, assert_equal, names
 
-import bayes_lora.runs.logger
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import recipe_of
+from bayes_lora.runs import logger
+from bayes_lora.runs.checkpoint import Checkpoints
 from bayes_lora.runs.fit import fit_posterior, split_tasks, with_language_model
-from bayes_lora.runs.folder import check_run_folder, prepare_run_folder, read_fitted_tasks
+from bayes_lora.runs.folder import check_run_folder, open_run_folder, read_fitted_tasks
+from bayes_lora.runs.logger import RunLogger
 from bayes_lora.tasks import Task, TaskSet
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
@@ -24,14 +27,14 @@ class CutOff(Exception):
 
 
 def cut_off_after(monkeypatch, step):
-    save = bayes_lora.runs.logger.save_checkpoint
+    save = Checkpoints.save
 
-    def save_and_stop(path, objective, optimizer, state, settings, lm):
-        save(path, objective, optimizer, state, settings, lm)
+    def save_and_stop(self, state):
+        save(self, state)
         if state.step == step:
             raise CutOff
 
-    monkeypatch.setattr(bayes_lora.runs.logger, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
 
 
 def test_a_run_folder_holds_everything(lm, tasks, tmp_path):
@@ -142,6 +145,66 @@ def test_resume_with_more_patience_goes_on(lm, tasks, tmp_path, monkeypatch):
     assert (state.step, state.best) == (6, 0)
 
 
+def saved_steps(monkeypatch, seconds):
+    """The steps of the checkpoints of a fit whose steps take 10 seconds, and its checkpoints that many."""
+    now, saved = [0.0], []
+    save, on_step = Checkpoints.save, RunLogger.on_step
+
+    def timed_save(self, state):
+        save(self, state)
+        saved.append(state.step)
+        now[0] += seconds
+
+    def timed_step(self, state, loss):
+        on_step(self, state, loss)
+        now[0] += 10
+
+    monkeypatch.setattr(logger, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Checkpoints, "save", timed_save)
+    monkeypatch.setattr(RunLogger, "on_step", timed_step)
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("every", "seconds", "expected"), [(None, 0, [2, 4, 6, 7]), (None, 2, [2, 6, 7]), (3, 2, [3, 6, 7]), (9, 0, [7])]
+)
+def test_checkpoints_have_their_own_interval(lm, tasks, tmp_path, monkeypatch, every, seconds, expected):
+    """By default after evaluations, where it takes at most a twentieth of the time; always after the last step."""
+    saved = saved_steps(monkeypatch, seconds)
+    config = replace(CONFIG, fit=replace(CONFIG.fit, steps=7, checkpoint_every=every))
+    fit_posterior(lm, tasks, config, run=tmp_path / "a")
+    assert saved == expected
+
+
+def test_the_interval_may_change_in_a_resumed_run(lm, tasks, tmp_path):
+    fit_posterior(lm, tasks, CONFIG, run=tmp_path / "a")
+    other = replace(CONFIG, fit=replace(CONFIG.fit, steps=8, checkpoint_every=1))
+    assert fit_posterior(lm, tasks, other, run=tmp_path / "a", resume=True)[1].step == 8
+    assert RunConfig.load(None, ["fit.checkpoint_every=5"]).fit.checkpoint_every == 5
+    with pytest.raises(ConfigError, match="fit.*checkpoint_every: expected a positive number, got 0"):
+        RunConfig.load(None, ["fit.checkpoint_every=0"])
+
+
+def test_the_best_parameters_are_written_when_they_change(lm, tasks, tmp_path, monkeypatch):
+    curve, written, save = iter([2.0, 3.0, 1.0]), [], Checkpoints.save
+    monkeypatch.setattr("bayes_lora.infer.training.held_out_nll", lambda *_: next(curve))
+
+    def save_and_list(self, state):
+        save(self, state)
+        written.append(sorted(path.name for path in self.folder.iterdir()))
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_list)
+    config = replace(CONFIG, fit=replace(CONFIG.fit, checkpoint_every=1))
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        cut_off_after(patch, 5)
+        fit_posterior(lm, tasks, config, run=tmp_path / "a")
+    fit_posterior(lm, tasks, config, run=tmp_path / "a", resume=True)
+    best = [[name for name in found if name.startswith("best-")] for found in written]
+    assert [len(found) for found in written] == [2, 3, 3, 3, 3, 3]
+    assert best[0] == [] and best[1] == best[2] == best[3] == best[4] != best[5] and len(best[5]) == 1
+    assert len({found[-1] for found in written}) == 6
+
+
 def test_overwrite_starts_again(lm, tasks, tmp_path):
     run = tmp_path / "a"
     fit_posterior(lm, tasks, CONFIG, run=run)
@@ -155,19 +218,26 @@ def test_resume_without_a_run_starts_one(lm, tasks, tmp_path):
     assert state.step == 6 and names(tmp_path / "a") == FILES
 
 
-def test_prepare_run_folder(tmp_path):
+def opened(run, **flags):
+    """The names in a run folder when it is opened, without the lock."""
+    with open_run_folder(run, **flags) as folder:
+        assert folder == run and ".lock" in names(run)
+        found = names(run)
+    assert ".lock" not in names(run)
+    return [name for name in found if name != ".lock"]
+
+
+def test_open_run_folder(tmp_path):
     run = tmp_path / "b" / "run"
     for _ in range(2):  # an empty folder may be used
-        assert prepare_run_folder(run) == run and names(run) == []
+        assert opened(run) == []
     (run / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match="already exists.*--resume.*--overwrite"):
-        prepare_run_folder(run)
-    prepare_run_folder(run, resume=True)
-    assert names(run) == ["config.json"]
+        opened(run)
+    assert opened(run, resume=True) == ["config.json"]
     check_run_folder(run, overwrite=True)
     assert names(run) == ["config.json"]
-    prepare_run_folder(run, overwrite=True)
-    assert names(run) == []
+    assert opened(run, overwrite=True) == []
 
 
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}, {"overwrite": True, "resume": True}])
@@ -177,9 +247,9 @@ def test_what_is_no_run_folder_is_never_touched(tmp_path, flags):
     (tmp_path / "file").write_text("text")
     for name in ("thesis", "file"):
         with pytest.raises(RunFolderError, match="not a run folder"):
-            prepare_run_folder(tmp_path / name, **flags)
+            opened(tmp_path / name, **flags)
     with pytest.raises(RunFolderError, match="cannot be written"):
-        prepare_run_folder(tmp_path / "file" / "run", **flags)
+        opened(tmp_path / "file" / "run", **flags)
     assert names(tmp_path / "thesis") == ["a.tex"] and (tmp_path / "file").read_text() == "text"
 
 

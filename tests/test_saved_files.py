@@ -1,7 +1,6 @@
 """Saved posteriors and checkpoints that are damaged, or made by someone else: each is refused in one line."""
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import build_lm, make_tasks
 from runs import CONFIG
-from saved import change_facts, change_tensors, flip
+from saved import change_facts, change_tensors, flip, set_digest, tensors_of
 
 from bayes_lora.errors import ModelFileError, PosteriorError
 from bayes_lora.infer.training import FitState
@@ -20,7 +19,7 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.runs.checkpoint import Checkpoints
 from bayes_lora.utils.reading import read_facts, read_json, read_tensors
 from bayes_lora.utils.storage import write_json, write_tensors
 
@@ -41,7 +40,7 @@ def save(lm, folder, config=NETWORK):
     state = FitState(4, [{"step": 4, "loss": 1.5, "held_out_nll": 0.5}], 0)
     state.best_parameters = {name: value.clone() for name, value in objective.state_dict().items()}
     state.average = {name: value.detach().clone() for name, value in objective.named_parameters()}
-    save_checkpoint(folder / "checkpoint", objective, optimizer, state, CONFIG.to_dict(), lm)
+    Checkpoints(folder / "checkpoint", objective, optimizer, CONFIG.to_dict(), lm).save(state)
     posterior = Posterior.from_objective(lm, objective.eval())
     posterior.save(folder / "posterior")
     posterior.adapt([task.split(3, seed=0) for task in make_tasks(2).values()]).save(folder / "task_posterior")
@@ -52,7 +51,7 @@ def load(kind, lm, folder):
     if kind == "checkpoint":
         objective = objective_of(lm)
         optimizer = torch.optim.Adam(objective.parameters())
-        state = load_checkpoint(folder / kind, objective, optimizer, CONFIG.to_dict(), lm)
+        state = Checkpoints(folder / kind, objective, optimizer, CONFIG.to_dict(), lm).load()
         assert state.step == 4 and state.best in (0, None)
         return objective.state_dict()
     if kind == "posterior":
@@ -91,16 +90,32 @@ def refused(kind, lm, folder, *parts):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_bit_of_the_tensors_is_told(lm, folder, kind):
-    tensors = folder / kind / f"{kind}.safetensors"
-    facts = json.loads(tensors.with_suffix(".json").read_text())
-    assert facts["sha256"] == hashlib.sha256(tensors.read_bytes()).hexdigest()
+    tensors = tensors_of(folder / kind)
+    assert hashlib.sha256(tensors.read_bytes()).hexdigest() in (folder / kind / f"{kind}.json").read_text()
     before = load(kind, lm, folder)
     flip(tensors, 1.0, 0)
-    refused(kind, lm, folder, f"{kind}.safetensors is damaged (its SHA-256 is", "Restore it, or run again")
+    refused(kind, lm, folder, f"{tensors.name} is damaged (its SHA-256 is", "Restore it, or run again")
     flip(tensors, 1.0, 0)
-    change_facts(tensors.with_suffix(".json"), lambda facts: facts.pop("sha256") and None)  # of an earlier version
-    after = load(kind, lm, folder)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    set_digest(tensors, None)
+    if kind == "checkpoint":
+        refused(kind, lm, folder, "checkpoint.json is damaged or of another version: expected 'files'")
+    else:  # of an earlier version
+        after = load(kind, lm, folder)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_flipped_bit_of_the_best_parameters_of_a_checkpoint_is_told(lm, folder):
+    [best] = (folder / "checkpoint").glob("best-*.safetensors")
+    flip(best, 0.9, 3)
+    refused("checkpoint", lm, folder, f"{best.name} is damaged (its SHA-256 is")
+
+
+@pytest.mark.parametrize(
+    "name", ["../posterior/posterior.safetensors", "/etc/passwd", "step-2/../../x.safetensors", "best-1.safetensors", 7]
+)
+def test_a_checkpoint_names_only_files_of_its_folder(lm, folder, name):
+    change_facts(folder / "checkpoint" / "checkpoint.json", lambda facts: facts["files"]["step"].update(name=name))
+    refused("checkpoint", lm, folder, "checkpoint.json is damaged or of another version: expected 'files'")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,16 +126,31 @@ def test_values_that_are_not_finite_are_refused(lm, folder, kind, value):
         tensors[name].flatten()[-1] = value
         return tensors
 
-    change_tensors(folder / kind / f"{kind}.safetensors", change)
-    refused(kind, lm, folder, f"{kind}.safetensors is damaged: tensor '", "NaN or infinite")
+    tensors = tensors_of(folder / kind)
+    change_tensors(tensors, change)
+    refused(kind, lm, folder, f"{tensors.name} is damaged: tensor '", "NaN or infinite")
+
+
+def test_finite_values_that_overflow_are_told_when_they_are_used(tokenizer, tmp_path):
+    lm = build_lm("llama", tokenizer, dtype=torch.float32)
+    posterior = Posterior.from_objective(lm, build_objective(lm, RunConfig.from_dict(NETWORK)).eval())
+    posterior.save(tmp_path / "posterior")
+    task = make_tasks(1)["task-0"].split(3, seed=0)
+    posterior.adapt(task).save(tmp_path / "task_posterior")
+    for kind in ("posterior", "task_posterior"):
+        change_tensors(
+            tensors_of(tmp_path / kind), lambda tensors: {name: torch.full_like(v, 1e20) for name, v in tensors.items()}
+        )
+    with pytest.raises(PosteriorError, match="of GuideNetwork is not a distribution: .* constraint GreaterThan"):
+        Posterior.load(tmp_path / "posterior", lm).adapt(task)
+    with pytest.raises(PosteriorError, match="predictions of llama are NaN: .* Restore the posterior"):
+        TaskPosterior.load(tmp_path / "task_posterior", lm).predict(task.query)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
 def test_dtypes_other_than_floating_point_are_refused(lm, folder, kind, dtype):
-    change_tensors(
-        folder / kind / f"{kind}.safetensors", lambda tensors: {name: v.to(dtype) for name, v in tensors.items()}
-    )
+    change_tensors(tensors_of(folder / kind), lambda tensors: {name: v.to(dtype) for name, v in tensors.items()})
     refused(kind, lm, folder, {torch.complex64: "dtype C64"}.get(dtype, str(dtype)))
 
 
@@ -177,7 +207,7 @@ def test_shapes_are_compared_before_values_are_read(lm, folder, kind, monkeypatc
         name = next(name for name in tensors if "log_scale" in name or name.startswith("scale."))
         return tensors | {name: torch.zeros(7, 5)}
 
-    change_tensors(folder / kind / f"{kind}.safetensors", change)
+    change_tensors(tensors_of(folder / kind), change)
     module = {"posterior": "posterior.posterior", "task_posterior": "posterior.files", "checkpoint": "runs.checkpoint"}
     monkeypatch.setattr(f"bayes_lora.{module[kind]}.read_tensors", lambda *args, names=None, **kwargs: {}[args])
     refused(kind, lm, folder)
@@ -193,11 +223,11 @@ def test_json_of_another_form_is_refused(lm, folder, kind, content):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 def test_pipes_devices_and_folders_are_refused(lm, folder, kind, suffix):
-    path = folder / kind / f"{kind}.{suffix}"
+    path = folder / kind / f"{kind}.json" if suffix == "json" else tensors_of(folder / kind)
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()):
         path.unlink()
         make(path)
-        refused(kind, lm, folder, f"{kind}.{suffix} is damaged (expected a file, got a folder, a pipe or a device)")
+        refused(kind, lm, folder, f"{path.name} is damaged (expected a file, got a folder, a pipe or a device)")
         path.rmdir() if path.is_dir() else None
         path.touch()
 
@@ -226,6 +256,8 @@ def test_a_json_file_is_limited_in_size(tmp_path):
         {"history": [1]},
         {"history": [{"loss": "1"}]},
         {"history": [{"loss": 10**400}]},
+        {"losses": None},
+        {"losses": ["1"]},
     ],
 )
 def test_the_state_of_a_checkpoint_is_checked(lm, folder, change):
@@ -235,7 +267,7 @@ def test_the_state_of_a_checkpoint_is_checked(lm, folder, change):
 
 def test_nothing_of_a_damaged_checkpoint_is_loaded(lm, folder):
     change_tensors(
-        folder / "checkpoint" / "checkpoint.safetensors",
+        tensors_of(folder / "checkpoint"),
         lambda tensors: {
             name: value[..., :0] if name == "moments.3.exp_avg" else value for name, value in tensors.items()
         },
@@ -244,7 +276,7 @@ def test_nothing_of_a_damaged_checkpoint_is_loaded(lm, folder):
     optimizer, before = torch.optim.Adam(objective.parameters()), objective.state_dict()
     before = {name: value.clone() for name, value in before.items()}
     with pytest.raises(PosteriorError, match="tensor 'moments.3.exp_avg': expected"):
-        load_checkpoint(folder / "checkpoint", objective, optimizer, CONFIG.to_dict(), lm)
+        Checkpoints(folder / "checkpoint", objective, optimizer, CONFIG.to_dict(), lm).load()
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
     assert not optimizer.state_dict()["state"]
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from conftest import build_lm, make_tasks
 from runs import CONFIG, assert_equal, names
+from saved import change_tensors, tensors_of
 
 from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.infer.training import fit
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.recipes import build_objective
-from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.runs.checkpoint import Checkpoints
 from bayes_lora.runs.fit import build_episodes
 from bayes_lora.utils.storage import check_new_folder, new_folder, read_json, read_tensors, write_json, write_tensors
 
@@ -145,7 +146,7 @@ def saved(tokenizer, tmp_path):
     def on_evaluate(state):
         looks.append(state.step)
         if state.step == 4:
-            save_checkpoint(path, objective, optimizer, state, CONFIG.to_dict(), lm_of(objective))
+            Checkpoints(path, objective, optimizer, CONFIG.to_dict(), lm_of(objective)).save(state)
 
     state = fit(objective, sampler, held_out, CONFIG.fit, optimizer=optimizer, on_evaluate=on_evaluate)
     assert looks == [2, 4, 6]
@@ -156,7 +157,7 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(saved, tokenizer):
     path, whole, whole_optimizer, whole_state = saved
     torch.manual_seed(99)
     objective, sampler, held_out, optimizer = fresh(tokenizer)
-    state = load_checkpoint(path, objective, optimizer, CONFIG.to_dict(), lm_of(objective))
+    state = Checkpoints(path, objective, optimizer, CONFIG.to_dict(), lm_of(objective)).load()
     assert state.step == 4 and len(state.history) == 2
     state = fit(objective, sampler, held_out, CONFIG.fit, state=state, optimizer=optimizer)
     assert (state.step, state.best) == (whole_state.step, whole_state.best)
@@ -180,12 +181,12 @@ def test_a_resumed_fit_keeps_the_rate_of_each_group(tokenizer, tmp_path):
 
     def on_evaluate(state):
         if state.step == 4:
-            save_checkpoint(tmp_path / "checkpoint", whole, optimizer, state, CONFIG.to_dict(), lm_of(whole))
+            Checkpoints(tmp_path / "checkpoint", whole, optimizer, CONFIG.to_dict(), lm_of(whole)).save(state)
 
     whole, sampler, held_out, optimizer = grouped()
     fit(whole, sampler, held_out, CONFIG.fit, optimizer=optimizer, on_evaluate=on_evaluate)
     parts, sampler, held_out, again = grouped()
-    state = load_checkpoint(tmp_path / "checkpoint", parts, again, CONFIG.to_dict(), lm_of(parts))
+    state = Checkpoints(tmp_path / "checkpoint", parts, again, CONFIG.to_dict(), lm_of(parts)).load()
     fit(parts, sampler, held_out, CONFIG.fit, state=state, optimizer=again)
     assert_equal(parts.state_dict(), whole.state_dict())
     assert [group["lr"] for group in again.param_groups] == [group["lr"] for group in optimizer.param_groups]
@@ -201,7 +202,7 @@ def test_a_checkpoint_of_other_settings_is_refused(saved, tokenizer):
     objective, _, _, optimizer = fresh(tokenizer)
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     with pytest.raises(ConfigError, match="other settings") as caught:
-        load_checkpoint(saved[0], objective, optimizer, CONFIG.to_dict() | {"seed": 1}, lm_of(objective))
+        Checkpoints(saved[0], objective, optimizer, CONFIG.to_dict() | {"seed": 1}, lm_of(objective)).load()
     assert str(saved[0]) in str(caught.value)
     assert_equal(objective.state_dict(), before)
 
@@ -211,9 +212,9 @@ def test_a_checkpoint_of_other_settings_is_refused(saved, tokenizer):
 )
 def test_a_damaged_checkpoint_is_refused(saved, tokenizer, change):
     path = saved[0]
-    state, tensors = path / "checkpoint.json", path / "checkpoint.safetensors"
-    facts, values = read_json(state), read_tensors(tensors)
-    parameter = next(name for name in values if name.startswith("parameters."))
+    state, tensors = path / "checkpoint.json", tensors_of(path)
+    facts = read_json(state)
+    parameter = next(name for name in read_tensors(tensors) if name.startswith("parameters."))
     if change == "no key":
         state.write_text(json.dumps({"step": 4}))
     elif change == "list":
@@ -225,14 +226,14 @@ def test_a_damaged_checkpoint_is_refused(saved, tokenizer, change):
     elif change == "half a file":
         tensors.write_bytes(tensors.read_bytes()[:1000])
     elif change == "name":
-        write_tensors(tensors, values | {"moments.first.exp_avg": torch.zeros(1)})
+        change_tensors(tensors, lambda values: values | {"moments.first.exp_avg": torch.zeros(1)})
     elif change == "shape":
-        write_tensors(tensors, values | {parameter: torch.zeros(1)})
+        change_tensors(tensors, lambda values: values | {parameter: torch.zeros(1)})
     else:
-        write_tensors(tensors, {name: value for name, value in values.items() if name != parameter})
+        change_tensors(tensors, lambda values: {name: v for name, v in values.items() if name != parameter})
     objective, _, _, optimizer = fresh(tokenizer)
     with pytest.raises(PosteriorError, match="damaged|missing") as caught:
-        load_checkpoint(path, objective, optimizer, CONFIG.to_dict(), lm_of(objective))
+        Checkpoints(path, objective, optimizer, CONFIG.to_dict(), lm_of(objective)).load()
     assert str(path) in str(caught.value)
 
 

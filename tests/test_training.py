@@ -12,7 +12,7 @@ from bayes_lora.errors import ConfigError
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import draw_phi, held_out_nll
-from bayes_lora.infer.training import FitConfig, NonFiniteLoss, _evaluate_held_out, fit
+from bayes_lora.infer.training import FitConfig, FitState, NonFiniteLoss, fit
 
 CONFIG = FitConfig(steps=12, learning_rate=0.02, eval_every=3, warmup=4, patience=100)
 
@@ -93,32 +93,30 @@ def test_a_group_with_no_rate_stays_where_it_is(lm):
         assert torch.equal(p, before[name]) == ("scale" in name), name
 
 
-@pytest.mark.parametrize("learning_rate", [CONFIG.learning_rate, None])
-def test_a_resumed_fit_equals_an_uninterrupted_one(lm, learning_rate):
+@pytest.mark.parametrize(("cut", "learning_rate"), [(6, CONFIG.learning_rate), (7, None)])
+def test_a_resumed_fit_equals_an_uninterrupted_one(lm, cut, learning_rate):
+    """At an evaluation, which come every 3 steps, and between two."""
     whole, sampler, held_out = network_run(lm)
-    fit(whole, sampler, held_out, CONFIG, optimizer=groups_of(whole, learning_rate))
+    expected = fit(whole, sampler, held_out, CONFIG, optimizer=groups_of(whole, learning_rate))
     parts, sampler, held_out = network_run(lm)
-    optimizer = groups_of(parts, learning_rate)
+    optimizer, state = groups_of(parts, learning_rate), FitState()
 
     class CutOff(Exception):
         pass
 
-    kept = []
-
-    def cut(state, _):
-        kept.append(state)
-        if state.step == 6:
+    def stop(state, last):
+        assert not last
+        if state.step == cut:
             raise CutOff
 
     with pytest.raises(CutOff):
-        fit(parts, sampler, held_out, CONFIG, optimizer=optimizer, on_step=cut)
-    assert kept[-1].step == 6
-    # The evaluation after step 6 was cut off too; run it now, as a checkpoint would contain it.
-    state = kept[-1]
-    _evaluate_held_out(parts, held_out, CONFIG, state, [0.0])
+        fit(parts, sampler, held_out, CONFIG, state=state, optimizer=optimizer, after_step=stop)
+    assert (state.step, len(state.history), len(state.losses)) == (cut, 2, cut - 6)
     again = groups_of(parts, learning_rate)
     again.load_state_dict(optimizer.state_dict())
-    fit(parts, sampler, held_out, CONFIG, state=state, optimizer=again)
+    ends = []
+    fit(*(parts, sampler, held_out, CONFIG), state=state, optimizer=again, after_step=lambda _, last: ends.append(last))
+    assert state.history == expected.history and ends == [False] * (11 - cut) + [True]
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from dataclasses import replace
@@ -38,6 +39,7 @@ from bayes_lora.cli.options import (
     Split,
     Tasks,
 )
+from bayes_lora.cli.signals import Terminated, terminations
 from bayes_lora.errors import BayesLoraError, ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
 NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
+CURE = "use --resume to resume fit or demo"
 # Depending on its version, Typer uses a vendored click or the installed one; this is the base class in both.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
@@ -300,15 +303,20 @@ def _show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the command line. An error that the user can fix is printed as one line, with exit code 2."""
+    """Run the command line. An error that the user can fix is printed as one line, with exit code 2.
+
+    A signal that ends it is one line too, with 128 plus its number as exit code: 130 for Ctrl-C.
+    """
     warnings.showwarning = warn
     # Idle threads of GNU's OpenMP, with which torch is built on Linux, spin for milliseconds, so that two commands on
     # two cores take six times as long as one; twice as long with a tenth of a millisecond. Read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     words = sys.argv[1:] or ["--help"]
+    received: list[int] = []
     try:
-        code = app(words, prog_name=NAME, standalone_mode=False)
+        with terminations() as received:
+            code = app(words, prog_name=NAME, standalone_mode=False)
     except UsageError as raised:
         command = raised.ctx.command_path if raised.ctx else " ".join([NAME, *words[:1]])
         error(f"{raised.format_message().rstrip('.')}. See {command} --help.")
@@ -318,8 +326,14 @@ def main() -> None:
         code = USAGE
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+    except (Terminated, Exception):
+        if not received:
+            raise
+        code = 128 + received[0]
     if code == INTERRUPTED:  # some versions of Typer return it
-        err.print("interrupted: use --resume to resume fit or demo", style="red")
+        err.print(f"interrupted: {CURE}", style="red")
+    elif received:
+        err.print(f"ended by {signal.Signals(received[0]).name}: {CURE}", style="red")
     sys.exit(code)
 
 

@@ -26,6 +26,8 @@ class FitConfig:
         patience: stop after this many evaluations without improvement.
         num_draws: posterior draws per evaluation.
         seed: seed of the draws of theta and phi.
+        checkpoint_every: steps between the checkpoints of a run folder. By default they follow evaluations, except
+            where saving would take more than a twentieth of the time. The last step is always saved.
     """
 
     steps: int = 160
@@ -38,10 +40,14 @@ class FitConfig:
     patience: int = 4
     num_draws: int = 2
     seed: int = 0
+    checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
+        other = {"schedule", "warmup", "seed", "average"} | (
+            {"checkpoint_every"} if self.checkpoint_every is None else set()
+        )
         for name, value in asdict(self).items():
-            if name not in ("schedule", "warmup", "seed", "average") and not value > 0:
+            if name not in other and not value > 0:
                 raise ConfigError(f"{name}: expected a positive number, got {value}.")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")

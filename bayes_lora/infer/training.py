@@ -41,6 +41,7 @@ class FitState:
         best: index of the best row.
         best_parameters: the averaged parameters at the best row.
         average: the averaged parameters at this step.
+        losses: the loss of each step since the last evaluation, nats per example.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class FitState:
     best: int | None = None
     best_parameters: dict[str, Tensor] | None = field(default=None, repr=False)
     average: dict[str, Tensor] | None = field(default=None, repr=False)
+    losses: list[float] = field(default_factory=list, repr=False)
 
     @property
     def evaluations_without_improvement(self) -> int:
@@ -66,6 +68,7 @@ def fit(
     accelerator: Accelerator | None = None,
     on_step: Callable[[FitState, float], None] | None = None,
     on_evaluate: Callable[[FitState], None] | None = None,
+    after_step: Callable[[FitState, bool], None] | None = None,
 ) -> FitState:
     """Minimise the objective over episodes, and load the parameters that were best on the held-out tasks.
 
@@ -80,7 +83,8 @@ def fit(
             ``initial_lr``.
         accelerator: by default one for this machine.
         on_step: called after each step with the state and the loss, nats per example.
-        on_evaluate: called after each evaluation, when ``state`` may be saved.
+        on_evaluate: called after each evaluation.
+        after_step: called at the end of each step, when ``state`` may be saved, with whether it was the last one.
 
     Raises:
         NonFiniteLoss: a loss or gradient is not finite. The message names the step and the site or parameter;
@@ -96,7 +100,6 @@ def fit(
     device = _device(objective)
     state.average = state.average or {name: p.detach().clone() for name, p in objective.named_parameters()}
     objective.train()
-    losses: list[float] = []
     checks = is_validation_enabled()
 
     def draw(step: int) -> Episode:
@@ -122,17 +125,18 @@ def fit(
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
         seen, checks = episode, False
         episode = draw(state.step + 1)  # while the device is busy
-        losses.append(_checked(objective, seen, loss, norm, state.step, config.seed * 1_000_003 + index))
+        state.losses.append(_checked(objective, seen, loss, norm, state.step, config.seed * 1_000_003 + index))
         stepper.step()
         state.step += 1
         _update_average(objective, state, config.average)
         if on_step:
-            on_step(state, losses[-1])
+            on_step(state, state.losses[-1])
         if state.step % config.eval_every == 0 or state.step == config.steps:
-            _evaluate_held_out(objective, held_out, config, state, losses)
-            losses = []
+            _evaluate_held_out(objective, held_out, config, state)
             if on_evaluate:
                 on_evaluate(state)
+        if after_step:
+            after_step(state, not continues())
     kept = state.best_parameters if held_out else {**objective.state_dict(), **state.average}
     if kept is not None:
         objective.load_state_dict(kept)
@@ -215,10 +219,9 @@ def _blame_site(objective: BetaELBO, episode: Episode, step: int) -> str | None:
     return None
 
 
-def _evaluate_held_out(
-    objective: BetaELBO, held_out: Sequence[Episode], config: FitConfig, state: FitState, losses: list[float]
-) -> None:
-    row: dict[str, Any] = {"step": state.step, "loss": sum(losses) / len(losses)}
+def _evaluate_held_out(objective: BetaELBO, held_out: Sequence[Episode], config: FitConfig, state: FitState) -> None:
+    row: dict[str, Any] = {"step": state.step, "loss": sum(state.losses) / len(state.losses)}
+    state.losses = []
     assert state.average is not None
     device = _device(objective)
     # The same draws at every evaluation, or noise would choose the checkpoint.

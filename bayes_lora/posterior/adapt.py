@@ -11,7 +11,7 @@ import torch
 from bayes_lora.distributions.joint_normal import JointNormal
 from bayes_lora.distributions.unconstrained import map_parameters, scaled
 from bayes_lora.episodes.episode import Episode, collate
-from bayes_lora.errors import ConfigError, NonFiniteLoss
+from bayes_lora.errors import ConfigError, NonFiniteLoss, PosteriorError
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.descent import Descent, SiteParameters, constrained_sites, unconstrained_sites
 from bayes_lora.infer.handlers import AtMean
@@ -126,13 +126,14 @@ def amortized_posterior(objective: BetaELBO, episode: Episode, seed: int = 0) ->
 
     Raises:
         ConfigError: the model is not a :class:`bayes_lora.types.Model`, or the guide samples several sites jointly.
+        PosteriorError: a parameter of q(phi | support) is NaN or out of range.
     """
     guide = objective.guide
     if not isinstance(objective.model, Model):
         raise _unfit(f"the model {objective.model}")
     with objective.running(), evaluating(objective), torch.no_grad(), seeded(seed, episode.mask.device):
         if isinstance(guide, Guide):
-            theta, phi = guide.amortized(episode.support)
+            theta, phi = _amortized(guide, episode)
             return theta, phi if isinstance(phi, Components | JointNormal) else _for_tasks(phi, len(episode.mask))
         with AtMean():
             trace = pyro.poutine.trace(guide).get_trace(episode)
@@ -142,6 +143,18 @@ def amortized_posterior(objective: BetaELBO, episode: Episode, seed: int = 0) ->
         raise _unfit(f"one that samples {joint[0]!r}")
     theta = {name: node["value"] for name, node in sites.items() if name.startswith("theta.")}
     return theta, {name.removeprefix("phi."): node["fn"] for name, node in sites.items() if name.startswith("phi.")}
+
+
+def _amortized(guide: Guide, episode: Episode) -> tuple[Sites, Distributions]:
+    try:
+        return guide.amortized(episode.support)
+    except ValueError as error:
+        if "to satisfy the constraint" not in str(error):  # torch's check of the parameters of a distribution
+            raise
+        what = f"q(phi | support) of {type(guide).__name__} is not a distribution: {str(error):.300}"
+        raise PosteriorError(
+            f"{what}. Check its parameters for NaN and for very large values, or fit again."
+        ) from error
 
 
 def _for_tasks(phi: Distributions, num_tasks: int) -> Distributions:

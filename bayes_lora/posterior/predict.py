@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from bayes_lora.episodes.episode import collate
 from bayes_lora.episodes.packing import EncodedExample
+from bayes_lora.errors import PosteriorError
 from bayes_lora.infer.predictive import tempered
 from bayes_lora.lm.generation import Generated
 from bayes_lora.lm.language_model import LanguageModel
@@ -44,6 +45,9 @@ def predict_tasks(
         temperature: divides the option scores.
         max_tokens: returns the maximum number of tokens of a forward for each draw, see :func:`batches`.
         fixed_options: whether each task has a fixed set of labels; by default all have.
+
+    Raises:
+        PosteriorError: a prediction is NaN.
     """
     widths = [max((row.num_options for row in rows), default=0) for rows in tasks]
     pieces: list[list[Tensor]] = [[] for _ in tasks]
@@ -60,10 +64,16 @@ def predict_tasks(
             pieces[t].append(nn.functional.pad(own, (0, absent), value=absent_score(own.dtype)))
             places[t] += members
     none = torch.zeros(1, 0, 0, device=lm.device)
-    return [
+    predictions = [
         torch.cat(parts, 1)[:, torch.tensor(at, device=lm.device).argsort()] if parts else none
         for parts, at in zip(pieces, places, strict=True)
     ]
+    if any(bool(found.isnan().any()) for found in predictions):
+        raise PosteriorError(
+            f"predictions of {lm.name} are NaN: values drawn from the posterior are too large for its dtype. "
+            "Restore the posterior, or fit and adapt again."
+        )
+    return predictions
 
 
 def of_tasks(phi: Sites, chosen: Sequence[int], count: int) -> Sites:

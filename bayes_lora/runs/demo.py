@@ -12,7 +12,15 @@ from rich.console import Console
 from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model
-from bayes_lora.runs.folder import CONFIG, POSTERIOR, TASKS, check_run_folder, read_fitted_tasks, shipped_prior
+from bayes_lora.runs.folder import (
+    CONFIG,
+    POSTERIOR,
+    TASKS,
+    check_run_folder,
+    open_run_folder,
+    read_fitted_tasks,
+    shipped_prior,
+)
 from bayes_lora.tasks.shipped import demo_spreadsheet, demo_tasks
 from bayes_lora.utils.progress import bars
 from bayes_lora.utils.storage import write_json
@@ -20,6 +28,7 @@ from bayes_lora.utils.storage import write_json
 if TYPE_CHECKING:
     from bayes_lora.posterior.posterior import Posterior
     from bayes_lora.runs.report import Comparison
+    from bayes_lora.tasks.task import Task
 
 __all__ = ["demo_config", "run_demo"]
 
@@ -77,12 +86,12 @@ def run_demo(
         comparison = compare(
             posterior, list(unseen.values()), num_draws=5, lora_learning_rates=(1e-3,), progress=progress
         )
-    _write(run, posterior, unseen, comparison, console)
+    with open_run_folder(run, resume=True):
+        _write(run, posterior, unseen, comparison, console)
     return comparison
 
 
 def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Console) -> Comparison:
-    from bayes_lora.runs.folder import prepare_run_folder
     from bayes_lora.tasks.task_set import TaskSet
 
     prior = shipped_prior()
@@ -90,14 +99,20 @@ def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Co
     tasks = TaskSet(task.subset(SHOTS, QUERIES, seed=0) for task in [*unseen.values(), demo_spreadsheet(SHOTS)])
     fitted = read_fitted_tasks(prior)
     _print(console, _introduction(f"The prior of this package, learned from {len(fitted)} tasks:", tasks, SHOTS))
-    from bayes_lora.metrics.plots import support_curve_plot  # torch takes seconds to import
-    from bayes_lora.runs.compare import compare
-    from bayes_lora.runs.loading import load_prior
-    from bayes_lora.runs.support_curve import support_curve
+    from bayes_lora.runs.loading import load_prior  # torch takes seconds to import
 
     posterior = load_prior()
     _print(console, f"{posterior.lm.name}: {posterior.lm.arithmetic}")
-    prepare_run_folder(run, resume=resume, overwrite=overwrite)
+    with open_run_folder(run, resume=resume, overwrite=overwrite):
+        return _report(run, prior, posterior, tasks, console)
+
+
+def _report(run: Path, prior: Path, posterior: Posterior, tasks: Mapping[str, Task], console: Console) -> Comparison:
+    """Compare on unseen tasks, and write everything to the folder."""
+    from bayes_lora.metrics.plots import support_curve_plot
+    from bayes_lora.runs.compare import compare
+    from bayes_lora.runs.support_curve import support_curve
+
     for name in (CONFIG, TASKS):
         shutil.copy(prior / name, run / name)
     posterior.save(run / POSTERIOR, overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ from bayes_lora.runs.empirical_bayes import (
     is_closed_form,
     leave_out_free_form,
 )
-from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
+from bayes_lora.runs.folder import CURVE, POSTERIOR, open_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
 from bayes_lora.runs.subspace import check_size, set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
+from bayes_lora.utils.signals import held_signals
 from bayes_lora.utils.storage import write_json
 
 __all__ = ["build_episodes", "fit_posterior", "split_tasks", "with_language_model"]
@@ -82,8 +84,28 @@ def fit_posterior(
         ConfigError: the checkpoint was made with other settings or tasks; or theta is fitted in closed form, and the
             prior has more than one scale per layer, or all training tasks are free-form.
         PosteriorError: the checkpoint was made with another language model, see :mod:`bayes_lora.lm.fingerprint`.
-        RunFolderError: the folder already has a run, or is not a run folder.
+        RunFolderError: the folder already has a run, is in use by another process, is not a run folder, or cannot be
+            written.
+        KeyboardInterrupt: on Ctrl-C. With ``run``, a fit by steps ends its step and saves a checkpoint first, also on
+            SIGTERM and SIGHUP, which then have their usual effect. A second signal has it at once.
     """
+    with ExitStack() as opened:
+        return _fit_posterior(lm, tasks, config, model, guide, run, resume, overwrite, progress, opened)
+
+
+def _fit_posterior(
+    lm: LanguageModel,
+    tasks: TaskSet,
+    config: RunConfig | Mapping[str, Any] | None,
+    model: Model | None,
+    guide: Guide | None,
+    run: str | Path | None,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    opened: ExitStack,
+) -> tuple[Posterior, FitState]:
+    """Fit. What is open until the end, the run folder with its lock, is entered into ``opened``."""
     own_parts = model is not None or guide is not None
     if isinstance(config, Mapping):
         config = RunConfig.from_dict(config, own_parts=own_parts)
@@ -123,9 +145,11 @@ def fit_posterior(
     if closed_form or not steps:
         warn_of_no_effect(config, closed_form=type(objective.guide).__name__ if steps else None)
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
-    logger = RunLogger(run, lm, objective, optimizer, [*identity(config, tasks), parts], progress)
+    logger = RunLogger(
+        run, lm, objective, optimizer, [*identity(config, tasks), parts], progress, config.fit.checkpoint_every
+    )
     if run is not None:
-        prepare_run_folder(run, resume=resume, overwrite=overwrite)
+        opened.enter_context(open_run_folder(run, resume=resume, overwrite=overwrite))
     # A closed-form fit is repeated from the start.
     start = {name: value.clone() for name, value in objective.state_dict().items()} if closed_form else {}
     state = logger.resumed()
@@ -146,16 +170,18 @@ def fit_posterior(
         logger.save(state)
     elif steps:
         logger.open_bar(state, steps)
-        state = fit(
-            objective,
-            sampler,
-            held_out,
-            config.fit,
-            state=state,
-            optimizer=optimizer,
-            on_step=logger.on_step,
-            on_evaluate=logger.on_evaluate,
-        )
+        with nullcontext(logger.signals) if run is None else held_signals() as logger.signals:
+            state = fit(
+                objective,
+                sampler,
+                held_out,
+                config.fit,
+                state=state,
+                optimizer=optimizer,
+                on_step=logger.on_step,
+                on_evaluate=logger.on_evaluate,
+                after_step=logger.after_step,
+            )
     logger.close_bar(state)
     posterior = Posterior.from_objective(lm, objective)
     calibration = recipe_of(config).calibrate if guide is None else "width"

@@ -7,10 +7,10 @@ Nothing here imports torch, so that a command that is given a wrong folder answe
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
 from bayes_lora.tasks.readers.card import Card, card_from, card_values
 from bayes_lora.tasks.readers.questions import OWN_OPTIONS
+from bayes_lora.utils.lock import check_unlocked, locked
 from bayes_lora.utils.reading import read_facts, read_json
-from bayes_lora.utils.storage import write_json, writing
+from bayes_lora.utils.storage import delete, is_temporary, make_folder, write_json, writing
 
 __all__ = [
     "check_fitted",
     "check_report_folder",
     "check_run_folder",
     "language_model_of",
+    "open_run_folder",
     "posterior_of",
-    "prepare_run_folder",
     "read_fitted_tasks",
     "read_home",
     "read_question_card",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 CONFIG, CURVE, TASKS, POSTERIOR, METRICS = "config.json", "curve.json", "tasks.json", "posterior", "metrics.json"
+LOCK = ".lock"
 HOME = "run.json"  # in an adapted folder: the run of its posterior
 HALVES = ("training", "held_out")
 
@@ -46,33 +48,61 @@ def shipped_prior() -> Path:
     return Path(__file__).parents[1] / "prior"
 
 
-def prepare_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Make a run folder, replacing an existing one if ``overwrite`` is set (and ``resume`` is not).
+@contextmanager
+def open_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """Make a run folder, and hold its lock inside the block.
+
+    What a killed process left unfinished is deleted; and everything, if ``overwrite`` is set (and ``resume`` is not).
 
     Raises:
         RunFolderError: see :func:`check_run_folder`; or the folder cannot be written.
     """
     check_run_folder(run, resume=resume, overwrite=overwrite)
     with writing(run):
-        if run.exists() and not resume:
-            shutil.rmtree(run)
-        run.mkdir(parents=True, exist_ok=True)
-    return run
+        make_folder(run)
+    with locked(run / LOCK):
+        _check_contents(run, resume=resume, overwrite=overwrite)  # another process may have used it since
+        with writing(run):
+            _clear(run, temporaries_only=resume)
+        yield run
 
 
 def check_run_folder(run: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Check whether a run may use a folder, without changing it. A missing or empty folder may always be used.
 
     Raises:
-        RunFolderError: it has a run, and neither ``resume`` nor ``overwrite`` is set; or it is not a run folder.
+        RunFolderError: another process uses it; it has a run, and neither ``resume`` nor ``overwrite`` is set; or it is
+            not a run folder.
     """
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    check_unlocked(run / LOCK)
+    with writing(run):
+        _check_contents(run, resume=resume, overwrite=overwrite)
+
+
+def _check_contents(run: Path, *, resume: bool, overwrite: bool) -> None:
+    if not run.exists() or (run.is_dir() and all(map(_is_left_over, run.iterdir()))):
         return
     if not (run / CONFIG).exists():
         raise RunFolderError(f"{run} exists and is not a run folder. Choose another name.")
     if not (resume or overwrite):
         cure = "Use --resume to continue, --overwrite to start over, or another --run."
         raise RunFolderError(f"{run} already exists. {cure}")
+
+
+def _is_left_over(path: Path) -> bool:
+    """Return whether a process that was killed before it wrote the settings may have left this."""
+    return path.name == LOCK or is_temporary(path)
+
+
+def _clear(run: Path, *, temporaries_only: bool) -> None:
+    """Delete what killed processes left, or everything but the lock: the settings, which mark the folder, last."""
+    found = sorted(run.iterdir(), key=lambda path: path.name == CONFIG)
+    if temporaries_only:
+        found += [path for folder in found if folder.is_dir() and not folder.is_symlink() for path in folder.iterdir()]
+        found = [path for path in found if is_temporary(path) and not is_temporary(path.parent)]
+    for path in found:
+        if path.name != LOCK:
+            delete(path)
 
 
 def check_report_folder(folder: Path, *, overwrite: bool = False) -> None:

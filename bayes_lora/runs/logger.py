@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,33 @@ from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.training import FitState
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.recipes.config import RunConfig
-from bayes_lora.runs.checkpoint import load_checkpoint, save_checkpoint
+from bayes_lora.runs.checkpoint import Checkpoints
 from bayes_lora.runs.folder import CURVE
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Sites
+from bayes_lora.utils.signals import HeldSignals
 from bayes_lora.utils.storage import write_json
 
 __all__ = ["RunLogger", "digest", "identity"]
 
 CHECKPOINT = "checkpoint"
+SHARE = 20
+"""By default a checkpoint is due when the time since the last one is this many times that of writing it."""
+MAY_DIFFER = ("steps", "patience", "checkpoint_every")
+"""Settings of the fit that may differ in a resumed run: they decide when to stop and to save."""
 
 
 def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     """Return what must be equal to resume a run: the settings, and the examples of each task, in order.
 
-    ``fit.steps`` and ``fit.patience`` are left out, because they only decide when to stop, and so are settings of the
-    cache and of kernels.
+    ``fit.steps``, ``fit.patience`` and ``fit.checkpoint_every`` are left out, because they only decide when to stop and
+    to save, and so are settings of the cache and of kernels.
     """
     settings = config.to_dict()
     for name in ("cache_gib", "cache_folder", "disk_cache", "linear_backend"):
         del settings["language_model"][name]
-    settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in ("steps", "patience")}
+    settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in MAY_DIFFER}
     return [settings, [[name, _digest(task)] for name, task in tasks.items()]]
 
 
@@ -64,6 +70,8 @@ class RunLogger:
         optimizer: the optimizer, whose moments are part of a checkpoint.
         identity: see :func:`identity`.
         progress: shows the progress bar; None shows nothing.
+        every: steps between checkpoints; by default see :class:`bayes_lora.infer.fit_config.FitConfig`.
+        signals: signals to save and stop at.
         bar: the progress bar, once it is open.
     """
 
@@ -73,13 +81,27 @@ class RunLogger:
     optimizer: torch.optim.Optimizer
     identity: list[Any]
     progress: Progress | None
+    every: int | None = None
+    signals: HeldSignals = field(default_factory=HeldSignals)
     bar: TaskID | None = None
+    _checkpoints: Checkpoints | None = field(default=None, init=False)
+    _saved_at: float = field(default=0.0, init=False)
+    _seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.run is not None:
+            self._checkpoints = Checkpoints(
+                self.run / CHECKPOINT, self.objective, self.optimizer, self.identity, self.lm
+            )
 
     def resumed(self) -> FitState:
         """Return the state of the folder's checkpoint, or the initial state if there is none."""
-        if self.run is None or not (self.run / CHECKPOINT).exists():
+        if self._checkpoints is None or not self._checkpoints.exists():
             return FitState()
-        return load_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, self.identity, self.lm)
+        state = self._checkpoints.load()
+        if self.progress is not None:
+            self.progress.console.print(f"resumed at step {state.step}")
+        return state
 
     def open_bar(self, state: FitState, steps: int) -> None:
         """Open the progress bar of ``steps`` steps."""
@@ -92,17 +114,33 @@ class RunLogger:
             self.progress.update(self.bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
 
     def on_evaluate(self, state: FitState) -> None:
-        """Print the evaluation, and save."""
+        """Print the evaluation, and write the history."""
         if self.progress is not None:
             values = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in state.history[-1].items())
             self.progress.console.print(", ".join(values))
-        self.save(state)
+        if self.run is not None:
+            write_json(self.run / CURVE, state.history)
+
+    def after_step(self, state: FitState, last: bool) -> None:
+        """Write a checkpoint if it is due, at the last step, and before a signal stops the process."""
+        if last or self.signals.received is not None or self._due(state):
+            self.save(state)
+        self.signals.deliver()
 
     def save(self, state: FitState) -> None:
         """Write a checkpoint and the history."""
-        if self.run is not None:
-            save_checkpoint(self.run / CHECKPOINT, self.objective, self.optimizer, state, self.identity, self.lm)
+        if self.run is not None and self._checkpoints is not None:
+            began = time.monotonic()
+            self._checkpoints.save(state)
             write_json(self.run / CURVE, state.history)
+            self._saved_at = time.monotonic()
+            self._seconds = self._saved_at - began
+
+    def _due(self, state: FitState) -> bool:
+        if self.every is not None:
+            return state.step % self.every == 0
+        evaluated = not state.losses
+        return evaluated and time.monotonic() - self._saved_at >= SHARE * self._seconds
 
     def close_bar(self, state: FitState) -> None:
         """Complete the bar, also after early stopping."""

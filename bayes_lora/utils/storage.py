@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_new_folder",
+    "delete",
+    "is_temporary",
+    "make_folder",
     "new_folder",
     "read_json",
     "read_tensors",
@@ -33,6 +37,30 @@ __all__ = [
     "write_tensors",
     "writing",
 ]
+
+_TEMPORARY = re.compile(r"\.(.+\.(old\.)?[0-9a-f]{8}(\.tmp)?|tmp\w{6})", re.DOTALL)
+"""Names that this module gives to files and folders until they are complete; and those that safetensors gives."""
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a name is that of a file or folder that is being written, or was when its process was killed."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link, or a folder with its contents."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they are missing, and write their names to disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _flush(path.parent)
 
 
 @contextmanager
@@ -63,7 +91,7 @@ def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None
     path = Path(path)
     check_new_folder(path, overwrite=overwrite, marker=marker)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = _made_next_to(path, "")
     try:
         yield temporary
