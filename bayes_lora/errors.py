@@ -12,6 +12,7 @@ __all__ = [
     "ModelFileError",
     "NonFiniteLoss",
     "PosteriorError",
+    "ProcessError",
     "RunFolderError",
     "SiteError",
     "TaskError",
@@ -41,6 +42,10 @@ class NonFiniteLoss(BayesLoraError, ArithmeticError):
 
 class PosteriorError(BayesLoraError, ValueError):
     """A saved posterior is damaged, or belongs to another model."""
+
+
+class ProcessError(BayesLoraError, RuntimeError):
+    """Another process of the same fit failed or was lost."""
 
 
 class RunFolderError(BayesLoraError, OSError):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from bayes_lora.utils.processes import is_main, rank, wait_for_launcher
+
 __all__ = ["err", "error", "out", "print_line", "status", "warn"]
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(quiet=not is_main()), Console(stderr=True, quiet=not is_main())
 
 
 def print_line(text: str) -> None:
@@ -25,7 +27,10 @@ def warn(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def error(message: Exception | str) -> None:
-    """Print an error."""
+    """Print an error. Rank 0 speaks for all processes of a launcher, unless it does not end by the error."""
+    if not is_main():
+        wait_for_launcher()
+        err.quiet, message = False, f"process {rank()}: {message}"
     err.print(f"error: {_line(message)}", style="red", markup=False, soft_wrap=True)
 
 

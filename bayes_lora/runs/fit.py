@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.guides import TangentNetwork, TaskGuide
 from bayes_lora.infer.empirical_bayes import check_scales
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.infer.training import FitConfig, FitState, fit
+from bayes_lora.infer.training import FitConfig, FitState, check_devices, fit
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.calibrate import WIDTHS, choose_temperature, choose_width, has_width
 from bayes_lora.posterior.classes import describe
@@ -34,15 +35,18 @@ from bayes_lora.runs.empirical_bayes import (
 )
 from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
+from bayes_lora.runs.parallel import resumed, synchronize
 from bayes_lora.runs.subspace import check_size, set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
+from bayes_lora.utils.processes import connected, from_main, is_main, join
 from bayes_lora.utils.storage import write_json
 
 __all__ = ["build_episodes", "fit_posterior", "split_tasks", "with_language_model"]
 
 
+@connected()
 def fit_posterior(
     lm: LanguageModel,
     tasks: TaskSet,
@@ -59,6 +63,9 @@ def fit_posterior(
 
     By default theta is fitted in closed form (recipe ``tangent``). If a prior or a guide is passed, and with most other
     recipes, it is fitted by stochastic variational inference, and the posterior is that of the best checkpoint.
+
+    If a launcher has started several processes, each calls this function with the same arguments, and gets the same
+    posterior: see :mod:`bayes_lora.runs.parallel`. Rank 0 alone reads and writes the folder.
 
     Args:
         lm: the language model.
@@ -82,8 +89,11 @@ def fit_posterior(
         ConfigError: the checkpoint was made with other settings or tasks; or theta is fitted in closed form, and the
             prior has more than one scale per layer, or all training tasks are free-form.
         PosteriorError: the checkpoint was made with another language model, see :mod:`bayes_lora.lm.fingerprint`.
-        RunFolderError: the folder already has a run, or is not a run folder.
+        RunFolderError: the folder already has a run, is not a run folder, or cannot be written.
+        ProcessError: another process failed or was lost.
     """
+    join(lm.device)
+    progress = progress if is_main() else None
     own_parts = model is not None or guide is not None
     if isinstance(config, Mapping):
         config = RunConfig.from_dict(config, own_parts=own_parts)
@@ -104,6 +114,7 @@ def fit_posterior(
         check_pair(model, guide)
     config = with_recipe(config, own_parts=own_parts)
     objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
+    check_devices(objective)
     # Raises an error before the fit if model or guide cannot be saved.
     parts = None
     if run is not None:
@@ -125,12 +136,12 @@ def fit_posterior(
     optimizer = torch.optim.Adam([*objective.parameters()] or [torch.zeros(0)], lr=config.fit.learning_rate)
     logger = RunLogger(run, lm, objective, optimizer, [*identity(config, tasks), parts], progress)
     if run is not None:
-        prepare_run_folder(run, resume=resume, overwrite=overwrite)
+        from_main(partial(prepare_run_folder, run, resume=resume, overwrite=overwrite))
     # A closed-form fit is repeated from the start.
     start = {name: value.clone() for name, value in objective.state_dict().items()} if closed_form else {}
-    state = logger.resumed()
+    state = resumed(logger)
     if run is not None:
-        write_settings(run, config, list(kept), list(held))
+        from_main(partial(write_settings, run, config, list(kept), list(held)))
     warm_feature_cache(
         lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress
     )
@@ -141,9 +152,11 @@ def fit_posterior(
         state = fit_in_closed_form(lm, objective, kept, support, max_steps=steps, progress=progress)
         if isinstance(objective.guide, TangentNetwork):
             distil(lm, objective.guide, kept, seed=config.seed, progress=progress)
+        synchronize(objective)
         if held_out:
             state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
-        logger.save(state)
+        state.history = from_main(lambda: state.history)
+        from_main(partial(logger.save, state))
     elif steps:
         logger.open_bar(state, steps)
         state = fit(
@@ -154,7 +167,7 @@ def fit_posterior(
             state=state,
             optimizer=optimizer,
             on_step=logger.on_step,
-            on_evaluate=logger.on_evaluate,
+            on_evaluate=lambda state: from_main(partial(logger.on_evaluate, state)),
         )
     logger.close_bar(state)
     posterior = Posterior.from_objective(lm, objective)
@@ -164,13 +177,20 @@ def fit_posterior(
     if calibration == "width":
         posterior.width, curve = _choose_width(objective, held_out, config, progress)
     elif calibration == "temperature":
-        posterior.temperature, curve = choose_temperature(objective, held_out, seed=config.seed)
+        posterior.temperature, curve = choose_temperature(objective, held_out, seed=config.seed, shared=True)
     if run is not None:
-        posterior.save(run / POSTERIOR, overwrite=True)
-        write_json(run / CURVE, state.history)
-        if calibration != "none":
-            write_json(run / f"{calibration}s.json", {str(factor): nll for factor, nll in curve.items()})
+        factors = None if calibration == "none" else curve
+        from_main(partial(_write, run, posterior, state, calibration, factors))
     return posterior, state
+
+
+def _write(
+    run: Path, posterior: Posterior, state: FitState, calibration: str, curve: Mapping[float, float] | None
+) -> None:
+    posterior.save(run / POSTERIOR, overwrite=True)
+    write_json(run / CURVE, state.history)
+    if curve is not None:
+        write_json(run / f"{calibration}s.json", {str(factor): nll for factor, nll in curve.items()})
 
 
 def warn_of_no_effect(config: RunConfig, *, closed_form: str | None) -> None:
@@ -204,7 +224,7 @@ def _choose_width(
         if progress is not None and bar is not None:
             progress.advance(bar)
 
-    return choose_width(objective, held_out, widths=WIDTHS, seed=config.seed, on_width=advance)
+    return choose_width(objective, held_out, widths=WIDTHS, seed=config.seed, on_width=advance, shared=True)
 
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:

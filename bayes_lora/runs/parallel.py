@@ -1,0 +1,46 @@
+"""A fit over several processes: what rank 0 reads, or computes, reaches the others.
+
+Each process holds the language model and all parameters. In a fit by SVI each draws episodes of its own, and gradients
+are averaged; in closed form each computes the derivatives of some tasks. Rank 0 alone reads and writes the run folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bayes_lora.infer.training import FitState
+from bayes_lora.runs.logger import RunLogger
+from bayes_lora.utils.processes import from_main, num_processes
+
+__all__ = ["resumed", "synchronize"]
+
+
+def resumed(logger: RunLogger) -> FitState:
+    """Return :meth:`RunLogger.resumed` of rank 0 in every process, with its parameters and moments. Collective."""
+    if num_processes() == 1:
+        return logger.resumed()
+    found = from_main(lambda: _read(logger))
+    logger.objective.load_state_dict(found["parameters"])
+    groups = logger.optimizer.state_dict()["param_groups"]
+    logger.optimizer.load_state_dict({"state": found["moments"], "param_groups": groups})
+    return FitState(**found["state"])
+
+
+def synchronize(module: nn.Module) -> None:
+    """Give every process the parameters and buffers of rank 0, for computed ones may differ in their last bits.
+
+    Collective.
+    """
+    if num_processes() > 1:
+        module.load_state_dict(from_main(module.state_dict))
+
+
+def _read(logger: RunLogger) -> dict[str, Any]:
+    state = logger.resumed()
+    return {
+        "state": vars(state),
+        "parameters": dict(logger.objective.state_dict()),
+        "moments": logger.optimizer.state_dict()["state"],
+    }
