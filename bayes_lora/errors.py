@@ -21,7 +21,13 @@ __all__ = [
 
 
 class BayesLoraError(Exception):
-    """Base class. The message states what was expected, what was given, and how to fix it."""
+    """Base class. The message states what was expected, what was given, and how to fix it.
+
+    Attributes:
+        everywhere: whether every process of a fit raises it, so that one of them has to print it.
+    """
+
+    everywhere = False
 
 
 class ConfigError(BayesLoraError, ValueError):

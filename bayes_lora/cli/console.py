@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from bayes_lora.utils.processes import is_main, rank, wait_for_launcher
+from bayes_lora.utils.processes import is_main, leaves_to_main, rank
 
 __all__ = ["err", "error", "out", "print_line", "status", "warn"]
 
@@ -27,9 +27,10 @@ def warn(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def error(message: Exception | str) -> None:
-    """Print an error. Rank 0 speaks for all processes of a launcher, unless it does not end by the error."""
+    """Print an error. Of several processes, rank 0 prints those that all raise."""
     if not is_main():
-        wait_for_launcher()
+        if leaves_to_main(message):
+            return
         err.quiet, message = False, f"process {rank()}: {message}"
     err.print(f"error: {_line(message)}", style="red", markup=False, soft_wrap=True)
 

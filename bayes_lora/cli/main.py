@@ -39,7 +39,7 @@ from bayes_lora.cli.options import (
     Tasks,
 )
 from bayes_lora.errors import BayesLoraError, ConfigError
-from bayes_lora.utils.processes import started
+from bayes_lora.utils.processes import leave, started
 
 if TYPE_CHECKING:
     from bayes_lora.recipes.config import RunConfig
@@ -120,7 +120,7 @@ def fit(
     from bayes_lora.cli.task_source import TaskSource, training_tasks
     from bayes_lora.recipes.recipes import build_language_model, with_recipe
     from bayes_lora.runs.folder import check_run_folder
-    from bayes_lora.utils.processes import is_main
+    from bayes_lora.utils.processes import from_main, join
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
     flags = {"recipe": recipe, "prior.name": prior, "guide.name": guide}
@@ -128,8 +128,8 @@ def fit(
     more = ["episodes.shuffle_options=true"] if shuffle_options else []
     chosen = with_recipe(_config(config, [*named, *(settings or []), *more], model))
     training = training_tasks(TaskSource(tasks, format, input, label, max_options), split, names)
-    if is_main():  # which makes the folder, maybe before another process looks
-        check_run_folder(run, resume=resume, overwrite=overwrite)
+    join()
+    from_main(lambda: check_run_folder(run, resume=resume, overwrite=overwrite))
     hide_loading_bar()
     from bayes_lora.runs.empirical_bayes import is_closed_form
     from bayes_lora.runs.fit import fit_posterior
@@ -333,6 +333,8 @@ def main() -> None:
         code = INTERRUPTED
     if code == INTERRUPTED:  # some versions of Typer return it
         err.print("interrupted: use --resume to resume fit or demo", style="red")
+    if not code:
+        leave()
     sys.exit(code)
 
 

@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import pyro
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -99,10 +99,12 @@ def fit(
     device = _device(objective)
     join(device)
     check_devices(objective)
-    accelerator = accelerator or Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = accelerator or Accelerator()
     optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
     # The LM stays on its device, so the objective must stay there too; under DDP every process draws its own episodes.
     prepared = accelerator.prepare_model(objective, device_placement=False)
+    if accelerator.num_processes > 1:
+        prepared.broadcast_buffers = False  # they are constants, such as initial values of the weights
     stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
     num_data = sum(len(task) for task in sampler.tasks)
     state.average = state.average or {name: p.detach().clone() for name, p in objective.named_parameters()}
@@ -117,6 +119,10 @@ def fit(
         return state.step < config.steps and (not held_out or state.evaluations_without_improvement < config.patience)
 
     episode = draw(state.step) if continues() else None
+    if checks and episode is not None and num_processes() > 1:
+        # An error of one process in the first step would leave the others waiting for its gradients.
+        _first(partial(_loss, objective, objective, episode, state.step))
+        checks = False
     while continues():
         objective.anneal(beta_fraction(config.schedule, state.step, config.warmup))
         for group in optimizer.param_groups:

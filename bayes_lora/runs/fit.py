@@ -40,13 +40,12 @@ from bayes_lora.runs.subspace import check_size, set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
-from bayes_lora.utils.processes import connected, from_main, is_main, join
+from bayes_lora.utils.processes import from_main, is_main, join
 from bayes_lora.utils.storage import write_json
 
 __all__ = ["build_episodes", "fit_posterior", "split_tasks", "with_language_model"]
 
 
-@connected()
 def fit_posterior(
     lm: LanguageModel,
     tasks: TaskSet,

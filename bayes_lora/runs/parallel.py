@@ -21,11 +21,11 @@ def resumed(logger: RunLogger) -> FitState:
     """Return :meth:`RunLogger.resumed` of rank 0 in every process, with its parameters and moments. Collective."""
     if num_processes() == 1:
         return logger.resumed()
-    found = from_main(lambda: _read(logger))
-    logger.objective.load_state_dict(found["parameters"])
+    state, parameters, moments = from_main(lambda: _read(logger))
+    logger.objective.load_state_dict(parameters)
     groups = logger.optimizer.state_dict()["param_groups"]
-    logger.optimizer.load_state_dict({"state": found["moments"], "param_groups": groups})
-    return FitState(**found["state"])
+    logger.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return state
 
 
 def synchronize(module: nn.Module) -> None:
@@ -37,10 +37,6 @@ def synchronize(module: nn.Module) -> None:
         module.load_state_dict(from_main(module.state_dict))
 
 
-def _read(logger: RunLogger) -> dict[str, Any]:
+def _read(logger: RunLogger) -> tuple[FitState, dict[str, Any], dict[int, Any]]:
     state = logger.resumed()
-    return {
-        "state": vars(state),
-        "parameters": dict(logger.objective.state_dict()),
-        "moments": logger.optimizer.state_dict()["state"],
-    }
+    return state, dict(logger.objective.state_dict()), logger.optimizer.state_dict()["state"]

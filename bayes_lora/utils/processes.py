@@ -7,7 +7,9 @@ Rank 0 writes the files and prints; work that can be divided is divided. :func:`
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +29,13 @@ __all__ = [
     "from_main",
     "is_main",
     "join",
+    "leave",
+    "leaves_to_main",
     "mean",
     "num_processes",
     "rank",
     "share",
     "started",
-    "wait_for_launcher",
 ]
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -44,8 +47,8 @@ LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others, which may have larger tasks. A process that ends is noticed at once."""
-GRACE = 10.0
-"""Seconds in which a launcher ends all processes after one has ended with an error."""
+GRACE, SHORT_GRACE = 10.0, 1.0
+"""Seconds in which a launcher ends all processes after rank 0 has ended with an error; that each raises, at once."""
 
 
 def started() -> tuple[int, int]:
@@ -81,17 +84,19 @@ def default_device() -> torch.device:
     return torch.device("cuda", _local_rank())
 
 
-def join(device: torch.device) -> None:
+def join(device: torch.device | None = None) -> None:
     """Join the processes that a launcher has started, before anything is put on a GPU. A second call does nothing.
 
     Args:
-        device: the device of this process: with a GPU they talk through NCCL, otherwise through gloo.
+        device: the device of this process, by default :func:`default_device`. Processes with GPUs talk through NCCL,
+            others through gloo.
 
     Raises:
         ConfigError: the device is the GPU of another process.
     """
     if started()[1] == 1:
         return
+    device = default_device() if device is None else device
     if device.type == "cuda" and device.index not in (None, _local_rank()):
         raise ConfigError(
             f"device {str(device)!r}: expected 'cuda:{_local_rank()}' in the process with LOCAL_RANK={_local_rank()}, "
@@ -107,24 +112,23 @@ def join(device: torch.device) -> None:
 def from_main(function: Callable[[], T]) -> T:
     """Call a function on rank 0, and return its result on every process, or raise its error on every process.
 
-    Tensors in nested dicts, lists and tuples are sent one by one, and arrive on the CPU. Collective.
+    The result is pickled, but its tensors are sent one by one, and arrive on the CPU. Collective.
 
     Raises:
         ProcessError: the function raised an error that is none of this package; rank 0 raises the error itself.
     """
     if num_processes() == 1:
         return function()
-    from torch.utils._pytree import tree_flatten, tree_unflatten
-
     result, error = _attempt(function) if is_main() else (None, None)
-    leaves, spec = tree_flatten(result)
+    text, tensors = _pickled(result)
+    about = [(tensor.shape, tensor.dtype) for tensor in tensors]
     with connected():
-        about, spec, told = _broadcast((list(map(_describe, leaves)), spec, _for_others(error)))
+        text, about, told = _broadcast((text, about, _for_others(error)))
         if told is not None:
             raise error or told
-        found: list[Any] = [_received(leaves[i] if is_main() else None, one) for i, one in enumerate(about)]
-    whole: T = result if is_main() else tree_unflatten(found, spec)  # type: ignore[assignment]
-    return whole
+        found = [_broadcast_tensor(tensors[i] if is_main() else None, *one) for i, one in enumerate(about)]
+    received: T = result if is_main() else _unpickled(text, found)  # type: ignore[assignment]
+    return received
 
 
 def share(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -143,7 +147,7 @@ def share(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     with connected():
         errors = _gathered(_for_others(error))
         if any(errors):
-            raise error or next(filter(None, errors))
+            raise error if error and not isinstance(error, BayesLoraError) else next(filter(None, errors))
         assert results is not None
         found: list[R] = []
         # In rounds, so that what is sent at once does not grow with the number of items.
@@ -173,15 +177,28 @@ def connected() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, BayesLoraError) or started()[1] == 1 or not _is_lost(error):
             raise
+        what = str(error).split(". This is typically")[0].strip()  # gloo's advice
         raise ProcessError(
-            f"process {rank()} of {started()[1]}: the connection to another process is lost ({str(error).strip()}). If "
-            "it was killed, start all of them again with --resume."
+            f"process {rank()} of {started()[1]}: the connection to another process is lost ({what}). If that one was "
+            "killed, start all of them again with --resume."
         ) from error
 
 
-def wait_for_launcher() -> None:
-    """Wait until the launcher ends this process, because rank 0 has ended with an error; at most some seconds."""
-    time.sleep(GRACE)
+def leaves_to_main(error: Exception | str) -> bool:
+    """Wait for rank 0 to print an error of this process and for the launcher to end it; return whether rank 0 prints.
+
+    If the launcher does not end it, rank 0 may not have raised the error: then this process has to print it.
+    """
+    known = isinstance(error, BayesLoraError) and error.everywhere
+    time.sleep(SHORT_GRACE if known else GRACE)
+    return known
+
+
+def leave() -> None:
+    """Leave the processes of a fit that has ended. Collective."""
+    group = _group()
+    if group is not None:
+        group.destroy_process_group()
 
 
 def _variable(names: Sequence[str], default: int) -> int:
@@ -205,7 +222,7 @@ def _device() -> torch.device:
     """Return the device through which tensors are sent."""
     import torch
 
-    nccl = _group().get_backend() == "nccl"
+    nccl = "nccl" in _group().get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
@@ -218,9 +235,13 @@ def _attempt(function: Callable[[], R]) -> tuple[R | None, Exception | None]:
 
 
 def _for_others(error: Exception | None) -> BayesLoraError | None:
-    if error is None or isinstance(error, BayesLoraError):
-        return error
-    return ProcessError(f"process {rank()} failed: {type(error).__name__}: {error}")
+    if error is None:
+        return None
+    first = next(iter(str(error).strip().splitlines()), "")  # Pyro's messages have a table of all sites
+    failed = f"process {rank()} failed: {type(error).__name__}: {first}"
+    told = error if isinstance(error, BayesLoraError) else ProcessError(failed)
+    told.everywhere = True
+    return told
 
 
 def _broadcast(value: R) -> R:
@@ -239,23 +260,36 @@ def _gathered(value: R) -> list[R]:
     return found
 
 
-def _describe(leaf: Any) -> tuple[bool, Any]:
-    """Return whether a leaf is a tensor, and its shape and dtype, or the leaf itself."""
-    import torch
+def _pickled(value: object) -> tuple[bytes, list[Tensor]]:
+    """Return a pickled value without its tensors, and these."""
+    file, tensors = io.BytesIO(), list[Any]()
+    pickler = pickle.Pickler(file)
+    torch = sys.modules["torch"]
 
-    return (True, (leaf.shape, leaf.dtype)) if isinstance(leaf, torch.Tensor) else (False, leaf)
+    def name(part: object) -> int | None:
+        if not isinstance(part, torch.Tensor):
+            return None
+        tensors.append(part)
+        return len(tensors) - 1
+
+    pickler.persistent_id = name  # type: ignore[method-assign, assignment]
+    pickler.dump(value)
+    return file.getvalue(), tensors
 
 
-def _received(leaf: Any, about: tuple[bool, Any]) -> Any:
+def _unpickled(text: bytes, tensors: list[Tensor]) -> Any:
+    unpickler = pickle.Unpickler(io.BytesIO(text))
+    unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign, assignment]
+    return unpickler.load()
+
+
+def _broadcast_tensor(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     import torch
     import torch.distributed as dist
 
-    is_tensor, what = about
-    if not is_tensor:
-        return what
-    shape, dtype = what
-    sent = torch.empty(shape, dtype=dtype, device=_device()) if leaf is None else leaf.detach().to(_device())
-    dist.broadcast(sent.contiguous() if leaf is not None else sent, src=0)
+    sent = torch.empty(shape, dtype=dtype) if tensor is None else tensor.detach().contiguous()
+    sent = sent.to(_device())
+    dist.broadcast(sent, src=0)
     return sent.cpu()
 
 
