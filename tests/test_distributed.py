@@ -94,9 +94,12 @@ def test_processes_take_the_step_of_the_mean_gradient(tokenizer, tmp_path, count
         ]
 
 
-def run_fit(_, tokenizer, run, resume=False, kill=None):
-    """Fit into a folder; ``kill`` is a rank that is killed in the fifth step."""
+def run_fit(_, tokenizer, run, resume=False, kill=None, full=False):
+    """Fit into a folder; ``kill`` is a rank that is killed in the fifth step; ``full`` fills the disk of rank 0."""
     lm, on_step = build_lm("llama", tokenizer), RunLogger.on_step
+
+    def fill(*_):
+        raise RunFolderError("the disk is full.")
 
     def stop(self, state, loss):
         if rank() == kill and state.step == 5:
@@ -104,6 +107,8 @@ def run_fit(_, tokenizer, run, resume=False, kill=None):
         on_step(self, state, loss)
 
     RunLogger.on_step = stop
+    if full and rank() == 0:
+        RunLogger.save = fill
     try:
         posterior, state = fit_posterior(lm, make_tasks(6), HELD_OUT, run=run, resume=resume)
     except (ProcessError, RunFolderError) as error:
@@ -124,6 +129,11 @@ def test_a_run_of_two_processes_is_resumed_after_one_was_killed(tokenizer, tmp_p
     for one in again:
         assert_equal(one[0], whole[0][0])
         assert one[1:] == whole[0][1:]
+
+
+def test_an_error_while_rank_0_writes_ends_all_processes(tokenizer, tmp_path):
+    found = launch(run_fit, 2, tmp_path, tokenizer, tmp_path / "run", False, None, True)
+    assert found == ["the disk is full."] * 2
 
 
 def closed_form(_, tokenizer, folder, name):

@@ -113,9 +113,9 @@ def load_language_model(
     kwargs.setdefault("cache_folder", cache_folder())
     folder = None if kwargs["cache_folder"] is None else Path(kwargs["cache_folder"])
     quantized = quantization is not None or "quantization_config" in options
-    # Measured by one process: they would not all find the same one to be the fastest.
-    measure = partial(choose_arithmetic, dtype, linear_backend, device, folder, quantized=quantized)
-    dtype, backend = from_main(measure)
+    choose = partial(choose_arithmetic, dtype, linear_backend, device, folder, quantized=quantized)
+    # What a CPU does fastest is measured, so processes that measure would not all choose the same.
+    dtype, backend = choose() if device.type == "cuda" else from_main(choose)
     for name in ("dtype", "torch_dtype"):
         if name in options:
             raise ConfigError(f"model_kwargs: {name} is the argument dtype= of load_language_model. Pass it there.")

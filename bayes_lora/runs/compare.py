@@ -127,11 +127,17 @@ def _evaluate(
 
 
 def warm_feature_cache(
-    lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None
+    lm: LanguageModel,
+    groups: Sequence[Sequence[Example]],
+    what: str,
+    progress: Progress | None,
+    *,
+    shared: bool = False,
 ) -> None:
     """Run the frozen part of the language model over examples once, with a bar.
 
-    The processes of a fit divide the batches, and read those of the others from the language model's cache folder.
+    If ``shared`` is set, the processes of a fit divide the batches, and read those of the others from the language
+    model's cache folder.
     """
     rows = lm.encoder([example for group in groups for example in group])
     bar = progress.add_task(what, total=len(rows)) if progress else None
@@ -142,7 +148,7 @@ def warm_feature_cache(
         if progress is not None and bar is not None:
             progress.update(bar, advance=len(batch))
 
-    if num_processes() > 1 and lm.cache_folder is not None:
+    if shared and num_processes() > 1 and lm.cache_folder is not None:
         share(read, batches)
         if progress is not None and bar is not None:
             progress.reset(bar)

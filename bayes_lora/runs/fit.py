@@ -141,9 +141,8 @@ def fit_posterior(
     state = resumed(logger)
     if run is not None:
         from_main(partial(write_settings, run, config, list(kept), list(held)))
-    warm_feature_cache(
-        lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress
-    )
+    examples = [task.examples for task in (*kept.values(), *held.values())]
+    warm_feature_cache(lm, examples, "reading training tasks", progress, shared=True)
     if closed_form:
         objective.load_state_dict(start)
         support = config.episodes.num_support
@@ -153,7 +152,7 @@ def fit_posterior(
             distil(lm, objective.guide, kept, seed=config.seed, progress=progress)
         synchronize(objective)
         if held_out:
-            state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
+            state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held, shared=True)
         state.history = from_main(lambda: state.history)
         from_main(partial(logger.save, state))
     elif steps:
