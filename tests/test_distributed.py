@@ -47,8 +47,8 @@ def joined():
     join(torch.device("cpu"))
 
 
-def build(tokenizer, break_at=None):
-    """An objective, a sampler and three held-out episodes; ``break_at`` spoils one of the sampler's episodes."""
+def build(tokenizer):
+    """An objective, a sampler and three held-out episodes."""
     lm, tasks = build_lm("llama", tokenizer), make_tasks(7)
     torch.manual_seed(3)
     model = HierarchicalNormal(lm, lm.sites.initial(), initial_scale=(0.05, 0.05))
@@ -56,7 +56,8 @@ def build(tokenizer, break_at=None):
     kept = [f"task-{i}" for i in range(4)]
     sampler = EpisodeSampler(tasks.select(kept), lm.encoder, tasks_per_episode=2, num_support=3, num_query=3)
     held = [task.split(4, seed=0, num_query=4) for name, task in tasks.items() if name not in kept]
-    return objective, sampler, [collate([lm.encoder(t.query)], [lm.encoder(t.support)]).without_task_ids() for t in held]
+    episodes = [collate([lm.encoder(task.query)], [lm.encoder(task.support)]) for task in held]
+    return objective, sampler, [episode.without_task_ids() for episode in episodes]
 
 
 def take_steps(_, tokenizer):

@@ -168,8 +168,8 @@ def check_devices(objective: BetaELBO) -> None:
     if num_processes() > 1 and len(places) > 1:
         where = " and ".join(f"{name!r} on {device!r}" for device, name in sorted(places.items()))
         raise ConfigError(
-            f"{num_processes()} processes: expected all parameters on devices of one type, got {where}. Fit in a single "
-            "process, or with a guide without a table of tasks."
+            f"{num_processes()} processes: expected all parameters on devices of one type, got {where}. Fit in a "
+            "single process, or with a guide without a table of tasks."
         )
 
 
