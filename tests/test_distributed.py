@@ -13,6 +13,8 @@ from conftest import build_lm, make_tasks
 from files import write_examples
 from launching import launch
 from runs import CONFIG, assert_equal, names, small
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from bayes_lora.cli import console
 from bayes_lora.cli.main import main
@@ -93,6 +95,29 @@ def test_processes_take_the_step_of_the_mean_gradient(tokenizer, tmp_path, count
         assert history == [
             {"step": 3, "loss": pytest.approx(sum(losses) / 3), "held_out_nll": pytest.approx(nll, rel=1e-6)}
         ]
+
+
+def take_steps_sharded(_, tokenizer):
+    """Each process has half of each frozen layer; then a fit that divides its work is refused."""
+    joined()
+    objective, sampler, _ = build(tokenizer)
+    lm = objective.model.likelihood
+    for layer in lm.model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    assert lm.model.model.layers[3].mlp.up_proj.weight.to_local().shape == (12, 16)
+    with pytest.raises(ConfigError, match=r"'model.layers.0' is sharded.*Train with bayes_lora.infer.training.fit"):
+        fit_posterior(lm, make_tasks(4), HELD_OUT)
+    for task in sampler.tasks:  # alike in every process, for they compute an output together
+        lm.features(collate([lm.encoder(task.examples)]))
+    fit(objective, sampler, config=STEPS)
+    return dict(objective.state_dict())
+
+
+def test_a_frozen_base_that_is_sharded_takes_the_same_steps(tokenizer, tmp_path):
+    whole = launch(take_steps, 2, tmp_path, tokenizer)
+    for parameters in launch(take_steps_sharded, 2, tmp_path, tokenizer):
+        for name, value in whole[0][0].items():
+            assert torch.allclose(parameters[name], value, rtol=1e-9, atol=1e-12), name
 
 
 def run_fit(_, tokenizer, run, resume=False, kill=None, full=False):

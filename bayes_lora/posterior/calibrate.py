@@ -105,6 +105,6 @@ def choose_temperature(
 
     totals = share(total, episodes) if shared else [total(episode) for episode in episodes]
     count = sum(len(episode.mask) for episode in episodes)
-    curve = dict(zip(TEMPERATURES, (sum(totals) / count).tolist(), strict=True))
+    curve = dict(zip(TEMPERATURES, (torch.stack(totals).sum(0) / count).tolist(), strict=True))
     # If all held-out tasks have generated answers, every temperature gives the same NLL: 1 is chosen.
     return min(curve, key=lambda one: (curve[one], abs(math.log(one)))), curve

@@ -35,7 +35,7 @@ from bayes_lora.runs.empirical_bayes import (
 )
 from bayes_lora.runs.folder import CURVE, POSTERIOR, prepare_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
-from bayes_lora.runs.parallel import resumed, synchronize
+from bayes_lora.runs.parallel import check_whole, resumed, synchronize
 from bayes_lora.runs.subspace import check_size, set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
@@ -92,6 +92,7 @@ def fit_posterior(
         ProcessError: another process failed or was lost.
     """
     join(lm.device)
+    check_whole(lm)
     progress = progress if is_main() else None
     own_parts = model is not None or guide is not None
     if isinstance(config, Mapping):

@@ -10,11 +10,32 @@ from typing import Any
 
 from torch import nn
 
+from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitState
+from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.runs.logger import RunLogger
 from bayes_lora.utils.processes import from_main, num_processes
 
-__all__ = ["resumed", "synchronize"]
+__all__ = ["check_whole", "resumed", "synchronize"]
+
+
+def check_whole(lm: LanguageModel) -> None:
+    """Check that every process holds the whole language model.
+
+    Raises:
+        ConfigError: its weights are divided over the processes, as by FSDP2.
+    """
+    if num_processes() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule  # which builds of torch without torch.distributed lack
+
+    # By its class: between a forward and the next, a module that is sharded may hold whole weights.
+    name = next((name for name, module in lm.model.named_modules() if isinstance(module, FSDPModule)), None)
+    if name is not None:
+        raise ConfigError(
+            f"{lm.name}: expected all weights in every process, but {name!r} is sharded: evaluations that are divided, "
+            "and rank 0 when it saves, would wait for the others. Train with bayes_lora.infer.training.fit."
+        )
 
 
 def resumed(logger: RunLogger) -> FitState:

@@ -38,7 +38,8 @@ __all__ = [
     "started",
 ]
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Those that Accelerate reads: of torchrun and accelerate launch, and of implementations of MPI.
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -272,14 +273,14 @@ def _pickled(value: object) -> tuple[bytes, list[Tensor]]:
         tensors.append(part)
         return len(tensors) - 1
 
-    pickler.persistent_id = name  # type: ignore[method-assign, assignment]
+    pickler.persistent_id = name  # type: ignore[method-assign]
     pickler.dump(value)
     return file.getvalue(), tensors
 
 
 def _unpickled(text: bytes, tensors: list[Tensor]) -> Any:
     unpickler = pickle.Unpickler(io.BytesIO(text))
-    unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign, assignment]
+    unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
     return unpickler.load()
 
 
