@@ -74,7 +74,5 @@ def test_components_are_one_mixture(lm):
 def test_points_and_saved_posteriors(lm, tmp_path):
     assert adapted_tasks(lm, SharedPoint).distance_from_prior().kl.tolist() == []
     adapted_tasks(lm, steps=1).save(tmp_path / "q")
-    with pytest.raises(
-        ConfigError, match="expected the prior of site .*, which the files of a task.s posterior"
-    ):
+    with pytest.raises(ConfigError, match="expected the prior of site .*, which the files of a task.s posterior"):
         TaskPosterior.load(tmp_path / "q", lm).distance_from_prior()

@@ -153,7 +153,7 @@ def share(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         found: list[R] = []
         # In rounds, so that what is sent at once does not grow with the number of items.
         for start in range(0, len(items), count):
-            mine = results[start // count] if start + own < len(items) else None
+            mine: Any = results[start // count] if start + own < len(items) else None
             found += _gathered(mine)[: len(items) - start]
     return found
 
