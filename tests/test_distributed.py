@@ -304,6 +304,7 @@ GPUS = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
     [
         ({}, True, "cuda"),
         ({}, False, "cpu"),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, True, "cuda"),  # one of several jobs that are no processes of one fit
         (GPUS, True, "cuda:1"),
         (GPUS, False, "cpu"),
         (GPUS | {"ACCELERATE_USE_CPU": "True"}, True, "cpu"),
@@ -315,6 +316,7 @@ def test_the_device_is_that_of_the_local_rank(monkeypatch, variables, gpu, expec
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert default_device() == torch.device(expected)
+    assert rank() == (5 if "8" in variables.values() else 0) and num_processes() == 1
 
 
 @pytest.mark.parametrize("given", ["cuda:1", "cuda", None])

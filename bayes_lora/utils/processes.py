@@ -54,7 +54,8 @@ GRACE, SHORT_GRACE = 10.0, 1.0
 
 def started() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, as a launcher has set them; (0, 1) without one."""
-    return _variable(RANK, 0), _variable(WORLD_SIZE, 1)
+    count = _variable(WORLD_SIZE, 1)
+    return (_variable(RANK, 0), count) if count > 1 else (0, 1)
 
 
 def is_main() -> bool:
