@@ -12,6 +12,7 @@ __all__ = [
     "ModelFileError",
     "NonFiniteLoss",
     "PosteriorError",
+    "ProcessError",
     "RunFolderError",
     "SiteError",
     "TaskError",
@@ -20,7 +21,13 @@ __all__ = [
 
 
 class BayesLoraError(Exception):
-    """Base class. The message states what was expected, what was given, and how to fix it."""
+    """Base class. The message states what was expected, what was given, and how to fix it.
+
+    Attributes:
+        everywhere: whether every process of a fit raises it, so that one of them has to print it.
+    """
+
+    everywhere = False
 
 
 class ConfigError(BayesLoraError, ValueError):
@@ -41,6 +48,10 @@ class NonFiniteLoss(BayesLoraError, ArithmeticError):
 
 class PosteriorError(BayesLoraError, ValueError):
     """A saved posterior is damaged, or belongs to another model."""
+
+
+class ProcessError(BayesLoraError, RuntimeError):
+    """Another process of the same fit failed or was lost."""
 
 
 class RunFolderError(BayesLoraError, OSError):

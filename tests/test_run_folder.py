@@ -137,7 +137,7 @@ def test_resume_with_more_steps_goes_on(lm, tasks, tmp_path):
 
 def test_resume_with_more_patience_goes_on(lm, tasks, tmp_path, monkeypatch):
     curve = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr("bayes_lora.infer.training.held_out_nll", lambda *_: next(curve))
+    monkeypatch.setattr("bayes_lora.infer.training.held_out_nll", lambda *_, **__: next(curve))
     run, fast = tmp_path / "a", replace(CONFIG, fit=replace(CONFIG.fit, patience=1))
     _, state = fit_posterior(lm, tasks, fast, run=run)
     assert (state.step, state.best) == (4, 0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from bayes_lora.utils.processes import is_main, leaves_to_main, rank
+
 __all__ = ["err", "error", "out", "print_line", "status", "warn"]
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(quiet=not is_main()), Console(stderr=True, quiet=not is_main())
 
 
 def print_line(text: str) -> None:
@@ -25,7 +27,11 @@ def warn(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def error(message: Exception | str) -> None:
-    """Print an error."""
+    """Print an error. Of several processes, rank 0 prints those that all raise."""
+    if not is_main():
+        if leaves_to_main(message):
+            return
+        err.quiet, message = False, f"process {rank()}: {message}"
     err.print(f"error: {_line(message)}", style="red", markup=False, soft_wrap=True)
 
 

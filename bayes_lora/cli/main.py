@@ -41,6 +41,7 @@ from bayes_lora.cli.options import (
 )
 from bayes_lora.cli.signals import Terminated, terminations
 from bayes_lora.errors import BayesLoraError, ConfigError
+from bayes_lora.utils.processes import leave, started
 
 if TYPE_CHECKING:
     from bayes_lora.recipes.config import RunConfig
@@ -122,6 +123,7 @@ def fit(
     from bayes_lora.cli.task_source import TaskSource, training_tasks
     from bayes_lora.recipes.recipes import build_language_model, with_recipe
     from bayes_lora.runs.folder import check_run_folder
+    from bayes_lora.utils.processes import from_main, join
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
     flags = {"recipe": recipe, "prior.name": prior, "guide.name": guide}
@@ -129,14 +131,15 @@ def fit(
     more = ["episodes.shuffle_options=true"] if shuffle_options else []
     chosen = with_recipe(_config(config, [*named, *(settings or []), *more], model))
     training = training_tasks(TaskSource(tasks, format, input, label, max_options), split, names)
-    check_run_folder(run, resume=resume, overwrite=overwrite)
+    join()
+    from_main(lambda: check_run_folder(run, resume=resume, overwrite=overwrite))
     hide_loading_bar()
     from bayes_lora.runs.empirical_bayes import is_closed_form
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(chosen.language_model)
     status(f"{lm.name}: {lm.arithmetic}")
-    with bars() as progress:
+    with bars(err) as progress:
         posterior, state = fit_posterior(
             lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress
         )
@@ -302,6 +305,15 @@ def _show(row: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items() if name != "step")
 
 
+def _check_processes(words: list[str]) -> None:
+    """Check that a launcher has started several processes for ``fit`` only: others would do all work in each."""
+    if started()[1] > 1 and words[0] != "fit" and not {"--help", "--version"} & {*words}:
+        raise ConfigError(
+            f"{NAME} {words[0]}: expected a single process, got {started()[1]} by a launcher. Only fit divides its "
+            "work. Run it without accelerate launch or torchrun."
+        )
+
+
 def main() -> None:
     """Run the command line. An error that the user can fix is printed as one line, with exit code 2.
 
@@ -316,6 +328,7 @@ def main() -> None:
     received: list[int] = []
     try:
         with terminations() as received:
+            _check_processes(words)
             code = app(words, prog_name=NAME, standalone_mode=False)
     except UsageError as raised:
         command = raised.ctx.command_path if raised.ctx else " ".join([NAME, *words[:1]])
@@ -334,6 +347,8 @@ def main() -> None:
         err.print(f"interrupted: {CURE}", style="red")
     elif received:
         err.print(f"ended by {signal.Signals(received[0]).name}: {CURE}", style="red")
+    if not code:
+        leave()
     sys.exit(code)
 
 

@@ -13,6 +13,8 @@ from bayes_lora.episodes.episode import Episode
 from bayes_lora.infer.handlers import ModuleParameters, Widened
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.types import Sites
+from bayes_lora.utils.processes import share
+from bayes_lora.utils.seeding import seeded
 
 __all__ = ["draw_phi", "held_out_nll", "mean_over_draws", "predictive", "tempered"]
 
@@ -51,16 +53,31 @@ def draw_phi(model: Any, guide: Callable[..., Any], episode: Episode, num_draws:
     return phi
 
 
-def held_out_nll(objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0) -> float:
-    """Return the mean predictive NLL (nats) of the scored examples given the support, averaged over tasks."""
-    total, count = 0.0, 0
+def held_out_nll(
+    objective: BetaELBO, episodes: Sequence[Episode], num_draws: int, width: float = 1.0, *, shared: bool = False
+) -> float:
+    """Return the mean predictive NLL (nats) of the scored examples given the support, averaged over tasks.
+
+    The draws of an episode depend on torch's random state and on the index of the episode, not on the episodes before.
+
+    Args:
+        objective: model and guide.
+        episodes: episodes of held-out tasks.
+        num_draws: number of posterior draws, S.
+        width: factor on the standard deviations of the posterior.
+        shared: whether the processes of a fit divide the episodes, see :mod:`bayes_lora.utils.processes`.
+    """
     model: Any = objective.model
-    for episode in episodes:
-        with objective.running(), evaluating(objective), torch.no_grad(), Widened(width):
-            phi = draw_phi(model, objective.guide, episode, num_draws)
-        with torch.no_grad():
+    seed = int(torch.randint(2**62, ()))
+
+    def total(index: int) -> tuple[float, int]:
+        episode = episodes[index]
+        with seeded(seed + index, episode.mask.device), torch.no_grad():
+            with objective.running(), evaluating(objective), Widened(width):
+                phi = draw_phi(model, objective.guide, episode, num_draws)
             log_probs: Tensor = predictive(model.likelihood(phi, episode))
         nll = -log_probs.gather(-1, episode.answer[..., None])[..., 0]
-        total += float(((nll * episode.mask).sum(-1) / episode.mask.sum(-1)).sum())
-        count += len(nll)
-    return total / count
+        return float(((nll * episode.mask).sum(-1) / episode.mask.sum(-1)).sum()), len(nll)
+
+    found = share(total, range(len(episodes))) if shared else [total(index) for index in range(len(episodes))]
+    return sum(nll for nll, _ in found) / sum(count for _, count in found)

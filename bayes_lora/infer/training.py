@@ -1,6 +1,9 @@
 """fit(): a torch training loop with Accelerate over the ELBO module, with held-out tasks to choose the checkpoint.
 
 A running average of the parameters is evaluated and kept, because steps are noisy: an episode has few tasks.
+
+Several processes take a step together: each draws an episode, and gradients and losses are averaged over them. They
+divide the held-out tasks, and evaluate, stop and keep as rank 0 decides.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -21,14 +25,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.sampler import EpisodeSampler
-from bayes_lora.errors import NonFiniteLoss
+from bayes_lora.errors import ConfigError, NonFiniteLoss
 from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.infer.schedules import beta_fraction
+from bayes_lora.utils.processes import connected, from_main, join, mean, num_processes, share
 from bayes_lora.utils.seeding import seeded
 
-__all__ = ["FitConfig", "FitState", "NonFiniteLoss", "fit"]
+__all__ = ["FitConfig", "FitState", "NonFiniteLoss", "check_devices", "fit"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,6 +64,7 @@ class FitState:
         return 0 if self.best is None else len(self.history) - 1 - self.best
 
 
+@connected()
 def fit(
     objective: BetaELBO,
     sampler: EpisodeSampler,
@@ -81,23 +89,29 @@ def fit(
         state: state of an earlier call, to resume from; pass ``optimizer`` too, which holds its moments.
         optimizer: by default Adam with ``config.learning_rate``; the rate of each group decays from its
             ``initial_lr``.
-        accelerator: by default one for this machine.
-        on_step: called after each step with the state and the loss, nats per example.
-        on_evaluate: called after each evaluation.
-        after_step: called at the end of each step, when ``state`` may be saved, with whether it was the last one.
+        accelerator: by default one for this machine, or for the processes that a launcher has started.
+        on_step: called in every process after each step with the state and the loss, nats per example.
+        on_evaluate: called in every process after each evaluation.
+        after_step: called in every process at the end of each step, when ``state`` may be saved, with whether it was
+            the last one.
 
     Raises:
+        ConfigError: see :func:`check_devices`.
         NonFiniteLoss: a loss or gradient is not finite. The message names the step and the site or parameter;
             parameters are those before that step.
     """
     config, state = config or FitConfig(), state or FitState()
+    device = _device(objective)
+    join(device)
+    check_devices(objective)
     accelerator = accelerator or Accelerator()
     optimizer = optimizer or torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
     # The LM stays on its device, so the objective must stay there too; under DDP every process draws its own episodes.
     prepared = accelerator.prepare_model(objective, device_placement=False)
+    if accelerator.num_processes > 1:
+        prepared.broadcast_buffers = False  # they are constants, such as initial values of the weights
     stepper = accelerator.prepare_optimizer(optimizer, device_placement=False)
     num_data = sum(len(task) for task in sampler.tasks)
-    device = _device(objective)
     state.average = state.average or {name: p.detach().clone() for name, p in objective.named_parameters()}
     objective.train()
     checks = is_validation_enabled()
@@ -109,6 +123,10 @@ def fit(
         return state.step < config.steps and (not held_out or state.evaluations_without_improvement < config.patience)
 
     episode = draw(state.step) if continues() else None
+    if checks and episode is not None and num_processes() > 1:
+        # An error of one process in the first step would leave the others waiting for its gradients.
+        _first(partial(_loss, objective, objective, episode, state.step))
+        checks = False
     while continues():
         objective.anneal(beta_fraction(config.schedule, state.step, config.warmup))
         for group in optimizer.param_groups:
@@ -145,6 +163,21 @@ def fit(
     return state
 
 
+def check_devices(objective: BetaELBO) -> None:
+    """Check that several processes can average the gradients of an objective; one process has nothing to average.
+
+    Raises:
+        ConfigError: parameters are on devices of several types, such as those of :class:`bayes_lora.guides.MeanField`.
+    """
+    places = {parameter.device.type: name for name, parameter in objective.named_parameters()}
+    if num_processes() > 1 and len(places) > 1:
+        where = " and ".join(f"{name!r} on {device!r}" for device, name in sorted(places.items()))
+        raise ConfigError(
+            f"{num_processes()} processes: expected all parameters on devices of one type, got {where}. Fit in a "
+            "single process, or with a guide without a table of tasks."
+        )
+
+
 def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Tensor:
     """Return the loss in nats; ``prepared`` is the objective as prepared by Accelerate."""
     try:
@@ -158,26 +191,36 @@ def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Te
 
 
 def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, step: int, seed: int) -> float:
-    """Return the loss per example as a number, after checking that it and the gradient norm are finite.
+    """Return the mean loss per example as a number, after checking that it and the gradient norm are finite.
 
-    This is the only synchronisation with the device in a step.
+    This is the only synchronisation with the device in a step. Of several processes, all raise the same error.
     """
     loss = loss.detach()
-    value, size = torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)]).tolist()
+    value, size = mean(torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)])).tolist()
     if not math.isfinite(value):
         site = (
-            _blame_site(objective, episode, step)
+            _first(lambda: _blame_site(objective, episode, step))
             or "no single site is not finite: the sum overflows. Try a smaller beta"
         )
         raise NonFiniteLoss(f"step {step}: the loss is {value}; {site}.")
     if not math.isfinite(size):
         # Clipping has spread it to all gradients; computing them again shows where it came from.
-        objective.zero_grad()
-        torch.manual_seed(seed)
-        objective(episode).backward()
-        names = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        names = _first(lambda: _not_finite(objective, episode, seed)) or []
         raise NonFiniteLoss(f"step {step}: the gradient of {names[:3]} is not finite. Try a lower learning_rate.")
     return float(value)
+
+
+def _first(find: Callable[[], T]) -> T | None:
+    """Return what the first process finds that finds something."""
+    return next(filter(None, share(lambda _: find(), range(num_processes()))), None)
+
+
+def _not_finite(objective: BetaELBO, episode: Episode, seed: int) -> list[str]:
+    """Return the parameters whose gradients are not finite."""
+    objective.zero_grad()
+    torch.manual_seed(seed)
+    objective(episode).backward()
+    return [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
 
 
 def _device(objective: BetaELBO) -> torch.device:
@@ -227,7 +270,9 @@ def _evaluate_held_out(objective: BetaELBO, held_out: Sequence[Episode], config:
     # The same draws at every evaluation, or noise would choose the checkpoint.
     with _averaged(objective, state.average), seeded(config.seed, device):
         if held_out:
-            row["held_out_nll"] = held_out_nll(objective, held_out, config.num_draws)
+            row["held_out_nll"] = held_out_nll(objective, held_out, config.num_draws, shared=True)
+        # Sums on GPUs may differ in their last bits; a process that alone stops leaves the others waiting.
+        row = from_main(lambda: row)
         state.history.append(row)
         best = None if state.best is None else state.history[state.best].get("held_out_nll", math.inf)
         if best is None or row.get("held_out_nll", -math.inf) < best:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,6 +27,7 @@ from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder
 from bayes_lora.lm.onednn_linear import use_onednn
 from bayes_lora.lm.sites import remove_dropout
+from bayes_lora.utils.processes import default_device, from_main, join
 
 __all__ = ["from_peft", "load_language_model"]
 
@@ -68,7 +70,7 @@ def load_language_model(
             :meth:`bayes_lora.TaskPosterior.export_peft` is refused on another base, revision or tokenizer.
         revision: branch, tag or commit of a hub id, for its configuration, tokenizer and weights; by default the main
             branch.
-        device: by default a GPU if there is one.
+        device: by default a GPU if there is one; of several processes, the GPU of the local rank of this one.
         dtype: dtype of the base. By default bfloat16 on a GPU that supports it and on a CPU where it is measured to be
             at least 1.5 times as fast, otherwise float32. LoRA weights and scores have at least 32 bits.
         linear_backend: what computes the frozen float32 linear layers on a CPU: ``"torch"``, by its default, or
@@ -89,6 +91,7 @@ def load_language_model(
         SiteError: a target module is not in the model, or the adapter is not plain LoRA on linear modules.
         ModelError: the model is not a causal language model.
         ConfigError: a package is needed but not installed, or a setting is wrong or contradicts another.
+        ProcessError: a launcher has started several processes, and one of them failed or was lost.
     """
     choice: dict[str, Any] = {
         "r": r,
@@ -105,11 +108,14 @@ def load_language_model(
             f"device={str(device)!r} and model_kwargs={{'device_map': {options['device_map']!r}}}: both choose the "
             "device. Give one."
         )
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
+    join(device)  # which chooses the GPU of this process, before anything is put on it
     kwargs.setdefault("cache_folder", cache_folder())
     folder = None if kwargs["cache_folder"] is None else Path(kwargs["cache_folder"])
     quantized = quantization is not None or "quantization_config" in options
-    dtype, backend = choose_arithmetic(dtype, linear_backend, device, folder, quantized=quantized)
+    choose = partial(choose_arithmetic, dtype, linear_backend, device, folder, quantized=quantized)
+    # What a CPU does fastest is measured, so processes that measure would not all choose the same.
+    dtype, backend = choose() if device.type == "cuda" else from_main(choose)
     for name in ("dtype", "torch_dtype"):
         if name in options:
             raise ConfigError(f"model_kwargs: {name} is the argument dtype= of load_language_model. Pass it there.")

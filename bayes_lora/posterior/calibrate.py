@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta
+from torch import Tensor
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.infer.objective import BetaELBO, evaluating
 from bayes_lora.infer.predictive import draw_phi, held_out_nll, predictive, tempered
 from bayes_lora.types import Guide
+from bayes_lora.utils.processes import share
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["TEMPERATURES", "WIDTHS", "choose_temperature", "choose_width", "has_width"]
@@ -45,6 +47,7 @@ def choose_width(
     num_draws: int = 5,
     seed: int = 0,
     on_width: Callable[[], None] | None = None,
+    shared: bool = False,
 ) -> tuple[float, dict[float, float]]:
     """Return the width with the lowest predictive NLL on held-out tasks, and the NLL (nats) at each width.
 
@@ -55,11 +58,12 @@ def choose_width(
         num_draws: number of draws, S; the same for all widths.
         seed: random seed of the draws.
         on_width: called after each width.
+        shared: whether the processes of a fit divide the episodes, see :mod:`bayes_lora.utils.processes`.
     """
     curve = {}
     for width in widths:
         with seeded(seed, episodes[0].input_ids.device):
-            curve[width] = held_out_nll(objective, episodes, num_draws, width)
+            curve[width] = held_out_nll(objective, episodes, num_draws, width, shared=shared)
         if on_width:
             on_width()
     return min(curve, key=curve.__getitem__), curve
@@ -77,7 +81,7 @@ def has_width(objective: BetaELBO, episode: Episode) -> bool:
 
 @torch.no_grad()
 def choose_temperature(
-    objective: BetaELBO, episodes: Sequence[Episode], *, num_draws: int = 1, seed: int = 0
+    objective: BetaELBO, episodes: Sequence[Episode], *, num_draws: int = 1, seed: int = 0, shared: bool = False
 ) -> tuple[float, dict[float, float]]:
     """Return the temperature with the lowest predictive NLL on held-out tasks, and the NLL (nats) at each temperature.
 
@@ -86,18 +90,21 @@ def choose_temperature(
         episodes: episodes of tasks that were not trained on.
         num_draws: number of draws, S.
         seed: random seed of the draws.
+        shared: whether the processes of a fit divide the episodes, see :mod:`bayes_lora.utils.processes`.
     """
     model: Any = objective.model
-    totals, count = torch.zeros(len(TEMPERATURES), dtype=torch.float64), 0
-    for episode in episodes:
+
+    def total(episode: Episode) -> Tensor:
         with objective.running(), evaluating(objective), seeded(seed, episode.input_ids.device):
             scores = model.likelihood(draw_phi(model, objective.guide, episode, num_draws), episode)
         ways = torch.tensor(TEMPERATURES, dtype=scores.dtype, device=scores.device).view(1, -1, 1, 1, 1)
         log_probs = predictive(tempered(scores[:, None], episode, ways))  # (temperatures, T, N, K)
         answer = episode.answer.expand(log_probs.shape[:-1])[..., None]
         nll = -log_probs.gather(-1, answer)[..., 0] * episode.mask
-        totals += (nll.sum(-1) / episode.mask.sum(-1)).sum(-1).double().cpu()
-        count += len(episode.mask)
-    curve = dict(zip(TEMPERATURES, (totals / count).tolist(), strict=True))
+        return (nll.sum(-1) / episode.mask.sum(-1)).sum(-1).double().cpu()
+
+    totals = share(total, episodes) if shared else [total(episode) for episode in episodes]
+    count = sum(len(episode.mask) for episode in episodes)
+    curve = dict(zip(TEMPERATURES, (torch.stack(totals).sum(0) / count).tolist(), strict=True))
     # If all held-out tasks have generated answers, every temperature gives the same NLL: 1 is chosen.
     return min(curve, key=lambda one: (curve[one], abs(math.log(one)))), curve

@@ -8,6 +8,7 @@ import torch
 from rich.progress import Progress
 
 from bayes_lora.episodes.episode import collate
+from bayes_lora.episodes.packing import EncodedExample
 from bayes_lora.infer.handlers import CommonNoise
 from bayes_lora.lm.generation import Generated
 from bayes_lora.lm.language_model import LanguageModel
@@ -19,8 +20,12 @@ from bayes_lora.posterior.predict import score, score_text
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.runs.report import Comparison, MethodResult
 from bayes_lora.tasks.task import Example, Task
+from bayes_lora.utils.processes import num_processes, share
 
 __all__ = ["compare", "warm_feature_cache"]
+
+BATCH = 64
+"""Number of examples whose features are read at once."""
 
 Method = Callable[[Sequence[Task]], tuple[TaskPosterior, int]]
 """From tasks to their posterior, and the number of draws to predict with."""
@@ -122,13 +127,31 @@ def _evaluate(
 
 
 def warm_feature_cache(
-    lm: LanguageModel, groups: Sequence[Sequence[Example]], what: str, progress: Progress | None
+    lm: LanguageModel,
+    groups: Sequence[Sequence[Example]],
+    what: str,
+    progress: Progress | None,
+    *,
+    shared: bool = False,
 ) -> None:
-    """Run the frozen part of the language model over examples once, with a bar."""
+    """Run the frozen part of the language model over examples once, with a bar.
+
+    If ``shared`` is set, the processes of a fit divide the batches, and read those of the others from the language
+    model's cache folder.
+    """
     rows = lm.encoder([example for group in groups for example in group])
     bar = progress.add_task(what, total=len(rows)) if progress else None
-    size = 64
-    for start in range(0, len(rows), size):
-        lm.features(collate([rows[start : start + size]]).to(lm.device))
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+
+    def read(batch: Sequence[EncodedExample]) -> None:
+        lm.features(collate([batch]).to(lm.device))
         if progress is not None and bar is not None:
-            progress.update(bar, advance=min(size, len(rows) - start))
+            progress.update(bar, advance=len(batch))
+
+    if shared and num_processes() > 1 and lm.cache_folder is not None:
+        share(read, batches)
+        if progress is not None and bar is not None:
+            progress.reset(bar)
+    # Without a folder, or with folders of several machines, each process computes what it does not find.
+    for batch in batches:
+        read(batch)

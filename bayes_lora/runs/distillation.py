@@ -10,7 +10,7 @@ dozen tasks have a hundred labels, which a network would learn by heart; a deriv
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from bayes_lora.lm.tensor_store import TensorStore
 from bayes_lora.runs.empirical_bayes import derivative_store
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.types import Features
+from bayes_lora.utils.processes import num_processes, share
 from bayes_lora.utils.seeding import seeded
 
 __all__ = ["distil", "other_options"]
@@ -79,7 +80,8 @@ def distil(
 ) -> list[float]:
     """Train the network of a guide on the derivatives of training tasks, and return the loss of each step.
 
-    Derivatives are kept in the language model's cache folder. Theta is constant.
+    Derivatives are kept in the language model's cache folder. Theta is constant. The processes of a fit divide the
+    derivatives, and each trains the network.
 
     Args:
         lm: the language model.
@@ -101,11 +103,15 @@ def distil(
     sets = [task.examples for task in known.values()] + [rows for rows in others.values() if rows]
     bar = progress.add_task("derivatives with respect to the code", total=len(sets)) if progress else None
     shared = guide.model.shared(guide.theta_mean())
-    store, batches = derivative_store(lm, shared, "derivatives with respect to the code", VERSION), []
-    for rows in sets:
-        batches.append(_batch(lm, guide, rows, store))
+    store = derivative_store(lm, shared, "derivatives with respect to the code", VERSION)
+
+    def derived(rows: Sequence[Example]) -> Batch:
+        batch = _batch(lm, guide, rows, store)
         if progress is not None and bar is not None:
-            progress.advance(bar)
+            progress.advance(bar, num_processes())
+        return batch
+
+    batches = [batch.to(lm.device) for batch in share(derived, sets)]
     targets = [batch.derivatives.square().sum(-1)[batch.option_mask].mean() for batch in batches]
     floor = FLOOR * torch.stack(targets).mean()
     network = [p for name, p in guide.named_parameters() if not name.startswith("theta.")]
@@ -173,16 +179,17 @@ def _distinct(words: list[str]) -> tuple[str, ...]:
 
 @torch.no_grad()
 def _batch(lm: LanguageModel, guide: TangentNetwork, examples: Any, store: TensorStore | None) -> Batch:
+    """Return the batch of some examples, on the CPU."""
     rows = sorted(lm.encoder(examples), key=len)
     key = blake2b(b"".join(row.key for row in rows), digest_size=16).digest()
     if store is not None and (entry := store.get([key]).get(key)):
-        return Batch(*entry).to(lm.device)
+        return Batch(*entry)
     episode = collate([rows]).to(lm.device)
     shared, code = guide.model.shared(guide.theta_mean()), guide.model.initial[CODE][None, None]
     found = tangent(lm, episode, shared, {CODE: code}, {CODE: code.new_ones(())}, guide.batch_size)
     mask, features = episode.option_mask[0], guide.features(episode)
     derivatives = centred(found.gradients[CODE][0].flatten(2), mask)
-    batch = Batch(features.hidden[0], features.options[0], mask, derivatives)
+    batch = Batch(features.hidden[0], features.options[0], mask, derivatives).to(torch.device("cpu"))
     if store is not None:
-        store.put({key: tuple(value.cpu() for value in batch)})
+        store.put({key: tuple(batch)})
     return batch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -24,6 +25,7 @@ from bayes_lora.posterior.predict import score
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Sites
+from bayes_lora.utils.processes import num_processes, share
 
 __all__ = [
     "derivative_store",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 OTHER_FITS = 'use the recipe abmll-network or guide.theta_objective="elbo"'
+
+TOGETHER = 4
+"""How many held-out tasks are adapted to and predicted at once."""
 
 VERSION = 1
 """Changed with what is stored, so that matrices of former versions are not read."""
@@ -90,7 +95,7 @@ def fit_in_closed_form(
         ConfigError: a task is free-form, or the prior has more than one standard deviation per layer.
     """
     guide: Any = objective.guide
-    grams = grams_of_tasks(lm, objective.model, guide.theta_mean(), tasks, guide.batch_size, progress)
+    grams = grams_of_tasks(lm, objective.model, guide.theta_mean(), tasks, guide.batch_size, progress, shared=True)
     loss = EmpiricalBayes(
         objective.model,
         guide.theta,
@@ -120,6 +125,8 @@ def grams_of_tasks(
     tasks: Mapping[str, Task],
     batch_size: int = 8,
     progress: Progress | None = None,
+    *,
+    shared: bool = False,
 ) -> dict[str, TaskGrams]:
     """Return the Gram matrices of tasks at the mean of p(phi | theta), from the language model's cache folder if there.
 
@@ -130,41 +137,52 @@ def grams_of_tasks(
         tasks: the tasks; all their examples are used.
         batch_size: examples per pass.
         progress: shows a progress bar.
+        shared: whether the processes of a fit divide the tasks, see :mod:`bayes_lora.utils.processes`.
 
     Raises:
         ConfigError: a task is free-form.
     """
     with torch.no_grad():
-        prior, shared = model.phi_prior(theta), model.shared(theta)
+        prior, common = model.phi_prior(theta), model.shared(theta)
     phi = {site: fn.mean.detach().expand(1, 1, *fn.event_shape) for site, fn in prior.items()}
     numbers = [site for site in phi if phi[site].numel() == 1]
-    store = derivative_store(lm, shared | phi, "Gram matrices", VERSION)
+    store = derivative_store(lm, common | phi, "Gram matrices", VERSION)
     bar = progress.add_task("derivatives of training tasks", total=len(tasks)) if progress else None
-    found = {}
-    for name, task in tasks.items():
-        if task.free_form:
+
+    def grams(name: str) -> TaskGrams:
+        if tasks[name].free_form:
             raise ConfigError(
                 f"task {name!r}: its answers are generated, and a closed-form fit needs options. Leave it out, or "
                 f"{OTHER_FITS}."
             )
-        found[name] = _grams(lm, task, shared, phi, numbers, store, batch_size)
+        found = _grams(lm, tasks[name], common, phi, numbers, store, batch_size)
         if progress is not None and bar is not None:
-            progress.advance(bar)
-    return found
+            progress.advance(bar, num_processes() if shared else 1)
+        return found
+
+    return dict(zip(tasks, share(grams, list(tasks)) if shared else map(grams, tasks), strict=True))
 
 
-def held_out_linear_nll(lm: LanguageModel, objective: BetaELBO, tasks: Mapping[str, Task], width: float = 1.0) -> float:
+def held_out_linear_nll(
+    lm: LanguageModel, objective: BetaELBO, tasks: Mapping[str, Task], width: float = 1.0, *, shared: bool = False
+) -> float:
     """Return the NLL (nats) of linear predictions of the queries of held-out tasks, averaged over tasks.
 
     That of a generated answer is of the first reference. ``width`` is a factor on the posterior's standard deviations.
+    If ``shared`` is set, the processes of a fit divide the tasks, ``TOGETHER`` at a time.
     """
     listed = list(tasks.values())
-    adapted = adapt(objective, lm, listed, width=width)
-    predictions = adapted.predict([task.query for task in listed])
-    return fmean(
-        -float(found[:, 0].mean()) if task.free_form else score(task.query, found).nll
-        for task, found in zip(listed, predictions, strict=True)
-    )
+
+    def nlls(group: Sequence[Task]) -> list[float]:
+        adapted = adapt(objective, lm, group, width=width)
+        predictions = adapted.predict([task.query for task in group])
+        return [
+            -float(found[:, 0].mean()) if task.free_form else score(task.query, found).nll
+            for task, found in zip(group, predictions, strict=True)
+        ]
+
+    groups = [listed[start : start + TOGETHER] for start in range(0, len(listed), TOGETHER)]
+    return fmean(chain.from_iterable(share(nlls, groups) if shared else map(nlls, groups)))
 
 
 def _grams(

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.guides import TangentNetwork, TaskGuide
 from bayes_lora.infer.empirical_bayes import check_scales
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.infer.training import FitConfig, FitState, fit
+from bayes_lora.infer.training import FitConfig, FitState, check_devices, fit
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.calibrate import WIDTHS, choose_temperature, choose_width, has_width
 from bayes_lora.posterior.classes import describe
@@ -35,10 +36,12 @@ from bayes_lora.runs.empirical_bayes import (
 )
 from bayes_lora.runs.folder import CURVE, POSTERIOR, open_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
+from bayes_lora.runs.parallel import check_whole, resumed, synchronize
 from bayes_lora.runs.subspace import check_size, set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
+from bayes_lora.utils.processes import from_main, is_main, join
 from bayes_lora.utils.signals import held_signals
 from bayes_lora.utils.storage import write_json
 
@@ -61,6 +64,9 @@ def fit_posterior(
 
     By default theta is fitted in closed form (recipe ``tangent``). If a prior or a guide is passed, and with most other
     recipes, it is fitted by stochastic variational inference, and the posterior is that of the best checkpoint.
+
+    If a launcher has started several processes, each calls this function with the same arguments, and gets the same
+    posterior: see :mod:`bayes_lora.runs.parallel`. Rank 0 alone reads and writes the folder.
 
     Args:
         lm: the language model.
@@ -86,6 +92,7 @@ def fit_posterior(
         PosteriorError: the checkpoint was made with another language model, see :mod:`bayes_lora.lm.fingerprint`.
         RunFolderError: the folder already has a run, is in use by another process, is not a run folder, or cannot be
             written.
+        ProcessError: another process failed or was lost.
         KeyboardInterrupt: on Ctrl-C. With ``run``, a fit by steps ends its step and saves a checkpoint first, also on
             SIGTERM and SIGHUP, which then have their usual effect. A second signal has it at once.
     """
@@ -106,6 +113,9 @@ def _fit_posterior(
     opened: ExitStack,
 ) -> tuple[Posterior, FitState]:
     """Fit. What is open until the end, the run folder with its lock, is entered into ``opened``."""
+    join(lm.device)
+    check_whole(lm)
+    progress = progress if is_main() else None
     own_parts = model is not None or guide is not None
     if isinstance(config, Mapping):
         config = RunConfig.from_dict(config, own_parts=own_parts)
@@ -126,6 +136,7 @@ def _fit_posterior(
         check_pair(model, guide)
     config = with_recipe(config, own_parts=own_parts)
     objective = build_objective(lm, config, model=model, guide=guide, num_tasks=len(kept))
+    check_devices(objective)
     # Raises an error before the fit if model or guide cannot be saved.
     parts = None
     if run is not None:
@@ -149,15 +160,14 @@ def _fit_posterior(
         run, lm, objective, optimizer, [*identity(config, tasks), parts], progress, config.fit.checkpoint_every
     )
     if run is not None:
-        opened.enter_context(open_run_folder(run, resume=resume, overwrite=overwrite))
+        from_main(lambda: opened.enter_context(open_run_folder(run, resume=resume, overwrite=overwrite)))
     # A closed-form fit is repeated from the start.
     start = {name: value.clone() for name, value in objective.state_dict().items()} if closed_form else {}
-    state = logger.resumed()
+    state = resumed(logger)
     if run is not None:
-        write_settings(run, config, list(kept), list(held))
-    warm_feature_cache(
-        lm, [task.examples for task in (*kept.values(), *held.values())], "reading training tasks", progress
-    )
+        from_main(partial(write_settings, run, config, list(kept), list(held)))
+    examples = [task.examples for task in (*kept.values(), *held.values())]
+    warm_feature_cache(lm, examples, "reading training tasks", progress, shared=True)
     if closed_form:
         objective.load_state_dict(start)
         support = config.episodes.num_support
@@ -165,9 +175,11 @@ def _fit_posterior(
         state = fit_in_closed_form(lm, objective, kept, support, max_steps=steps, progress=progress)
         if isinstance(objective.guide, TangentNetwork):
             distil(lm, objective.guide, kept, seed=config.seed, progress=progress)
+        synchronize(objective)
         if held_out:
-            state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held)
-        logger.save(state)
+            state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held, shared=True)
+        state.history = from_main(lambda: state.history)
+        from_main(partial(logger.save, state))
     elif steps:
         logger.open_bar(state, steps)
         with nullcontext(logger.signals) if run is None else held_signals() as logger.signals:
@@ -179,8 +191,8 @@ def _fit_posterior(
                 state=state,
                 optimizer=optimizer,
                 on_step=logger.on_step,
-                on_evaluate=logger.on_evaluate,
-                after_step=logger.after_step,
+                on_evaluate=lambda state: from_main(partial(logger.on_evaluate, state)),
+                after_step=partial(_after_step, logger),
             )
     logger.close_bar(state)
     posterior = Posterior.from_objective(lm, objective)
@@ -190,13 +202,26 @@ def _fit_posterior(
     if calibration == "width":
         posterior.width, curve = _choose_width(objective, held_out, config, progress)
     elif calibration == "temperature":
-        posterior.temperature, curve = choose_temperature(objective, held_out, seed=config.seed)
+        posterior.temperature, curve = choose_temperature(objective, held_out, seed=config.seed, shared=True)
     if run is not None:
-        posterior.save(run / POSTERIOR, overwrite=True)
-        write_json(run / CURVE, state.history)
-        if calibration != "none":
-            write_json(run / f"{calibration}s.json", {str(factor): nll for factor, nll in curve.items()})
+        factors = None if calibration == "none" else curve
+        from_main(partial(_write, run, posterior, state, calibration, factors))
     return posterior, state
+
+
+def _after_step(logger: RunLogger, state: FitState, last: bool) -> None:
+    """Save on rank 0 if it is due, and then let signals through in every process."""
+    from_main(partial(logger.after_step, state, last))
+    logger.signals.deliver()
+
+
+def _write(
+    run: Path, posterior: Posterior, state: FitState, calibration: str, curve: Mapping[float, float] | None
+) -> None:
+    posterior.save(run / POSTERIOR, overwrite=True)
+    write_json(run / CURVE, state.history)
+    if curve is not None:
+        write_json(run / f"{calibration}s.json", {str(factor): nll for factor, nll in curve.items()})
 
 
 def warn_of_no_effect(config: RunConfig, *, closed_form: str | None) -> None:
@@ -230,7 +255,7 @@ def _choose_width(
         if progress is not None and bar is not None:
             progress.advance(bar)
 
-    return choose_width(objective, held_out, widths=WIDTHS, seed=config.seed, on_width=advance)
+    return choose_width(objective, held_out, widths=WIDTHS, seed=config.seed, on_width=advance, shared=True)
 
 
 def with_language_model(config: RunConfig, lm: LanguageModel) -> RunConfig:

@@ -125,7 +125,6 @@ class RunLogger:
         """Write a checkpoint if it is due, at the last step, and before a signal stops the process."""
         if last or self.signals.received is not None or self._due(state):
             self.save(state)
-        self.signals.deliver()
 
     def save(self, state: FitState) -> None:
         """Write a checkpoint and the history."""

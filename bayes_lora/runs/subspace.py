@@ -87,7 +87,7 @@ def set_directions(
     wide: Any = LayerwiseScale(lm, initial, random=subspace.random, initial_scale=INITIAL_SCALE)
     wide = (WithHead(wide, **model.settings) if isinstance(model, WithHead) else wide).to(lm.device)
     theta = PointTheta(wide).to(lm.device)
-    grams = grams_of_tasks(lm, wide, wide.initial_theta(), tasks, guide.batch_size, progress)
+    grams = grams_of_tasks(lm, wide, wide.initial_theta(), tasks, guide.batch_size, progress, shared=True)
     settings: Any = {"objective": guide.theta_objective, "num_support": num_support, "beta": guide.beta}
     fit_theta(EmpiricalBayes(wide, theta, grams, **settings), max_steps)
     with torch.no_grad():

@@ -1,10 +1,12 @@
-"""A sweep over beta: one fit per value, compared on the held-out tasks."""
+"""Sweeps: one fit per value of beta, or per configuration, maybe on other machines; compared on held-out tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
+from typing import Any, Protocol
 
 from rich.progress import Progress
 from rich.table import Table
@@ -15,12 +17,47 @@ from bayes_lora.infer.predictive import held_out_nll
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.recipes.config import RunConfig
+from bayes_lora.recipes.recipes import build_language_model
 from bayes_lora.runs.empirical_bayes import held_out_linear_nll
 from bayes_lora.runs.fit import build_episodes, fit_posterior, split_tasks
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.utils.seeding import seeded
 
-__all__ = ["BetaPoint", "sweep_beta", "sweep_table"]
+__all__ = ["BetaPoint", "Executor", "sweep", "sweep_beta", "sweep_table"]
+
+
+class Executor(Protocol):
+    """Runs calls in other processes or on other machines: one of ``concurrent.futures``, or of ``submitit``."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Any:
+        """Start a call, and return a future, whose ``result()`` waits for the result."""
+
+
+def sweep(
+    tasks: TaskSet, configs: Mapping[str, RunConfig], folder: str | Path, executor: Executor | None = None
+) -> dict[str, dict[str, float]]:
+    """Fit once per configuration, and return the best row of each history, with ``held_out_nll`` to compare.
+
+    Each fit loads the language model of its configuration, and has a run folder. A sweep that is called again resumes
+    its fits.
+
+    Args:
+        tasks: training tasks.
+        configs: configurations by name.
+        folder: folder of the run folders, which have these names; on a disk that all machines share.
+        executor: where fits run; by default here, one after another.
+    """
+    calls = {name: (tasks, config, Path(folder).absolute() / name) for name, config in configs.items()}
+    if executor is None:
+        return {name: _fit_run(*call) for name, call in calls.items()}
+    jobs = {name: executor.submit(_fit_run, *call) for name, call in calls.items()}
+    return {name: job.result() for name, job in jobs.items()}
+
+
+def _fit_run(tasks: TaskSet, config: RunConfig, run: Path) -> dict[str, float]:
+    lm = build_language_model(config.language_model)
+    _, state = fit_posterior(lm, tasks, config, run=run, resume=True)
+    return state.history[state.best or 0] if state.history else {}
 
 
 @dataclass(frozen=True)
