@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -87,6 +88,8 @@ def test_risk_coverage_rows():
     assert frame["risk"].tolist() == pytest.approx([0, 1 / 3, 1 / 4, 2 / 5, 3 / 6])
     order = np.random.default_rng(2).permutation(6)
     assert risk_coverage(UNCERTAINTY[order], ~WRONG[order]).equals(frame)
+    columns = pandas.DataFrame({"entropy": UNCERTAINTY, "correct": ~WRONG})
+    assert risk_coverage(columns["entropy"], columns["correct"].to_numpy()).equals(frame)
 
 
 def test_ood_metrics_by_counts():
