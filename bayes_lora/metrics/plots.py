@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
@@ -64,7 +65,9 @@ def reliability_diagram(
     axes[1, 0].set_ylabel("examples", fontsize=SMALL + 1)
     figure.align_ylabels()
     handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
+    handles.append(Line2D([], [], color=INK, linewidth=0.7))
+    labels.append("90 % interval of accuracy")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
     if path is not None:
         write(figure, Path(path))
     return figure
@@ -111,7 +114,7 @@ def risk_coverage_plot(
 ) -> Axes:
     """Plot the error rate among the answers that are given against their share, the least uncertain first.
 
-    A curve that falls to the left has an uncertainty that finds errors; a flat one does not. It starts at ten answers,
+    A curve that falls to the left has an uncertainty that finds errors; a flat one does not. It starts at 20 answers,
     because the error rate of fewer is noise.
 
     Args:
@@ -128,7 +131,7 @@ def risk_coverage_plot(
     ax = axes_or_new(ax, 4.6, 3.4)
     for i, (name, (uncertainty, correct)) in enumerate(curves.items()):
         frame = risk_coverage(uncertainty, correct)
-        shown = frame[frame["coverage"] * len(correct) > min(9.5, len(correct) - 0.5)]
+        shown = frame[frame["coverage"] * len(correct) > min(19.5, len(correct) - 0.5)]
         color, marker = STYLES[i % len(STYLES)]
         label = f"{name}, AURC {frame.attrs['aurc']:.3f}"
         coverage, risk = shown["coverage"].to_numpy(), shown["risk"].to_numpy()
@@ -162,7 +165,7 @@ def entropy_plot(entropy: Any, correct: Any, *, num_bins: int = 20, ax: Axes | N
     # Wrong answers are hatched and drawn last, so that both remain visible where they overlap.
     for name, chosen, (color, _), hatch in (
         ("right", right == 1, STYLES[2], None),
-        ("wrong", right == 0, STYLES[1], "////"),
+        ("wrong", right == 0, STYLES[1], "//"),
     ):
         own = values[chosen]
         if not len(own):
@@ -174,7 +177,8 @@ def entropy_plot(entropy: Any, correct: Any, *, num_bins: int = 20, ax: Axes | N
         ax.axvline(float(np.median(own)), color=color, linewidth=1.6, linestyle="-" if hatch is None else "--")
     auroc = float(TieGroups(values, 1.0 - right).auroc(np.ones((1, len(values))))[0])
     ax.set(xlim=(0, edges[-1]), ylim=(0, None))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     label_axes(ax, "entropy (nats)", "share of the right, of the wrong")
     title = None if np.isnan(auroc) else f"AUROC of errors {auroc:.2f}"
     ax.legend(fontsize=SMALL, frameon=False, title=title, title_fontsize=SMALL)
