@@ -1,6 +1,6 @@
 """Metrics of predictions, computed from arrays, and plots.
 
-The names below are imported when they are first used, because torchmetrics, scipy and matplotlib take seconds to import.
+The names below are imported when they are first used, because torchmetrics, scipy and matplotlib are slow to import.
 The function :func:`bayes_lora.metrics.uncertainty.uncertainty` is not among them: its module has the same name.
 """
 
