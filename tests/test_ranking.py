@@ -171,6 +171,7 @@ def test_learn_then_test_by_hand():
     assert found.coverage == 0.5 and found.risk == 0.0 and found.threshold == confidence[60]
     few = risk_control_threshold(confidence[:21], correct[:21], 0.1, 0.1)  # 0.9^21 > 0.1
     assert few.threshold == math.inf and math.isnan(few.risk)
+    assert risk_control_threshold(confidence, correct, 1e-9, 0.1).threshold == math.inf
     everything = risk_control_threshold(confidence[:50], correct[:50], 0.1, 0.1)
     assert everything.threshold == -math.inf and everything.coverage == 1.0
 

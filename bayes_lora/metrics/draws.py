@@ -55,7 +55,8 @@ class Draws:
     @cached_property
     def entropy(self) -> Tensor:
         """Entropy of the prediction, ``(N,)`` nats."""
-        return torch.special.entr(self.mean.exp()).sum(-1)
+        found: Tensor = torch.special.entr(self.mean.exp()).sum(-1)
+        return found
 
     @cached_property
     def aleatoric(self) -> Tensor:

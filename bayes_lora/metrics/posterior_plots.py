@@ -161,9 +161,8 @@ def task_map(
     for i, kind in enumerate(dict.fromkeys(kinds)):
         own = [j for j in range(count) if kinds[j] == kind]
         color, marker = STYLES[(2 + i) % len(STYLES)]
-        ax.scatter(
-            *places[own].T, color=color, marker=marker, s=34, edgecolor="white", linewidth=0.6, label=kind or None
-        )
+        x, y = places[own].T
+        ax.scatter(x, y, color=color, marker=marker, s=34, edgecolor="white", linewidth=0.6, label=kind or None)
     if theta is not None:
         at = (array_of(theta, "theta") - centre) @ right[:2].T * sign
         ax.plot(*at, marker="+", color="black", markersize=12, markeredgewidth=2, linestyle="", label="theta")

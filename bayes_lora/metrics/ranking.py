@@ -38,7 +38,7 @@ class TieGroups:
 
     def sums(self, weights: Array) -> Array:
         """Return the sum of weights in each group, ``(R, groups)``."""
-        return np.add.reduceat(weights[:, self._order], self._starts, axis=1)
+        return np.asarray(np.add.reduceat(weights[:, self._order], self._starts, axis=1))
 
     def auroc(self, weights: Array) -> Array:
         """Return the probability that a wrong answer has more uncertainty than a right one, ties counting one half.
