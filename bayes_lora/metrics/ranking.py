@@ -49,7 +49,7 @@ class TieGroups:
         right = self.sums(weights * (1.0 - self._wrong))
         below = np.cumsum(right, axis=1) - right / 2.0
         pairs = wrong.sum(1) * right.sum(1)
-        return np.divide((wrong * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+        return np.asarray(np.divide((wrong * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0))
 
     def curve(self, weights: Array) -> tuple[Array, Array]:
         """Return coverage and errors at the end of each group, ``(R, groups)`` each, as shares of all examples."""

@@ -93,7 +93,7 @@ class Case:
     @cached_property
     def correct(self) -> Array:
         """1 where the prediction is right, else 0, ``(N,)``."""
-        return (self.predicted == self.gold).astype(np.float64)
+        return np.asarray(self.predicted == self.gold, np.float64)
 
     @cached_property
     def confidence(self) -> Array:
