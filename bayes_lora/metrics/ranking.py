@@ -12,7 +12,7 @@ import torch
 from bayes_lora.metrics.draws import tensor_of
 
 if TYPE_CHECKING:
-    from pandas import DataFrame  # type: ignore[import-untyped]
+    from pandas import DataFrame
 
 __all__ = ["OODMetrics", "TieGroups", "ood_metrics", "risk_coverage"]
 
