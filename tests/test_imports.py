@@ -12,6 +12,7 @@ import pytest
 import bayes_lora
 import bayes_lora.episodes
 import bayes_lora.infer
+import bayes_lora.metrics
 
 COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "cache", "dry-run", "tasks", "show"]
 HEAVY = ["torch", "transformers", "peft", "pyro", "accelerate", "datasets", "matplotlib", "torchmetrics"]
@@ -138,7 +139,7 @@ def test_adaptation_and_prediction_import_no_metrics_and_no_plots():
     assert not {"torchmetrics", "matplotlib", "datasets", "pandas", "sklearn"} & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("package", [bayes_lora, bayes_lora.episodes, bayes_lora.infer])
+@pytest.mark.parametrize("package", [bayes_lora, bayes_lora.episodes, bayes_lora.infer, bayes_lora.metrics])
 def test_names_that_are_imported_on_first_use_are_listed_and_found(package):
     assert set(package.__all__) <= set(dir(package))
     for name in package.__all__:
@@ -148,7 +149,7 @@ def test_names_that_are_imported_on_first_use_are_listed_and_found(package):
     assert not hasattr(package, "nothing")
 
 
-@pytest.mark.parametrize("package", [bayes_lora, bayes_lora.episodes, bayes_lora.infer])
+@pytest.mark.parametrize("package", [bayes_lora, bayes_lora.episodes, bayes_lora.infer, bayes_lora.metrics])
 def test_type_checkers_see_the_names_that_are_imported_on_first_use(package):
     """Names under ``TYPE_CHECKING`` are those of ``__all__``, from the same modules."""
     tree = ast.parse(Path(package.__file__).read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -87,6 +88,8 @@ def test_risk_coverage_rows():
     assert frame["risk"].tolist() == pytest.approx([0, 1 / 3, 1 / 4, 2 / 5, 3 / 6])
     order = np.random.default_rng(2).permutation(6)
     assert risk_coverage(UNCERTAINTY[order], ~WRONG[order]).equals(frame)
+    columns = pandas.DataFrame({"entropy": UNCERTAINTY, "correct": ~WRONG})
+    assert risk_coverage(columns["entropy"], columns["correct"].to_numpy()).equals(frame)
 
 
 def test_ood_metrics_by_counts():
@@ -168,6 +171,7 @@ def test_learn_then_test_by_hand():
     assert found.coverage == 0.5 and found.risk == 0.0 and found.threshold == confidence[60]
     few = risk_control_threshold(confidence[:21], correct[:21], 0.1, 0.1)  # 0.9^21 > 0.1
     assert few.threshold == math.inf and math.isnan(few.risk)
+    assert risk_control_threshold(confidence, correct, 1e-9, 0.1).threshold == math.inf
     everything = risk_control_threshold(confidence[:50], correct[:50], 0.1, 0.1)
     assert everything.threshold == -math.inf and everything.coverage == 1.0
 

@@ -123,6 +123,7 @@ def test_arrays_and_sequences_are_read():
     assert uncertainty(LOG_PROBS.numpy(), ANSWERS.numpy()).equals(frame)
     assert uncertainty(list(LOG_PROBS), ANSWERS.tolist()).equals(frame)
     assert uncertainty([one.numpy() for one in LOG_PROBS], ANSWERS).equals(frame)
+    assert uncertainty(LOG_PROBS, frame["gold"]).equals(frame)
 
 
 def test_a_gold_option_without_probability_costs_infinitely_many_nats():

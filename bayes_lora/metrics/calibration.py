@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,13 +31,21 @@ def calibration_statistics(case: Case, num_bins: int, seed: int, num_simulations
     errors = ["ece", "adaptive_ece", "classwise_ece"]
     if len(case.gold) < num_bins:
         return dict.fromkeys(errors + brier, missing(f"{len(case.gold)} questions are fewer than {num_bins} bins"))
-    pooled, adaptive, classwise = _Pooled(case, num_bins), _Adaptive(case, num_bins), _Classwise(case, num_bins)
-    floors = _floors(case, (pooled, adaptive, classwise), seed, num_simulations)
+    classwise = _Classwise(case, num_bins)
+    each: list[_Error] = [_Pooled(case, num_bins), _Adaptive(case, num_bins), classwise]
+    floors = _floors(case, each, (classwise.row, classwise.option), seed, num_simulations)
     found = {
-        name: Statistic(one.of, raised=True, floor=floor)
-        for name, one, floor in zip(errors, (pooled, adaptive, classwise), floors, strict=True)
+        name: Statistic(one.of, raised=True, floor=floor) for name, one, floor in zip(errors, each, floors, strict=True)
     }
     return found | dict(zip(brier, _brier_parts(case, num_bins), strict=True))
+
+
+class _Error(Protocol):
+    """A calibration error of the data, and of gaps between outcomes and probabilities that are times the weights."""
+
+    def of(self, weights: Array) -> Array: ...
+
+    def of_gaps(self, gaps: Array, weights: Array) -> Array: ...
 
 
 class _Pooled:
@@ -95,26 +104,27 @@ class _Classwise:
 
 
 def _floors(
-    case: Case, errors: tuple[_Pooled, _Adaptive, _Classwise], seed: int, num_simulations: int
-) -> tuple[float, float, float]:
-    """Return the mean errors of outcomes that are drawn from the predicted probabilities."""
-    pooled, adaptive, classwise = errors
+    case: Case, errors: Sequence[_Error], pairs: tuple[Any, Any], seed: int, num_simulations: int
+) -> list[float]:
+    """Return the mean errors of outcomes that are drawn from the predicted probabilities.
+
+    The last error is that of the pairs of a question and an option, the others are those of the confidence.
+    """
     rng = np.random.default_rng(seed)
     cumulative = np.cumsum(case.probs, 1)
     cumulative /= cumulative[:, -1:]
-    pairs = classwise.row, classwise.option
+    weights = case.weights[None]
     block = max(1, _CELLS // case.probs.size)
-    total = np.zeros(3)
+    total = np.zeros(len(errors))
     for begin in range(0, num_simulations, block):
         uniform = rng.random((min(block, num_simulations - begin), len(case.gold), 1))
         outcome = (uniform >= cumulative).sum(-1)
         top = ((outcome == case.predicted) - case.confidence) * case.weights
         each = ((outcome[:, pairs[0]] == pairs[1]) - case.probs[pairs]) * case.weights[pairs[0]]
-        weights = case.weights[None]
-        for i, (error, gaps) in enumerate(((pooled, top), (adaptive, top), (classwise, each))):
-            total[i] += error.of_gaps(gaps, weights).sum()
-    first, second, third = total / num_simulations
-    return float(first), float(second), float(third)
+        total += [error.of_gaps(top, weights).sum() for error in errors[:-1]] + [
+            errors[-1].of_gaps(each, weights).sum()
+        ]
+    return [float(one) for one in total / num_simulations]
 
 
 def _brier_parts(case: Case, num_bins: int) -> list[Statistic]:

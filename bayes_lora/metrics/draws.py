@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bayes_lora.metrics.options import SUM_TOLERANCE
 
-__all__ = ["Draws", "checked_answers", "checked_draws"]
+__all__ = ["Draws", "checked_answers", "checked_draws", "tensor_of"]
 
 # Absent options have -inf, or half the lowest value of their dtype, which is -32752 in float16.
 _ABSENT = -3e4
@@ -54,7 +55,8 @@ class Draws:
     @cached_property
     def entropy(self) -> Tensor:
         """Entropy of the prediction, ``(N,)`` nats."""
-        return torch.special.entr(self.mean.exp()).sum(-1)
+        found: Tensor = torch.special.entr(self.mean.exp()).sum(-1)
+        return found
 
     @cached_property
     def aleatoric(self) -> Tensor:
@@ -111,7 +113,7 @@ def checked_draws(log_probs: Any, option_mask: Any = None, name: str = "log_prob
     if option_mask is None:
         present = (values > _ABSENT).any(0)
     else:
-        present = torch.as_tensor(option_mask).cpu()
+        present = tensor_of(option_mask)
         if present.shape != values.shape[1:] or present.dtype != torch.bool:
             raise ValueError(
                 f"`option_mask` must be {tuple(values.shape[1:])} bool, got {tuple(present.shape)} of {present.dtype}"
@@ -135,7 +137,7 @@ def checked_answers(answers: Any, draws: Draws) -> Tensor:
     Raises:
         ValueError: the shape or the type is wrong, or an index is out of range or of an absent option.
     """
-    gold = torch.as_tensor(answers).cpu()
+    gold = tensor_of(answers)
     size, options = draws.present.shape
     if gold.shape != (size,) or gold.is_floating_point() or gold.dtype == torch.bool:
         raise ValueError(f"`answers` must be ({size},) integers, got {tuple(gold.shape)} of {gold.dtype}")
@@ -145,11 +147,18 @@ def checked_answers(answers: Any, draws: Draws) -> Tensor:
     return gold
 
 
+def tensor_of(values: Any) -> Tensor:
+    """Return a tensor, an array, a column of a frame or numbers as a tensor on the CPU."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    return torch.from_numpy(np.array(values))  # a copy, because arrays of pandas are read-only
+
+
 def _stacked(log_probs: Any, name: str) -> Tensor:
     if isinstance(log_probs, Sequence) and log_probs:
-        draws = [torch.as_tensor(one) for one in log_probs]
+        draws = [tensor_of(one) for one in log_probs]
         shapes = {tuple(one.shape) for one in draws}
         if len(shapes) > 1:
             raise ValueError(f"`{name}` must be draws of one shape, got {', '.join(map(str, sorted(shapes)))}")
         log_probs = torch.stack(draws)
-    return torch.as_tensor(log_probs).detach().cpu().double()
+    return tensor_of(log_probs).double()

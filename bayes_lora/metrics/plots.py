@@ -1,34 +1,25 @@
-"""Reliability diagrams, and uncertainty against the number of support examples."""
+"""Plots of predictions: reliability, risk against coverage, entropies, uncertainty against support size."""
 
 from __future__ import annotations
 
-import os
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from bayes_lora.metrics.options import expected_calibration_error
+from bayes_lora.metrics.plot_style import INK, SMALL, STYLES, axes_or_new, break_title, label_axes, plain, write
+from bayes_lora.metrics.ranking import TieGroups, checked_scores, risk_coverage
 
-__all__ = ["reliability_diagram", "support_curve_plot"]
-
-# Okabe and Ito's colours with a marker each: distinguishable for colour-blind readers and in greyscale.
-_STYLES = [
-    ("#767676", "s"),
-    ("#d55e00", "^"),
-    ("#0072b2", "o"),
-    ("#009e73", "D"),
-    ("#b3568c", "v"),
-    ("#9a6a00", "P"),
-]
-_INK = "#333333"
-_SMALL = 8.5  # points; the figure is drawn at its size in print
+__all__ = ["entropy_plot", "reliability_diagram", "risk_coverage_plot", "support_curve_plot"]
 
 
 def reliability_diagram(
@@ -38,7 +29,8 @@ def reliability_diagram(
 
     Each point is one equal-width bin: its mean confidence and its accuracy. Its area grows with the number of
     examples. The stem to the diagonal is the bin's calibration error; ECE is the mean length of the stems,
-    weighted by examples. Points below the diagonal are overconfident. The histogram has a line at the mean
+    weighted by examples. The thin line is the 90 % Wilson interval of the bin's accuracy; a bin whose interval crosses
+    the diagonal may be calibrated. Points below the diagonal are overconfident. The histogram has a line at the mean
     confidence and one at the accuracy.
 
     Args:
@@ -64,18 +56,20 @@ def reliability_diagram(
     for column, (name, (confidence, correct)) in enumerate(curves.items()):
         ece = expected_calibration_error(confidence, correct, num_bins)
         confidence, correct = confidence.detach().cpu().double(), correct.cpu().double()
-        color, marker = _STYLES[column % len(_STYLES)]
+        color, marker = STYLES[column % len(STYLES)]
         _draw_points(axes[0, column], confidence, correct, num_bins, color, marker, f"ECE {ece:.3f}")
         _draw_counts(axes[1, column], confidence, correct, num_bins, color)
-        axes[1, column].set_xlabel("confidence", fontsize=_SMALL + 1)
-        axes[0, column].set_title(_title(name, 24), fontsize=10, color=color, fontweight="bold", parse_math=False)
-    axes[0, 0].set_ylabel("accuracy", fontsize=_SMALL + 1)
-    axes[1, 0].set_ylabel("examples", fontsize=_SMALL + 1)
+        axes[1, column].set_xlabel("confidence", fontsize=SMALL + 1)
+        axes[0, column].set_title(break_title(name, 24), fontsize=10, color=color, fontweight="bold", parse_math=False)
+    axes[0, 0].set_ylabel("accuracy", fontsize=SMALL + 1)
+    axes[1, 0].set_ylabel("examples", fontsize=SMALL + 1)
     figure.align_ylabels()
     handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=_SMALL, frameon=False)
+    handles.append(Line2D([], [], color=INK, linewidth=0.7))
+    labels.append("90 % interval of accuracy")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
     if path is not None:
-        _write(figure, Path(path))
+        write(figure, Path(path))
     return figure
 
 
@@ -97,28 +91,98 @@ def support_curve_plot(curves: Mapping[str, Mapping[int, Mapping[str, float]]], 
     for axes, (column, title, color) in zip(figure.subplots(1, 2), panels, strict=True):
         rows = torch.tensor([[by_size[size][column] for size in sizes] for by_size in curves.values()])
         for row in rows.tolist():
-            axes.plot(sizes, row, color=_STYLES[0][0], linewidth=0.8, alpha=0.6)
+            axes.plot(sizes, row, color=STYLES[0][0], linewidth=0.8, alpha=0.6)
         axes.plot(sizes, rows.mean(0).tolist(), color=color, marker="o", markersize=4.5, linewidth=2.2, label="mean")
-        axes.plot([], [], color=_STYLES[0][0], linewidth=0.8, label=f"{len(rows)} tasks")
+        axes.plot([], [], color=STYLES[0][0], linewidth=0.8, label=f"{len(rows)} tasks")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        axes.set_xlabel("support examples", fontsize=_SMALL + 1)
+        axes.set_xlabel("support examples", fontsize=SMALL + 1)
         axes.set_title(title, fontsize=10, color=color, fontweight="bold")
         axes.set_ylim(bottom=0)
-        _plain(axes)
+        plain(axes)
     figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in figure.axes:
-        axes.legend(fontsize=_SMALL, frameon=False)
+        axes.legend(fontsize=SMALL, frameon=False)
     if path is not None:
-        _write(figure, Path(path))
+        write(figure, Path(path))
     return figure
 
 
-def _title(name: str, width: int) -> str:
-    """Break a name into as few lines as ``width`` allows, of about equal length."""
-    count = len(textwrap.wrap(name, width))
-    return textwrap.fill(name, next(w for w in range(1, width + 1) if len(textwrap.wrap(name, w)) <= count))
+def risk_coverage_plot(
+    curves: Mapping[str, tuple[Any, Any]], *, target: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """Plot the error rate among the answers that are given against their share, the least uncertain first.
+
+    A curve that falls to the left has an uncertainty that finds errors; a flat one does not. It starts at 20 answers,
+    because the error rate of fewer is noise.
+
+    Args:
+        curves: from the name of each method to the uncertainties of its answers ``(N,)``, such as one minus the
+            confidence, and whether they are right ``(N,)`` bool.
+        target: an error rate to show as a line.
+        ax: axes to draw on; by default those of a new figure.
+
+    Raises:
+        ValueError: there are no curves, or as for :func:`~bayes_lora.metrics.ranking.risk_coverage`.
+    """
+    if not curves:
+        raise ValueError("`curves` is empty: pass the uncertainties of at least one method")
+    ax = axes_or_new(ax, 4.6, 3.4)
+    for i, (name, (uncertainty, correct)) in enumerate(curves.items()):
+        frame = risk_coverage(uncertainty, correct)
+        shown = frame[frame["coverage"] * len(correct) > min(19.5, len(correct) - 0.5)]
+        color, marker = STYLES[i % len(STYLES)]
+        label = f"{name}, AURC {frame.attrs['aurc']:.3f}"
+        coverage, risk = shown["coverage"].to_numpy(), shown["risk"].to_numpy()
+        every = [int(np.abs(coverage - tenth / 10).argmin()) for tenth in range(1, 11)]
+        ax.plot(coverage, risk, color=color, marker=marker, markevery=every, markersize=4.5, linewidth=1.6, label=label)
+    if target is not None:
+        ax.axhline(target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=f"target {target:.0%}")
+    ax.set(xlim=(0, 1.01), ylim=(0, None))
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    label_axes(ax, "coverage: share of questions answered", "risk: errors among them")
+    ax.legend(fontsize=SMALL, frameon=False)
+    return ax
+
+
+def entropy_plot(entropy: Any, correct: Any, *, num_bins: int = 20, ax: Axes | None = None) -> Axes:
+    """Plot the distribution of an uncertainty of right answers and of wrong ones, each with its median.
+
+    Args:
+        entropy: entropy of each prediction, or its epistemic part, ``(N,)`` nats.
+        correct: whether the answer is right, ``(N,)`` bool.
+        num_bins: number of bins.
+        ax: axes to draw on; by default those of a new figure.
+
+    Raises:
+        ValueError: there are no answers, the shapes differ, or an entropy is not finite.
+    """
+    values, right = checked_scores(entropy, correct)
+    ax = axes_or_new(ax, 4.6, 3.2)
+    edges = np.linspace(0.0, max(float(values.max()), 1e-9), num_bins + 1)
+    # Wrong answers are hatched and drawn last, so that both remain visible where they overlap.
+    for name, chosen, (color, _), hatch in (
+        ("right", right == 1, STYLES[2], None),
+        ("wrong", right == 0, STYLES[1], "//"),
+    ):
+        own = values[chosen]
+        if not len(own):
+            continue
+        share = np.histogram(own, edges)[0] / len(own)
+        label = f"{name}: {len(own)} answers, median {np.median(own):.2f}"
+        ax.stairs(share, edges, fill=hatch is None, color=color, alpha=0.45 if hatch is None else None, hatch=hatch,
+                  linewidth=1.4, label=label)  # fmt: skip
+        ax.axvline(float(np.median(own)), color=color, linewidth=1.6, linestyle="-" if hatch is None else "--")
+    auroc = float(TieGroups(values, 1.0 - right).auroc(np.ones((1, len(values))))[0])
+    ax.set(xlim=(0, edges[-1]), ylim=(0, None))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    label_axes(ax, "entropy (nats)", "share of the right, of the wrong")
+    title = None if np.isnan(auroc) else f"AUROC of errors {auroc:.2f}"
+    ax.legend(fontsize=SMALL, frameon=False, title=title, title_fontsize=SMALL)
+    return ax
 
 
 def _bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,12 +196,22 @@ def _bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tens
     return mean_confidence, accuracy, count[filled]
 
 
+def _wilson_interval(share: Any, count: Any, quantile: float = 1.6449) -> tuple[Any, Any]:
+    """Return Wilson's interval of a share of successes, 90 % for the default quantile of the standard normal."""
+    square = quantile**2
+    centre = (share + square / (2 * count)) / (1 + square / count)
+    half = quantile / (1 + square / count) * np.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    return centre - half, centre + half
+
+
 def _draw_points(
     axes: Axes, confidence: Tensor, correct: Tensor, num_bins: int, color: str, marker: str, label: str
 ) -> None:
     x, y, count = (one.numpy() for one in _bin_means(confidence, correct, num_bins))
-    axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    low, high = _wilson_interval(y, count)
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes.vlines(x, x, y, color=color, linewidth=2.5, alpha=0.35, zorder=2)
+    axes.vlines(x, low, high, color=INK, linewidth=0.7, zorder=3)
     axes.plot(x, y, color=color, linewidth=0.8, alpha=0.5, zorder=3)
     area = 12 + 88 * count / count.max()
     axes.scatter(x, y, s=area, color=color, marker=marker, edgecolor="white", linewidth=0.6, zorder=4, clip_on=False)
@@ -145,7 +219,7 @@ def _draw_points(
     axes.legend(
         handles=[handle],
         loc="upper left",
-        fontsize=_SMALL + 0.5,
+        fontsize=SMALL + 0.5,
         frameon=False,
         handlelength=1.2,
         borderpad=0.2,
@@ -153,29 +227,14 @@ def _draw_points(
     axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_aspect("equal", adjustable="box")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _plain(axes)
+    plain(axes)
 
 
 def _draw_counts(axes: Axes, confidence: Tensor, correct: Tensor, num_bins: int, color: str) -> None:
     edges = torch.linspace(0, 1, num_bins + 1).tolist()
     axes.hist(confidence.numpy(), bins=edges, color=color, alpha=0.55, edgecolor="white", linewidth=0.5)
-    axes.axvline(float(confidence.mean()), color=_INK, linewidth=1.2, linestyle=(0, (2, 1)), label="mean confidence")
-    axes.axvline(float(correct.mean()), color=_INK, linewidth=1.2, label="accuracy")
+    axes.axvline(float(confidence.mean()), color=INK, linewidth=1.2, linestyle=(0, (2, 1)), label="mean confidence")
+    axes.axvline(float(correct.mean()), color=INK, linewidth=1.2, label="accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
-    _plain(axes)
-
-
-def _plain(axes: Axes) -> None:
-    axes.tick_params(labelsize=_SMALL, length=2.5, color=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    """Write under a temporary name, then rename, so that no reader sees a partial file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=200)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    plain(axes)

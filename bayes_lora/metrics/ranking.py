@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bayes_lora.metrics.draws import tensor_of
+
 if TYPE_CHECKING:
-    from pandas import DataFrame  # type: ignore[import-untyped]
+    from pandas import DataFrame
 
 __all__ = ["OODMetrics", "TieGroups", "ood_metrics", "risk_coverage"]
 
@@ -36,7 +38,7 @@ class TieGroups:
 
     def sums(self, weights: Array) -> Array:
         """Return the sum of weights in each group, ``(R, groups)``."""
-        return np.add.reduceat(weights[:, self._order], self._starts, axis=1)
+        return np.asarray(np.add.reduceat(weights[:, self._order], self._starts, axis=1))
 
     def auroc(self, weights: Array) -> Array:
         """Return the probability that a wrong answer has more uncertainty than a right one, ties counting one half.
@@ -47,7 +49,7 @@ class TieGroups:
         right = self.sums(weights * (1.0 - self._wrong))
         below = np.cumsum(right, axis=1) - right / 2.0
         pairs = wrong.sum(1) * right.sum(1)
-        return np.divide((wrong * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+        return np.asarray(np.divide((wrong * below).sum(1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0))
 
     def curve(self, weights: Array) -> tuple[Array, Array]:
         """Return coverage and errors at the end of each group, ``(R, groups)`` each, as shares of all examples."""
@@ -142,7 +144,7 @@ def ood_metrics(in_scores: Any, out_scores: Any) -> OODMetrics:
     """
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision  # takes long to import
 
-    both = [torch.as_tensor(one).detach().cpu().double() for one in (in_scores, out_scores)]
+    both = [tensor_of(one).double() for one in (in_scores, out_scores)]
     for name, one in zip(("in_scores", "out_scores"), both, strict=True):
         if one.ndim != 1 or len(one) < 1 or not bool(one.isfinite().all()):
             raise ValueError(f"`{name}` must be (N,) finite numbers with N >= 1, got {tuple(one.shape)}")
@@ -163,7 +165,7 @@ def ood_metrics(in_scores: Any, out_scores: Any) -> OODMetrics:
 
 def checked_scores(scores: Any, correct: Any) -> tuple[Array, Array]:
     """Check scores and outcomes, ``(N,)`` each; return both in float64."""
-    values, right = torch.as_tensor(scores).detach().cpu().double(), torch.as_tensor(correct).cpu()
+    values, right = tensor_of(scores).double(), tensor_of(correct)
     if values.ndim != 1 or values.shape != right.shape or len(values) < 1:
         raise ValueError(
             f"scores and `correct` must both be (N,) with N >= 1, got {tuple(values.shape)} and {tuple(right.shape)}"

@@ -61,9 +61,11 @@ def risk_control_threshold(
     2110.01052): m answers with e errors pass if :math:`P(\mathrm{Binomial}(m, \texttt{target}) \le e) \le
     \texttt{delta}`. The last that passes is taken. If the questions are independent and identically distributed, then
     with probability ``1 - delta`` over calibration sets :math:`P(\text{wrong} \mid \text{answered}) \le
-    \texttt{target}`. The error rate need not fall with the confidence, but where it does not, fewer questions are
-    answered. The sequence begins at the number m of answers of which :math:`\lfloor \texttt{target}\, m / 3 \rfloor`
-    wrong ones pass, 22 for a target and a delta of 0.1: no smaller number can pass, or only by luck.
+    \texttt{target}`. This is proved if the error rate above a threshold crosses the target at most once, as it does if
+    it falls with the confidence. Otherwise fewer questions are answered, and the promise held in a search for
+    counterexamples (docs/uncertainty.md). The sequence begins at the number m of answers of which
+    :math:`\lfloor \texttt{target}\, m / 3 \rfloor` wrong ones pass, 22 for a target and a delta of 0.1: no smaller
+    number can pass, or only by luck.
 
     Neither promise holds for a task that has no calibration questions, nor for each question by itself.
 
@@ -121,13 +123,16 @@ def _learn_then_test(values: Any, wrong: Any, target: float, delta: float, num_c
     """Return the lowest threshold down to which all tests pass at level ``delta``.
 
     Given the threshold, a fixed rank of the confidences, the answers above it are independent, each wrong with the same
-    probability; so each p-value is valid. The order of the tests is fixed before errors are counted, and the first
-    false promise of the sequence passes with probability ``delta`` at most: no correction for their number is needed.
+    probability; so each p-value is valid. The order of the tests is fixed before errors are counted, and a false
+    promise is made only if the first one of the sequence passes: no correction for their number is needed. Which is the
+    first depends on the confidences. Given how many of them are above the place where the error rate crosses the
+    target, the answers above are wrong as often as the target, and those below more often, so it passes with
+    probability ``delta`` at most. With several crossings, the number above one says something about the next.
     """
     from scipy.stats import binom  # takes long to import
 
     least = 1
-    while binom.cdf(int(target * least / 3), least, target) > delta:
+    while least <= len(values) and binom.cdf(int(target * least / 3), least, target) > delta:
         least += 1
     ranked, found = np.sort(values)[::-1], math.inf
     for step in range(1, num_coverages + 1):

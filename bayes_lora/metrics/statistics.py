@@ -93,7 +93,7 @@ class Case:
     @cached_property
     def correct(self) -> Array:
         """1 where the prediction is right, else 0, ``(N,)``."""
-        return (self.predicted == self.gold).astype(np.float64)
+        return np.asarray(self.predicted == self.gold, np.float64)
 
     @cached_property
     def confidence(self) -> Array:
@@ -108,7 +108,7 @@ class Case:
     @cached_property
     def nll(self) -> Array:
         """Negative log-probability of the gold option, ``(N,)`` nats."""
-        return -np.take_along_axis(self.draws.mean.numpy(), self.gold[:, None], 1)[:, 0]
+        return np.asarray(-np.take_along_axis(self.draws.mean.numpy(), self.gold[:, None], 1)[:, 0])
 
 
 def sums_matrix(columns: Index, num_columns: int, values: Any = None, rows: Index | None = None) -> Any:
@@ -214,4 +214,4 @@ def _auroc_within(parts: list[tuple[Index, TieGroups]], weights: Array) -> Array
         known = ~np.isnan(value)
         total += np.where(known, share * np.where(known, value, 0.0), 0.0)
         mass += share * known
-    return np.divide(total, mass, out=np.full(len(mass), np.nan), where=mass > 0)
+    return np.asarray(np.divide(total, mass, out=np.full(len(mass), np.nan), where=mass > 0))

@@ -18,7 +18,7 @@ from bayes_lora.metrics.bootstrap import (
 from bayes_lora.metrics.draws import Draws, checked_answers, checked_draws
 
 if TYPE_CHECKING:
-    from pandas import DataFrame  # type: ignore[import-untyped]
+    from pandas import DataFrame
 
     from bayes_lora.metrics.statistics import Statistic
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayes_lora.metrics.draws import Draws, checked_answers, checked_draws
 
 if TYPE_CHECKING:
-    from pandas import DataFrame  # type: ignore[import-untyped]
+    from pandas import DataFrame
 
 __all__ = ["credible_interval", "uncertainty"]
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from bayes_lora.tasks.task import Example, Task
 
 if TYPE_CHECKING:
-    from pandas import DataFrame  # type: ignore[import-untyped]
+    from pandas import DataFrame
 
 __all__ = ["Lengths", "count_words", "example_frame", "statistics_table", "task_statistics"]
 
