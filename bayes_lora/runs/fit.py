@@ -36,7 +36,7 @@ from bayes_lora.runs.empirical_bayes import (
 )
 from bayes_lora.runs.folder import CURVE, POSTERIOR, open_run_folder, write_settings
 from bayes_lora.runs.logger import RunLogger, digest, identity
-from bayes_lora.runs.parallel import check_whole, resumed, synchronize
+from bayes_lora.runs.parallel import any_process, check_whole, resumed, synchronize
 from bayes_lora.runs.subspace import check_size, set_directions
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
@@ -210,8 +210,10 @@ def _fit_posterior(
 
 
 def _after_step(logger: RunLogger, state: FitState, last: bool) -> None:
-    """Save on rank 0 if it is due, and then let signals through in every process."""
-    from_main(partial(logger.after_step, state, last))
+    """Save on rank 0 if that is due, and before a signal stops a process; then let signals through in every process."""
+    received, due = logger.signals.received is not None, is_main() and logger.due(state)
+    if last or any_process(received or due, logger.lm.device):
+        from_main(partial(logger.save, state))
     logger.signals.deliver()
 
 

@@ -121,11 +121,6 @@ class RunLogger:
         if self.run is not None:
             write_json(self.run / CURVE, state.history)
 
-    def after_step(self, state: FitState, last: bool) -> None:
-        """Write a checkpoint if it is due, at the last step, and before a signal stops the process."""
-        if last or self.signals.received is not None or self._due(state):
-            self.save(state)
-
     def save(self, state: FitState) -> None:
         """Write a checkpoint and the history."""
         if self.run is not None and self._checkpoints is not None:
@@ -135,7 +130,8 @@ class RunLogger:
             self._saved_at = time.monotonic()
             self._seconds = self._saved_at - began
 
-    def _due(self, state: FitState) -> bool:
+    def due(self, state: FitState) -> bool:
+        """Return whether a checkpoint follows this step, see :class:`bayes_lora.infer.fit_config.FitConfig`."""
         if self.every is not None:
             return state.step % self.every == 0
         evaluated = not state.losses

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.training import FitState
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.runs.logger import RunLogger
-from bayes_lora.utils.processes import from_main, num_processes
+from bayes_lora.utils.processes import from_main, mean, num_processes
 
-__all__ = ["check_whole", "resumed", "synchronize"]
+__all__ = ["any_process", "check_whole", "resumed", "synchronize"]
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return in every process whether the flag is true in any of them. Collective.
+
+    Args:
+        flag: of this process.
+        device: the device of this process, through which it is sent.
+    """
+    if num_processes() == 1:
+        return flag
+    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
 
 
 def check_whole(lm: LanguageModel) -> None:
