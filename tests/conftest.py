@@ -97,7 +97,8 @@ def simulated():
     """The device of :mod:`simulated_device`, which is registered once per process."""
     from simulated_device import DEVICE, usable
 
-    with usable():
+    with pytest.MonkeyPatch.context() as patch, usable():
+        patch.setattr("bayes_lora.utils.devices.GPUS", {DEVICE.type})
         yield DEVICE
 
 
