@@ -16,7 +16,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "simulated"
 LOG = Counter()
-"""Counts since :func:`watched` began: ``wait: <operator>``, ``copy to device``, ``pinned copy to device``."""
+"""Counts of ``wait: <operator>``, ``copy to device`` and ``pinned copy to device``."""
 
 # The result decides a shape or a Python value, so that the host waits until all that was queued is done.
 WAITING = {
@@ -49,26 +49,16 @@ class DeviceModule:
     """
 
     generator = None
+    answers = {
+        "is_available": True, "is_initialized": True, "_is_in_bad_fork": False, "current_device": 0, "device_count": 1,
+        "synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None, "is_bf16_supported": True,
+        "mem_get_info": (1 << 33, 1 << 34), "get_amp_supported_dtype": [torch.bfloat16, torch.float16],
+    }  # fmt: skip
 
     def __getattr__(self, name):
-        """Functions without an effect here, such as ``synchronize``."""
-        if name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-            return lambda *_: None
-        raise AttributeError(name)
-
-    def is_available(self):
-        return True
-
-    is_initialized = is_available
-
-    def _is_in_bad_fork(self):
-        return False
-
-    def current_device(self):
-        return 0
-
-    def device_count(self):
-        return 1
+        if name not in self.answers:
+            raise AttributeError(name)
+        return lambda *_, **__: self.answers[name]
 
     def device(self, _):
         return contextlib.nullcontext()
@@ -77,15 +67,6 @@ class DeviceModule:
         return allocated()
 
     max_memory_allocated = memory_reserved = memory_allocated
-
-    def mem_get_info(self, _=None):
-        return 1 << 33, 1 << 34
-
-    def is_bf16_supported(self, including_emulation=True):
-        return True
-
-    def get_amp_supported_dtype(self):
-        return [torch.bfloat16, torch.float16]
 
     def manual_seed_all(self, seed):
         if self.generator is not None:
@@ -163,13 +144,6 @@ def allocated():
             storage = thing.values.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
-
-
-@contextlib.contextmanager
-def watched():
-    """Count in :data:`LOG` from here on."""
-    LOG.clear()
-    yield LOG
 
 
 class Facts(NamedTuple):
