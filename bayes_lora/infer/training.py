@@ -186,8 +186,8 @@ def _memory_error(step: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"step {step}: the GPU is out of memory ({str(error).splitlines()[0]}). Set gradient_checkpointing=True, or "
-            "lower tasks_per_episode, num_query, max_length or top_layers; bayes-lora dry-run estimates what they take."
+            f"step {step}: the GPU is out of memory ({str(error).splitlines()[0]}). Set gradient_checkpointing=True, "
+            "or lower tasks_per_episode, num_query, max_length or top_layers; bayes-lora dry-run estimates what they take."
         ) from error
 
 
