@@ -187,7 +187,7 @@ def _memory_error(step: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"step {step}: the GPU is out of memory ({str(error).splitlines()[0]}). Set gradient_checkpointing=True, "
-            "or lower tasks_per_episode, num_query, max_length or top_layers; bayes-lora dry-run estimates what they take."
+            "or lower tasks_per_episode, num_query, max_length or top_layers; see bayes-lora dry-run."
         ) from error
 
 
