@@ -46,12 +46,14 @@ def numbers(history):
 
 def life(name, device, tokenizer, folder, monkeypatch):
     """Fit, resume, save, load, adapt, predict, generate and export; the numbers of each part."""
-    monkeypatch.setattr("bayes_lora.runs.fit.WIDTHS", (1.0, 2.0))
+    monkeypatch.setattr("bayes_lora.runs.fit.WIDTHS", (1.4,))
     monkeypatch.setattr("bayes_lora.runs.fit.distil", partial(distil, steps=2))
     lm, tasks = lm_on(device, tokenizer), make_tasks(3, 6)
     fit = FitConfig(steps=2) if name in CLOSED_FORM else FitConfig(steps=2, eval_every=2, num_draws=2)
     learns = name not in NOTHING_TO_LEARN
     config = small(name, episodes=EPISODES, **{"fit": fit} if learns else {})
+    if "steps" in config.guide:
+        config = replace(config, guide=config.guide | {"steps": 1})
     posterior, state = fit_posterior(lm, tasks, config, run=folder / "run")
     found = {"fit": numbers(state.history)}
     if learns and name not in CLOSED_FORM:
