@@ -8,6 +8,7 @@ from collections.abc import Iterable
 __all__ = [
     "BayesLoraError",
     "ConfigError",
+    "DeviceMemoryError",
     "ModelError",
     "ModelFileError",
     "NonFiniteLoss",
@@ -32,6 +33,10 @@ class BayesLoraError(Exception):
 
 class ConfigError(BayesLoraError, ValueError):
     """A setting is unknown, has the wrong type or is out of range."""
+
+
+class DeviceMemoryError(BayesLoraError, MemoryError):
+    """A training step needs more memory than the GPU has."""
 
 
 class ModelError(BayesLoraError, ValueError):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_check import by_recipe, compare_with_cpu, memory_of_a_step
 from harness import Result, machine, matmul_rate, peak_flops
 from reporting import SIGNS, print_profile, quantity
 from rich.console import Console
@@ -52,6 +53,8 @@ def measure(shape: Shape, args: argparse.Namespace, names: list[str], rate: floa
         "case_seconds": took,
         "model_flop_utilisation": utilisation(results, peak or rate),
         "peak_flops_per_second": peak or rate,
+        "memory": memory_of_a_step(setup),
+        "recipes": by_recipe(setup),
         "peak_is": "the data sheet's" if peak else "a measured matrix product's",
     }
 
@@ -66,6 +69,15 @@ def print_shapes(measured: list[dict[str, Any]], console: Console) -> None:
             cells.append(quantity(found.value, found.unit) + ("" if found.met else " MISSED"))
         table.add_row(line.what, f"{SIGNS[line.relation]} {quantity(line.target, line.unit)}", *cells)
     used = [one["model_flop_utilisation"] for one in measured]
+    for recipe in measured[0]["recipes"]:
+        for what in ("adapt", "predict"):
+            times = (one["recipes"][recipe][what] for one in measured)
+            table.add_row(f"{recipe}, not fitted: {what}", "", *(quantity(seconds, "s") for seconds in times))
+    for name in ("peak", "dry_run"):
+        sizes = (one["memory"][name] for one in measured)
+        table.add_row(
+            f"training step, memory: {name}", "", *("-" if s is None else f"{s / 2**30:.2f} GiB" for s in sizes)
+        )
     if None not in used:
         table.add_row("training step, model FLOP utilisation", "", *(f"{share:.1%}" for share in used))
     console.print(table)
@@ -85,25 +97,34 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("No CUDA device was found. Run this on a machine with a GPU, or try it with --device cpu --quick.")
     console, started, device = Console(), time.perf_counter(), torch.device(args.device)
     rate = matmul_rate(device, ARITHMETIC, 64 if args.quick else 8192, 0.0 if args.quick else 1.0)
-    measured = []
+    check, measured = compare_with_cpu(device), []
+    console.print("a small float32 model against the CPU:", check)
+    write_result(args.output, device, rate, check, measured, time.perf_counter() - started)
     for name in args.shapes.split(","):
         shape = SHAPES[name].tiny() if args.quick else SHAPES[name]
         measured.append(measure(shape, args, names, rate, console))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        write_result(args.output, device, rate, measured, time.perf_counter() - started)
+        write_result(args.output, device, rate, check, measured, time.perf_counter() - started)
     for one in measured:
         if one["profile"]:
             print_profile(one["profile"], console)
     print_shapes(measured, console)
 
 
-def write_result(path: Path, device: torch.device, rate: float, measured: list[dict[str, Any]], seconds: float) -> None:
-    """Write the results so far; called after every shape, so that an interrupted run keeps its results."""
+def write_result(
+    path: Path,
+    device: torch.device,
+    rate: float,
+    check: dict[str, Any],
+    measured: list[dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Write the results so far; called after every stage, so that an interrupted run keeps its results."""
     shapes = [one | {"results": [line.to_dict() for line in one["results"]]} for one in measured]
     facts = machine(device) | {"matmul_flops_per_second": rate}
-    write_json(path, {"machine": facts, "shapes": shapes, "seconds": seconds})
+    write_json(path, {"machine": facts, "equality": check, "shapes": shapes, "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from bayes_lora.guides.theta import PointTheta
 from bayes_lora.infer.components import Components, choose_components, draws_around
 from bayes_lora.infer.plates import sample_phi
 from bayes_lora.types import Distributions, Model, Sites, ThetaFactory
+from bayes_lora.utils.devices import send
 from bayes_lora.utils.ranges import NonNegative
 
 __all__ = ["Ensemble"]
@@ -122,6 +123,6 @@ def expand_batch(fn: Any, *batch: int) -> Any:
 def concatenate_members(parts: list[dict[str, Any]], site: str, places: list[Tensor]) -> Any:
     """Join the members' distributions of one site into one batch, in the order of the draws."""
     tensors = [parameters(part[site]) for part in parts]
-    back = torch.cat(places).argsort()
-    whole = {name: torch.cat([own[name] for own in tensors])[back.to(tensors[0][name].device)] for name in tensors[0]}
+    back = send(torch.cat(places).argsort(), next(iter(tensors[0].values())).device)
+    whole = {name: torch.cat([own[name] for own in tensors])[back] for name in tensors[0]}
     return with_parameters(parts[0][site], whole)

@@ -121,7 +121,7 @@ class Dropout:
         mean = _normal(self, site, prior).mean
         if site not in self.sites if self.sites is not None else ".lora_A" not in site:
             return dist.Delta(mean, event_dim=3)
-        return DroppedPoint(mean, torch.tensor(1.0 - self.rate, dtype=mean.dtype, device=mean.device))
+        return DroppedPoint(mean, mean.new_full((), 1.0 - self.rate))
 
 
 def _normal(family: Any, site: str, prior: Any) -> Any:

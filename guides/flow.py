@@ -109,7 +109,7 @@ class FlowNetwork(GuideNetwork):
         base = dist.Normal(context.new_zeros(()), 1.0).expand([*context.shape[:-1], count]).to_event(1)
         maps: list[Any] = []
         for flow in self.flows:
-            maps += [flow.condition(context), transforms.Permute(torch.arange(count).flip(0).to(context.device))]
+            maps += [flow.condition(context), transforms.Permute(torch.arange(count, device=context.device).flip(0))]
         made: dist.TorchDistribution = dist.TransformedDistribution(base, maps)
         return made
 

@@ -126,7 +126,8 @@ class TangentNetwork(TangentGuide):
         if SLOPE not in origin:
             return Tangent(scores, {CODE: by_code[..., None, None, :]})
         relative, slope = centred(scores, support.option_mask), origin[SLOPE][..., 0, 0, :]
-        labels = torch.eye(scores.shape[-1], origin[BIAS].shape[-1]).to(scores) * options[..., None]
+        columns = origin[BIAS].shape[-1]
+        labels = torch.eye(scores.shape[-1], columns, dtype=scores.dtype, device=scores.device) * options[..., None]
         labels = labels * support.fixed_options[:, None, None, None]
         bias = (labels * origin[BIAS][:, :, 0]).sum(-1)
         head = torch.where(support.free_form[..., None], scores, slope * relative + bias)

@@ -21,6 +21,8 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine import runtime
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from bayes_lora.episodes.episode import Episode
@@ -131,13 +133,15 @@ def register_with_svi(guide: nn.Module) -> None:
     In Pyro's global store they replace parameters of another guide with the same names, because Pyro 1.9.2 would
     silently train those instead. With ``module_local_params``, SVI reads the attribute ``unconstrained`` of every
     parameter, which Pyro sets for a ``PyroParam`` but not for an ``nn.Parameter``; a real parameter is its own
-    unconstrained value.
+    unconstrained value. Nothing else sets it, because it is a weak reference, with which torch does not exchange
+    parameters for others in ``.to()``, as it does for subclasses of tensors.
     """
     store, local = pyro.get_param_store(), pyro.settings.get("module_local_params")
+    by_svi = any(isinstance(h, TraceMessenger) and h.param_only for h in runtime._PYRO_STACK)
     for name, parameter in guide.named_parameters():
-        if local:
+        if local and by_svi:
             parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-        elif name in store and store[name] is not parameter:
+        elif not local and name in store and store[name] is not parameter:
             del store[name]
 
 

@@ -33,10 +33,12 @@ class PointTheta(PyroModule):
     def __init__(self, model: Model, *, locations_only: bool = False) -> None:
         super().__init__()
         self._locations_only = locations_only
+        initial = model.initial_theta()
+        # Initial values are given, because not every family can draw on every device, and draws are not needed.
         with torch.no_grad():
-            sites = pyro.poutine.trace(model.theta).get_trace().nodes
+            sites = pyro.poutine.trace(pyro.poutine.condition(model.theta, initial)).get_trace().nodes
         self.positive: dict[str, bool] = {}
-        for site, value in model.initial_theta().items():
+        for site, value in initial.items():
             fn: Any = sites[site]["fn"]
             support = fn.support
             while isinstance(support, constraints.independent):

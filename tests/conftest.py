@@ -92,6 +92,16 @@ def clean_state():
     torch.set_default_dtype(before)
 
 
+@pytest.fixture
+def simulated():
+    """The device of :mod:`simulated_device`, which is registered once per process."""
+    from simulated_device import DEVICE, usable
+
+    with pytest.MonkeyPatch.context() as patch, usable():
+        patch.setattr("bayes_lora.utils.devices.GPUS", {DEVICE.type})
+        yield DEVICE
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     bpe = Tokenizer(models.BPE(unk_token="<s>"))
@@ -107,7 +117,15 @@ def tokenizer():
 
 
 def build_lm(
-    kind, tokenizer, *, top_layers=2, targets=("q_proj", "v_proj", "o_proj"), dtype=torch.float64, seed=2, **kwargs
+    kind,
+    tokenizer,
+    *,
+    top_layers=2,
+    targets=("q_proj", "v_proj", "o_proj"),
+    dtype=torch.float64,
+    seed=2,
+    device="cpu",
+    **kwargs,
 ):
     """A tiny random LM with LoRA of rank 3 on its top layers, or with None wherever a target is."""
     torch.manual_seed(1)
@@ -122,6 +140,7 @@ def build_lm(
         task_type="CAUSAL_LM",
     )
     inject(lora, model, seed=seed)
+    model.to(device)
     return LanguageModel(model, tokenizer, lora, name=kind, **{"max_length": 96} | kwargs)
 
 

@@ -13,7 +13,7 @@ import bayes_lora
 from bayes_lora.episodes import collate
 from bayes_lora.errors import ConfigError
 from bayes_lora.lm import arithmetic
-from bayes_lora.lm.arithmetic import FILE, choose_arithmetic, fastest, rates
+from bayes_lora.lm.arithmetic import FILE, avoid_recompiled_attention, choose_arithmetic, fastest, rates
 from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.model_files import default_model_here
 from bayes_lora.lm.onednn_linear import OneDnnLinear, has_onednn, onednn_linear, torch_linears, use_onednn
@@ -245,3 +245,15 @@ def test_predictions_on_real_tasks_do_not_depend_on_the_arithmetic():
     assert abs(float((found["bfloat16"] - exact).mean())) < 0.2 * error
     assert (found["bfloat16"] - exact).abs().max() < 0.5
     assert (found["bfloat16"] != exact).any()
+
+
+def test_cudnn_does_not_compile_attention_for_every_shape(monkeypatch, tokenizer):
+    chosen, asked = [], []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    avoid_recompiled_attention(torch.device("cpu"))
+    assert not chosen
+    avoid_recompiled_attention(torch.device("cuda", 1))
+    assert chosen == [False]
+    monkeypatch.setattr("bayes_lora.lm.language_model.avoid_recompiled_attention", asked.append)
+    build_lm("llama", tokenizer)
+    assert asked == [torch.device("cpu")]

@@ -134,9 +134,13 @@ def test_the_gpu_script_runs_the_same_cases_on_a_cpu(tmp_path, capsys):
     main(["--device", "cpu", "--quick", "--output", str(tmp_path / "gpu.json")])
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert [one["shape"]["kind"] for one in report["shapes"]] == ["llama", "qwen2"]
+    differences = [value for name, value in report["equality"].items() if "difference" in name]
+    assert differences == [0.0] * 3 and report["equality"]["the same answers are generated"]
+    assert report["equality"]["steps of a resumed fit"] == 4
     for one in report["shapes"]:
         check_results(one["results"])
-        assert one["model_flop_utilisation"] > 0
+        assert one["model_flop_utilisation"] > 0 and one["memory"]["dry_run"] > 0 and one["memory"]["attention"]
+        assert {times["adapt"] > 0 for times in one["recipes"].values()} == {True}
     assert "FLOP" in capsys.readouterr().out
 
 

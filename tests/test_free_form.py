@@ -18,7 +18,7 @@ from bayes_lora.episodes.episode import collate
 from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.guides import GradientGuide, GuideNetwork, MeanField
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.lm.generation import Generated, PosteriorAverage
+from bayes_lora.lm.generation import Generated, PosteriorAverage, generate
 from bayes_lora.lm.scoring import log_complement
 from bayes_lora.metrics.options import mean_metrics
 from bayes_lora.metrics.text import TextMetrics, text_metrics
@@ -306,3 +306,18 @@ def test_an_encoder_prompts_without_the_answer(tokenizer):
     texts = [tokenizer.decode(ids) for ids in encoder.prompts([FREE[0], "who?"], FREE[1:])]
     shown = "and so?\nAnswer: maybe\n\nfilm\nAnswer: yes yes and yes\n\n"
     assert texts == [f"{shown}was the film good?\nAnswer:", f"{shown}who?\nAnswer:"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma2"])
+def test_answers_with_gradient_checkpointing(tokenizer, kind):
+    """The layers keep their key-value cache, and are checkpointed again afterwards."""
+    # In float64, left padding overflows the softmax of Gemma 2, which is in float32.
+    plain, checkpointed = (
+        build_lm(kind, tokenizer, dtype=torch.float32, gradient_checkpointing=on) for on in (False, True)
+    )
+    phi = {site: value.float() for site, value in draws(plain).items()}
+    prompts = [[[5, 6, 7, 8], [9, 20, 40]]]
+    training = [module.training for module in checkpointed.model.modules()]
+    expected = generate(plain, phi, prompts, 5)
+    assert generate(checkpointed, phi, prompts, 5) == expected
+    assert any(training) and [module.training for module in checkpointed.model.modules()] == training

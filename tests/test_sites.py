@@ -22,7 +22,7 @@ def random_values(sites, *batch, seed=0):
 def test_grouped_slot_equals_a_loop(groups):
     weight, x = torch.randn(groups, 5, 4, dtype=torch.float64), torch.randn(6, 7, 4, dtype=torch.float64)
     slot = Slot(torch.zeros(5, 4, dtype=torch.float64))
-    slot.bound = weight
+    slot.bind(weight)
     blocks = x.chunk(groups)
     expected = torch.cat([block @ w.T for block, w in zip(blocks, weight, strict=True)])
     torch.testing.assert_close(slot(x), expected)
@@ -31,8 +31,8 @@ def test_grouped_slot_equals_a_loop(groups):
 def test_an_unbound_slot_adds_nothing_whatever_it_held():
     initial, x = torch.randn(5, 4, dtype=torch.float64), torch.randn(6, 7, 4, dtype=torch.float64)
     slot = Slot(initial)
-    assert torch.equal(slot(x), torch.zeros(6, 7, 5, dtype=torch.float64)) and torch.equal(slot.weight, initial)
-    slot.bound = initial
+    assert torch.equal(slot(x), torch.zeros(6, 7, 5, dtype=torch.float64)) and not slot.weight.numel()
+    slot.bind(initial)
     torch.testing.assert_close(slot(x), x @ initial.T)
 
 
@@ -55,7 +55,7 @@ def test_groups_of_unequal_size_equal_a_loop(length, deferred):
         parts = parts[2:]  # of which the variance is made
     else:
         slot = Slot(torch.zeros(5, 4, dtype=torch.float64))
-        slot.bound, slot.row_groups = parts[0], row_groups
+        slot.bind(parts[0], row_groups)
         found.append(slot(x))
         expected = [rows @ own.T for rows, own in zip(x.split(sizes), parts[0], strict=True)]
     found, expected = found[0], torch.cat(expected)
@@ -74,8 +74,8 @@ def test_flattened_rows_equal_rows(sizes, deferred):
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     slot = Slot(torch.zeros(5, 4, dtype=torch.float64))
     weight = torch.randn(3, 5, 4, dtype=torch.float64)
-    slot.bound = (lambda value, groups: linear(value, weight, groups)) if deferred else weight
-    slot.row_groups = RowGroups.of(sizes, torch.device("cpu"))
+    bound = (lambda value, groups: linear(value, weight, groups)) if deferred else weight
+    slot.bind(bound, RowGroups.of(sizes, torch.device("cpu")))
     expected = torch.cat([rows @ own.T for rows, own in zip(x.split(sizes), weight, strict=True)])
     torch.testing.assert_close(slot(x.flatten(0, 1)), expected.flatten(0, 1))
 
@@ -123,7 +123,7 @@ def test_row_groups_are_restored_with_what_was_bound(lm):
         torch.testing.assert_close(lm.model(input_ids=ids).logits, before, rtol=0, atol=0)
     torch.testing.assert_close(before[:2], first[:2])
     assert (before[2] - first[2]).abs().max() > 1e-3
-    assert all(slot.row_groups is None for slots in lm.sites._slots.values() for slot in slots)
+    assert lm.sites._bindings.values == ({}, None)
 
 
 @pytest.mark.parametrize("kind", list(BUILDERS))
@@ -288,3 +288,33 @@ def test_seeded_injection_leaves_the_random_state_alone():
         assert torch.equal(torch.get_rng_state(), before)
         values.append(find_sites(model).initial()["q_proj.lora_A"])
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
+
+
+def test_binding_takes_no_time_for_each_layer(lm, monkeypatch):
+    """A checkpointed layer binds twice in a step, so that time for each layer would be time for each pair of them."""
+
+    def refuse(slot, name, value):
+        raise AssertionError(f"{name} of a slot is set")
+
+    monkeypatch.setattr(Slot, "__setattr__", refuse)
+    ids = torch.tensor([[5, 9, 2]])
+    with lm.sites.bind(random_values(lm.sites)):
+        _, again = lm.sites.checkpoint_context()
+        bound = lm.model(input_ids=ids).logits
+        with lm.sites.unbound():
+            base = lm.model(input_ids=ids).logits
+            with again:
+                assert torch.equal(lm.model(input_ids=ids).logits, bound)
+            assert torch.equal(lm.model(input_ids=ids).logits, base)
+    assert not torch.equal(bound, base)
+
+
+def test_activations_of_the_base_alone_keep_their_dtype(tokenizer):
+    """Slots hold initial values in float32, to which PEFT would cast what enters each of them."""
+    lm = build_lm("llama", tokenizer, dtype=torch.bfloat16)
+    seen = []
+    for _, slot in lm.sites.slots():
+        slot.register_forward_hook(lambda _, args, output: seen.append((args[0].dtype, output.dtype)))
+    with lm.sites.unbound():
+        lm.model(input_ids=torch.tensor([[5, 9, 2]]))
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}

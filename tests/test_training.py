@@ -8,7 +8,7 @@ import torch
 from objectives import network_run
 from pyro.nn import PyroModule
 
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, DeviceMemoryError
 from bayes_lora.guides import GuideNetwork
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import draw_phi, held_out_nll
@@ -182,6 +182,21 @@ def test_a_nan_stops_the_fit_and_names_step_and_site(lm, validation):
     pyro.enable_validation(validation)
     with pytest.raises(NonFiniteLoss, match=r"step 2: .*'phi.v_proj.lora_B' of the guide"):
         fit(poisoned, sampler, config=CONFIG)
+
+
+def test_a_step_without_memory_says_what_takes_less(lm, monkeypatch):
+    objective, sampler, _ = network_run(lm)
+    forward, seen = objective.forward, []
+
+    def limited(episode):
+        seen.append(episode)
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1.00 GiB free.")
+        return forward(episode)
+
+    monkeypatch.setattr(objective, "forward", limited)
+    with pytest.raises(DeviceMemoryError, match=r"^step 1: .*allocate 2.00 GiB.*gradient_checkpointing=True.*dry-run"):
+        fit(objective, sampler, config=CONFIG)
 
 
 def test_an_infinite_gradient_stops_the_fit_before_the_update(lm):

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bayes_lora.episodes.packing import EncodedExample, PackedRow, pack_tasks
 from bayes_lora.errors import TaskError
+from bayes_lora.utils.devices import send
 
 __all__ = ["Episode", "PaddedRows", "attention_mask", "collate", "pad_rows", "send"]
 
@@ -112,7 +113,7 @@ class Episode:
     def per_example(self, start: int = 0, stop: int | None = None) -> Episode:
         """Return every example as a separate task, in the order of tasks and examples, from ``start`` to ``stop``."""
         rows = [[example] for task in self.examples for example in task if example is not None]
-        fixed = self.fixed_options.repeat_interleave(self.mask.sum(-1))
+        fixed = self.fixed_options.repeat_interleave(self.mask.sum(-1), output_size=len(rows))
         return collate(rows[start:stop], fixed_options=fixed[start:stop]).to(self.mask.device)
 
     def without_task_ids(self) -> Episode:
@@ -127,13 +128,6 @@ class Episode:
         if self.separate_support is not None:
             moved["separate_support"] = self.separate_support.to(device)
         return replace(self, **moved)
-
-
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor to a device; from the CPU to a GPU asynchronously, from pinned memory."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def collate(

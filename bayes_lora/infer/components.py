@@ -11,6 +11,7 @@ from pyro.poutine import runtime
 from torch import Tensor
 
 from bayes_lora.distributions.unconstrained import map_parameters, parameters, with_parameters
+from bayes_lora.utils.devices import send
 
 __all__ = ["Components", "choose_components", "draws_around"]
 
@@ -37,7 +38,10 @@ class Components(dict[str, Any]):
 
     def take(self, chosen: Tensor) -> dict[str, Any]:
         """Select components by index: batch ``(S, T, 1)`` for indices ``(S,)``, ``(T, 1)`` for a scalar index."""
-        return {site: map_parameters(fn, lambda value: value[chosen.to(value.device)]) for site, fn in self.items()}
+        device = next(iter(parameters(next(iter(self.values()))).values())).device
+        # A number is read where it is: as an index on a GPU, it would be read back for each parameter.
+        index = int(chosen) if chosen.ndim == 0 else send(chosen, device)
+        return {site: map_parameters(fn, lambda value: value[index]) for site, fn in self.items()}
 
 
 def stack_distributions(fns: Sequence[Any]) -> Any:

@@ -91,7 +91,8 @@ def scores_of_examples(
         per random site, which require gradients, and the scores ``(n, 1, K)`` in nats.
     """
     counts = episode.mask.sum(-1)
-    task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    total = sum(example is not None for task in episode.examples for example in task)
+    task_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
     for start in range(0, len(task_of), batch_size):
         each, task = episode.per_example(start, start + batch_size), task_of[start : start + batch_size]
         own = {site: value.detach()[task].requires_grad_() for site, value in phi.items()}

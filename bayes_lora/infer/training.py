@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.sampler import EpisodeSampler
-from bayes_lora.errors import ConfigError, NonFiniteLoss
+from bayes_lora.errors import ConfigError, DeviceMemoryError, NonFiniteLoss
 from bayes_lora.infer.fit_config import FitConfig
 from bayes_lora.infer.objective import BetaELBO
 from bayes_lora.infer.predictive import held_out_nll
@@ -97,6 +97,7 @@ def fit(
 
     Raises:
         ConfigError: see :func:`check_devices`.
+        DeviceMemoryError: a step runs out of GPU memory.
         NonFiniteLoss: a loss or gradient is not finite. The message names the step and the site or parameter;
             parameters are those before that step.
     """
@@ -137,7 +138,7 @@ def fit(
         assert episode is not None
         optimizer.zero_grad()
         # Validated once: later steps run the same program, and every check waits for the device.
-        with pyro.validation_enabled(checks):
+        with pyro.validation_enabled(checks), _memory_error(state.step):
             loss = _loss(prepared, objective, episode, state.step) / num_data
             accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
@@ -176,6 +177,18 @@ def check_devices(objective: BetaELBO) -> None:
             f"{num_processes()} processes: expected all parameters on devices of one type, got {where}. Fit in a "
             "single process, or with a guide without a table of tasks."
         )
+
+
+@contextmanager
+def _memory_error(step: int) -> Iterator[None]:
+    """Name the settings that reduce the memory of a step that runs out of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"step {step}: the GPU is out of memory ({str(error).splitlines()[0]}). Set gradient_checkpointing=True, "
+            "or lower tasks_per_episode, num_query, max_length or top_layers; see bayes-lora dry-run."
+        ) from error
 
 
 def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Tensor:

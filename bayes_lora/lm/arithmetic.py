@@ -23,7 +23,16 @@ from bayes_lora.errors import BayesLoraError, ConfigError
 from bayes_lora.lm.onednn_linear import OneDnnLinear, has_onednn, onednn_linear
 from bayes_lora.utils.storage import read_json, write_json
 
-__all__ = ["Arithmetic", "ArithmeticUsed", "LinearBackend", "arithmetic_used", "choose_arithmetic", "fastest", "rates"]
+__all__ = [
+    "Arithmetic",
+    "ArithmeticUsed",
+    "LinearBackend",
+    "arithmetic_used",
+    "avoid_recompiled_attention",
+    "choose_arithmetic",
+    "fastest",
+    "rates",
+]
 
 LinearBackend = Literal["torch", "onednn"]
 
@@ -230,6 +239,16 @@ def processor_name() -> str:
     """Return the name of the CPU."""
     found = torch.cpu.get_capabilities().get("cpu_name")
     return str(found or platform.processor() or platform.machine())
+
+
+def avoid_recompiled_attention(device: torch.device) -> None:
+    """Keep cuDNN's attention from being chosen on a CUDA device, in this process.
+
+    It compiles a plan for every new shape of a masked batch, and nearly every episode has a new one. torch's
+    memory-efficient kernel takes its place.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def arithmetic_used(model: Any) -> ArithmeticUsed:

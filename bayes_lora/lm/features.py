@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from bayes_lora.episodes.batching import by_tokens
-from bayes_lora.episodes.episode import Episode, collate, send
+from bayes_lora.episodes.episode import Episode, collate
 from bayes_lora.episodes.packing import EncodedExample
 from bayes_lora.lm.packed_forward import Read
 from bayes_lora.lm.scoring import option_lengths, option_scores
 from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.types import Features, absent_score
+from bayes_lora.utils.devices import send
 
 __all__ = ["FeatureReader"]
 
@@ -83,7 +84,14 @@ class FeatureReader:
         below = top if read.trunk_ends is None else read.trunk_ends
         [scores] = option_scores(read.token_scores, episode, self.normalize)
         tokens = self.embeddings.weight[episode.targets]  # type: ignore[index]  # (Q, d)
-        lengths = option_lengths(episode).to(top.dtype).clamp(min=1)
-        embedded = top.new_zeros(rows * options, top.shape[-1]).index_add(0, episode.target_options, tokens)
+        # In at least float32: on a GPU the order of the additions changes between runs, and 16 bits would show it.
+        wide = torch.promote_types(top.dtype, torch.float32)
+        lengths = option_lengths(episode).to(wide).clamp(min=1)
+        embedded = top.new_zeros(rows * options, top.shape[-1], dtype=wide)
+        embedded = embedded.index_add(0, episode.target_options, tokens.to(wide))
         log_probs = scores.view(rows, options).log_softmax(-1)
-        return torch.stack([below, top], 1), (embedded / lengths[:, None]).view(rows, options, -1), log_probs
+        return (
+            torch.stack([below, top], 1),
+            (embedded / lengths[:, None]).to(top.dtype).view(rows, options, -1),
+            log_probs,
+        )

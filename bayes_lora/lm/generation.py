@@ -168,7 +168,7 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     average, end = PosteriorAverage(draws), lm.encoder.end.lstrip(" ") or lm.encoder.end
     model: Any = lm.model
-    with _only_given_settings(model):
+    with _only_given_settings(model), _without_checkpointing(model):
         sequences: Tensor = model.generate(
             input_ids=ids.repeat(draws, 1).to(lm.device),
             attention_mask=mask.repeat(draws, 1).to(lm.device),
@@ -194,6 +194,22 @@ def _only_given_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = kept
+
+
+@contextmanager
+def _without_checkpointing(model: Any) -> Iterator[None]:
+    """Keep gradient checkpointing out of the block: transformers would drop the key-value cache of such layers.
+
+    Each new token would then see the last token only.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def _answer(tokenizer: Any, end: str, tokens: Tensor, log_probs: Tensor) -> Generated:

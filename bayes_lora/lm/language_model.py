@@ -18,10 +18,11 @@ from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.episodes.token_store import TokenStore
 from bayes_lora.errors import ConfigError, SiteError
 from bayes_lora.lm.adapters import check_adapted, check_injected, check_lora_config, check_unwrapped
-from bayes_lora.lm.arithmetic import ArithmeticUsed, arithmetic_used
+from bayes_lora.lm.arithmetic import ArithmeticUsed, arithmetic_used, avoid_recompiled_attention
 from bayes_lora.lm.base_facts import base_facts
 from bayes_lora.lm.choose_forward import choose_forward
 from bayes_lora.lm.features import FeatureReader
+from bayes_lora.lm.offload import is_too_large, offload
 from bayes_lora.lm.option_head import apply_head, split_head
 from bayes_lora.lm.packed_forward import Forward, PackedForward, Read
 from bayes_lora.lm.passed_checks import PassedChecks
@@ -35,6 +36,7 @@ from bayes_lora.lm.token_budget import TokenBudget
 from bayes_lora.lm.trunk import Trunk
 from bayes_lora.lm.vocabulary import check_vocabulary, num_embeddings
 from bayes_lora.types import Features, Sites
+from bayes_lora.utils.devices import is_gpu
 
 if TYPE_CHECKING:
     import peft
@@ -77,6 +79,9 @@ class LanguageModel:
         cache_folder: folder for what persists and what several processes share: hidden states and features of the base
             model (:mod:`bayes_lora.lm.tensor_store`) and tokens of large collections
             (:mod:`bayes_lora.episodes.token_store`); None keeps them in RAM only.
+        offload_trunk: whether the layers below the first adapted one stay in RAM, and are copied to the GPU only while
+            they run: once per example, and in generation (:mod:`bayes_lora.lm.offload`). By default if the model takes
+            more than half of the GPU's memory. Without a GPU it has no effect.
         gradient_checkpointing: whether activations are computed again in backward, layer by layer, instead of stored.
 
     Raises:
@@ -101,6 +106,7 @@ class LanguageModel:
         token_budget: int | None = None,
         cache_bytes: int = 4 << 30,
         cache_folder: str | Path | None = None,
+        offload_trunk: bool | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         check_unwrapped(model)
@@ -111,6 +117,7 @@ class LanguageModel:
         self.lora_config = check_lora_config(lora_config)
         self.model.requires_grad_(False).eval()
         keep_differentiable(model)
+        avoid_recompiled_attention(model.device)
         self.sites: LoraSites = find_sites(model, adapter_name)
         check_injected(lora_config, model, adapter_name)
         self.normalize, self.budget = normalize, TokenBudget(token_budget, model.device)
@@ -123,6 +130,8 @@ class LanguageModel:
         head: Any = model.get_output_embeddings()
         check_adapted(model, adapted)
         self.trunk = Trunk(model, adapted, TensorCache(cache_bytes), self.budget)
+        if is_gpu(model.device) and (is_too_large(model, model.device) if offload_trunk is None else offload_trunk):
+            offload(list(self.trunk.layers or ())[: self.trunk.depth], model.device)
         self.cache_folder = None if cache_folder is None else Path(cache_folder)
         known = TensorCache(1 << 30)
         self.feature_reader = FeatureReader(head, known, self._read_frozen, self.budget, normalize)

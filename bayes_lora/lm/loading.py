@@ -17,6 +17,7 @@ from bayes_lora.lm.adapters import (
     check_drawn,
     check_lora_config,
     load_adapter_weights,
+    lora_layers,
     read_lora_config,
 )
 from bayes_lora.lm.arithmetic import LinearBackend, choose_arithmetic
@@ -25,8 +26,10 @@ from bayes_lora.lm.fingerprint import check_exported
 from bayes_lora.lm.inject import check_layers, default_lora, inject
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.model_files import DEFAULT_MODEL, cache_folder
+from bayes_lora.lm.offload import is_too_large, move
 from bayes_lora.lm.onednn_linear import use_onednn
 from bayes_lora.lm.sites import remove_dropout
+from bayes_lora.utils.devices import is_gpu
 from bayes_lora.utils.processes import default_device, from_main, join
 
 __all__ = ["from_peft", "load_language_model"]
@@ -83,7 +86,7 @@ def load_language_model(
             ``device_map`` in place of ``device`` must put the whole model on one device. Python code that comes with a
             model runs only with ``{"trust_remote_code": True}``.
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
-            ``cache_bytes``, ``gradient_checkpointing``; and ``cache_folder``, which by default is
+            ``cache_bytes``, ``offload_trunk``, ``gradient_checkpointing``; and ``cache_folder``, which by default is
             :func:`bayes_lora.lm.model_files.cache_folder`.
 
     Raises:
@@ -132,8 +135,11 @@ def load_language_model(
         lora_config = lora_config or default_lora(model, **choice)
         check_drawn(lora_config)
         inject(lora_config, model, seed=seed)
+    offloads = kwargs.get("offload_trunk")
+    offloads = is_too_large(model, device) if offloads is None else offloads and is_gpu(device)
     if options.get("device_map") is None:
-        model.to(device)  # type: ignore[arg-type]
+        names = [layer for layer, _ in lora_layers(model, "default")] if offloads else []
+        move(model, device, names)
     if backend == "onednn":
         use_onednn(model)
     name = str(name_or_path)

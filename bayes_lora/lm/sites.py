@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bayes_lora.errors import SiteError, did_you_mean
 from bayes_lora.lm.adapters import TAKEN, check_not_taken, lora_layers
 from bayes_lora.lm.option_head import HEAD_SHAPES
-from bayes_lora.lm.slots import Bound, Slot, unchanged
+from bayes_lora.lm.slots import Bindings, Bound, Slot, Values, unchanged
 from bayes_lora.lm.subspace import subspace_shapes
 from bayes_lora.types import Sites, SiteShapes, delta_site, factor_sites
 from bayes_lora.utils.grouped_linear import RowGroups
@@ -44,6 +44,10 @@ class LoraSites:
 
     def __init__(self, slots: Mapping[str, Sequence[tuple[str, Slot]]]) -> None:
         self._slots = {site: [slot for _, slot in pairs] for site, pairs in slots.items()}
+        self._bindings = Bindings()
+        for site, own in self._slots.items():
+            for layer, slot in enumerate(own):
+                slot.attach(self._bindings, site, layer)
         self.modules = {site: [name for name, _ in pairs] for site, pairs in slots.items()}
         self.shapes: SiteShapes = {
             site: (len(slots), slots[0].initial.shape[0], slots[0].initial.shape[1])
@@ -128,10 +132,10 @@ class LoraSites:
         row_groups = None
         if rows is not None:
             row_groups = RowGroups.of(rows, next(iter(self._slots.values()))[0].initial.device)
-        with self._bound(self._by_slot(values), row_groups):
+        with _Binding(self._bindings, Values(self._by_site(values), row_groups)):
             yield
 
-    def _by_slot(self, values: Sites) -> dict[str, Sequence[Bound]]:
+    def _by_site(self, values: Sites) -> dict[str, Sequence[Bound]]:
         bound: dict[str, Sequence[Bound]] = {}
         for site, value in values.items():
             layers: Sequence[Bound] = value.unbind(-3) if isinstance(value, Tensor) else value.layers()
@@ -144,32 +148,17 @@ class LoraSites:
 
     def unbound(self) -> AbstractContextManager[None]:
         """Unbind all values inside the block, so that the model runs without its adapter."""
-        return self._bound({site: [None] * len(slots) for site, slots in self._slots.items()})
-
-    def _bound(
-        self, weights: Mapping[str, Sequence[Bound]], row_groups: RowGroups | None = None
-    ) -> AbstractContextManager[None]:
-        return _Binding(self, weights, row_groups)
-
-    def _current(self) -> tuple[dict[str, list[Bound]], RowGroups | None]:
-        weights = {site: [slot.bound for slot in slots] for site, slots in self._slots.items()}
-        return weights, next((slots[0].row_groups for slots in self._slots.values()), None)
-
-    def _assign(self, weights: Mapping[str, Sequence[Bound]], row_groups: RowGroups | None) -> None:
-        for site, slots in self._slots.items():
-            for slot, weight in zip(slots, weights[site], strict=True):
-                slot.bound, slot.row_groups = weight, row_groups
+        return _Binding(self._bindings, Values({}))
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The ``context_fn`` of ``torch.utils.checkpoint``: backward recomputes with the values bound in forward.
 
         Gradient checkpointing runs the forward again inside ``backward``, after :meth:`bind` has exited.
         """
-        current, row_groups = self._current()
-        bound = [value for values in current.values() for value in values]
-        draws = any(value is not None and not isinstance(value, Tensor) for value in bound)
+        values = self._bindings.values
+        draws = any(not isinstance(layers[0], Tensor) for layers in values.by_site.values())
         device = next(iter(self._slots.values()))[0].initial.device
-        return nullcontext(), _Binding(self, current, row_groups, same_noise(device) if draws else nullcontext)
+        return nullcontext(), _Binding(self._bindings, values, same_noise(device) if draws else nullcontext)
 
     def unstack(self, values: Sites) -> dict[str, Tensor]:
         """Split sites into Hugging Face names: ``{"model.layers.0.self_attn.q_proj.lora_A": (..., out, in)}``.
@@ -206,25 +195,18 @@ class _Binding(AbstractContextManager[None]):
     ``noise`` makes a context manager that is entered too, such as one that repeats the random draws of the forward.
     """
 
-    def __init__(
-        self,
-        sites: LoraSites,
-        weights: Mapping[str, Sequence[Bound]],
-        row_groups: RowGroups | None,
-        noise: Noise = nullcontext,
-    ) -> None:
-        self.sites, self.weights, self.row_groups, self.noise = sites, weights, row_groups, noise
-        self.before: list[tuple[tuple[dict[str, list[Bound]], RowGroups | None], ExitStack]] = []
+    def __init__(self, bindings: Bindings, values: Values, noise: Noise = nullcontext) -> None:
+        self.bindings, self.values, self.noise = bindings, values, noise
+        self.before: list[tuple[Values, ExitStack]] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()
         stack.enter_context(self.noise())
-        self.before.append((self.sites._current(), stack))
-        self.sites._assign(self.weights, self.row_groups)
+        self.before.append((self.bindings.values, stack))
+        self.bindings.values = self.values
 
     def __exit__(self, *_: object) -> None:
-        before, stack = self.before.pop()
-        self.sites._assign(*before)
+        self.bindings.values, stack = self.before.pop()
         stack.close()
 
 
@@ -256,14 +238,14 @@ def find_sites(model: nn.Module, adapter: str = "default") -> LoraSites:
     """
     found: dict[str, dict[tuple[int, ...], list[tuple[str, Slot, Slot]]]] = {}
     check_not_taken(model)
-    layers = list(lora_layers(model, adapter))
+    layers, dtype = list(lora_layers(model, adapter)), getattr(model, "dtype", None)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             _check_layer(name, layer, adapter)
         elif isinstance(layer, BaseTunerLayer):
             raise SiteError(f"module {name!r}: expected LoRA alone, got an adapter of PEFT's {type(layer).__name__}.")
     for name, layer in sorted(layers, key=lambda pair: _layer_index(pair[0])):
-        a, b = (_replace(getattr(layer, factor), adapter) for factor in FACTORS)
+        a, b = (_replace(getattr(layer, factor), adapter, dtype) for factor in FACTORS)
         shapes = (*a.initial.shape, *b.initial.shape)
         found.setdefault(name.rpartition(".")[2], {}).setdefault(shapes, []).append((name, a, b))
         TAKEN.add(layer)
@@ -305,10 +287,10 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
         raise SiteError(f"module {name!r}: its LoRA has a bias, which is not a LoRA site. Set lora_bias=False.")
 
 
-def _replace(factors: Any, adapter: str) -> Slot:
+def _replace(factors: Any, adapter: str, dtype: torch.dtype | None) -> Slot:
     # At least float32, because bfloat16 would round small updates of the weights to zero.
     initial = factors[adapter].weight
-    slot = Slot(initial.to(torch.promote_types(initial.dtype, torch.float32)))
+    slot = Slot(initial.to(torch.promote_types(initial.dtype, torch.float32)), dtype)
     factors[adapter] = slot
     return slot
 

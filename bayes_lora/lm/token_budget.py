@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from bayes_lora.utils.devices import is_gpu
+
 __all__ = ["TokenBudget"]
 
 Result = TypeVar("Result")
@@ -33,7 +35,7 @@ class TokenBudget:
 
     def __init__(self, tokens: int | None, device: torch.device) -> None:
         self.device = device
-        self.tokens = CPU_TOKENS if tokens is None and device.type != "cuda" else tokens
+        self.tokens = CPU_TOKENS if tokens is None and not is_gpu(device) else tokens
 
     def per_item(self, count: int) -> int:
         """Return the maximum number of tokens of each of ``count`` items in one forward."""
@@ -72,13 +74,15 @@ def fitting_tokens(peak: int, tokens: int, free: int) -> int:
 
 def peak_bytes(run: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
     """Return a call's result and its peak memory on a GPU in bytes, beyond the memory allocated before."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    gpu = torch.get_device_module(device)
+    gpu.reset_peak_memory_stats(device)
+    before = gpu.memory_allocated(device)
     result = run()
-    return result, torch.cuda.max_memory_allocated(device) - before
+    return result, gpu.max_memory_allocated(device) - before
 
 
 def free_bytes(device: torch.device) -> int:
     """Return the free memory of a GPU in bytes, including memory cached by torch."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    gpu = torch.get_device_module(device)
+    free: int = gpu.mem_get_info(device)[0]
+    return free + int(gpu.memory_reserved(device) - gpu.memory_allocated(device))

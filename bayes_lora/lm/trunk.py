@@ -7,7 +7,6 @@ still computes embeddings, masks and rotary tables, so the result is that of the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from bayes_lora.episodes.batching import by_tokens
-from bayes_lora.episodes.episode import Episode, send
+from bayes_lora.episodes.episode import Episode
 from bayes_lora.episodes.packing import EncodedExample, PackedRow, packed_row
+from bayes_lora.lm.offload import lower_layers
 from bayes_lora.lm.tensor_cache import TensorCache
 from bayes_lora.lm.token_budget import TokenBudget
+from bayes_lora.utils.devices import send
 
 __all__ = ["Trunk"]
 
@@ -78,15 +79,7 @@ class Trunk:
             cache: cache of hidden states; states that do not fit are computed again each time.
             budget: maximum number of tokens per forward of the lower layers.
         """
-        places = [re.match(r"(.*?)\.(\d+)\.", name) for name in adapted]
-        stacks = {place[1] for place in places if place}
-        self.layers: nn.ModuleList | None = None
-        self.depth = 0
-        if len(stacks) == 1 and all(places):
-            layers = model.get_submodule(stacks.pop())
-            if isinstance(layers, nn.ModuleList):
-                self.layers = layers
-                self.depth = min(int(place[2]) for place in places if place)
+        self.layers, self.depth = lower_layers(model, adapted)
         self.cache, self.budget = cache, budget
         self.in_tuple = False
 

@@ -51,6 +51,8 @@ class LanguageModelConfig:
         linear_backend: what computes frozen float32 linear layers on a CPU; None means the faster one.
         quantization: quantisation of the base with bitsandbytes.
         template: prompt template, or the name of one of :data:`bayes_lora.episodes.TEMPLATES`.
+        offload_trunk: keep the layers below the first adapted one in RAM; by default if the model takes more than half
+            of the GPU's memory.
         gradient_checkpointing: reduces memory in training at the cost of a second forward through the adapted layers.
         cache_gib: RAM in GiB for hidden states below the adapted layers.
         disk_cache: whether hidden states, features and tokens are stored on disk for later runs and other processes.
@@ -72,6 +74,7 @@ class LanguageModelConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     linear_backend: Literal["torch", "onednn"] | None = None
     quantization: Literal["8bit", "4bit"] | None = None
+    offload_trunk: bool | None = None
     gradient_checkpointing: bool = False
     cache_gib: NonNegative = 4.0
     disk_cache: bool = True

@@ -185,6 +185,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
         dtype=config.dtype,
         linear_backend=config.linear_backend,
         quantization=config.quantization,
+        offload_trunk=config.offload_trunk,
         gradient_checkpointing=config.gradient_checkpointing,
         cache_bytes=int(config.cache_gib * 2**30),
         **_cache_folder(config),

@@ -3,10 +3,15 @@
 Memory is an estimate, in bytes, for Llama-like decoder layers. Of a training step:
 
 - base: the frozen weights in their dtype, or in 8 or 4 bits for the linear layers of a quantised model;
-- trained: four copies of the trained parameters in 32 bits (values, gradients, Adam's two moments), and their average;
+- trained: four copies of the trained parameters in 32 bits (values, gradients, Adam's two moments), their average, and
+  those of the best evaluation;
 - phi: eight tensors of an episode's LoRA weights in 32 bits (location, scale, noise, draw, and their gradients);
 - activations: per token and adapted layer 7 hidden and 3 intermediate vectors in the base's dtype, and one more
-  intermediate vector if down_proj is adapted; with gradient checkpointing one hidden vector, and one whole layer.
+  intermediate vector if down_proj is adapted; with gradient checkpointing one hidden vector, and one whole layer;
+- margin: a tenth of the parts other than the base, which measured peaks exceeded by 3 to 10 %.
+
+The base leaves out the layers below the first adapted one if they stay in RAM (``offload_trunk: true``). A CUDA context
+takes about 1 GiB more.
 
 Of a closed-form fit, which differentiates all option scores of all training tasks once, in passes of
 ``guide.batch_size`` examples, and then fits the scales to Gram matrices:
@@ -49,6 +54,7 @@ from bayes_lora.lm.arithmetic import choose_arithmetic
 from bayes_lora.lm.base_model import reading
 from bayes_lora.lm.inject import default_lora, inject
 from bayes_lora.lm.model_files import cache_folder
+from bayes_lora.lm.offload import lower_layers
 from bayes_lora.lm.sites import LoraSites, find_sites
 from bayes_lora.models import ActivationSpace, WeightSpace
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
@@ -66,7 +72,10 @@ from bayes_lora.utils.limits import read_limited
 __all__ = ["DryRun", "dry_run", "read_architecture"]
 
 META = torch.device("meta")
-BITS = {"8bit": 8, "4bit": 4}
+BITS = {"8bit": 8.0, "4bit": 4.5}
+"""Bits of a quantised weight; in 4 bits with a scale in 32 bits for every 64 weights."""
+MARGIN = 0.1
+"""Share of a step's memory that its parts leave out."""
 MAX_BYTES = 1 << 20
 OPTIONS = 4
 """Number of options of a closed-form fit's task, if there are no tasks to count them in."""
@@ -187,8 +196,8 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig, tasks: TaskSet | 
     trained = sum(p.numel() for p in objective.parameters())
     quantised = sum(m.weight.numel() for name, m in linears.items() if m is not model.get_output_embeddings())
     parameters = {"base": sum(counted.values()), "lora": sites.num_parameters, "trained": trained}
-    bits = 8 * model.dtype.itemsize if settings.quantization is None else BITS[settings.quantization]
-    base = (parameters["base"] - quantised) * model.dtype.itemsize + quantised * bits // 8
+    bits = 8.0 * model.dtype.itemsize if settings.quantization is None else BITS[settings.quantization]
+    base = (parameters["base"] - quantised) * model.dtype.itemsize + int(quantised * bits / 8)
     per_token = _activations(config, architecture, sites) * model.dtype.itemsize
     if not is_closed_form(objective.guide):
         work: dict[str, int] = {}
@@ -199,8 +208,16 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig, tasks: TaskSet | 
         parameters["trained"] += _network(objective.guide)
         memory, work, tokens = _of_closed_form(config, objective, _sizes(config, tasks), per_token)
         memory = {"theta": 4 * sum(value.numel() for value in theta.values())} | memory
-    memory = {"base": base} | memory
+    if settings.offload_trunk:
+        base -= _below(model, sites) * model.dtype.itemsize
+    memory = {"base": base} | memory | {"margin": int(MARGIN * sum(memory.values()))}
     return DryRun(dict(sites.shapes), parameters, memory | {"total": sum(memory.values())}, tokens, work)
+
+
+def _below(model: torch.nn.Module, sites: LoraSites) -> int:
+    """Return the number of parameters of the layers below the first adapted one."""
+    layers, depth = lower_layers(model, [name for names in sites.modules.values() for name in names])
+    return sum(p.numel() for layer in list(layers or ())[:depth] for p in layer.parameters())
 
 
 def _check(sites: LoraSites, linears: dict[str, torch.nn.Linear], r: int | None) -> None:
@@ -234,7 +251,7 @@ def _of_step(
     draws = episodes.tasks_per_episode * particles
     pairs = 2 if isinstance(objective.model, WeightSpace | ActivationSpace) else 1  # factor pairs, for mean and scale
     memory = {
-        "trained": 5 * 4 * parameters["trained"],
+        "trained": 6 * 4 * parameters["trained"],
         "phi": pairs * 8 * 4 * draws * parameters["lora"],
         "activations": tokens * per_token,
     }

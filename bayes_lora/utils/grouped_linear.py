@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_lora.utils.devices import send
+
 __all__ = ["RowGroups", "linear"]
 
 
@@ -30,7 +32,7 @@ class RowGroups(NamedTuple):
         if len(set(sizes)) <= 1:
             return None
         group = torch.tensor([index for index, size in enumerate(sizes) for _ in range(size)])
-        return cls(tuple(sizes), group.to(device, non_blocking=True))
+        return cls(tuple(sizes), send(group, device))
 
 
 def linear(x: Tensor, weight: Tensor, row_groups: RowGroups | None = None) -> Tensor:

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from bayes_lora.utils.devices import is_gpu
+
 __all__ = ["same_noise", "seeded"]
 
 
@@ -21,13 +23,13 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         seed: the seed.
         device: the device on which the block draws, in addition to the CPU.
     """
-    device = torch.device(device)
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
+    gpus = _gpus(device)
+    with _forked(gpus):
         torch.default_generator.manual_seed(seed)
         for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(seed)
+            module = torch.get_device_module(gpu)
+            with module.device(gpu):
+                module.manual_seed(seed)
         yield
 
 
@@ -37,16 +39,24 @@ def same_noise(device: torch.device | str = "cpu") -> Callable[[], AbstractConte
     Args:
         device: the device on which the block draws, in addition to the CPU.
     """
-    device = torch.device(device)
-    gpus = [device] if device.type == "cuda" else []
-    state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in gpus]
+    gpus = _gpus(device)
+    state, states = torch.get_rng_state(), [torch.get_device_module(gpu).get_rng_state(gpu) for gpu in gpus]
 
     @contextmanager
     def again() -> Iterator[None]:
-        with torch.random.fork_rng(devices=gpus):
+        with _forked(gpus):
             torch.set_rng_state(state)
             for gpu, value in zip(gpus, states, strict=True):
-                torch.cuda.set_rng_state(value, gpu)
+                torch.get_device_module(gpu).set_rng_state(value, gpu)
             yield
 
     return again
+
+
+def _gpus(device: torch.device | str) -> list[torch.device]:
+    return [torch.device(device)] if is_gpu(device) else []
+
+
+def _forked(gpus: list[torch.device]) -> AbstractContextManager[None]:
+    """Restore the states of the generators of the CPU and of these GPUs after the block."""
+    return torch.random.fork_rng(devices=gpus, device_type=gpus[0].type if gpus else "cuda")
