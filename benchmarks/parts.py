@@ -27,6 +27,7 @@ PARTS = {
     "infer": [
         "bayes_lora.posterior.posterior:Posterior.adapt",
         "bayes_lora.posterior.task_posterior:TaskPosterior.predict",
+        "bayes_lora.posterior.task_posterior:TaskPosterior.predict_draws",
         "bayes_lora.posterior.task_posterior:TaskPosterior.generate",
     ],
     "export": [

@@ -325,6 +325,7 @@ def test_processes_join_before_the_model_is_put_on_their_gpu(monkeypatch, model_
     made, placed = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 33, 1 << 34))
     monkeypatch.setattr("accelerate.PartialState", lambda **kwargs: made.append((dict(kwargs), placed[:])))
     monkeypatch.setattr("transformers.PreTrainedModel.to", lambda self, device: placed.append(str(device)))
     for name, value in GPUS.items():

@@ -332,7 +332,7 @@ def test_the_flow_bounds_the_evidence():
     guide = FlowNetwork(
         model, directions=4, hidden=32, bilinear=2, dropout=0.0, start=0.5, num_components=2000
     ).double()
-    objective = train(BetaELBO(model, guide, num_particles=64), episode, 600)
+    objective = train(BetaELBO(model, guide, num_particles=64), episode, 900)
     with torch.no_grad():
         [fn] = guide.posterior(episode, model.initial_theta()).values()
         losses = torch.stack([objective(episode) for _ in range(50)])
