@@ -187,7 +187,7 @@ def test_the_interval_may_change_in_a_resumed_run(lm, tasks, tmp_path):
 
 def test_the_best_parameters_are_written_when_they_change(lm, tasks, tmp_path, monkeypatch):
     curve, written, save = iter([2.0, 3.0, 1.0]), [], Checkpoints.save
-    monkeypatch.setattr("bayes_lora.infer.training.held_out_nll", lambda *_: next(curve))
+    monkeypatch.setattr("bayes_lora.infer.training.held_out_nll", lambda *_, **__: next(curve))
 
     def save_and_list(self, state):
         save(self, state)
