@@ -177,10 +177,14 @@ def test_small_tasks_are_refused_with_the_cure(lm):
 
 
 def test_settings_without_an_effect_are_named(lm):
-    message = "TangentGuide is fitted in closed form: fit.learning_rate, episodes.num_demonstrations have no effect"
-    episodes = NOT_HELD_OUT["episodes"] | {"num_demonstrations": 1}
-    with pytest.warns(UserWarning, match=message):
-        fit_posterior(lm, make_tasks(2), {"fit": {"learning_rate": 0.1, "steps": 1}, "episodes": episodes})
+    named = "fit.learning_rate, episodes.num_demonstrations, episodes.label_skew, objective.num_particles"
+    config = {
+        "fit": {"learning_rate": 0.1, "steps": 1},
+        "episodes": NOT_HELD_OUT["episodes"] | {"num_demonstrations": 1, "label_skew": 1.0},
+        "objective": {"num_particles": 2},
+    }
+    with pytest.warns(UserWarning, match=f"TangentGuide is fitted in closed form: {named} have no effect"):
+        fit_posterior(lm, make_tasks(2), config)
 
 
 def test_a_sweep_scores_linear_predictions(lm):

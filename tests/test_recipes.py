@@ -24,7 +24,8 @@ from bayes_lora.runs.fit import fit_posterior
 @pytest.mark.parametrize("demonstrations", [0, 2])
 def test_a_recipe_from_fit_to_a_reloaded_posterior(lm, tmp_path, name, demonstrations):
     shown = replace(EPISODES, num_demonstrations=demonstrations)
-    config = small(name, objective=ObjectiveConfig(num_particles=2), episodes=shown)
+    particles = 1 if name in CLOSED_FORM else 2
+    config = small(name, objective=ObjectiveConfig(num_particles=particles), episodes=shown)
     unused = name in CLOSED_FORM and demonstrations
     with pytest.warns(UserWarning, match="episodes.num_demonstrations have no effect") if unused else nullcontext():
         posterior, state = fit_posterior(lm, make_tasks(4), config)
