@@ -274,7 +274,7 @@ def test_permuted_options_permute_predictions(lm):
     # The norms of this language model are in float32.
     torch.testing.assert_close(second.mean, first.mean[:, order], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(second.covariance, first.covariance[:, order][:, :, order], rtol=1e-4, atol=1e-4)
-    for averaged, tolerance in ((False, 1e-4), (True, 3e-3)):
+    for averaged, tolerance in ((False, 1e-4), (True, 5e-3)):
         before, after = (found.log_probs(averaged=averaged).exp() for found in (first, second))
         torch.testing.assert_close(after, before[:, order], rtol=0, atol=tolerance)
     torch.testing.assert_close(other.predict(moved[12:]), second.log_probs())
