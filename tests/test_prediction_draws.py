@@ -12,6 +12,8 @@ import bayes_lora
 from bayes_lora import TaskPosterior
 from bayes_lora.episodes import collate
 from bayes_lora.errors import TaskError
+from bayes_lora.guides import TaskGuide
+from bayes_lora.models import Subspace
 from bayes_lora.posterior.prediction_draws import prediction_draws
 from bayes_lora.tasks import Example
 from bayes_lora.types import absent_score
@@ -151,3 +153,19 @@ def test_arviz_reads_weights_and_predictions(adapted, tasks):
     assert own.to_arviz(num_draws=2).groups() == ["posterior"]
     with pytest.raises(TaskError, match="expected one task, got 2. select\\(\\) one first"):
         adapted.to_arviz()
+
+
+def test_arviz_has_the_weights_of_a_subspace(lm, tasks):
+    model = Subspace(lm, size=2)
+    own = bayes_lora.Posterior(lm, model, AtThePrior(model)).adapt(tasks[0])
+    found, drawn = own.to_arviz(num_draws=3, seed=1).posterior, own.draw(3, seed=1)
+    varied = {site for site in lm.sites.shapes if "lora_B" in site}
+    assert set(found.data_vars) == varied
+    for site in varied:
+        np.testing.assert_array_equal(found[site][0], drawn[site][:, 0, 0].detach())
+
+
+class AtThePrior(TaskGuide):
+    def posterior(self, support, theta):
+        shape = (len(support.mask), 1)
+        return {site: Normal(fn.mean, fn.stddev).to_event(3).expand(shape) for site, fn in self.prior(theta).items()}

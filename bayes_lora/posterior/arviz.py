@@ -32,7 +32,10 @@ def inference_data(
         raise ConfigError("to_arviz: whole updates are drawn while they are used, and have no draws to show.")
     drawn = adapted.draw(num_draws, seed=seed)
     weights: dict[str, Any] = {}
-    for site in (site for site in drawn if site not in adapted.shared):
+    for site in drawn:
+        # In a subspace the shared value of a site is its mean, to which each draw adds its directions.
+        if site in adapted.shared and len(drawn[site]) < max(2, num_draws):
+            continue
         value = drawn[site].expand(num_draws, 1, 1, *drawn[site].shape[-3:])[:, 0, 0].detach().cpu().numpy()
         dims = ("chain", "draw", *(f"{site}.{axis}" for axis in ("layer", "out", "in")))
         weights[site] = (dims, value[None])

@@ -69,9 +69,8 @@ class PredictionDraws:
     def control_risk(self, answers: Gold, target: float, *, delta: float | None = None) -> RiskControl:
         """Choose the confidence at which to abstain from these labelled questions.
 
-        ``draws.answers(abstain_at=control.threshold)`` of *other* questions of the same task then keeps the promise
-        ``control.guarantee``: see :func:`bayes_lora.metrics.risk_control_threshold`, whose arguments ``target`` and
-        ``delta`` are.
+        Answers to *other* questions of the same task, ``draws.answers(abstain_at=control.threshold)``, then keep the
+        promise ``control.guarantee``; see :func:`bayes_lora.metrics.risk_control_threshold`.
 
         Args:
             answers: the gold answers. The posterior must not have been adapted to these questions.

@@ -1,6 +1,6 @@
 """A fit over several processes: what rank 0 reads, or computes, reaches the others.
 
-Each process holds the language model and all parameters. In a fit by SVI each draws episodes of its own, and gradients
+Each process holds the language model and all parameters. In a fit by SVI each draws its own episodes, and gradients
 are averaged; in closed form each computes the derivatives of some tasks. Rank 0 alone reads and writes the run folder.
 """
 

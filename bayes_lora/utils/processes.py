@@ -102,7 +102,7 @@ def join(device: torch.device | None = None) -> None:
     if device.type == "cuda" and device.index not in (None, _local_rank()):
         raise ConfigError(
             f"device {str(device)!r}: expected 'cuda:{_local_rank()}' in the process with LOCAL_RANK={_local_rank()}, "
-            "because each process has a GPU of its own. Leave out device, or pass 'cuda'."
+            "because each process has its own GPU. Leave out device, or pass 'cuda'."
         )
     from accelerate import PartialState
 
