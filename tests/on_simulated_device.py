@@ -16,6 +16,7 @@ from simulated_device import DEVICE, LOG, MODULE, DeviceError, allocated
 from bayes_lora.episodes import collate
 from bayes_lora.infer.training import FitConfig, fit
 from bayes_lora.lm.generation import generate
+from bayes_lora.lm.loading import load_language_model
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.recipes.config import EpisodeConfig
@@ -125,8 +126,8 @@ def test_a_seed_is_of_the_device_s_generator_too(monkeypatch):
 
 
 # Episode and support are tensors of their own. A guide that reads features copies three more, an ensemble the order
-# of draws of each site.
-COPIES = {"abmll": 35, "abmll-network": 36, "ensemble": 37, "mc-dropout": 33}
+# of draws of each site. Hidden states are on the device already.
+COPIES = {"abmll": 32, "abmll-network": 35, "ensemble": 36, "mc-dropout": 32}
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -174,7 +175,7 @@ def test_layers_below_the_adapted_ones_stay_in_ram(tokenizer):
     assert generate(offloaded, values, prompts, 3) == generate(plain, values, prompts, 3)
     LOG.clear()
     offloaded(values, first), plain(values, first)
-    assert LOG["pinned copy to device"] == 2  # the states alone, of each
+    assert not LOG  # their states are on the device
     held = {}
     for name, lm in (("plain", plain), ("offloaded", offloaded)):
         held[name] = sum(p.nbytes for p in (*lm.model.parameters(), *lm.model.buffers()) if p.device == DEVICE)
@@ -182,3 +183,46 @@ def test_layers_below_the_adapted_ones_stay_in_ram(tokenizer):
     before = allocated()
     del plain
     assert before - allocated() >= held["plain"]
+
+
+def test_states_that_do_not_fit_on_the_device_are_sent_together(tokenizer):
+    lm = lm_on(DEVICE, tokenizer)
+    [task] = make_tasks(1, 6).values()
+    episode = collate([lm.encoder(task.examples)]).to(DEVICE)
+    values = {site: value[None, None, None] + 0.1 for site, value in lm.sites.initial().items()}
+    expected, size = lm(values, episode).cpu(), lm.trunk.cache.gpu_used
+    assert size > 0 and lm.trunk.cache.ram_used == 0
+    for room in (0, size // 2):
+        few = lm_on(DEVICE, tokenizer, gpu_cache_bytes=room)
+        assert torch.equal(few(values, episode).cpu(), expected)
+        cache = few.trunk.cache
+        assert cache.gpu_used <= room and cache.gpu_used + cache.ram_used == size and (cache.gpu_used > 0) == (room > 0)
+        LOG.clear()
+        assert torch.equal(few(values, episode).cpu(), expected)
+        assert LOG["pinned copy to device"] == 1 and LOG["copy to device"] == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("offload", [True, False, None])
+def test_lower_layers_are_not_put_on_the_device_when_a_model_is_loaded(large, offload, model_folder, monkeypatch):
+    """If they are asked to stay in RAM or, by default, if the model takes more than half of the device's memory."""
+    total = sum(file.stat().st_size for file in model_folder.glob("*.safetensors")) * (1.5 if large else 2.5)
+    monkeypatch.setitem(MODULE.answers, "mem_get_info", (int(total / 2), int(total)))
+    moved, to = [], torch.nn.Module.to
+
+    def record(module, *args, **kwargs):
+        moved.extend(module.modules() if DEVICE in args else ())
+        return to(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", record)
+    chosen = {"dtype": "float32", "linear_backend": "torch", "cache_folder": None, "top_layers": 1}
+    lm = load_language_model(model_folder, device=DEVICE, offload_trunk=offload, **chosen)
+    lower = list(lm.trunk.layers)[: lm.trunk.depth]
+    stays = offload or (large and offload is None)
+    assert lower and {p.device.type for layer in lower for p in layer.parameters()} == {"cpu" if stays else DEVICE.type}
+    assert any(layer in moved for layer in lower) != stays and lm.device == DEVICE
+    plain = load_language_model(model_folder, device="cpu", **chosen)
+    [task] = make_tasks(1, 6).values()
+    episode = collate([lm.encoder(task.examples)])
+    expected = plain(plain.sites.initial(), episode)
+    torch.testing.assert_close(lm(lm.sites.initial(), episode.to(DEVICE)).cpu(), expected)

@@ -161,6 +161,7 @@ def test_a_closed_form_fit():
     memory = dict(found.memory)
     assert memory.pop("base") == 4 * found.parameters["base"]
     assert memory.pop("total") == found.memory["base"] + sum(memory.values())
+    assert memory.pop("states") == 0  # all layers are adapted
     assert found.tokens == 4 * 64
     splits = 8 * 8 + 6 * 8 + 3 * 2 * 2, 12 * 12 + 21 * 12 + 7 * 3 * 3, 8 * 8 + 12 * 8 + 6 * 2 * 2
     assert memory.pop("margin") == int(0.1 * sum(memory.values()))
@@ -281,5 +282,19 @@ def test_lower_layers_in_ram_are_not_on_the_gpu():
     h, m, kv = 4096, 14336, 1024
     layer = 2 * h * h + 2 * h * kv + 3 * h * m + 2 * h
     assert here["base"] - there["base"] == 2 * 26 * layer
-    parts = {name: size for name, size in there.items() if name not in ("base", "margin", "total")}
+    parts = {name: size for name, size in there.items() if name not in ("base", "states", "margin", "total")}
     assert there["margin"] == int(0.1 * sum(parts.values())) and parts.keys() == {"trained", "phi", "activations"}
+
+
+def test_states_of_all_examples_as_far_as_they_may_stay_on_the_gpu():
+    architecture, tasks = LlamaConfig(**SMALL), sized_tasks()
+
+    def states(collection=None, **settings):
+        settings = {"dtype": "float32", "max_length": 50, "top_layers": 2} | settings
+        config = RunConfig(recipe="abmll", language_model=LanguageModelConfig(**settings))
+        return dry_run(config, architecture, collection).memory["states"]
+
+    of_tasks = sum(map(len, tasks.values())) * 50 * 64 * 4
+    assert states(tasks) == of_tasks and states() == 2 << 30
+    assert states(tasks, gpu_cache_gib=of_tasks / 2**31) == of_tasks // 2
+    assert states(tasks, top_layers=5) == 0

@@ -76,6 +76,8 @@ class LanguageModel:
             :mod:`bayes_lora.lm.token_budget`).
         cache_bytes: RAM for the hidden states at the input of the lowest adapted layer. States that do not fit are read
             from ``cache_folder``, or computed again each time.
+        gpu_cache_bytes: memory of the GPU for the same states, which is filled before RAM. Without a GPU it has no
+            effect.
         cache_folder: folder for what persists and what several processes share: hidden states and features of the base
             model (:mod:`bayes_lora.lm.tensor_store`) and tokens of large collections
             (:mod:`bayes_lora.episodes.token_store`); None keeps them in RAM only.
@@ -105,6 +107,7 @@ class LanguageModel:
         normalize: Literal["sum", "mean"] = "sum",
         token_budget: int | None = None,
         cache_bytes: int = 4 << 30,
+        gpu_cache_bytes: int = 2 << 30,
         cache_folder: str | Path | None = None,
         offload_trunk: bool | None = None,
         gradient_checkpointing: bool = False,
@@ -129,7 +132,8 @@ class LanguageModel:
         adapted = [module for modules in self.sites.modules.values() for module in modules]
         head: Any = model.get_output_embeddings()
         check_adapted(model, adapted)
-        self.trunk = Trunk(model, adapted, TensorCache(cache_bytes), self.budget)
+        states = TensorCache(cache_bytes, device=model.device, gpu_bytes=gpu_cache_bytes)
+        self.trunk = Trunk(model, adapted, states, self.budget)
         if is_gpu(model.device) and (is_too_large(model, model.device) if offload_trunk is None else offload_trunk):
             offload(list(self.trunk.layers or ())[: self.trunk.depth], model.device)
         self.cache_folder = None if cache_folder is None else Path(cache_folder)

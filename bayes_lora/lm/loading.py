@@ -86,8 +86,8 @@ def load_language_model(
             ``device_map`` in place of ``device`` must put the whole model on one device. Python code that comes with a
             model runs only with ``{"trust_remote_code": True}``.
         **kwargs: passed to :class:`LanguageModel`: ``template``, ``max_length``, ``normalize``, ``token_budget``,
-            ``cache_bytes``, ``offload_trunk``, ``gradient_checkpointing``; and ``cache_folder``, which by default is
-            :func:`bayes_lora.lm.model_files.cache_folder`.
+            ``cache_bytes``, ``gpu_cache_bytes``, ``offload_trunk``, ``gradient_checkpointing``; and ``cache_folder``,
+            which by default is :func:`bayes_lora.lm.model_files.cache_folder`.
 
     Raises:
         ModelFileError: files cannot be found, downloaded or read, or the adapter does not match the model.

@@ -45,6 +45,15 @@ def _pieces(index: int, row: PackedRow) -> list[_Piece]:
     return [_Piece(index, start, e.key, e) for e, start in zip(row.examples, row.starts, strict=True)]
 
 
+def _on_device(states: dict[bytes, Tensor], device: torch.device) -> dict[bytes, Tensor]:
+    """Return states ``(L, d)`` on a device, to which those elsewhere are copied as one tensor."""
+    far = [key for key, value in states.items() if value.device != device]
+    if not far:
+        return states
+    moved = send(torch.cat([states[key] for key in far]), device).split([len(states[key]) for key in far])
+    return states | dict(zip(far, moved, strict=True))
+
+
 class _PassThrough(nn.Module):
     """Replaces a decoder layer: records its input, and returns ``states`` if set, otherwise its input."""
 
@@ -143,12 +152,13 @@ class Trunk:
         missing = {piece.key: piece for piece in pieces if piece.key not in known}
         if missing:
             known |= self._compute({key: piece.as_row() for key, piece in missing.items()}, run)
-        [like] = known[pieces[0].key]
+        values = _on_device({key: states for key, (states,) in known.items()}, episode.input_ids.device)
+        like = values[pieces[0].key]
         states = like.new_zeros(*episode.input_ids.shape, like.shape[-1])
         for piece in pieces:
-            [own] = known[piece.key]
+            own = values[piece.key]
             states[piece.row, piece.start : piece.start + len(own)] = own
-        return send(states, episode.input_ids.device)
+        return states
 
     def _compute(
         self, missing: dict[bytes, PackedRow], run: Callable[[Sequence[PackedRow]], Any]

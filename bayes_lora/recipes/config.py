@@ -55,6 +55,7 @@ class LanguageModelConfig:
             of the GPU's memory.
         gradient_checkpointing: reduces memory in training at the cost of a second forward through the adapted layers.
         cache_gib: RAM in GiB for hidden states below the adapted layers.
+        gpu_cache_gib: memory of a GPU in GiB for the same states, which is filled before RAM.
         disk_cache: whether hidden states, features and tokens are stored on disk for later runs and other processes.
         cache_folder: folder for them; None means that of :func:`bayes_lora.lm.model_files.cache_folder`.
     """
@@ -77,6 +78,7 @@ class LanguageModelConfig:
     offload_trunk: bool | None = None
     gradient_checkpointing: bool = False
     cache_gib: NonNegative = 4.0
+    gpu_cache_gib: NonNegative = 2.0
     disk_cache: bool = True
     cache_folder: str | None = None
 

@@ -188,6 +188,7 @@ def build_language_model(config: LanguageModelConfig) -> LanguageModel:
         offload_trunk=config.offload_trunk,
         gradient_checkpointing=config.gradient_checkpointing,
         cache_bytes=int(config.cache_gib * 2**30),
+        gpu_cache_bytes=int(config.gpu_cache_gib * 2**30),
         **_cache_folder(config),
     )
 

@@ -3,18 +3,19 @@
 Memory is an estimate, in bytes, for Llama-like decoder layers. Of a training step:
 
 - base: the frozen weights in their dtype, or in 8 or 4 bits for the linear layers of a quantised model;
+- states: hidden states of all examples at the input of the first adapted layer, up to ``gpu_cache_gib``;
 - trained: four copies of the trained parameters in 32 bits (values, gradients, Adam's two moments), their average, and
   those of the best evaluation;
 - phi: eight tensors of an episode's LoRA weights in 32 bits (location, scale, noise, draw, and their gradients);
 - activations: per token and adapted layer 7 hidden and 3 intermediate vectors in the base's dtype, and one more
   intermediate vector if down_proj is adapted; with gradient checkpointing one hidden vector, and one whole layer;
-- margin: a tenth of the parts other than the base, which measured peaks exceeded by 3 to 10 %.
+- margin: a tenth of the parts other than base and states, which measured peaks exceeded by 3 to 10 %.
 
 The base leaves out the layers below the first adapted one if they stay in RAM (``offload_trunk: true``). A CUDA context
 takes about 1 GiB more.
 
 Of a closed-form fit, which differentiates all option scores of all training tasks once, in passes of
-``guide.batch_size`` examples, and then fits the scales to Gram matrices:
+``guide.batch_size`` examples, and then fits the scales to Gram matrices, apart from base and states:
 
 - theta: one copy of its values in 32 bits; the few that are fitted need no more;
 - phi: the weights of each example of a pass, in 32 bits;
@@ -210,8 +211,21 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig, tasks: TaskSet | 
         memory = {"theta": 4 * sum(value.numel() for value in theta.values())} | memory
     if settings.offload_trunk:
         base -= _below(model, sites) * model.dtype.itemsize
-    memory = {"base": base} | memory | {"margin": int(MARGIN * sum(memory.values()))}
+    kept = {"base": base, "states": _states(config, model, sites, tasks)}
+    memory = kept | memory | {"margin": int(MARGIN * sum(memory.values()))}
     return DryRun(dict(sites.shapes), parameters, memory | {"total": sum(memory.values())}, tokens, work)
+
+
+def _states(config: RunConfig, model: torch.nn.Module, sites: LoraSites, tasks: TaskSet | None) -> int:
+    """Return the memory of hidden states of the training tasks at the input of the first adapted layer."""
+    settings = config.language_model
+    if lower_layers(model, [name for names in sites.modules.values() for name in names])[1] == 0:
+        return 0
+    most = int(settings.gpu_cache_gib * 2**30)
+    if tasks is None:
+        return most
+    examples = sum(map(len, tasks.values()))
+    return min(most, examples * settings.max_length * model.config.hidden_size * model.dtype.itemsize)
 
 
 def _below(model: torch.nn.Module, sites: LoraSites) -> int:

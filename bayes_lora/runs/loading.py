@@ -75,7 +75,10 @@ def load_language_model_of(run: Path) -> LanguageModel:
     _check_rank(settings, run)
     warn_of_download(settings.name, settings.revision, run / CONFIG, adapter=settings.adapter)
     # The cache is of the machine that fitted.
-    return build_language_model(replace(settings, cache_folder=None, cache_gib=LanguageModelConfig().cache_gib))
+    own = LanguageModelConfig()
+    return build_language_model(
+        replace(settings, cache_folder=None, cache_gib=own.cache_gib, gpu_cache_gib=own.gpu_cache_gib)
+    )
 
 
 def _check_rank(settings: LanguageModelConfig, run: Path) -> None:

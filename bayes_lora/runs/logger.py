@@ -40,7 +40,7 @@ def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     to save, and so are settings of the cache and of kernels.
     """
     settings = config.to_dict()
-    for name in ("cache_gib", "cache_folder", "disk_cache", "linear_backend", "offload_trunk"):
+    for name in ("cache_gib", "gpu_cache_gib", "cache_folder", "disk_cache", "linear_backend", "offload_trunk"):
         del settings["language_model"][name]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in MAY_DIFFER}
     return [settings, [[name, _digest(task)] for name, task in tasks.items()]]
