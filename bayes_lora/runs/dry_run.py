@@ -216,7 +216,7 @@ def dry_run(config: RunConfig, architecture: PreTrainedConfig, tasks: TaskSet | 
     return DryRun(dict(sites.shapes), parameters, memory | {"total": sum(memory.values())}, tokens, work)
 
 
-def _states(config: RunConfig, model: torch.nn.Module, sites: LoraSites, tasks: TaskSet | None) -> int:
+def _states(config: RunConfig, model: Any, sites: LoraSites, tasks: TaskSet | None) -> int:
     """Return the memory of hidden states of the training tasks at the input of the first adapted layer."""
     settings = config.language_model
     if lower_layers(model, [name for names in sites.modules.values() for name in names])[1] == 0:
@@ -225,7 +225,8 @@ def _states(config: RunConfig, model: torch.nn.Module, sites: LoraSites, tasks: 
     if tasks is None:
         return most
     examples = sum(map(len, tasks.values()))
-    return min(most, examples * settings.max_length * model.config.hidden_size * model.dtype.itemsize)
+    size: int = examples * settings.max_length * model.config.hidden_size * model.dtype.itemsize
+    return min(most, size)
 
 
 def _below(model: torch.nn.Module, sites: LoraSites) -> int:
