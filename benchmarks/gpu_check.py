@@ -126,9 +126,10 @@ def memory_of_a_step(setup: Setup) -> dict[str, Any]:
     with torch.profiler.profile() as profile:
         step()
     names = {event.key for event in profile.key_averages()}
+    kept = replace(config.language_model, gpu_cache_gib=lm.trunk.cache.gpu_used / 2**30)  # of this one episode
     return {
         "peak": peak,
-        "dry_run": dry_run(config, setup.base.config).memory["total"],
+        "dry_run": dry_run(replace(config, language_model=kept), setup.base.config).memory["total"],
         "attention": sorted(n for n in names if any(w in n.lower() for w in ("attention", "fmha", "flash"))),
     }
 
