@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bayes_lora.lm.language_model import LanguageModel as LanguageModel
     from bayes_lora.lm.loading import from_peft as from_peft
     from bayes_lora.lm.loading import load_language_model as load_language_model
+    from bayes_lora.posterior.metric_table import metric_table as metric_table
     from bayes_lora.posterior.posterior import Posterior as Posterior
     from bayes_lora.posterior.prediction_draws import uncertainty as uncertainty
     from bayes_lora.posterior.task_posterior import TaskPosterior as TaskPosterior
@@ -41,6 +42,7 @@ _MODULES = {
     "load_prior": "runs.loading",
     "load_split": "tasks",
     "load_tasks": "tasks",
+    "metric_table": "posterior.metric_table",
     "uncertainty": "posterior.prediction_draws",
 }
 __all__ = ["__version__", *sorted(_MODULES)]

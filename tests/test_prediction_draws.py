@@ -1,5 +1,6 @@
 """Predictions under each draw: their average is the prediction, and each is that of one coherent model."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from bayes_lora.episodes import collate
 from bayes_lora.errors import TaskError
 from bayes_lora.guides import TaskGuide
 from bayes_lora.models import Subspace
+from bayes_lora.posterior.baselines import pretrained
 from bayes_lora.posterior.prediction_draws import prediction_draws
 from bayes_lora.tasks import Example
 from bayes_lora.types import absent_score
@@ -169,3 +171,42 @@ class AtThePrior(TaskGuide):
     def posterior(self, support, theta):
         shape = (len(support.mask), 1)
         return {site: Normal(fn.mean, fn.stddev).to_event(3).expand(shape) for site, fn in self.prior(theta).items()}
+
+
+def test_a_table_of_methods_is_that_of_their_log_probabilities(adapted, tasks, lm):
+    """Tasks of two and three options, and methods with other numbers of draws."""
+    queries = [task.query for task in tasks]
+    methods = {
+        "point": pretrained(lm, tasks).predict_draws(queries),
+        "draws": adapted.predict_draws(queries, num_draws=3),
+    }
+    table = bayes_lora.metric_table(methods, reference="point", num_resamples=20)
+    assert {len(one.examples[0].options) for one in methods["draws"]} == {2, 3} and len(methods["point"][0]) == 1
+    for name, own in methods.items():
+        rows = table[table["method"] == name].set_index("metric")["value"]
+        nll = [
+            -one.mean()[range(len(task.query)), [e.answer for e in task.query]].mean()
+            for one, task in zip(own, tasks, strict=True)
+        ]
+        assert rows["nll"] == pytest.approx(float(sum(nll)) / 2) and table.attrs["num_tasks"] == 2
+        assert (rows["skill"] == 0) == (name == "point")
+    shares = [one.log_probs.exp() for one in methods["draws"]]
+    entropies = [torch.special.entr(p.mean(0)).sum(-1).mean() for p in shares]
+    found = table.set_index(["method", "metric"])["value"]["draws", "entropy"]
+    assert found == pytest.approx(float(sum(entropies)) / 2)
+    mixed = [adapted.select(task.name).predict_draws(task.query, num_draws=n) for n, task in enumerate(tasks, 2)]
+    one = bayes_lora.metric_table({"mixed": mixed}, num_resamples=20).set_index("metric")["value"]
+    assert math.isnan(one["error_auroc_epistemic"]) and one["nll"] > 0
+
+
+def test_what_a_table_refuses(adapted, tasks):
+    queries = [task.query for task in tasks]
+    draws = adapted.predict_draws(queries, num_draws=2)
+    with pytest.raises(TaskError, match=r"same questions, but those of 'b' differ"):
+        bayes_lora.metric_table({"a": draws, "b": draws[:1]})
+    for nothing in ({}, {"a": []}):
+        with pytest.raises(TaskError, match=r"at least one question, got none"):
+            bayes_lora.metric_table(nothing)
+    free = prediction_draws("essay", [Example("why?", references=("so",))], torch.tensor([[[0.5, 0.5]]]).log())
+    with pytest.raises(TaskError, match=r"answers of task 'essay' are generated"):
+        bayes_lora.metric_table({"a": free})
