@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.collections import PathCollection
@@ -46,6 +47,17 @@ def test_a_long_title_has_lines_of_about_equal_length() -> None:
     figure = reliability_diagram({"ABMLL (amortized) + 10 steps": curve(0), "LoRA, 10 steps of 0.001": curve(1)})
     titles = [axes.get_title() for axes in figure.axes[:2]]
     assert titles == ["ABMLL (amortized)\n+ 10 steps", "LoRA, 10 steps of 0.001"]
+
+
+def test_columns_of_a_frame_are_read_as_tensors_are() -> None:
+    frame = pd.DataFrame({name: value.numpy() for name, value in zip(("p", "right"), curve(0), strict=True)})
+    figure, expected = (reliability_diagram({"ours": pair}) for pair in ((frame["p"], frame["right"]), curve(0)))
+    offsets = [one.axes[0].collections[-1].get_offsets() for one in (figure, expected)]
+    assert (
+        np.array_equal(*offsets)
+        and figure.axes[0].get_legend().get_texts()[0].get_text()
+        == expected.axes[0].get_legend().get_texts()[0].get_text()
+    )
 
 
 def test_extreme_confidences() -> None:

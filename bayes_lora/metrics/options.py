@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from bayes_lora.metrics.draws import SUM_TOLERANCE, tensor_of
 
 __all__ = [
     "Metrics",
@@ -24,8 +26,6 @@ __all__ = [
 ]
 
 Scores = TypeVar("Scores")
-
-SUM_TOLERANCE = 2e-2  # bfloat16 log-probabilities of a few nats are off by about 1 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def top_confidence(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None
     return _top(*_checked(log_probs, answer, option_mask))
 
 
-def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 15) -> float:
+def expected_calibration_error(confidence: Any, correct: Any, num_bins: int = 15) -> float:
     r"""Expected calibration error (ECE) in equal-width bins, pooled over all examples.
 
     .. math:: \text{ECE} = \sum_b \frac{|b|}{N} \left| \text{accuracy}(b) - \text{confidence}(b) \right|
@@ -123,7 +123,7 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: in
     return float(binary_calibration_error(confidence.minimum(below_one), correct.long(), num_bins, norm="l1"))
 
 
-def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 15) -> float:
+def adaptive_calibration_error(confidence: Any, correct: Any, num_bins: int = 15) -> float:
     """ECE in bins of equal mass: the examples are sorted by confidence and divided into bins of equal size.
 
     The first ``N mod num_bins`` bins have one more example. With at most ``num_bins`` examples, each is its
@@ -143,7 +143,7 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: in
     return float(sum(one.sum().abs() for one in bins)) / len(gap)
 
 
-def per_example_gap(confidence: Tensor, correct: Tensor) -> float:
+def per_example_gap(confidence: Any, correct: Any) -> float:
     """Mean over examples of ``|1{correct} - confidence|``, which is *not* a calibration error.
 
     The code released with arXiv 2508.14285 reports this quantity as "ECE". A perfectly calibrated predictor
@@ -196,13 +196,14 @@ def _checked(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None) -> t
     return log_probs, answer
 
 
-def _checked_pairs(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+def _checked_pairs(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:
+    confidence, correct = tensor_of(confidence), tensor_of(correct)
     if confidence.ndim != 1 or confidence.shape != correct.shape or len(confidence) < 1:
         raise ValueError(
             "`confidence` and `correct` must both be (N,) with N >= 1, got "
             f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
         )
-    confidence = confidence.detach().cpu().double()
+    confidence = confidence.double()
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise ValueError("`confidence` must be in [0, 1] and not NaN; pass probabilities, not their logarithms")
-    return confidence, correct.cpu().bool()
+    return confidence, correct.bool()

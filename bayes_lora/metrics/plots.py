@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
+from bayes_lora.metrics.draws import tensor_of
 from bayes_lora.metrics.options import expected_calibration_error
 from bayes_lora.metrics.plot_style import INK, SMALL, STYLES, axes_or_new, break_title, label_axes, plain, write
 from bayes_lora.metrics.ranking import TieGroups, checked_scores, risk_coverage
@@ -23,7 +24,7 @@ __all__ = ["entropy_plot", "reliability_diagram", "risk_coverage_plot", "support
 
 
 def reliability_diagram(
-    curves: Mapping[str, tuple[Tensor, Tensor]], path: Path | None = None, *, num_bins: int = 15
+    curves: Mapping[str, tuple[Any, Any]], path: Path | None = None, *, num_bins: int = 15
 ) -> Figure:
     """Plot accuracy against confidence, with one panel per method and a histogram of confidences below.
 
@@ -55,7 +56,7 @@ def reliability_diagram(
     )
     for column, (name, (confidence, correct)) in enumerate(curves.items()):
         ece = expected_calibration_error(confidence, correct, num_bins)
-        confidence, correct = confidence.detach().cpu().double(), correct.cpu().double()
+        confidence, correct = tensor_of(confidence).double(), tensor_of(correct).double()
         color, marker = STYLES[column % len(STYLES)]
         _draw_points(axes[0, column], confidence, correct, num_bins, color, marker, f"ECE {ece:.3f}")
         _draw_counts(axes[1, column], confidence, correct, num_bins, color)
