@@ -13,6 +13,7 @@ from files import write_examples
 from runs import names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bayes_lora
 from bayes_lora.cli import main as cli
 from bayes_lora.cli.task_source import TaskSource, one_task, support_of, unseen_tasks
 from bayes_lora.lm.tensor_store import TensorStore
@@ -20,7 +21,7 @@ from bayes_lora.recipes.registry import GUIDES, PRIORS
 from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "cache", "dry-run", "tasks", "show"]
+COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "cache", "env", "dry-run", "tasks", "show"]
 SMALL = [
     "language_model.r=2",
     "language_model.top_layers=2",
@@ -96,6 +97,17 @@ def test_help_shows_an_example(call, command):
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")
     assert f"Example: bayes-lora {command}" in " ".join(out.replace("`", "").split())
+
+
+def test_versions_and_hardware_are_those_of_this_machine(call):
+    code, out, err = call("env")
+    facts = dict(line.split("  ", 1) for line in out.splitlines())
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    assert code == 0 and not err and facts["torch"] == torch.__version__
+    assert facts["bayes-lora"] == bayes_lora.__version__ and facts["peft"] == peft.__version__
+    assert facts["Python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
+    assert facts["GPU"] == "none" or torch.cuda.is_available()
+    assert float(facts["memory"].removesuffix(" GiB")) > 0.5
 
 
 def test_help_lists_the_commands(call):

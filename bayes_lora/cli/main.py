@@ -1,4 +1,4 @@
-"""The command line: bayes-lora demo | fit | adapt | predict | evaluate | fetch | cache | dry-run | tasks | show."""
+"""The command line: bayes-lora, with a command for each job (`bayes-lora --help` lists them)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from bayes_lora import __version__
 from bayes_lora.cli import adapt as cli_adapt
 from bayes_lora.cli import cache as cli_cache
+from bayes_lora.cli import env as cli_env
 from bayes_lora.cli import tasks as cli_tasks
 from bayes_lora.cli.console import err, error, out, print_line, status, warn
 from bayes_lora.cli.options import (
@@ -247,6 +248,7 @@ def fetch() -> None:
 
 
 app.command()(cli_cache.cache)
+app.command()(cli_env.env)
 
 
 @app.command("dry-run")
