@@ -1,8 +1,10 @@
 import errno
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 
 import peft
@@ -97,6 +99,17 @@ def test_help_shows_an_example(call, command):
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")
     assert f"Example: bayes-lora {command}" in " ".join(out.replace("`", "").split())
+
+
+def test_a_table_that_is_piped_is_not_folded(tmp_path):
+    name = "a-task-with-a-name-that-is-longer-than-half-of-a-terminal"
+    [task] = make_tasks(1, 6).values()
+    write_examples(tmp_path / f"{name}.jsonl", task.examples)
+    own = {variable: value for variable, value in os.environ.items() if variable != "COLUMNS"}
+    words = [sys.executable, "-m", "bayes_lora", "tasks", str(tmp_path)]
+    done = subprocess.run(words, env=own, capture_output=True, text=True, check=True)
+    heading, _, row = done.stdout.splitlines()[:3]
+    assert row.startswith(name) and len(heading) == len(row) > 80
 
 
 def test_versions_and_hardware_are_those_of_this_machine(call):

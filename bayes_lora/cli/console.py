@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 
 from bayes_lora.utils.processes import is_main, leaves_to_main, rank
 
 __all__ = ["err", "error", "out", "print_line", "status", "warn"]
 
+WIDE = 400
+"""Columns of what is piped or written to a file, so that tables are not folded."""
+
 out, err = Console(quiet=not is_main()), Console(stderr=True, quiet=not is_main())
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    out.width = WIDE
 
 
 def print_line(text: str) -> None:
