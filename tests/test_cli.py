@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_tasks
 from files import write_examples
-from runs import names
+from runs import REPORT, names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bayes_lora
@@ -186,7 +186,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
         assert word in out
     read = json.loads((out_folder / "metrics.json").read_text())
     assert len(read) == 7 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
-    assert names(out_folder) == ["arithmetic.json", "metrics.json", "reliability.png"]
+    assert names(out_folder) == REPORT
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -254,7 +254,7 @@ def test_demo(call, model_folder, tmp_path):
     assert code == 0
     assert "from 4 examples each" in " ".join(out.split())
     adapters = names(run / "adapters")
-    assert names(run) == sorted([*FILES, "adapters", "arithmetic.json", "metrics.json", "reliability.png", "unseen"])
+    assert names(run) == sorted([*FILES, *REPORT, "adapters", "unseen"])
     read = json.loads((run / "metrics.json").read_text())
     for result in read.values():
         assert sorted(result["tasks"]) == adapters
@@ -338,7 +338,7 @@ def test_evaluate_into_the_run_folder_keeps_the_run(call, refuse, data, fitted, 
     assert call("evaluate", *words)[0] == 0
     assert "--overwrite" in refuse("evaluate", *words)
     assert call("evaluate", *words, "--overwrite")[0] == 0
-    assert names(run) == sorted([*names(fitted), "arithmetic.json", "metrics.json", "reliability.png"])
+    assert names(run) == sorted([*names(fitted), *REPORT])
 
 
 LINE = '{"input": "a", "options": ["x", "y"], "output": "x"}\n'
