@@ -166,7 +166,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
     support = data / "unseen" / "task-4.jsonl"
     code, out, _ = call("adapt", "--run", run, "--examples", support, "--output", mine, "--steps", 2)
     assert code == 0 and "12 examples" in out
-    assert names(mine) == ["adapter", "posterior", "run.json"]
+    assert names(mine) == ["adaptation.json", "adapter", "posterior", "run.json"]
     check_adapter(mine / "adapter", model_folder)
 
     questions = write_examples(tmp_path / "q.jsonl", list(make_tasks(2).values())[1].examples[:5], labelled=False)
@@ -212,7 +212,7 @@ def test_fit_with_another_prior_and_guide(call, data, model_folder, tmp_path, pr
     code, out, _ = call("evaluate", "--run", run, *unseen)
     assert code == 0 and "ABMLL (amortized)" in out
     code, out, _ = call("adapt", "--run", run, "--examples", data / "unseen" / "task-4.jsonl", "--output", mine)
-    assert code == 0 and names(mine) == ["adapter", "posterior", "run.json"]
+    assert code == 0 and names(mine) == ["adaptation.json", "adapter", "posterior", "run.json"]
 
 
 def test_a_prior_or_guide_that_does_not_exist(refuse, data, model_folder, tmp_path):

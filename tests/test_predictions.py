@@ -41,9 +41,7 @@ def questions():
 def predictions(questions):
     torch.manual_seed(3)
     counts = [2, 3, 2, 2]
-    rows = {
-        name: torch.cat([torch.randn(s, k).log_softmax(-1) for k in counts], 1) for name, s in (("m", 5), ("n", 1))
-    }
+    rows = {name: torch.cat([torch.randn(s, k).log_softmax(-1) for k in counts], 1) for name, s in (("n", 1), ("m", 5))}
     return Predictions(questions, rows)
 
 
@@ -55,7 +53,7 @@ def folder(predictions, tmp_path):
 
 def test_what_is_written_is_read(predictions, folder):
     found = read_predictions(folder)
-    assert found.questions == predictions.questions and list(found.log_probs) == ["m", "n"]
+    assert found.questions == predictions.questions and list(found.log_probs) == ["n", "m"]
     for name, rows in predictions.log_probs.items():
         assert torch.equal(found.log_probs[name], rows)
     assert len((folder / "questions.jsonl").read_text().split("\n")) == 5
@@ -80,7 +78,11 @@ def spoil(folder, name, change):
     ("name", "change", "message"),
     [
         ("questions.jsonl", lambda data: data.replace(b"three", b"seven"), "questions.jsonl is damaged .its SHA-256"),
-        ("predictions.safetensors", lambda data: data[:-1] + b"\x07", "predictions.safetensors is damaged .its SHA-256"),
+        (
+            "predictions.safetensors",
+            lambda data: data[:-1] + b"\x07",
+            "predictions.safetensors is damaged .its SHA-256",
+        ),
         ("evaluation.json", lambda data: b"[]", "evaluation.json is damaged"),
     ],
 )
@@ -115,10 +117,15 @@ def test_a_line_that_is_no_question_is_named(predictions, folder, line, message)
     text = f"{first}\n{line}\n"
     (folder / "questions.jsonl").write_text(text)
     facts = read_json(folder / "evaluation.json")
-    write_json(
-        folder / "evaluation.json", facts | {"questions_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    )
+    write_json(folder / "evaluation.json", facts | {"questions_sha256": hashlib.sha256(text.encode()).hexdigest()})
     with pytest.raises(PosteriorError, match=message):
+        read_predictions(folder)
+
+
+def test_methods_without_a_tensor_are_refused(folder):
+    facts = read_json(folder / "evaluation.json")
+    write_json(folder / "evaluation.json", facts | {"methods": ["n", "other"]})
+    with pytest.raises(PosteriorError, match=r"expected the methods \['m', 'n'\] of predictions.safetensors"):
         read_predictions(folder)
 
 
@@ -161,6 +168,8 @@ def test_a_comparison_writes_what_its_metrics_are_of(lm, tasks, choice, tmp_path
     assert facts["versions"]["torch"] == torch.__version__ and facts["settings"]["draws"] == 3
     assert facts["fingerprint"]["base"]["name"] == "llama"
     rows = facts["layers"]["ABMLL (amortized)"]
-    expected = posterior.adapt(asked[0]).distance_from_prior()
-    own = [row["kl"] for row in rows if row["task"] == asked[0].name]
-    np.testing.assert_allclose(own, expected["kl"], rtol=1e-6)
+    each = [posterior.adapt(task).distance_from_prior() for task in asked]
+    assert [row["module"] for row in rows] == each[0]["module"].tolist()
+    for column in ("kl", "posterior_sd", "prior_sd"):
+        expected = np.mean([frame[column] for frame in each], 0)
+        np.testing.assert_allclose([row[column] for row in rows], expected, rtol=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import Progress
@@ -12,7 +12,6 @@ from rich.progress import Progress
 from bayes_lora.episodes.episode import collate
 from bayes_lora.episodes.packing import EncodedExample
 from bayes_lora.infer.handlers import CommonNoise
-from bayes_lora.lm.fingerprint import FINGERPRINT, fingerprint
 from bayes_lora.lm.generation import Generated
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.metrics.options import Metrics, top_confidence
@@ -22,11 +21,13 @@ from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.predict import score, score_text
 from bayes_lora.posterior.prediction_draws import PredictionDraws
 from bayes_lora.posterior.task_posterior import TaskPosterior
-from bayes_lora.runs.logger import digest_of_task
+from bayes_lora.runs.facts import facts_of, mean_distance, prior_distances
 from bayes_lora.runs.report import Comparison, MethodResult
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.utils.processes import num_processes, share
-from bayes_lora.utils.versions import versions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["compare", "warm_feature_cache"]
 
@@ -107,16 +108,7 @@ def compare(
         "lora_learning_rates": list(lora_learning_rates),
         "demonstrations": num_demonstrations,
     }
-    return Comparison(results, lm.arithmetic, _facts(lm, tasks, settings))
-
-
-def _facts(lm: LanguageModel, tasks: Sequence[Task], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what the results depend on, as JSON values."""
-    sizes = {
-        task.name: {"support": len(task.support), "query": len(task.query), "fingerprint": digest_of_task(task)}
-        for task in tasks
-    }
-    return {"settings": settings, "versions": versions(), "tasks": sizes, FINGERPRINT: fingerprint(lm)}
+    return Comparison(results, lm.arithmetic, {"settings": settings, **facts_of(lm, tasks)})
 
 
 def _evaluate(
@@ -127,7 +119,7 @@ def _evaluate(
     confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     draws: list[PredictionDraws] = []
     generated: dict[str, list[str]] = {}
-    layers: list[dict[str, Any]] = []
+    frames: list[pd.DataFrame] = []
     for group in groups:
         with CommonNoise():
             adapted, num_draws = method(group)
@@ -140,7 +132,7 @@ def _evaluate(
             asked: list[Sequence[Example]] = [task.query if task.free_form else () for task in group]
             count = 0 if adapted.is_deferred else num_draws
             answers = adapted.generate(asked, num_draws=count, demonstrations=shown, common_noise=True)
-        layers += _layers(adapted)
+        frames += prior_distances(adapted)
         for task, predicted, texts in zip(group, predictions, answers, strict=True):
             # On the CPU in 32 bits, because all tasks are kept until the end.
             mask = predicted.option_mask.cpu()
@@ -157,16 +149,8 @@ def _evaluate(
             correct.append(right)
         advance(len(group))
     return MethodResult(
-        metrics, torch.cat(confidence), torch.cat(correct), tuple(draws), generated, layers=tuple(layers)
+        metrics, torch.cat(confidence), torch.cat(correct), tuple(draws), generated, layers=tuple(mean_distance(frames))
     )
-
-
-def _layers(adapted: TaskPosterior) -> list[dict[str, Any]]:
-    """Return the distance from the prior as rows; none if all sites are points, or whole updates are random."""
-    if adapted.is_deferred or not adapted.distributions().keys() <= adapted.prior.keys():
-        return []
-    rows: list[dict[str, Any]] = adapted.distance_from_prior().to_dict("records")
-    return rows
 
 
 def warm_feature_cache(

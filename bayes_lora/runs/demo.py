@@ -130,7 +130,8 @@ def _report(run: Path, prior: Path, posterior: Posterior, tasks: Mapping[str, Ta
         wide = [task.subset(max(SIZES), CURVE_QUERIES, seed=0) for task in larger.values()]
         curve = support_curve(posterior, wide, SIZES, progress)
     write_json(
-        run / SUPPORT_CURVE, {name: {str(size): row for size, row in by_size.items()} for name, by_size in curve.items()}
+        run / SUPPORT_CURVE,
+        {name: {str(size): row for size, row in by_size.items()} for name, by_size in curve.items()},
     )
     support_curve_plot(curve, run / PICTURE)
     _write(run, posterior, tasks, comparison, console)

@@ -2,10 +2,11 @@
 
 ``questions.jsonl`` has one JSON object per line: ``task``, ``input``, ``options`` and ``gold``, the index of the gold
 option. Where answers are generated, it has ``references`` and ``generated``, the text of each method, instead of the
-last two. ``predictions.safetensors`` has one float32 tensor per method, ``(S, C)``: log-probabilities in nats under each
-of S draws. Its columns are the options of the first question, then those of the second, and so on. A question whose
-answer is generated has two columns: its first reference, and any other text. ``evaluation.json`` has the SHA-256 of both
-files, and what the evaluation was made with, see :class:`bayes_lora.runs.report.Comparison`.
+last two. ``predictions.safetensors`` has one float32 tensor per method, ``(S, C)``: log-probabilities in nats under
+each of S draws. Its columns are the options of the first question, then those of the second, and so on. A question
+whose answer is generated has two columns: its first reference, and any other text. ``evaluation.json`` has the names of
+the methods in order, the SHA-256 of both files, and what the evaluation was made with, see
+:class:`bayes_lora.runs.report.Comparison`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bayes_lora.utils.storage import write_tensors, write_text
 
 __all__ = ["Predictions", "Question", "read_predictions", "write_predictions"]
 
-QUESTIONS_SHA256 = "questions_sha256"
+METHODS, QUESTIONS_SHA256 = "methods", "questions_sha256"
 MAX_BYTES = 1 << 28
 """Maximum size of ``questions.jsonl``, 256 MiB."""
 
@@ -98,13 +99,14 @@ class Predictions:
         return Predictions(tuple(kept), {name: rows[:, chosen] for name, rows in self.log_probs.items()})
 
 
-def write_predictions(folder: Path, predictions: Predictions) -> dict[str, str]:
-    """Write ``questions.jsonl`` and ``predictions.safetensors``; return their SHA-256, for ``evaluation.json``."""
+def write_predictions(folder: Path, predictions: Predictions) -> dict[str, Any]:
+    """Write ``questions.jsonl`` and ``predictions.safetensors``; return what ``evaluation.json`` has to hold."""
     lines = [json.dumps(_to_json(question), ensure_ascii=False) + "\n" for question in predictions.questions]
     text = "".join(lines)
     write_text(folder / QUESTIONS, text)
     tensors = {name: rows.float() for name, rows in predictions.log_probs.items()}
     return {
+        METHODS: list(tensors),
         SHA256: write_tensors(folder / PREDICTIONS, tensors),
         QUESTIONS_SHA256: hashlib.sha256(text.encode()).hexdigest(),
     }
@@ -119,14 +121,19 @@ def read_predictions(folder: Path) -> Predictions:
     facts = read_facts(folder / EVALUATION)
     questions = _read_questions(folder / QUESTIONS, facts.get(QUESTIONS_SHA256))
     log_probs = read_tensors(folder / PREDICTIONS, facts.get(SHA256))
-    width = sum(question.num_columns for question in questions)
+    methods, width = facts.get(METHODS), sum(question.num_columns for question in questions)
+    if not isinstance(methods, list) or sorted(map(repr, methods)) != sorted(map(repr, log_probs)):
+        raise PosteriorError(
+            f"{folder / EVALUATION} is damaged: expected the methods {sorted(log_probs)} of {PREDICTIONS}, got "
+            f"{methods!r:.200}. Evaluate again."
+        )
     for name, rows in log_probs.items():
         if rows.ndim != 2 or not len(rows) or rows.shape[1] != width or not rows.is_floating_point():
             raise PosteriorError(
                 f"{folder / PREDICTIONS} is damaged: method {name!r}: expected (S, {width}) floating-point values, got "
                 f"{tuple(rows.shape)} of {rows.dtype}. Evaluate again."
             )
-    return Predictions(tuple(questions), log_probs)
+    return Predictions(tuple(questions), {name: log_probs[name] for name in methods})
 
 
 def _to_json(question: Question) -> dict[str, Any]:

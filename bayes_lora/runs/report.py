@@ -43,7 +43,8 @@ class MethodResult:
         correct: ``(N,)`` whether each prediction is right.
         draws: the predictions of each task.
         generated: the generated answers of each free-form task.
-        layers: rows of :meth:`TaskPosterior.distance_from_prior`, if the prior is known.
+        layers: mean over tasks of :meth:`TaskPosterior.distance_from_prior`, a row per site and layer; empty if the
+            prior is not known, or whole updates are random.
     """
 
     metrics: dict[str, Metrics | TextMetrics]

@@ -1,0 +1,52 @@
+"""What results were made with: data, versions, language model, and the distance of posteriors from the prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayes_lora.lm.fingerprint import FINGERPRINT, fingerprint
+from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.runs.folder import ADAPTATION
+from bayes_lora.runs.logger import digest_of_task
+from bayes_lora.tasks.task import Task
+from bayes_lora.utils.storage import write_json
+from bayes_lora.utils.versions import versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["facts_of", "mean_distance", "prior_distances", "write_adaptation"]
+
+
+def facts_of(lm: LanguageModel, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return versions of packages, sizes and hashes of tasks, and the fingerprint of the language model."""
+    sizes = {
+        task.name: {"support": len(task.support), "query": len(task.query), "fingerprint": digest_of_task(task)}
+        for task in tasks
+    }
+    return {"versions": versions(), "tasks": sizes, FINGERPRINT: fingerprint(lm)}
+
+
+def prior_distances(adapted: TaskPosterior) -> list[pd.DataFrame]:
+    """Return :meth:`TaskPosterior.distance_from_prior`; none if the prior is not known or whole updates are random."""
+    return [adapted.distance_from_prior()] if adapted.prior and not adapted.is_deferred else []
+
+
+def mean_distance(frames: Sequence[pd.DataFrame]) -> list[dict[str, Any]]:
+    """Return the mean over the tasks of all frames, a row per site and layer."""
+    if not sum(map(len, frames)):
+        return []
+    import pandas as pd
+
+    means = pd.concat(frames).groupby(["site", "module"], sort=False).mean(numeric_only=True)
+    rows: list[dict[str, Any]] = means.reset_index().to_dict("records")
+    return rows
+
+
+def write_adaptation(folder: Path, adapted: TaskPosterior, tasks: Sequence[Task]) -> None:
+    """Write ``adaptation.json`` into an adapted folder: facts, and in ``layers`` the distance from the prior."""
+    layers = {"": mean_distance(prior_distances(adapted))}
+    write_json(folder / ADAPTATION, {**facts_of(adapted.lm, tasks), "layers": {k: v for k, v in layers.items() if v}})
