@@ -23,7 +23,7 @@ from bayes_lora.recipes.registry import GUIDES, PRIORS
 from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "cache", "env", "dry-run", "tasks", "show"]
+COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "env", "dry-run", "tasks", "show"]
 SMALL = [
     "language_model.r=2",
     "language_model.top_layers=2",
@@ -187,6 +187,15 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
     read = json.loads((out_folder / "metrics.json").read_text())
     assert len(read) == 7 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
     assert names(out_folder) == REPORT
+
+    page = tmp_path / "report.html"
+    code, out, _ = call("report", run, mine, out_folder, "--output", page)
+    assert (code, out) == (0, f"report of a, mine, out in {page}\n")
+    html = page.read_text(encoding="utf-8")
+    for word in ("Learning curve", "Distance from the prior", "ABMLL (amortized) + 1 steps", str(model_folder)):
+        assert word in html, word
+    code, _, err = call("report", run, "--output", page)
+    assert code == 2 and "--overwrite" in err
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

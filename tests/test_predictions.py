@@ -3,15 +3,19 @@
 import json
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import make_tasks
 from runs import CONFIG
+from torch.distributions.transforms import ExpTransform
 
 from bayes_lora.errors import PosteriorError
 from bayes_lora.metrics.options import compute_metrics
 from bayes_lora.metrics.text import text_metrics
+from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.runs.compare import compare
+from bayes_lora.runs.facts import mean_distance, prior_distances
 from bayes_lora.runs.fit import fit_posterior
 from bayes_lora.runs.logger import digest_of_task
 from bayes_lora.runs.predictions import Predictions, Question, read_predictions, write_predictions
@@ -173,3 +177,16 @@ def test_a_comparison_writes_what_its_metrics_are_of(lm, tasks, choice, tmp_path
     for column in ("kl", "posterior_sd", "prior_sd"):
         expected = np.mean([frame[column] for frame in each], 0)
         np.testing.assert_allclose([row[column] for row in rows], expected, rtol=1e-6)
+
+
+def test_a_prior_without_moments_has_no_distance(lm, choice):
+    """A Cauchy's are not finite, and those of a transformed distribution are not known."""
+    site, shape = next(iter(lm.sites.shapes.items()))
+    loc = torch.zeros(1, 1, *shape).double()
+    q = {site: dist.Normal(loc, 1.0).to_event(3)}
+    cauchy = dist.Cauchy(loc, torch.ones_like(loc)).to_event(3)
+    for prior, count in ((cauchy, shape[0]), (dist.TransformedDistribution(cauchy, [ExpTransform()]), 0)):
+        adapted = TaskPosterior(lm, q, lm.sites.initial(), (choice[0].name,), prior={site: prior})
+        rows = mean_distance(prior_distances(adapted))
+        assert len(rows) == count
+        assert all(row["kl"] is None and row["posterior_sd"] == 1.0 for row in rows)

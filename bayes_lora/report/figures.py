@@ -128,7 +128,8 @@ def layer_figures(source: Source, key: str, main: str) -> Iterator[Drawing]:
     if not places:
         return
     of = f" of {method}" if method else ""
-    ratios = [values["posterior_sd"] / values["prior_sd"] for values in places.values() if values["prior_sd"]]
+    pairs = [(values["posterior_sd"], values["prior_sd"]) for values in places.values()]
+    ratios = [sd / prior for sd, prior in pairs if sd is not None and prior]
     shrunk = f" It is {100 * np.mean(ratios):.2f} % of that of the prior, averaged over modules." if ratios else ""
     for name, title, label, caption in (
         ("kl", f"Distance from the prior by layer{of}", "KL (nats)", "Where the examples moved the weights: the KL of "
@@ -138,7 +139,7 @@ def layer_figures(source: Source, key: str, main: str) -> Iterator[Drawing]:
     ):  # fmt: skip
         grid = np.full((len(layers), len(modules)), np.nan)
         for (row, column), values in places.items():
-            grid[row, column] = values[name]
+            grid[row, column] = np.nan if values[name] is None else values[name]
         if np.isfinite(grid).any():
             yield _drawing(
                 lambda grid=grid, label=label: layer_heat_map(grid, modules, label=label, layers=layers),  # type: ignore[misc]

@@ -156,6 +156,6 @@ def _are_layers(rows: Any) -> bool:
     return isinstance(rows, list) and all(
         isinstance(row, dict)
         and all(isinstance(row.get(name), str) for name in texts)
-        and all(isinstance(row.get(name), int | float) for name in numbers)
+        and all(isinstance(row.get(name, ""), int | float | None) for name in numbers)
         for row in rows
     )

@@ -31,19 +31,28 @@ def facts_of(lm: LanguageModel, tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def prior_distances(adapted: TaskPosterior) -> list[pd.DataFrame]:
-    """Return :meth:`TaskPosterior.distance_from_prior`; none if the prior is not known or whole updates are random."""
-    return [adapted.distance_from_prior()] if adapted.prior and not adapted.is_deferred else []
+    """Return :meth:`TaskPosterior.distance_from_prior`.
+
+    There is none if the prior is not known or has no moments, or if whole updates are random, whose moments are large.
+    """
+    if adapted.is_deferred or not adapted.prior:
+        return []
+    try:
+        return [adapted.distance_from_prior()]
+    except NotImplementedError:  # raised by distributions without a mean or a variance
+        return []
 
 
 def mean_distance(frames: Sequence[pd.DataFrame]) -> list[dict[str, Any]]:
-    """Return the mean over the tasks of all frames, a row per site and layer."""
+    """Return the mean over the tasks of all frames, a row per site and layer. Numbers that are not finite are None."""
     if not sum(map(len, frames)):
         return []
     import pandas as pd
 
     means = pd.concat(frames).groupby(["site", "module"], sort=False).mean(numeric_only=True)
-    rows: list[dict[str, Any]] = means.reset_index().to_dict("records")
-    return rows
+    rows = means.reset_index().to_dict("records")
+    infinite = {float("inf"), float("-inf")}
+    return [{str(k): None if v != v or v in infinite else v for k, v in row.items()} for row in rows]
 
 
 def write_adaptation(folder: Path, adapted: TaskPosterior, tasks: Sequence[Task]) -> None:
