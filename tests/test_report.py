@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def test_each_task_is_compared_with_label_counts(page, predictions):
         accuracy = (probs.argmax(1) == gold)[own].mean()
         assert accuracy > counts[own].mean() + 0.2  # so that the sentence is clear
         assert f"{task} {100 * accuracy:.0f} % of {own.sum()}" in text
-    assert f"{MAIN} is clearly more accurate than label counts on 2 of 2 tasks" in page.text
+    assert f"{MAIN} is clearly more accurate than label counts on 2 of 2 tasks (truth and colours)" in page.text
 
 
 def test_figures_settings_versions_and_fingerprints_are_there(page, folder):
@@ -368,3 +369,11 @@ def test_probabilities_that_are_not_normalised_are_refused(predictions, tmp_path
     write_json(run / "evaluation.json", facts | write_predictions(run, Predictions(predictions.questions, wrong)))
     with pytest.raises(PosteriorError, match="predictions.safetensors is damaged: .*must be normalised"):
         report(tmp_path, run)
+
+
+def test_the_example_of_the_documentation_runs(folder, table):
+    page = Path(__file__).parents[1] / "docs" / "report.md"
+    [code] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(compile(code.replace("runs/demo", str(folder)), "report.md", "exec"), names)
+    assert names["table"]["value"].tolist() == pytest.approx(table["value"].tolist(), nan_ok=True)

@@ -15,6 +15,7 @@ ARGUMENTS = [
     *["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"],
     *["--disable-component-update", "--disable-sync"],
 ]
+OPEN = "document.querySelectorAll('details').forEach((one) => { one.open = true; })"
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +79,9 @@ def columns(page, table, index):
 
 def test_nothing_of_the_data_runs_and_nothing_is_fetched(opened, hostile):
     page = opened(hostile)
-    for summary in page.locator("summary").all():
-        summary.evaluate("one => one.parentElement.open = true")
-    for button in page.locator("thead button").all():
-        button.evaluate("one => one.click()")
-    for bin in page.locator(".bin").all():
-        bin.focus()
+    page.evaluate(OPEN)
+    page.evaluate("document.querySelectorAll('thead button').forEach((one) => one.click())")
+    page.evaluate("document.querySelectorAll('.bin').forEach((one) => one.focus())")
     assert page.seen == [f"request: {hostile.as_uri()}"]
     assert page.locator("img").count() == 0 and page.locator("script").count() == 3
     text = page.locator(".bin-panel").first.inner_text()
@@ -180,8 +178,7 @@ def test_dark_and_light_differ(opened, plain):
 @pytest.mark.parametrize("kind", ["plain", "hostile"])
 def test_the_page_is_never_wider_than_the_window(opened, request, kind):
     page = opened(request.getfixturevalue(kind))
-    for summary in page.locator("summary").all():
-        summary.evaluate("one => one.parentElement.open = true")
+    page.evaluate(OPEN)
     for width in (360, 800, 1600):
         page.set_viewport_size({"width": width, "height": 800})
         wide = """width => [...document.querySelectorAll("body *")].filter(

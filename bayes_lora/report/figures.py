@@ -130,7 +130,11 @@ def layer_figures(source: Source, key: str, main: str) -> Iterator[Drawing]:
     of = f" of {method}" if method else ""
     pairs = [(values["posterior_sd"], values["prior_sd"]) for values in places.values()]
     ratios = [sd / prior for sd, prior in pairs if sd is not None and prior]
-    shrunk = f" It is {100 * np.mean(ratios):.2f} % of that of the prior, averaged over modules." if ratios else ""
+    shrunk = (
+        f" It is {100 * np.mean(ratios):.2f}\N{NO-BREAK SPACE}% of that of the prior, averaged over modules."
+        if ratios
+        else ""
+    )
     for name, title, label, caption in (
         ("kl", f"Distance from the prior by layer{of}", "KL (nats)", "Where the examples moved the weights: the KL of "
          "the marginals of all weights of a module, averaged over tasks."),
@@ -147,6 +151,7 @@ def layer_figures(source: Source, key: str, main: str) -> Iterator[Drawing]:
                 title,
                 caption,
                 heat_map=True,
+                wide=len(modules) > 4,
             )
 
 

@@ -108,11 +108,10 @@ class TaskRow:
             "underconfident" if self.confidence < self.low else "overconfident" if self.confidence > self.high else ""
         )
 
-    def words(self, baseline: str) -> str:
-        """Return how the accuracy compares with that of label counts, and with the confidence."""
+    def compared(self, baseline: str) -> str:
+        """Return how the accuracy compares with that of label counts; empty if they were not compared."""
         than = {"good": "better than", "poor": "worse than"}.get(self.kind, "not clearly better than")
-        compared = [] if self.baseline is None else [f"{than} {baseline}"]
-        return ", ".join([*compared, *filter(None, [self.calibration])])
+        return "" if self.baseline is None else f"{than} {baseline}"
 
 
 def panels(results: Results) -> list[Panel]:
@@ -154,22 +153,23 @@ def task_sentences(rows: Sequence[TaskRow], method: str, baseline: str) -> list[
     by_kind = {kind: [row.task for row in rows if row.kind == kind] for kind in ("good", "unclear", "poor")}
     if any(row.baseline is not None for row in rows):
         good, rest = by_kind["good"], [*by_kind["unclear"], *by_kind["poor"]]
-        count = f"{len(good)} of {len(rows)} tasks" if len(rows) > 1 else "this task" if good else "none"
-        found.append(f"{method} is clearly more accurate than {baseline} on {count}{_names(good)}.")
+        where = f"{len(good)} of {len(rows)} tasks" + (f" ({_names(good)})" if good else "")
+        if len(rows) == 1 and good:
+            where = good[0]
+        found.append(f"{method} is clearly more accurate than {baseline} on {where}.")
         if rest:
-            found.append(f"Do not rely on its answers on {_names(rest, plain=True)}.")
+            found.append(f"Do not rely on its answers on {_names(rest)}.")
     for word in ("overconfident", "underconfident"):
         own = [row.task for row in rows if row.calibration == word]
         if own:
-            found.append(f"It is {word} on {_names(own, plain=True)}.")
+            found.append(f"It is {word} on {_names(own)}.")
     return found
 
 
-def _names(tasks: Sequence[str], *, plain: bool = False) -> str:
-    """Return the names of tasks as a list in words; in brackets unless ``plain`` is set."""
+def _names(tasks: Sequence[str]) -> str:
+    """Return the names of tasks as a list in words."""
     shown = [*tasks] if len(tasks) <= MOST_NAMES else [*tasks[:MOST_NAMES], f"{len(tasks) - MOST_NAMES} more"]
-    listed = ", ".join(shown[:-1]) + " and " * (len(shown) > 1) + (shown[-1] if shown else "")
-    return listed if plain or not tasks else f" ({listed})"
+    return ", ".join(shown[:-1]) + " and " * (len(shown) > 1) + shown[-1]
 
 
 def _panel(method: str, frame: DataFrame, place: int) -> Panel:
