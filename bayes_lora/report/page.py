@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-import bayes_lora
+from bayes_lora import __version__
 from bayes_lora.report.details import data_rows, made_with, task_metrics
 from bayes_lora.report.figures import Drawing, fit_figures, layer_figures, prediction_figures
 from bayes_lora.report.reliability import Panel, TaskRow, bin_questions, panels, task_rows, task_sentences
@@ -141,7 +141,7 @@ def render_report(sources: Sequence[Source]) -> str:
         of_task=OF_TASK,
         made_with=made_with(sources),
         baseline=BASELINE,
-        version=bayes_lora.__version__,
+        version=__version__,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         script=Markup(script),  # noqa: S704 -- files of this package

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayes_lora import __version__
 from bayes_lora.lm.fingerprint import FINGERPRINT, fingerprint
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -13,12 +16,19 @@ from bayes_lora.runs.folder import ADAPTATION
 from bayes_lora.runs.logger import digest_of_task
 from bayes_lora.tasks.task import Task
 from bayes_lora.utils.storage import write_json
-from bayes_lora.utils.versions import versions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["facts_of", "mean_distance", "prior_distances", "write_adaptation"]
+__all__ = ["facts_of", "mean_distance", "prior_distances", "versions", "write_adaptation"]
+
+PACKAGES = {"torch": "torch", "transformers": "transformers", "peft": "peft", "pyro": "pyro-ppl", "numpy": "numpy"}
+
+
+def versions() -> dict[str, str]:
+    """Return versions by name: bayes_lora, python, torch, transformers, peft, pyro and numpy."""
+    found = {"bayes_lora": __version__, "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
 
 
 def facts_of(lm: LanguageModel, tasks: Sequence[Task]) -> dict[str, Any]:
