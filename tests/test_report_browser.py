@@ -166,6 +166,13 @@ def test_the_main_method_s_most_confident_bin_is_shown_at_first(opened, plain):
     assert last.get_attribute("data-start") in page.locator(".bin-panel h3").inner_text()
 
 
+def test_a_narrow_screen_shows_the_questions_of_a_bin_that_is_tapped(opened, plain):
+    page = opened(plain, width=360)
+    page.locator(".bin").first.click()
+    box = page.locator(".bin-panel").bounding_box()
+    assert 0 <= box["y"] and box["y"] + box["height"] <= 801 and box["height"] > 200
+
+
 def test_dark_and_light_differ(opened, plain):
     colours = "one => [getComputedStyle(one).backgroundColor, getComputedStyle(one).color]"
     light, dark = (opened(plain, scheme=scheme).locator("body").evaluate(colours) for scheme in ("light", "dark"))
