@@ -23,7 +23,9 @@ from bayes_lora.recipes.registry import GUIDES, PRIORS
 from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "env", "dry-run", "tasks", "show"]
+COMMANDS = [
+    *["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "env", "dry-run", "tasks", "show"],
+]
 SMALL = [
     "language_model.r=2",
     "language_model.top_layers=2",
