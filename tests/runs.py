@@ -19,6 +19,11 @@ CONFIG = RunConfig(
     episodes=EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=2, held_out=1, held_out_shots=4),
     fit=FitConfig(steps=6, eval_every=2, warmup=3, num_draws=2, checkpoint_every=2),
 )
+REPORT = [
+    *["arithmetic.json", "evaluation.json", "metrics.json", "predictions.safetensors", "questions.jsonl"],
+    "reliability.png",
+]
+"""What a comparison writes."""
 NOTHING_TO_LEARN = ("lora", "laplace-lora", "map-temperature")
 EPISODES = EpisodeConfig(tasks_per_episode=2, num_support=3, num_query=3, held_out=1, held_out_shots=4)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_tasks
 from files import write_examples
-from runs import names
+from runs import REPORT, names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bayes_lora
@@ -23,7 +23,9 @@ from bayes_lora.recipes.registry import GUIDES, PRIORS
 from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "cache", "env", "dry-run", "tasks", "show"]
+COMMANDS = [
+    *["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "env", "dry-run", "tasks", "show"],
+]
 SMALL = [
     "language_model.r=2",
     "language_model.top_layers=2",
@@ -166,7 +168,7 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
     support = data / "unseen" / "task-4.jsonl"
     code, out, _ = call("adapt", "--run", run, "--examples", support, "--output", mine, "--steps", 2)
     assert code == 0 and "12 examples" in out
-    assert names(mine) == ["adapter", "posterior", "run.json"]
+    assert names(mine) == ["adaptation.json", "adapter", "posterior", "run.json"]
     check_adapter(mine / "adapter", model_folder)
 
     questions = write_examples(tmp_path / "q.jsonl", list(make_tasks(2).values())[1].examples[:5], labelled=False)
@@ -186,7 +188,16 @@ def test_fit_adapt_predict_evaluate(call, data, model_folder, tmp_path):
         assert word in out
     read = json.loads((out_folder / "metrics.json").read_text())
     assert len(read) == 7 and read["pretrained"]["tasks"]["task-4"]["num_examples"] == 5
-    assert names(out_folder) == ["arithmetic.json", "metrics.json", "reliability.png"]
+    assert names(out_folder) == REPORT
+
+    page = tmp_path / "report.html"
+    code, out, _ = call("report", run, mine, out_folder, "--output", page)
+    assert (code, out) == (0, f"report of a, mine, out in {page}\n")
+    html = page.read_text(encoding="utf-8")
+    for word in ("Learning curve", "Distance from the prior", "ABMLL (amortized) + 1 steps", str(model_folder)):
+        assert word in html, word
+    code, _, err = call("report", run, "--output", page)
+    assert code == 2 and "--overwrite" in err
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -212,7 +223,7 @@ def test_fit_with_another_prior_and_guide(call, data, model_folder, tmp_path, pr
     code, out, _ = call("evaluate", "--run", run, *unseen)
     assert code == 0 and "ABMLL (amortized)" in out
     code, out, _ = call("adapt", "--run", run, "--examples", data / "unseen" / "task-4.jsonl", "--output", mine)
-    assert code == 0 and names(mine) == ["adapter", "posterior", "run.json"]
+    assert code == 0 and names(mine) == ["adaptation.json", "adapter", "posterior", "run.json"]
 
 
 def test_a_prior_or_guide_that_does_not_exist(refuse, data, model_folder, tmp_path):
@@ -254,7 +265,7 @@ def test_demo(call, model_folder, tmp_path):
     assert code == 0
     assert "from 4 examples each" in " ".join(out.split())
     adapters = names(run / "adapters")
-    assert names(run) == sorted([*FILES, "adapters", "arithmetic.json", "metrics.json", "reliability.png", "unseen"])
+    assert names(run) == sorted([*FILES, *REPORT, "adapters", "unseen"])
     read = json.loads((run / "metrics.json").read_text())
     for result in read.values():
         assert sorted(result["tasks"]) == adapters
@@ -338,7 +349,7 @@ def test_evaluate_into_the_run_folder_keeps_the_run(call, refuse, data, fitted, 
     assert call("evaluate", *words)[0] == 0
     assert "--overwrite" in refuse("evaluate", *words)
     assert call("evaluate", *words, "--overwrite")[0] == 0
-    assert names(run) == sorted([*names(fitted), "arithmetic.json", "metrics.json", "reliability.png"])
+    assert names(run) == sorted([*names(fitted), *REPORT])
 
 
 LINE = '{"input": "a", "options": ["x", "y"], "output": "x"}\n'

@@ -14,7 +14,7 @@ import bayes_lora.episodes
 import bayes_lora.infer
 import bayes_lora.metrics
 
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "fetch", "cache", "dry-run", "tasks", "show"]
+COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "dry-run", "tasks", "show"]
 HEAVY = ["torch", "transformers", "peft", "pyro", "accelerate", "datasets", "matplotlib", "torchmetrics"]
 RUN = """
 import json, sys
@@ -92,6 +92,11 @@ WRONG = {
     "questions that are missing": (["predict", "--adapted", "adapted", "--examples", "none.csv"], "none.csv"),
     "a run to evaluate that is missing": (["evaluate", "--run", "none", "--tasks", "table.csv"], "none"),
     "steps that are no numbers": (["evaluate", "--run", "run", "--tasks", "table.csv", "--steps", "x"], "--steps"),
+    "a run to report that is missing": (["report", "none", "--output", "new.html"], "none is not a folder"),
+    "a folder to report that is no run": (["report", "taken", "--output", "new.html"], "taken is not a run folder"),
+    "two runs to report of one name": (["report", "run", "run", "--output", "new.html"], "both named 'run'"),
+    "a report that is taken": (["report", "run", "--output", "table.csv"], "table.csv already exists"),
+    "a report without a run": (["report", "--output", "new.html"], "RUN"),
     "a cache folder that is a file": (["cache", "--folder", "table.csv"], "table.csv"),
     "an architecture that is missing": (["dry-run", "--architecture", "none.json"], "none.json"),
     "tasks to list that are missing": (["tasks", "none"], "none"),

@@ -54,8 +54,12 @@ def test_every_folder_with_code_is_packaged(pyproject: dict[str, Any]) -> None:
 
 def test_package_data_exists(pyproject: dict[str, Any]) -> None:
     assert (ROOT / "bayes_lora" / "py.typed").is_file()
-    for pattern in pyproject["tool"]["setuptools"]["package-data"]["bayes_lora.tasks"]:
-        assert list((ROOT / "bayes_lora" / "tasks").glob(pattern)), pattern
+    data = pyproject["tool"]["setuptools"]["package-data"]
+    for package in ("tasks", "report"):
+        for pattern in data[f"bayes_lora.{package}"]:
+            assert list((ROOT / "bayes_lora" / package).glob(pattern)), pattern
+    listed = {ROOT / "bayes_lora" / "report" / name for name in data["bayes_lora.report"]}
+    assert listed == {path for path in (ROOT / "bayes_lora" / "report").glob("report.*")}
 
 
 def test_the_version_is_one(pyproject: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from bayes_lora.metrics.plots import _wilson_interval, entropy_plot, risk_coverage_plot
+from bayes_lora.metrics.plots import entropy_plot, risk_coverage_plot, wilson_interval
 from bayes_lora.metrics.posterior_plots import (
     beta_sweep_plot,
     layer_heat_map,
@@ -56,7 +56,7 @@ def test_given_axes_are_drawn_on_and_returned(name):
 
 def test_wilson_interval_is_that_of_scipy():
     for hits, count in ((0, 4), (3, 7), (60, 61)):
-        found = _wilson_interval(hits / count, count)
+        found = wilson_interval(hits / count, count)
         expected = binomtest(hits, count).proportion_ci(0.9, method="wilson")
         assert found == pytest.approx((expected.low, expected.high), abs=1e-4)
 

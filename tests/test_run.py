@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tasks
 from rich.console import Console
-from runs import CONFIG, assert_equal, names
+from runs import CONFIG, REPORT, assert_equal, names
 
 from bayes_lora.episodes import collate
 from bayes_lora.errors import PosteriorError, TaskError
@@ -127,7 +127,7 @@ def test_compare_and_report(comparison, tmp_path):
         assert word in text
     assert f"{compared.results['pretrained'].mean.nll:.3f}" in text
     compared.write(tmp_path / "new" / "folder")
-    assert names(tmp_path / "new" / "folder") == ["arithmetic.json", "metrics.json", "reliability.png"]
+    assert names(tmp_path / "new" / "folder") == REPORT
     assert (tmp_path / "new" / "folder" / "reliability.png").read_bytes().startswith(b"\x89PNG")
 
     def refuse(constant):
@@ -228,10 +228,10 @@ def test_a_comparison_of_both_kinds(lm, tasks, tmp_path):
     for word in ("accuracy", "EM", "F1", "NLL", "Brier", "ECE", "mean, generated answers"):
         assert word in text
     both.write(tmp_path / "both")
-    assert names(tmp_path / "both") == ["arithmetic.json", "metrics.json", "reliability.png"]
+    assert names(tmp_path / "both") == REPORT
     alone = compare(posterior, [FREE], **settings)
     alone.write(tmp_path / "free")
-    assert names(tmp_path / "free") == ["arithmetic.json", "metrics.json"]
+    assert names(tmp_path / "free") == REPORT[:-1]
     assert alone.to_dict()["pretrained"].keys() == {"tasks", "mean"}
     text = table_text({name: result.metrics for name, result in alone.results.items()})
     assert "Brier" not in text and "EM" in text

@@ -64,6 +64,7 @@ def adapt(
     found = None if predict is None else questions(predict, source.card(chosen))
     check_new_folder(output, overwrite=overwrite, marker=HOME)
     hide_loading_bar()
+    from bayes_lora.runs.facts import write_adaptation
     from bayes_lora.runs.loading import load_posterior
 
     posterior = load_posterior(run)
@@ -73,6 +74,7 @@ def adapt(
         adapted.save(folder / "posterior")
         adapted.export_peft(folder / "adapter")
         write_home(folder / HOME, run, output, source.card(chosen))
+        write_adaptation(folder, adapted, [support])
     places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
     if found is None:
         print_line(f"adapted to {len(support)} examples: {places}")

@@ -16,6 +16,7 @@ from bayes_lora import __version__
 from bayes_lora.cli import adapt as cli_adapt
 from bayes_lora.cli import cache as cli_cache
 from bayes_lora.cli import env as cli_env
+from bayes_lora.cli import report as cli_report
 from bayes_lora.cli import tasks as cli_tasks
 from bayes_lora.cli.console import err, error, out, print_line, status, warn
 from bayes_lora.cli.options import (
@@ -191,7 +192,9 @@ def evaluate(
     ] = None,
     draws: Draws = 10,
     demonstrations: Annotated[int, typer.Option(help="Number of demonstrations before every query.", min=0)] = 0,
-    output: Annotated[Path | None, typer.Option(help="Folder for metrics.json and reliability.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for metrics, figures and the predictions that `report` reads.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Adapt to unseen tasks and compare with the pretrained model and a LoRA fine-tuned on the same examples.
@@ -234,6 +237,9 @@ def evaluate(
     out.print(comparison.table())
     if output is not None:
         comparison.write(output)
+
+
+app.command()(cli_report.report)
 
 
 @app.command()

@@ -20,7 +20,15 @@ from bayes_lora.metrics.options import expected_calibration_error
 from bayes_lora.metrics.plot_style import INK, SMALL, STYLES, axes_or_new, break_title, label_axes, plain, write
 from bayes_lora.metrics.ranking import TieGroups, checked_scores, risk_coverage
 
-__all__ = ["entropy_plot", "reliability_diagram", "risk_coverage_plot", "support_curve_plot"]
+__all__ = [
+    "bin_index",
+    "bin_means",
+    "entropy_plot",
+    "reliability_diagram",
+    "risk_coverage_plot",
+    "support_curve_plot",
+    "wilson_interval",
+]
 
 
 def reliability_diagram(
@@ -186,10 +194,15 @@ def entropy_plot(entropy: Any, correct: Any, *, num_bins: int = 20, ax: Axes | N
     return ax
 
 
-def _bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean confidence, accuracy and count of each non-empty bin, ``(bins,)`` each."""
+def bin_index(confidence: Tensor, num_bins: int) -> Tensor:
+    """Return the equal-width bin of each confidence, ``(N,)`` from 0 to ``num_bins`` - 1."""
     edges = torch.linspace(0, 1, num_bins + 1, dtype=confidence.dtype)
-    index = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
+    return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=num_bins - 1)
+
+
+def bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean confidence, accuracy and count of each non-empty bin, ``(bins,)`` each."""
+    index = bin_index(confidence, num_bins)
     count = torch.bincount(index, minlength=num_bins)
     filled = count > 0
     sums = [torch.bincount(index, weights=values, minlength=num_bins) for values in (confidence, correct)]
@@ -197,7 +210,7 @@ def _bin_means(confidence: Tensor, correct: Tensor, num_bins: int) -> tuple[Tens
     return mean_confidence, accuracy, count[filled]
 
 
-def _wilson_interval(share: Any, count: Any, quantile: float = 1.6449) -> tuple[Any, Any]:
+def wilson_interval(share: Any, count: Any, quantile: float = 1.6449) -> tuple[Any, Any]:
     """Return Wilson's interval of a share of successes, 90 % for the default quantile of the standard normal."""
     square = quantile**2
     centre = (share + square / (2 * count)) / (1 + square / count)
@@ -208,8 +221,8 @@ def _wilson_interval(share: Any, count: Any, quantile: float = 1.6449) -> tuple[
 def _draw_points(
     axes: Axes, confidence: Tensor, correct: Tensor, num_bins: int, color: str, marker: str, label: str
 ) -> None:
-    x, y, count = (one.numpy() for one in _bin_means(confidence, correct, num_bins))
-    low, high = _wilson_interval(y, count)
+    x, y, count = (one.numpy() for one in bin_means(confidence, correct, num_bins))
+    low, high = wilson_interval(y, count)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     axes.vlines(x, x, y, color=color, linewidth=2.5, alpha=0.35, zorder=2)
     axes.vlines(x, low, high, color=INK, linewidth=0.7, zorder=3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import Progress
@@ -17,10 +19,15 @@ from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.baselines import finetune_lora, label_counts, pretrained
 from bayes_lora.posterior.posterior import Posterior
 from bayes_lora.posterior.predict import score, score_text
+from bayes_lora.posterior.prediction_draws import PredictionDraws
 from bayes_lora.posterior.task_posterior import TaskPosterior
+from bayes_lora.runs.facts import facts_of, mean_distance, prior_distances
 from bayes_lora.runs.report import Comparison, MethodResult
 from bayes_lora.tasks.task import Example, Task
 from bayes_lora.utils.processes import num_processes, share
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["compare", "warm_feature_cache"]
 
@@ -74,7 +81,8 @@ def compare(
             finetune_lora(lm, group, steps=lora_steps, learning_rate=rate),
             0,
         )
-    for count in dict.fromkeys((0, posterior.default_steps)) if steps is None else steps:
+    counts = list(dict.fromkeys((0, posterior.default_steps)) if steps is None else steps)
+    for count in counts:
         methods[f"{amortized} + {count} steps" if count else amortized] = lambda group, count=count: (  # type: ignore[misc]
             posterior.adapt(group, steps=count, learning_rate=learning_rate),
             num_draws,
@@ -92,7 +100,15 @@ def compare(
         if progress is not None and bar is not None:
             progress.update(bar, description=name)
         results[name] = _evaluate(method, groups, num_demonstrations, advance)
-    return Comparison(results, lm.arithmetic)
+    settings = {
+        "draws": num_draws,
+        "steps": counts,
+        "learning_rate": learning_rate,
+        "lora_steps": lora_steps,
+        "lora_learning_rates": list(lora_learning_rates),
+        "demonstrations": num_demonstrations,
+    }
+    return Comparison(results, lm.arithmetic, {"settings": settings, **facts_of(lm, tasks)})
 
 
 def _evaluate(
@@ -101,21 +117,30 @@ def _evaluate(
     """Adapt to the tasks of a group together, and predict them together."""
     metrics: dict[str, Metrics | TextMetrics] = {}
     confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    draws: list[PredictionDraws] = []
+    generated: dict[str, list[str]] = {}
+    frames: list[pd.DataFrame] = []
     for group in groups:
         with CommonNoise():
             adapted, num_draws = method(group)
         shown = [task.support[:num_demonstrations] for task in group]
-        predictions = adapted.predict(
+        predictions = adapted.predict_draws(
             [task.query for task in group], num_draws=num_draws, demonstrations=shown, common_noise=True
         )
         answers: Sequence[Sequence[Generated]] = [()] * len(group)
         if any(task.free_form for task in group):
             asked: list[Sequence[Example]] = [task.query if task.free_form else () for task in group]
-            draws = 0 if adapted.is_deferred else num_draws
-            answers = adapted.generate(asked, num_draws=draws, demonstrations=shown, common_noise=True)
-        for task, log_probs, texts in zip(group, predictions, answers, strict=True):
+            count = 0 if adapted.is_deferred else num_draws
+            answers = adapted.generate(asked, num_draws=count, demonstrations=shown, common_noise=True)
+        frames += prior_distances(adapted)
+        for task, predicted, texts in zip(group, predictions, answers, strict=True):
+            # On the CPU in 32 bits, because all tasks are kept until the end.
+            mask = predicted.option_mask.cpu()
+            draws.append(replace(predicted, log_probs=predicted.log_probs.float().cpu(), option_mask=mask))
+            log_probs = predicted.mean()
             if task.free_form:
                 metrics[task.name] = score_text(task.query, log_probs, texts)
+                generated[task.name] = [answer.text for answer in texts]
                 continue
             metrics[task.name] = score(task.query, log_probs)
             answer = torch.tensor([example.answer for example in task.query])
@@ -123,7 +148,9 @@ def _evaluate(
             confidence.append(sure)
             correct.append(right)
         advance(len(group))
-    return MethodResult(metrics, torch.cat(confidence), torch.cat(correct))
+    return MethodResult(
+        metrics, torch.cat(confidence), torch.cat(correct), tuple(draws), generated, layers=tuple(mean_distance(frames))
+    )
 
 
 def warm_feature_cache(

@@ -15,6 +15,7 @@ from bayes_lora.recipes.recipes import build_language_model
 from bayes_lora.runs.folder import (
     CONFIG,
     POSTERIOR,
+    SUPPORT_CURVE,
     TASKS,
     check_run_folder,
     open_run_folder,
@@ -36,7 +37,7 @@ SHOTS, QUERIES, CURVE_QUERIES = 16, 32, 24
 SIZES = (2, 4, 8, 16, 32)
 LORA_STEPS, LORA_RATE = 10, 1e-3
 """Chosen on training tasks of the prior (benchmarks/unseen.py)."""
-CURVE, PICTURE = "support_curve.json", "support_curve.png"
+PICTURE = "support_curve.png"
 
 
 def demo_config() -> RunConfig:
@@ -129,7 +130,8 @@ def _report(run: Path, prior: Path, posterior: Posterior, tasks: Mapping[str, Ta
         wide = [task.subset(max(SIZES), CURVE_QUERIES, seed=0) for task in larger.values()]
         curve = support_curve(posterior, wide, SIZES, progress)
     write_json(
-        run / CURVE, {name: {str(size): row for size, row in by_size.items()} for name, by_size in curve.items()}
+        run / SUPPORT_CURVE,
+        {name: {str(size): row for size, row in by_size.items()} for name, by_size in curve.items()},
     )
     support_curve_plot(curve, run / PICTURE)
     _write(run, posterior, tasks, comparison, console)
@@ -157,7 +159,8 @@ def _write(
     _print(
         console,
         f"\nIn {run}: posterior/ (load_posterior), unseen/ (TaskPosterior.load), adapters/<task>/ "
-        "(PeftModel.from_pretrained), metrics.json, reliability.png",
+        "(PeftModel.from_pretrained), metrics.json, reliability.png. Everything on one page: bayes-lora report "
+        f"{run} --output report.html",
     )
 
 

@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 CONFIG, CURVE, TASKS, POSTERIOR, METRICS = "config.json", "curve.json", "tasks.json", "posterior", "metrics.json"
+EVALUATION, QUESTIONS, PREDICTIONS = "evaluation.json", "questions.jsonl", "predictions.safetensors"
+SUPPORT_CURVE = "support_curve.json"
+ADAPTATION = "adaptation.json"  # in an adapted folder: versions, and the distance from the prior
 LOCK = ".lock"
 HOME = "run.json"  # in an adapted folder: the run of its posterior
 HALVES = ("training", "held_out")

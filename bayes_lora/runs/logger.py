@@ -24,7 +24,7 @@ from bayes_lora.types import Sites
 from bayes_lora.utils.signals import HeldSignals
 from bayes_lora.utils.storage import write_json
 
-__all__ = ["RunLogger", "digest", "identity"]
+__all__ = ["RunLogger", "digest", "digest_of_task", "identity"]
 
 CHECKPOINT = "checkpoint"
 SHARE = 20
@@ -43,7 +43,7 @@ def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     for name in ("cache_gib", "gpu_cache_gib", "cache_folder", "disk_cache", "linear_backend", "offload_trunk"):
         del settings["language_model"][name]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in MAY_DIFFER}
-    return [settings, [[name, _digest(task)] for name, task in tasks.items()]]
+    return [settings, [[name, digest_of_task(task)] for name, task in tasks.items()]]
 
 
 def digest(values: Sites) -> str:
@@ -54,7 +54,8 @@ def digest(values: Sites) -> str:
     return found.hexdigest()
 
 
-def _digest(task: Task) -> str:
+def digest_of_task(task: Task) -> str:
+    """Return a hash of the texts, options and answers of a task's examples, support first."""
     content = [[e.input, e.options, e.answer, *e.references] for e in task.examples]
     return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 

@@ -1,12 +1,13 @@
-"""Results of a comparison: a table, a JSON file and a reliability diagram."""
+"""Results of a comparison: a table, metrics, the predictions of each question, and a reliability diagram."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -21,7 +22,9 @@ from bayes_lora.metrics.options import (
 )
 from bayes_lora.metrics.plots import reliability_diagram
 from bayes_lora.metrics.text import TextMetrics
-from bayes_lora.runs.folder import METRICS
+from bayes_lora.posterior.prediction_draws import PredictionDraws
+from bayes_lora.runs.folder import EVALUATION, METRICS
+from bayes_lora.runs.predictions import Predictions, Question, write_predictions
 from bayes_lora.utils.storage import write_json, writing
 
 __all__ = ["Comparison", "MethodResult", "metrics_table"]
@@ -38,11 +41,18 @@ class MethodResult:
         metrics: metrics by task.
         confidence: ``(N,)`` confidence of the predictions of all tasks with options, concatenated.
         correct: ``(N,)`` whether each prediction is right.
+        draws: the predictions of each task.
+        generated: the generated answers of each free-form task.
+        layers: mean over tasks of :meth:`TaskPosterior.distance_from_prior`, a row per site and layer; empty if the
+            prior is not known, or whole updates are random.
     """
 
     metrics: dict[str, Metrics | TextMetrics]
     confidence: Tensor
     correct: Tensor
+    draws: tuple[PredictionDraws, ...] = ()
+    generated: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    layers: tuple[dict[str, Any], ...] = ()
 
     @property
     def means(self) -> dict[str, Metrics | TextMetrics]:
@@ -62,10 +72,13 @@ class Comparison:
     Attributes:
         results: results by method, in display order.
         arithmetic: how the base model computed them.
+        facts: what they were computed with: ``settings`` of the comparison, ``versions`` of packages, ``tasks`` with
+            their sizes and hashes, ``fingerprint`` of the language model.
     """
 
     results: Mapping[str, MethodResult]
     arithmetic: ArithmeticUsed | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def table(self, title: str = "Unseen tasks") -> Table:
         """Return a table of accuracy, NLL (nats), Brier and ECE per task and on average; EM, F1, NLL if free-form."""
@@ -85,10 +98,32 @@ class Comparison:
                 }
         return found
 
-    def write(self, folder: Path) -> None:
-        """Write ``metrics.json``, ``arithmetic.json`` and ``reliability.png`` to a folder, which is made if needed.
+    def predictions(self) -> Predictions:
+        """Return the predictions of all methods and tasks."""
+        first = next(iter(self.results.values()), None)
+        questions = [
+            Question(
+                one.task,
+                example,
+                {name: result.generated[one.task][i] for name, result in self.results.items() if example.free_form},
+            )
+            for one in (first.draws if first else ())
+            for i, example in enumerate(one.examples)
+        ]
+        log_probs = {
+            name: torch.cat([one.log_probs[:, one.option_mask] for one in result.draws], 1)
+            for name, result in self.results.items()
+            if result.draws
+        }
+        return Predictions(tuple(questions), log_probs)
 
-        Generated answers have no confidence: if all tasks are free-form, there is no diagram.
+    def write(self, folder: Path) -> None:
+        """Write the results to a folder, which is made if needed.
+
+        The files are ``metrics.json``, ``arithmetic.json``, ``reliability.png``, those of
+        :mod:`bayes_lora.runs.predictions`, and ``evaluation.json``: :attr:`facts`, and the distance of each method's
+        posterior from the prior in ``layers``. Generated answers have no confidence: if all tasks are free-form, there
+        is no diagram.
 
         Raises:
             RunFolderError: the folder cannot be written.
@@ -98,6 +133,9 @@ class Comparison:
         write_json(folder / METRICS, self.to_dict())
         if self.arithmetic is not None:
             write_json(folder / ARITHMETIC, self.arithmetic.to_dict())
+        layers = {name: list(result.layers) for name, result in self.results.items() if result.layers}
+        digests = write_predictions(folder, self.predictions())
+        write_json(folder / EVALUATION, {**digests, **self.facts, "layers": layers})
         curves = {name: (result.confidence, result.correct) for name, result in self.chosen().items()}
         if all(len(confidence) for confidence, _ in curves.values()):
             with writing(folder / DIAGRAM):

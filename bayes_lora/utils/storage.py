@@ -35,6 +35,7 @@ __all__ = [
     "read_tensors",
     "write_json",
     "write_tensors",
+    "write_text",
     "writing",
 ]
 
@@ -145,9 +146,17 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunFolderError: the file cannot be written.
     """
-    text = json.dumps(value, indent=2) + "\n"
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8 under a temporary name, then rename.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
     with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> str:
