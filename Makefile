@@ -14,12 +14,12 @@ BENCH_ARGS ?=
 NUMERICAL := $(patsubst %,tests/test_%.py,curvature elbo factored_normal fast_path language_model laplace \
   scoring sites storage weight_distributions) \
   $(addprefix tests/test_exact.py::,test_no_steps_is_the_prior test_pyro_s_estimator_agrees)
-CHECKED := bayes_lora models guides tests examples benchmarks
+CHECKED := bayes_lora models guides tests examples benchmarks docs/hooks
 # Phrases that are not standard technical English; CONTRIBUTING.md says what to write instead.
 PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-isa test-quantized bench lint phrases format types installed wheel clean
+.PHONY: help setup demo test test-all test-isa test-quantized bench docs lint phrases format types installed wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -61,6 +61,11 @@ test-quantized: setup  ## install bitsandbytes, and run the tests that need it
 
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
+
+# The reference is made of the built wheel, as lint and types are.
+docs: installed  ## build the documentation into build/site, and check it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python docs/hooks/check_site.py build/site
 
 lint: installed phrases  ## check style, formatting, phrases, and which module may import which
 	$(BIN)/ruff check $(wildcard $(CHECKED))
