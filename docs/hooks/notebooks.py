@@ -4,9 +4,9 @@ import base64
 import json
 import re
 from pathlib import Path
-from textwrap import indent
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+TABLE = re.compile(r"<table[^>]*>")
 STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
 
 
@@ -25,23 +25,21 @@ def render_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _fence(text: str, language: str) -> str:
-    return f"```{language}\n{text.rstrip()}\n```"
+    return f"```{language}\n{ANSI.sub('', text).rstrip()}\n```"
 
 
 def _output(output: dict, stem: str, pictures: dict[str, bytes]) -> str:
     """Return one output: a picture, a table, or text."""
     if output["output_type"] == "stream":
-        return _fence(ANSI.sub("", "".join(output["text"])), "text")
-    data = {kind: "".join(value) for kind, value in output["data"].items() if isinstance(value, (str, list))}
+        return _fence("".join(output["text"]), "{ .text .output }")
+    data = {kind: "".join(value) for kind, value in output["data"].items() if isinstance(value, str | list)}
     if "image/png" in data:
         name = f"{stem}_{len(pictures)}.png"
         pictures[name] = base64.b64decode(data["image/png"])
         return f"![output of the cell above]({name})"
     if "<table" in data.get("text/html", ""):
-        lines = STYLE.sub("", data["text/html"]).splitlines()
-        return (
-            '<div class="output">\n'
-            + indent("\n".join(line.strip() for line in lines if line.strip()), "")
-            + "\n</div>"
-        )
-    return _fence(ANSI.sub("", data.get("text/plain", "")), "text")
+        # Without class and border it looks like the tables of the other pages.
+        table = TABLE.sub("<table>", STYLE.sub("", data["text/html"]))
+        lines = [line.strip() for line in table.splitlines() if line.strip()]  # a blank line would end the HTML
+        return "\n".join(['<div class="output">', *lines, "</div>"])
+    return _fence(data.get("text/plain", ""), "{ .text .output }")

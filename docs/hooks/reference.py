@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from docstrings import to_markdown
@@ -112,6 +113,7 @@ def source_of(module: str) -> Path:
     return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
 
 
+@cache
 def public_names(package: str) -> dict[str, str]:
     """Return the module of each name of a package's ``__all__``, without importing it."""
     tree = ast.parse(source_of(package).read_text(encoding="utf-8"))
@@ -160,7 +162,11 @@ def render(page: Page) -> str:
     if page.package == PACKAGE:
         return _front(page)
     module = ast.parse(source_of(page.package).read_text(encoding="utf-8"))
-    lines = [f"# {page.title}", "", to_markdown(ast.get_docstring(module) or ""), ""]
+    names = public_names(page.package)
+    intro = to_markdown(
+        ast.get_docstring(module) or "", lambda name: f"{names[name]}.{name}" if name in names else None
+    )
+    lines = [f"# {page.title}", "", intro, ""]
     for module_name, names in sections(page).items():
         alone = module_name == page.package
         lines += [
@@ -178,7 +184,14 @@ def render(page: Page) -> str:
 
 def _front(page: Page) -> str:
     """Return the page of the names that ``import bayes_lora`` offers, each with a link to where it is documented."""
-    lines = [f"# {page.title}", "", "The names that `import bayes_lora` offers:", "", "| name | |", "| --- | --- |"]
+    lines = [
+        f"# {page.title}",
+        "",
+        "The names that `import bayes_lora` offers:",
+        "",
+        "| name | what it is |",
+        "| --- | --- |",
+    ]
     for name, module in public_names(PACKAGE).items():
         first = summary(module, name).replace("|", "\\|")
         lines.append(f"| [`{name}`][{page.package}.{name}] | {first} |")
