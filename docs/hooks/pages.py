@@ -60,7 +60,7 @@ def relative_links(markdown: str, page: str, url: str | None) -> str:
         path = posixpath.normpath(posixpath.join(folder, match["target"]))
         target = path.removeprefix("docs/") if path.startswith("docs/") else SHOWN.get(path)
         if target is not None:
-            text = _title(path) if text == posixpath.basename(path) and path.endswith(".md") else text
+            text = _title(path) if text in (path, posixpath.basename(path)) and path.endswith(".md") else text
             return f"[{text}]({posixpath.relpath(target, posixpath.dirname(page) or '.')}{anchor})"
         if not (ROOT / path).exists():
             return match[0]  # MkDocs reports it

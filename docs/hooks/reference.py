@@ -101,6 +101,8 @@ MORE = {
     "bayes_lora.tasks": {"shipped": ["demo_tasks", "demo_spreadsheet"]},
     "bayes_lora.metrics": {"uncertainty": ["uncertainty"]},
 }
+# Other pages come first in search.
+FRONT_MATTER = "---\nsearch:\n  boost: 0.5\n---\n\n"
 # Base classes come first.
 BASES = ("factor_model", "hierarchical_model", "objective", "task", "task_guide")
 
@@ -163,20 +165,20 @@ def render(page: Page) -> str:
         return _front(page)
     module = ast.parse(source_of(page.package).read_text(encoding="utf-8"))
     names = public_names(page.package)
-    intro = to_markdown(
-        ast.get_docstring(module) or "", lambda name: f"{names[name]}.{name}" if name in names else None
-    )
-    lines = [f"# {page.title}", "", intro, ""]
-    for module_name, names in sections(page).items():
-        alone = module_name == page.package
+    shown = sections(page)
+    lines = [FRONT_MATTER + f"# {page.title}", ""]
+    if page.package not in shown:  # otherwise its docstring is part of the section
+        text = ast.get_docstring(module) or ""
+        lines += [to_markdown(text, lambda name: f"{names[name]}.{name}" if name in names else None), ""]
+    for module_name, members in shown.items():
+        heading = str(module_name != page.package).lower()
         lines += [
             f"::: {module_name}",
             "    options:",
-            f"      show_root_heading: {str(not alone).lower()}",
-            f"      show_root_toc_entry: {str(not alone).lower()}",
-            f"      show_docstring_description: {str(not alone).lower()}",
-            f"      heading_level: {1 if alone else 2}",
-            f"      members: [{', '.join(names)}]",
+            f"      show_root_heading: {heading}",
+            f"      show_root_toc_entry: {heading}",
+            "      heading_level: 2",
+            f"      members: [{', '.join(members)}]",
             "",
         ]
     return "\n".join(lines)
