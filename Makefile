@@ -62,9 +62,9 @@ test-quantized: setup  ## install bitsandbytes, and run the tests that need it
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
 
-# The reference is made of the built wheel, as lint and types are.
+# The reference is made of the built wheel, as lint and types are. With --quiet, mkdocs would count no warnings.
 docs: installed  ## build the documentation into build/site, and check it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	$(BIN)/python docs/hooks/check_site.py build/site
 
 lint: installed phrases  ## check style, formatting, phrases, and which module may import which
