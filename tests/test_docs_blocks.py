@@ -4,6 +4,7 @@ Every block of every page is in one of the three tables below.
 """
 
 import ast
+import json
 import re
 import shutil
 from importlib import import_module
@@ -13,12 +14,14 @@ from textwrap import dedent
 
 import peft
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
 import bayes_lora
 from bayes_lora.cli.main import app
 from bayes_lora.recipes.config import RunConfig
+from bayes_lora.runs.predictions import Predictions, Question, write_predictions
 from bayes_lora.tasks import TaskSet, task_from
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,7 @@ RUN = {
     "method.md": {"steps=5": "steps=1"},
     "peft.md": {},
     "recipes.md": {},
+    "report.md": {},
     "tasks.md": {
         '"data/crossfit", names=["ag_news", "emo"]': '"examples/tickets.csv"',
         "[task])[task.name]": "[free])[free.name]",
@@ -104,6 +108,12 @@ def prepared(page, names, model_folder):
     if page.endswith("peft.md"):
         base = AutoModelForCausalLM.from_pretrained(model_folder)
         peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained("my-adapter")
+    if page == "report.md":
+        folder, [task] = Path("runs/demo"), list(bayes_lora.demo_tasks()[1].values())[:1]
+        folder.mkdir(parents=True)
+        log_probs = torch.randn(1, sum(len(example.options) for example in task.query))
+        predictions = Predictions([Question(task.name, example, {}) for example in task.query], {"some": log_probs})
+        (folder / "evaluation.json").write_text(json.dumps(write_predictions(folder, predictions)))
     if page == "tasks.md":
         rows = [{"input": f"Where is pump {i}?", "output": "cellar"} for i in range(6)]
         names["free"] = task_from("pumps", rows).split(4, seed=0)

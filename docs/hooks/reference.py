@@ -58,9 +58,11 @@ PAGES = [
             "report": ["Comparison", "MethodResult", "metrics_table"],
             "sweep": ["sweep", "sweep_beta", "sweep_table", "BetaPoint", "Executor"],
             "support_curve": ["support_curve"],
+            "predictions": ["Predictions", "Question", "read_predictions", "write_predictions"],
             "dry_run": ["dry_run", "DryRun", "read_architecture"],
         },
     ),
+    Page("bayes_lora.report", "report: runs as one HTML file", {"page": ["write_report", "render_report"]}),
     Page(
         "bayes_lora.recipes",
         "recipes: settings of a run",
