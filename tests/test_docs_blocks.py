@@ -39,9 +39,18 @@ RUN = {
     "peft.md": {},
     "recipes.md": {},
     "report.md": {},
+    "scale.md": {
+        "meta-llama/Meta-Llama-3-8B-Instruct": HUB,
+        "top_layers=10": "top_layers=2",
+        "offload_trunk=True,": "",  # needs a GPU
+        'quantization="4bit",': "",  # needs bitsandbytes
+    },
     "tasks.md": {
         '"data/crossfit", names=["ag_news", "emo"]': '"examples/tickets.csv"',
-        "[task])[task.name]": "[free])[free.name]",
+        "adapted.generate": "pumps.generate",
+        "num_draws=10": "num_draws=2",
+        "adapted.evaluate([task])[task.name]": "pumps.evaluate([free])[free.name]",
+        **FEW_ROWS,
     },
     "tutorials/peft.md": {"steps=10": "steps=1"},
     "tutorials/spreadsheet.md": FEW_ROWS,
@@ -111,13 +120,15 @@ def prepared(page, names, model_folder):
     if page == "report.md":
         folder, [task] = Path("runs/demo"), list(bayes_lora.demo_tasks()[1].values())[:1]
         folder.mkdir(parents=True)
-        log_probs = torch.randn(1, sum(len(example.options) for example in task.query))
-        predictions = Predictions([Question(task.name, example, {}) for example in task.query], {"some": log_probs})
+        log_probs = torch.cat([torch.randn(len(each.options)).log_softmax(0) for each in task.query])[None]
+        predictions = Predictions(
+            [Question(task.name, example, {}) for example in task.query], {"label counts": log_probs}
+        )
         (folder / "evaluation.json").write_text(json.dumps(write_predictions(folder, predictions)))
     if page == "tasks.md":
         rows = [{"input": f"Where is pump {i}?", "output": "cellar"} for i in range(6)]
         names["free"] = task_from("pumps", rows).split(4, seed=0)
-        names["adapted"] = bayes_lora.load_prior().adapt(names["free"])
+        names["pumps"] = bayes_lora.load_prior().adapt(names["free"])
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's
