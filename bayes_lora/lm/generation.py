@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from bayes_lora.episodes.batching import by_tokens
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, PosteriorError
 from bayes_lora.lm.option_head import split_head
 from bayes_lora.lm.text_config import constant_rotary_length, max_positions
 from bayes_lora.lm.vocabulary import num_embeddings
@@ -31,7 +31,7 @@ from bayes_lora.types import Sites
 if TYPE_CHECKING:
     from bayes_lora.lm.language_model import LanguageModel
 
-__all__ = ["Generated", "PosteriorAverage", "generate"]
+__all__ = ["Generated", "PosteriorAverage", "check_positions", "cut", "generate", "generated_tokens"]
 
 
 class Generated(NamedTuple):
@@ -87,16 +87,47 @@ class PosteriorAverage(LogitsProcessor):
 
 
 class Ended(StoppingCriteria):
-    """Stops rows that contain the end of an answer. Only the first draw is read, because all draws are equal."""
+    """Stops rows that contain the end of an answer.
 
-    def __init__(self, tokenizer: Any, end: str, prompts: int, start: int) -> None:
-        self.tokenizer, self.end, self.prompts, self.start = tokenizer, end, prompts, start
+    Args:
+        tokenizer: decodes the rows.
+        end: text that ends an answer.
+        start: number of tokens before the answers.
+        copies: number of equal copies of the answers, of which only the first is read.
+    """
+
+    def __init__(self, tokenizer: Any, end: str, start: int, copies: int = 1) -> None:
+        self.tokenizer, self.end, self.start, self.copies = tokenizer, end, start, copies
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Return whether each row has ended, ``(S * N,)``."""
-        texts = decode(self.tokenizer, input_ids[: self.prompts, self.start :])
+        """Return whether each row has ended, ``(rows,)``."""
+        texts = decode(self.tokenizer, input_ids[: len(input_ids) // self.copies, self.start :])
         done = torch.tensor([has_ended(text, self.end) for text in texts], device=input_ids.device)
-        return done.repeat(len(input_ids) // self.prompts)
+        return done.repeat(self.copies)
+
+
+class NotNaN(LogitsProcessor):
+    """Refuses scores that are NaN: the largest of them would be any token.
+
+    Args:
+        name: name of the language model.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return the scores unchanged.
+
+        Raises:
+            PosteriorError: one is NaN.
+        """
+        if bool(scores.isnan().any()):
+            raise PosteriorError(
+                f"predictions of {self.name} are NaN: values drawn from the posterior are too large for its dtype. "
+                "Restore the posterior, or fit and adapt again."
+            )
+        return scores
 
 
 def has_ended(text: str, end: str) -> bool:
@@ -126,7 +157,7 @@ def generate(
     Raises:
         ConfigError: a prompt and its answer may need more positions than :func:`max_positions`.
     """
-    _check_positions(lm, prompts, max_new_tokens)
+    check_positions(lm, prompts, max_new_tokens, max_positions(lm.model.config))
     phi, _ = split_head(phi)
     draws, tasks = max(len(value) for value in phi.values()), len(prompts)
     values = {site: value.expand(draws, tasks, *value.shape[2:])[:, :, 0] for site, value in phi.items()}
@@ -142,8 +173,10 @@ def generate(
     return [[answers[t, i] for i in range(len(own))] for t, own in enumerate(prompts)]
 
 
-def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> None:
-    limit = max_positions(lm.model.config)
+def check_positions(
+    lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int, limit: int | None
+) -> None:
+    """Raise :class:`ConfigError` if a prompt of a task and its answer may need more positions than ``limit``."""
     lengths = [(len(ids), t, i) for t, own in enumerate(prompts) for i, ids in enumerate(own)]
     length, task, row = max(lengths, default=(0, 0, 0))
     needed = length + max_new_tokens - 1  # the last token is not read
@@ -159,6 +192,47 @@ def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, most: int) -> list[Generated]:
+    average, end = PosteriorAverage(draws), answer_end(lm)
+    settings = {"do_sample": False, "num_beams": 1}
+    sequences, start = generated_tokens(lm, prompts, draws, most, settings, copies=draws, processors=[average])
+    log_probs = average.log_probs(sequences)
+    found = []
+    for tokens, scores in zip(sequences[: len(prompts), start:].cpu(), log_probs.cpu(), strict=True):
+        count, text, _ = cut(lm.tokenizer, end, tokens)
+        found.append(Generated(text, float(scores[count - 1])))
+    return found
+
+
+def answer_end(lm: LanguageModel) -> str:
+    """Return the text that ends an answer; spaces before an answer do not end it."""
+    return lm.encoder.end.lstrip(" ") or lm.encoder.end
+
+
+def generated_tokens(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    draws: int,
+    most: int,
+    settings: Mapping[str, Any],
+    *,
+    copies: int = 1,
+    processors: Sequence[LogitsProcessor] = (),
+) -> tuple[Tensor, int]:
+    """Continue prompts by transformers' ``generate`` under the bound weights, once for each draw.
+
+    Args:
+        lm: the language model.
+        prompts: token ids of N prompts.
+        draws: number of draws, S. The ``S * N`` rows are grouped by draw; transformers puts the beams, or the returned
+            sequences, of a row next to each other.
+        most: maximum number of new tokens.
+        settings: settings of transformers' ``GenerationConfig``.
+        copies: number of equal copies of the answers, see :class:`Ended`.
+        processors: what the scores of tokens pass through.
+
+    Returns:
+        Token ids of the prompts, padded on the left, and of what follows; and the length of the prompts.
+    """
     tokenizer: Any = lm.tokenizer
     # A padding token that was added to the tokenizer alone has no embedding.
     blanks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -166,21 +240,19 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    average, end = PosteriorAverage(draws), lm.encoder.end.lstrip(" ") or lm.encoder.end
-    model: Any = lm.model
+    start, model = ids.shape[1], lm.model
+    untyped: Any = model
     with _only_given_settings(model), _without_checkpointing(model):
-        sequences: Tensor = model.generate(
+        sequences: Tensor = untyped.generate(
             input_ids=ids.repeat(draws, 1).to(lm.device),
             attention_mask=mask.repeat(draws, 1).to(lm.device),
             generation_config=GenerationConfig(
-                max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+                max_new_tokens=most, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **settings
             ),
-            logits_processor=LogitsProcessorList([average]),
-            stopping_criteria=StoppingCriteriaList([Ended(tokenizer, end, len(rows), ids.shape[1])]),
+            logits_processor=LogitsProcessorList([NotNaN(lm.name), *processors]),
+            stopping_criteria=StoppingCriteriaList([Ended(tokenizer, answer_end(lm), start, copies)]),
         )
-    log_probs = average.log_probs(sequences)
-    new = sequences[: len(rows), ids.shape[1] :]
-    return [_answer(tokenizer, end, row, scores) for row, scores in zip(new.cpu(), log_probs.cpu(), strict=True)]
+    return sequences, start
 
 
 @contextmanager
@@ -212,14 +284,24 @@ def _without_checkpointing(model: Any) -> Iterator[None]:
             layer.training = True
 
 
-def _answer(tokenizer: Any, end: str, tokens: Tensor, log_probs: Tensor) -> Generated:
-    """Cut an answer after the first token that ends it."""
-    count = len(tokens)
+def cut(tokenizer: Any, end: str, tokens: Tensor) -> tuple[int, str, bool]:
+    """Cut an answer after the first token that ends it.
+
+    Args:
+        tokenizer: decodes the tokens.
+        end: text that ends an answer; the end-of-text token does, too.
+        tokens: ``(L,)`` generated tokens, with anything after the end.
+
+    Returns:
+        The number of tokens with the end, the text without it and without surrounding whitespace, and whether the
+        answer ended.
+    """
+    count, ended = len(tokens), False
     for length in range(1, len(tokens) + 1):
         [text] = decode(tokenizer, tokens[None, :length])
         if has_ended(text, end) or tokens[length - 1] == tokenizer.eos_token_id:
-            count = length
+            count, ended = length, True
             break
     [text] = decode(tokenizer, tokens[None, :count])
     text = text.lstrip().partition(end)[0].removesuffix(tokenizer.eos_token or "")
-    return Generated(text.strip(), float(log_probs[count - 1]))
+    return count, text.strip(), ended

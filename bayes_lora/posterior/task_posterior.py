@@ -23,6 +23,7 @@ from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.linear_scores import LinearScores
 from bayes_lora.lm.generation import Generated, generate
+from bayes_lora.lm.generation_draws import Decoding
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.lm.sites import factor_sites
@@ -32,6 +33,8 @@ from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.arviz import inference_data
 from bayes_lora.posterior.distance import distance_from_prior
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
+from bayes_lora.posterior.generate import generated_draws
+from bayes_lora.posterior.generated_draws import GeneratedDraws
 from bayes_lora.posterior.linear import linear_scores
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
 from bayes_lora.posterior.prediction_draws import PredictionDraws, prediction_draws
@@ -445,6 +448,113 @@ class TaskPosterior:
         prompts = [self.lm.encoder.prompts(own, before) for own, before in zip(asked, shown, strict=True)]
         found = generate(self.lm, phi, prompts, max_new_tokens)
         return found[0] if is_of_one_task(queries) else found
+
+    @overload
+    def generate_draws(  # type: ignore[overload-overlap]
+        self,
+        queries: Sequence[Example | str],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        average: bool = False,
+    ) -> GeneratedDraws: ...
+
+    @overload
+    def generate_draws(
+        self,
+        queries: Sequence[Sequence[Example | str]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        average: bool = False,
+    ) -> list[GeneratedDraws]: ...
+
+    def generate_draws(
+        self,
+        queries: Sequence[Example | str] | Sequence[Sequence[Example | str]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        average: bool = False,
+    ) -> GeneratedDraws | list[GeneratedDraws]:
+        """Answer questions with text that is generated under each draw, to see whether the answers agree.
+
+        Example::
+
+            draws = adapted.generate_draws(["Where is the pump?"], num_draws=20)
+            draws.most_common(), draws.agreement(), draws.entropy(), draws.to_frame()
+
+        A draw is one coherent model: the same for a whole text, and for all questions. Greedy by default; the prompts
+        of all tasks share calls of transformers' ``generate`` with all draws, see
+        :mod:`bayes_lora.lm.generation_draws`. Settings of the model's ``generation_config`` are not used.
+
+        Args:
+            queries: texts, or examples without options, in a list for each task or in that of the only task. Gold
+                answers are not used.
+            num_draws: number of draws, S. A posterior that is a point has one.
+            seed: random seed of the draws, and of samples. Samples also depend on which prompts share a call: on the
+                questions, on their order and on the language model's token budget.
+            demonstrations: see :meth:`predict`.
+            max_new_tokens: maximum number of tokens of an answer.
+            common_noise: see :meth:`draw`.
+            do_sample: sample tokens; by default the most probable one is taken.
+            temperature: divides the logits before sampling. It is not that of the option scores.
+            top_k: sample among this many tokens only; 0 for all.
+            top_p: sample among the most probable tokens that together have this probability; 1 for all.
+            num_beams: number of beams of a beam search under each draw.
+            num_return_sequences: number of samples under each draw, R.
+            average: whether texts get their log-probability under the average over draws, too. All draws then score
+                all distinct texts: one more forward of S times the prompt and its distinct texts. Where many draws
+                write other texts, it takes longer than the generation.
+
+        Returns:
+            The texts of each task with their log-probabilities; those of the only task if its questions were passed.
+
+        Raises:
+            TaskError: see :meth:`predict`; or a query has options.
+            ConfigError: ``num_draws`` is below 1, a setting is out of range, whole updates are random, whose noise
+                differs between forwards, or a prompt and its answer may need more positions than the model has.
+        """
+        decoding = Decoding(do_sample, temperature, top_k, top_p, num_beams, num_return_sequences)
+        if num_draws < 1:
+            raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
+        if self.is_deferred:
+            raise ConfigError(
+                "generate_draws: draws of whole updates differ between forwards. Use generate(num_draws=0)."
+            )
+        alone = is_of_one_task(queries) or (not len(queries) and len(self.names) == 1)
+        asked = self._by_task("queries", [queries] if alone and not isinstance(queries, str) else queries)
+        shown = self._by_task("demonstrations", demonstrations)
+        phi = self._draws_or_mean(num_draws, seed, common_noise)
+        found = generated_draws(self.lm, phi, self.names, asked, shown, max_new_tokens, decoding, seed, average=average)
+        return found[0] if alone else found
 
     def _by_task(self, name: str, given: Any) -> Sequence[Sequence[Any]]:
         """Return a list of examples for each task; None means no examples."""
