@@ -1,6 +1,7 @@
 """Texts under each draw: against one draw and one prompt at a time by the language model's ordinary forward."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +205,16 @@ def test_a_model_that_takes_no_packed_rows(tokenizer, monkeypatch):
         tokens = greedy(lm, weights, prompt, 4)
         assert found[t].texts[i][s].tokens == tuple(tokens)
         assert found[t].log_probs[i, s].item() == pytest.approx(log_prob(lm, weights, prompt, tokens), abs=1e-3)
+
+
+def test_draws_of_linear_scores_are_not_for_the_network(tokenizer):
+    """Answers are those of the mean; texts under the draws come with a warning."""
+    q = replace(posterior(build_lm("llama", tokenizer)), predictive="linear")
+    assert q.generate(ASKED, num_draws=3, max_new_tokens=4) == q.generate(ASKED, num_draws=0, max_new_tokens=4)
+    with pytest.warns(UserWarning, match="the network may write nonsense under its draws"):
+        found = q.generate_draws(ASKED, num_draws=3, max_new_tokens=4)
+    same = replace(q, predictive="draws").generate_draws(ASKED, num_draws=3, max_new_tokens=4)
+    assert [one.texts for one in found] == [one.texts for one in same]
 
 
 def test_generated_texts_do_not_fill_the_cache(tokenizer, tmp_path):

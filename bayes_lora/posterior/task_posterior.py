@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -427,7 +428,9 @@ class TaskPosterior:
 
         Args:
             queries: a list of examples or texts for each task, or those of the only task. Gold answers are not used.
-            num_draws: number of draws, S; 0 decodes with the posterior mean.
+            num_draws: number of draws, S; 0 decodes with the posterior mean. A posterior whose ``predictive`` is
+                ``"linear"`` decodes with its mean, too: its draws are for scores that are linear in the weights, and
+                the network makes no sense under them.
             seed: random seed of the draws.
             demonstrations: see :meth:`predict`.
             max_new_tokens: maximum number of tokens of an answer.
@@ -441,6 +444,7 @@ class TaskPosterior:
             ConfigError: ``num_draws`` is positive for whole updates, whose noise differs between forwards, or a prompt
                 and its answer may need more positions than the model has.
         """
+        num_draws = 0 if self.predictive == "linear" else num_draws
         if self.is_deferred and num_draws:
             raise ConfigError("generate: draws of whole updates differ between forwards. Use num_draws=0.")
         asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
@@ -518,7 +522,8 @@ class TaskPosterior:
         Args:
             queries: texts, or examples without options, in a list for each task or in that of the only task. Gold
                 answers are not used.
-            num_draws: number of draws, S. A posterior that is a point has one.
+            num_draws: number of draws, S. A posterior that is a point has one. A posterior whose ``predictive`` is
+                ``"linear"`` gives a warning: its draws are not for the network.
             seed: random seed of the draws, and of samples. Samples also depend on which prompts share a call: on the
                 questions, on their order and on the language model's token budget.
             demonstrations: see :meth:`predict`.
@@ -548,6 +553,12 @@ class TaskPosterior:
         if self.is_deferred:
             raise ConfigError(
                 "generate_draws: draws of whole updates differ between forwards. Use generate(num_draws=0)."
+            )
+        if self.predictive == "linear":
+            warnings.warn(
+                "generate_draws: this posterior is for scores that are linear in the weights, and the network may "
+                "write nonsense under its draws. Use one that predicts with draws.",
+                stacklevel=2,
             )
         alone = is_of_one_task(queries) or (not len(queries) and len(self.names) == 1)
         asked = self._by_task("queries", [queries] if alone and not isinstance(queries, str) else queries)
