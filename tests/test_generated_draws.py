@@ -422,6 +422,7 @@ def test_semantic_entropy_of_bad_input():
     assert semantic_entropy([[0, 1]], torch.full((1, 2), -torch.inf)).isnan().all()
     assert semantic_entropy(torch.zeros(2, 0, dtype=torch.long)).isnan().all()
     assert semantic_entropy([[0, 1]], torch.tensor([[-800.0, -800.0]])).item() == pytest.approx(math.log(2))
+    assert semantic_entropy([[0] * 10, [0] * 5 + [1] * 5]).tolist() == [0.0, pytest.approx(math.log(2))]
 
 
 def test_decoding_is_what_transformers_gets():

@@ -89,6 +89,9 @@ def semantic_entropy(groups: Tensor | Sequence[Sequence[int]], log_weights: Tens
         raise ValueError(f"`log_weights` must have the shape of `groups` {tuple(groups.shape)}, got {weights.shape}")
     if bool((weights.isnan() | (weights == torch.inf)).any()):
         raise ValueError("`log_weights` must be below infinity and not NaN")
-    shares = torch.zeros_like(weights).scatter_add(-1, groups.cpu(), weights.softmax(-1))
-    found = torch.special.entr(shares).sum(-1)
-    return found if groups.shape[-1] else torch.full_like(found, torch.nan)
+    if not groups.shape[-1]:
+        return torch.full(groups.shape[:1], torch.nan, dtype=torch.double)
+    # Relative to the largest, so that counts stay whole numbers, and the entropy of one group is exactly 0.
+    relative = (weights - weights.amax(-1, keepdim=True)).exp()
+    shares = torch.zeros_like(weights).scatter_add(-1, groups.cpu(), relative) / relative.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1)

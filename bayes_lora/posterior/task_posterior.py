@@ -37,6 +37,7 @@ from bayes_lora.posterior.files import export_adapter, read_posterior, save_post
 from bayes_lora.posterior.generate import generated_draws
 from bayes_lora.posterior.generated_draws import GeneratedDraws
 from bayes_lora.posterior.linear import linear_scores
+from bayes_lora.posterior.marginals import SiteDistributions, marginals
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
 from bayes_lora.posterior.prediction_draws import PredictionDraws, prediction_draws
 from bayes_lora.tasks.task import Example, Task
@@ -68,7 +69,10 @@ class TaskPosterior:
         predictive: how :meth:`predict` predicts by default: ``"draws"`` or ``"linear"``.
         fixed_options: whether the support examples of each task have the same options, so that biases of an option head
             apply to its queries, see :mod:`bayes_lora.lm.option_head`; by default all have.
-        prior: p(phi | theta) per random site, at the mean of q(theta); empty if it is not known. It is not saved.
+        prior: p(phi | theta) per random site, at the mean of q(theta): ``adapted.prior["phi.q_proj.lora_B"].stddev``.
+            Event ``(layers, out, in)``; those of an ensemble's members have batch ``(K, 1, 1)``. Empty if it is not
+            known. Files hold that of sites that are not points: of priors that are not among
+            :data:`bayes_lora.posterior.files.FAMILIES`, normals with the mean and standard deviation of each weight.
 
     Raises:
         ConfigError: a distribution is of another family, or ``fixed_options`` has another number of tasks.
@@ -98,6 +102,7 @@ class TaskPosterior:
         object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
         shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
         object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "prior", SiteDistributions(self.prior, "the prior of this posterior"))
 
     def _of_each(self, function: Callable[[Tensor], Tensor]) -> Distributions:
         """Apply a function to each parameter, ``(T, 1, ...)`` or ``(K, T, 1, ...)``, of each distribution."""
@@ -123,16 +128,27 @@ class TaskPosterior:
         """Return q(phi | support) of the sites that are not points: batch ``(T, 1)``, event ``(layers, out, in)``."""
         return {site: fn for site, fn in self.phi.items() if not isinstance(fn, Delta)}
 
+    @property
+    def posterior(self) -> Distributions:
+        """q(phi | support) of each random site alone, points among them: ``adapted.posterior["phi.q_proj.lora_B"]``.
+
+        Batch ``(T, 1)``, event ``(layers, out, in)``; ``.mean``, ``.stddev`` and ``.sample()`` are those of torch.
+        Several components are one mixture. Sites that are drawn together, by components or by a
+        :class:`bayes_lora.distributions.joint_normal.JointNormal`, depend on each other: :meth:`draw` draws them so.
+        """
+        return SiteDistributions(marginals(self.phi), "this posterior")
+
     def distance_from_prior(self) -> pd.DataFrame:
         """Return how far each task's posterior is from p(phi | theta): a frame with one row per task, site and layer.
 
         Columns: ``task``, ``site``, ``module`` (its Hugging Face name), ``kl`` (nats, summed over the layer's weights,
         without their correlations), ``posterior_sd`` and ``prior_sd`` (means over the weights), ``shift`` (root mean
         square of the distance between the means, in standard deviations of the prior). Sites that are points have no
-        rows. See :mod:`bayes_lora.posterior.distance`.
+        rows. Where the prior is flat, ``kl`` and ``shift`` are NaN and ``prior_sd`` is infinite; where a weight is a
+        point, ``kl`` is infinite. ``frame.attrs["notes"]`` has the reasons. See :mod:`bayes_lora.posterior.distance`.
 
         Raises:
-            ConfigError: the prior is not known, because the posterior was loaded from a file.
+            ConfigError: the prior is not known.
         """
         return distance_from_prior(self)
 
