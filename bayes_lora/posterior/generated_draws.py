@@ -120,7 +120,12 @@ class GeneratedDraws:
         Args:
             clusters: see :meth:`agreement`.
             abstain_at: an agreement, in [0, 1].
+
+        Raises:
+            ConfigError: ``abstain_at`` is NaN.
         """
+        if math.isnan(abstain_at):
+            raise ConfigError("abstain_at: expected an agreement in [0, 1], got nan.")
         groups = self._groups(clusters)
         rows = zip(self.most_common(groups), self.agreement(groups).tolist(), strict=True)
         return [text if share > abstain_at else None for text, share in rows]
@@ -183,6 +188,9 @@ class GeneratedDraws:
         if clusters.shape != self.log_probs.shape:
             expected = tuple(self.log_probs.shape)
             raise ConfigError(f"clusters: expected groups {expected} of these texts, got {tuple(clusters.shape)}.")
+        count = clusters.shape[-1]
+        if clusters.is_floating_point() or bool(((clusters < 0) | (clusters >= count)).any()):
+            raise ConfigError(f"clusters: expected numbers of groups in 0..{count - 1}. Pass what clusters() returns.")
         return clusters.cpu()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import torch
 from pyro.distributions import Delta
@@ -177,7 +179,7 @@ class TaskPosterior:
             seed: random seed.
             common_noise: use the same noise for all tasks, so that a task's draws do not depend on the other tasks.
         """
-        if num_draws < 1:
+        if not isinstance(num_draws, Integral) or num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
         chosen = self._turns(num_draws, generator)
@@ -263,7 +265,9 @@ class TaskPosterior:
             of the only task were passed.
 
         Raises:
-            TaskError: the number of lists is not the number of tasks, or demonstrations do not fit into the context.
+            TaskError: the number of lists is not the number of tasks, a query is no example, or demonstrations do not
+                fit into the context.
+            ConfigError: a number or ``predictive`` is out of range.
         """
         draws = self._predict_draws(
             queries, num_draws, seed, demonstrations, max_tokens, common_noise, predictive or self.predictive
@@ -334,6 +338,10 @@ class TaskPosterior:
         predictive: Predictive,
     ) -> list[PredictionDraws]:
         asked = self._by_task("queries", queries)
+        if predictive not in get_args(Predictive):
+            raise ConfigError(f"predictive: expected one of {get_args(Predictive)}, got {predictive!r}.")
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens: expected at least 1, got {max_tokens}.")
         if predictive == "linear":
             scores = self._linear_scores(queries, demonstrations)
             found = [one.draw_log_probs(self.temperature, averaged=num_draws > 0) for one in scores]
@@ -463,7 +471,8 @@ class TaskPosterior:
         num_draws = 0 if self.predictive == "linear" else num_draws
         if self.is_deferred and num_draws:
             raise ConfigError("generate: draws of whole updates differ between forwards. Use num_draws=0.")
-        asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
+        asked = self._by_task("queries", queries, (Example, str))
+        shown = self._by_task("demonstrations", demonstrations)
         phi = self._draws_or_mean(num_draws, seed, common_noise)
         prompts = [self.lm.encoder.prompts(own, before) for own, before in zip(asked, shown, strict=True)]
         found = generate(self.lm, phi, prompts, max_new_tokens)
@@ -564,7 +573,7 @@ class TaskPosterior:
                 differs between forwards, or a prompt and its answer may need more positions than the model has.
         """
         decoding = Decoding(do_sample, temperature, top_k, top_p, num_beams, num_return_sequences)
-        if num_draws < 1:
+        if not isinstance(num_draws, Integral) or num_draws < 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         if self.is_deferred:
             raise ConfigError(
@@ -576,17 +585,18 @@ class TaskPosterior:
                 "write nonsense under its draws. Use one that predicts with draws.",
                 stacklevel=2,
             )
-        alone = is_of_one_task(queries) or (not len(queries) and len(self.names) == 1)
-        asked = self._by_task("queries", [queries] if alone and not isinstance(queries, str) else queries)
+        empty = isinstance(queries, Sequence) and not len(queries) and len(self.names) == 1
+        asked = self._by_task("queries", [()] if empty else queries, (Example, str))
         shown = self._by_task("demonstrations", demonstrations)
         phi = self._draws_or_mean(num_draws, seed, common_noise)
         found = generated_draws(self.lm, phi, self.names, asked, shown, max_new_tokens, decoding, seed, average=average)
-        return found[0] if alone else found
+        return found[0] if empty or is_of_one_task(queries) else found
 
-    def _by_task(self, name: str, given: Any) -> Sequence[Sequence[Any]]:
-        """Return a list of examples for each task; None means no examples."""
-        if isinstance(given, str):
-            raise TaskError(f"{name}: expected a list of examples or texts, got the text {given!r}.")
+    def _by_task(self, name: str, given: Any, kinds: Any = Example) -> Sequence[Sequence[Any]]:
+        """Return a list of examples, or of other ``kinds``, for each task; None means no demonstrations."""
+        if isinstance(given, str) or (given is None and name != "demonstrations"):
+            got = f"the text {given!r}" if isinstance(given, str) else "None"
+            raise TaskError(f"{name}: expected a list of examples or texts, got {got}.")
         if given is None or (name == "demonstrations" and not given):
             return [()] * len(self.names)
         listed = [given] if is_of_one_task(given) else given
@@ -594,6 +604,11 @@ class TaskPosterior:
             raise TaskError(
                 f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(listed)}."
             )
+        for one in chain.from_iterable(own if isinstance(own, Iterable) else [own] for own in listed):
+            if not isinstance(one, kinds):
+                texts = " or texts" if kinds is not Example else ""
+                cure = ". Make Example(text, options) of it" if isinstance(one, str) else ""
+                raise TaskError(f"{name}: expected examples{texts}, got {one!r:.60} of {type(one).__name__}{cure}.")
         return listed
 
     def _draws_or_mean(self, num_draws: int, seed: int, common_noise: bool) -> Sites:
