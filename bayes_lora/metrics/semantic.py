@@ -94,4 +94,5 @@ def semantic_entropy(groups: Tensor | Sequence[Sequence[int]], log_weights: Tens
     # Relative to the largest, so that counts stay whole numbers, and the entropy of one group is exactly 0.
     relative = (weights - weights.amax(-1, keepdim=True)).exp()
     shares = torch.zeros_like(weights).scatter_add(-1, groups.cpu(), relative) / relative.sum(-1, keepdim=True)
-    return torch.special.entr(shares).sum(-1)
+    found: Tensor = torch.special.entr(shares).sum(-1)
+    return found

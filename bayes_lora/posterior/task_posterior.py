@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, overload
 
@@ -179,7 +178,7 @@ class TaskPosterior:
             seed: random seed.
             common_noise: use the same noise for all tasks, so that a task's draws do not depend on the other tasks.
         """
-        if not isinstance(num_draws, Integral) or num_draws < 1:
+        if num_draws < 1 or num_draws % 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
         chosen = self._turns(num_draws, generator)
@@ -573,7 +572,7 @@ class TaskPosterior:
                 differs between forwards, or a prompt and its answer may need more positions than the model has.
         """
         decoding = Decoding(do_sample, temperature, top_k, top_p, num_beams, num_return_sequences)
-        if not isinstance(num_draws, Integral) or num_draws < 1:
+        if num_draws < 1 or num_draws % 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         if self.is_deferred:
             raise ConfigError(
