@@ -168,6 +168,20 @@ def test_a_loaded_posterior_has_its_prior(lm, tmp_path, kind):
     assert_frame_equal(TaskPosterior.load(tmp_path / "again", lm).distance_from_prior(), expected)
 
 
+def test_a_prior_that_shares_memory_is_saved(lm, tmp_path):
+    """As that of one task in closed form does, whose origin is the mean of the prior; a file refuses such tensors."""
+    adapted = adapted_tasks(lm, TangentGuide, LayerwiseScale)
+    phi, prior = {}, {}
+    for site, (layers, out, size) in lm.sites.shapes.items():
+        loc, scale = torch.rand(layers, out, size), torch.rand(layers, out, size) + 0.5
+        prior[site] = Normal(loc, scale).to_event(3)
+        phi[site] = Normal(loc[None, None], scale[None, None]).to_event(3)
+    for q in (adapted.select("task-0"), TaskPosterior(lm, phi, {}, ("one",), prior=prior)):
+        q.save(tmp_path / q.names[0])
+        loaded = TaskPosterior.load(tmp_path / q.names[0], lm)
+        assert_frame_equal(loaded.distance_from_prior(), q.distance_from_prior())
+
+
 def test_the_file_of_a_prior_is_small(lm, tmp_path):
     """A scale per layer is as many numbers, not as many as there are weights."""
     adapted = adapted_tasks(lm, TangentGuide, LayerwiseScale)

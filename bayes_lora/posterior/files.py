@@ -90,7 +90,8 @@ def _saved_prior(posterior: TaskPosterior) -> tuple[Parameters, dict[str, Any]]:
         else:
             own = parameters(fn)
         if all(bool(value.isfinite().all()) for value in own.values()):
-            tensors |= {f"{PRIOR}{name}.{site}": value for name, value in own.items()}
+            # Copies, because a file refuses tensors that share memory, as parts of theta may.
+            tensors |= {f"{PRIOR}{name}.{site}": value.clone() for name, value in own.items()}
             described[site] = {"family": family, "tensors": list(own)}
     return tensors, described
 
@@ -101,7 +102,7 @@ def _compact(value: Tensor) -> Tensor:
         first = value.narrow(axis, 0, 1)
         if bool((value == first).all()):
             value = first
-    return value.contiguous()
+    return value
 
 
 def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
