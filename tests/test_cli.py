@@ -882,6 +882,8 @@ def test_a_table_of_free_answers(call, fitted, model_folder, tmp_path):
             (1, 0) if one == other else (0.5, pytest.approx(math.log(2), 1e-5))
         )
         assert all(draw["text"] == draw["text"].strip() and draw["log_prob"] < 0 for draw in row["draws"])
+    out = call("predict", "--adapted", tmp_path / "out", *questions, "--each-draw", "--draws", 1)[1]
+    assert [json.loads(line)["agreement"] for line in out.splitlines()] == [None, None]
     (tmp_path / "q.jsonl").write_text('{"input": "who?", "options": []}\n')
     again = call("predict", "--adapted", tmp_path / "out", "--examples", tmp_path / "q.jsonl", *questions[2:])[1]
     assert json.loads(again)["prediction"] == answers[0]["prediction"]

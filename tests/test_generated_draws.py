@@ -14,7 +14,7 @@ from bayes_lora.episodes import PromptTemplate
 from bayes_lora.errors import ConfigError, PosteriorError, TaskError
 from bayes_lora.guides import GradientGuide
 from bayes_lora.infer.objective import BetaELBO
-from bayes_lora.lm.generation import Ended
+from bayes_lora.lm.answer_end import Ended
 from bayes_lora.lm.generation_draws import Decoding, GeneratedText
 from bayes_lora.metrics.semantic import group_texts, same_text, semantic_entropy
 from bayes_lora.models import WeightSpace
@@ -236,6 +236,10 @@ def test_a_point_has_one_draw(tokenizer):
     frame = found.uncertainty()
     assert frame[["agreement", "entropy", "groups"]].isna().all(axis=None)
     assert frame.attrs["notes"] == ["agreement, entropy, groups: there is one text"]
+    assert found.agreement().isnan().all() and found.entropy().isnan().all()
+    assert found.answers() == found.most_common() == [one.text for [one] in found.texts]
+    with pytest.raises(ConfigError, match="abstain_at: a single text has no agreement. Ask for more draws"):
+        found.answers(abstain_at=0.5)
     several = q.generate_draws(["film"], num_draws=7, max_new_tokens=2, do_sample=True, num_return_sequences=5)
     assert several.log_probs.shape == (1, 5) and several.uncertainty().notna().all(axis=None)
 

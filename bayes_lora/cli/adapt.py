@@ -174,13 +174,12 @@ def _each_draw(
     """Yield the agreement of the draws on each question, and what each of them answers."""
     [found] = posterior.generate_draws([questions], num_draws=draws, max_new_tokens=max_new_tokens)
     groups = found.clusters()
-    numbers = zip(found.agreement(groups).tolist(), found.entropy(groups).tolist(), strict=True)
-    for own, scores, places, (agreement, entropy) in zip(
-        found.texts, found.log_probs.tolist(), groups.tolist(), numbers, strict=True
-    ):
+    columns = found.agreement(groups), found.entropy(groups), found.log_probs, groups
+    for own, agreement, entropy, scores, places in zip(found.texts, *(one.tolist() for one in columns), strict=True):
         rows = zip(own, scores, places, strict=True)
         texts = [{"text": one.text, "log_prob": round(p, 6), "group": group} for one, p, group in rows]
-        yield {"agreement": round(agreement, 6), "entropy": round(entropy, 6), "draws": texts}
+        numbers = {"agreement": agreement, "entropy": entropy}  # NaN, of a single text, is no JSON
+        yield {name: None if math.isnan(one) else round(one, 6) for name, one in numbers.items()} | {"draws": texts}
 
 
 def _answers(

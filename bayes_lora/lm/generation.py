@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from bayes_lora.episodes.batching import by_tokens
 from bayes_lora.errors import ConfigError, PosteriorError
+from bayes_lora.lm.answer_end import Ended, answer_end, cut
 from bayes_lora.lm.option_head import split_head
 from bayes_lora.lm.text_config import constant_rotary_length, max_positions
 from bayes_lora.lm.vocabulary import num_embeddings
@@ -31,7 +32,7 @@ from bayes_lora.types import Sites
 if TYPE_CHECKING:
     from bayes_lora.lm.language_model import LanguageModel
 
-__all__ = ["Generated", "PosteriorAverage", "check_positions", "cut", "generate", "generated_tokens"]
+__all__ = ["Generated", "PosteriorAverage", "check_positions", "generate", "generated_tokens"]
 
 
 class Generated(NamedTuple):
@@ -86,26 +87,6 @@ class PosteriorAverage(LogitsProcessor):
         return torch.stack(self.totals[1:], -1)
 
 
-class Ended(StoppingCriteria):
-    """Stops rows that contain the end of an answer.
-
-    Args:
-        tokenizer: decodes the rows.
-        end: text that ends an answer.
-        start: number of tokens before the answers.
-        copies: number of equal copies of the answers, of which only the first is read.
-    """
-
-    def __init__(self, tokenizer: Any, end: str, start: int, copies: int = 1) -> None:
-        self.tokenizer, self.end, self.start, self.copies = tokenizer, end, start, copies
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Return whether each row has ended, ``(rows,)``."""
-        texts = decode(self.tokenizer, input_ids[: len(input_ids) // self.copies, self.start :])
-        done = torch.tensor([has_ended(text, self.end) for text in texts], device=input_ids.device)
-        return done.repeat(self.copies)
-
-
 class NotNaN(LogitsProcessor):
     """Refuses scores that are NaN: the largest of them would be any token.
 
@@ -128,17 +109,6 @@ class NotNaN(LogitsProcessor):
                 "Restore the posterior, or fit and adapt again."
             )
         return scores
-
-
-def has_ended(text: str, end: str) -> bool:
-    """Return whether a text contains its end; leading whitespace is ignored."""
-    return end in text.lstrip()
-
-
-def decode(tokenizer: Any, rows: Tensor) -> list[str]:
-    """Return the text of each row of tokens, including special tokens."""
-    found: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return found
 
 
 @torch.no_grad()
@@ -201,11 +171,6 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
         count, text, _ = cut(lm.tokenizer, end, tokens)
         found.append(Generated(text, float(scores[count - 1])))
     return found
-
-
-def answer_end(lm: LanguageModel) -> str:
-    """Return the text that ends an answer; spaces before an answer do not end it."""
-    return lm.encoder.end.lstrip(" ") or lm.encoder.end
 
 
 def generated_tokens(
@@ -282,26 +247,3 @@ def _without_checkpointing(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = True
-
-
-def cut(tokenizer: Any, end: str, tokens: Tensor) -> tuple[int, str, bool]:
-    """Cut an answer after the first token that ends it.
-
-    Args:
-        tokenizer: decodes the tokens.
-        end: text that ends an answer; the end-of-text token does, too.
-        tokens: ``(L,)`` generated tokens, with anything after the end.
-
-    Returns:
-        The number of tokens with the end, the text without it and without surrounding whitespace, and whether the
-        answer ended.
-    """
-    count, ended = len(tokens), False
-    for length in range(1, len(tokens) + 1):
-        [text] = decode(tokenizer, tokens[None, :length])
-        if has_ended(text, end) or tokens[length - 1] == tokenizer.eos_token_id:
-            count, ended = length, True
-            break
-    [text] = decode(tokenizer, tokens[None, :count])
-    text = text.lstrip().partition(end)[0].removesuffix(tokenizer.eos_token or "")
-    return count, text.strip(), ended

@@ -17,7 +17,8 @@ import torch
 
 from bayes_lora.episodes.batching import by_tokens
 from bayes_lora.errors import ConfigError
-from bayes_lora.lm.generation import answer_end, check_positions, cut, generated_tokens
+from bayes_lora.lm.answer_end import answer_end, cut
+from bayes_lora.lm.generation import check_positions, generated_tokens
 from bayes_lora.lm.option_head import split_head
 from bayes_lora.lm.text_config import max_row_length
 from bayes_lora.types import Sites

@@ -69,19 +69,21 @@ class GeneratedDraws:
     def agreement(self, clusters: Tensor | None = None) -> Tensor:
         """Return the share of texts in the largest group, ``(N,)``: of draws, if each has one text.
 
+        NaN if there is a single text: it does not tell an answer that is certain from one that was not repeated.
+
         Args:
             clusters: what :meth:`clusters` returns, by default for texts that are equal but for case and spaces.
         """
         groups = self._groups(clusters)
         ones = torch.ones(groups.shape, dtype=torch.double)
-        return torch.zeros_like(ones).scatter_add(-1, groups, ones).amax(-1) / groups.shape[-1]
+        return self._several(torch.zeros_like(ones).scatter_add(-1, groups, ones).amax(-1) / groups.shape[-1])
 
     def entropy(
         self, clusters: Tensor | None = None, *, weights: Literal["counts", "probability"] = "counts"
     ) -> Tensor:
         """Return the semantic entropy of each question, ``(N,)`` nats, at most ``log(M)``.
 
-        See :mod:`bayes_lora.metrics.semantic`.
+        NaN if there is a single text. See :mod:`bayes_lora.metrics.semantic`.
 
         Args:
             clusters: see :meth:`agreement`.
@@ -93,7 +95,7 @@ class GeneratedDraws:
         """
         groups = self._groups(clusters)
         if weights == "counts":
-            return semantic_entropy(groups)
+            return self._several(semantic_entropy(groups))
         if weights != "probability":
             raise ConfigError(f"weights: expected 'counts' or 'probability', got {weights!r}.")
         if self.average_log_probs is None:
@@ -101,7 +103,7 @@ class GeneratedDraws:
         # A text that several draws wrote has its probability once.
         repeated = [[own.index(one) < m for m, one in enumerate(own)] for own in self.texts]
         mask = torch.tensor(repeated, dtype=torch.bool).reshape(groups.shape)
-        return semantic_entropy(groups, self.average_log_probs.cpu().masked_fill(mask, -torch.inf))
+        return self._several(semantic_entropy(groups, self.average_log_probs.cpu().masked_fill(mask, -torch.inf)))
 
     def most_common(self, clusters: Tensor | None = None) -> list[str]:
         """Return the most frequent answer to each question: the most frequent text of the largest group.
@@ -122,11 +124,15 @@ class GeneratedDraws:
             abstain_at: an agreement, in [0, 1].
 
         Raises:
-            ConfigError: ``abstain_at`` is NaN.
+            ConfigError: ``abstain_at`` is NaN, or above 0 although there is a single text.
         """
         if math.isnan(abstain_at):
             raise ConfigError("abstain_at: expected an agreement in [0, 1], got nan.")
         groups = self._groups(clusters)
+        if groups.shape[-1] == 1 and abstain_at <= 0.0:
+            return list(self.most_common(groups))
+        if groups.shape[-1] == 1:
+            raise ConfigError("abstain_at: a single text has no agreement. Ask for more draws, or for samples.")
         rows = zip(self.most_common(groups), self.agreement(groups).tolist(), strict=True)
         return [text if share > abstain_at else None for text, share in rows]
 
@@ -134,8 +140,7 @@ class GeneratedDraws:
         """Return a frame with one row per question.
 
         Columns: ``task``, ``question``, ``answer`` (the most frequent one), ``agreement``, ``entropy`` (semantic, nats)
-        and ``groups`` (their number). With a single text per question the last three are NaN: one text does not tell an
-        answer that is certain from one that was not repeated.
+        and ``groups`` (their number). With a single text per question the last three are NaN.
 
         Args:
             clusters: see :meth:`agreement`.
@@ -144,15 +149,12 @@ class GeneratedDraws:
 
         groups = self._groups(clusters)
         several = groups.shape[-1] > 1
-        numbers = {
-            "agreement": self.agreement(groups),
-            "entropy": self.entropy(groups),
-            "groups": torch.tensor([len(set(row)) for row in groups.tolist()], dtype=torch.double),
-        }
+        counts = torch.tensor([len(set(row)) for row in groups.tolist()], dtype=torch.double)
         frame = pandas.DataFrame({"question": list(self.questions), "answer": self.most_common(groups)}, dtype=object)
         frame.insert(0, "task", self.task)
-        for name, values in numbers.items():
-            frame[name] = values.numpy() if several else float("nan")
+        frame["agreement"] = self.agreement(groups).numpy()
+        frame["entropy"] = self.entropy(groups).numpy()
+        frame["groups"] = self._several(counts).numpy()
         frame.attrs["notes"] = [] if several or not len(frame) else ["agreement, entropy, groups: there is one text"]
         return frame
 
@@ -181,6 +183,9 @@ class GeneratedDraws:
         if self.average_log_probs is not None:
             frame["average_log_prob"] = self.average_log_probs.flatten().cpu().numpy()
         return frame
+
+    def _several(self, values: Tensor) -> Tensor:
+        return values if self.log_probs.shape[-1] > 1 else torch.full_like(values, torch.nan)
 
     def _groups(self, clusters: Tensor | None) -> Tensor:
         if clusters is None:
