@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import make_tasks
 from pandas.testing import assert_frame_equal
-from pyro.distributions import Delta, Normal
+from pyro.distributions import Delta, Normal, StudentT, TransformedDistribution
 from safetensors.torch import load_file
+from torch.distributions import TanhTransform
 
 from bayes_lora import Posterior, TaskPosterior
 from bayes_lora.distributions.divergence import divergence
@@ -180,6 +181,18 @@ def test_a_prior_that_shares_memory_is_saved(lm, tmp_path):
         q.save(tmp_path / q.names[0])
         loaded = TaskPosterior.load(tmp_path / q.names[0], lm)
         assert_frame_equal(loaded.distance_from_prior(), q.distance_from_prior())
+
+
+def test_a_prior_without_moments_is_left_out(lm, tmp_path):
+    """A prior of the user's own may have neither mean nor variance; the posterior is saved all the same."""
+    site, shape = next(iter(lm.sites.shapes.items()))
+    q = Normal(torch.zeros(1, 1, *shape), torch.ones(1, 1, *shape)).to_event(3)
+    rest = {name: value for name, value in lm.sites.initial().items() if name != site}
+    without = TransformedDistribution(Normal(torch.zeros(shape), 1.0), [TanhTransform()]).to_event(3)
+    heavy = StudentT(1.0, torch.zeros(shape), 1.0).to_event(3)
+    for name, prior in (("none", without), ("heavy", heavy)):
+        TaskPosterior(lm, {site: q}, rest, ("one",), prior={site: prior}).save(tmp_path / name)
+        assert TaskPosterior.load(tmp_path / name, lm).prior == {}
 
 
 def test_the_file_of_a_prior_is_small(lm, tmp_path):

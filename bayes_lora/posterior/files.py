@@ -74,26 +74,32 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
 def _saved_prior(posterior: TaskPosterior) -> tuple[Parameters, dict[str, Any]]:
     """Return the tensors of the prior of sites that are not points, and their families; unknown ones as normals.
 
-    Dimensions of a normal along which it is constant, as those of a scale per layer, have size 1. Flat densities are
-    left out, because they have no finite standard deviation.
+    Dimensions of a normal along which it is constant, as those of a scale per layer, have size 1. Priors without a
+    finite mean or standard deviation, such as flat densities, are left out.
     """
     tensors: Parameters = {}
     described: dict[str, Any] = {}
     for site in posterior.distributions():
-        fn = posterior.prior.get(site)
-        if fn is None:
+        if site not in posterior.prior:
             continue
-        base = fn.base_dist if isinstance(fn, Independent) else fn
-        family = type(base).__name__
-        if family == Normal.__name__ or family not in FAMILIES:
-            own, family = {"loc": _compact(fn.mean), "scale": _compact(fn.stddev)}, Normal.__name__
-        else:
-            own = parameters(fn)
-        if all(bool(value.isfinite().all()) for value in own.values()):
+        family, own = _family_of(posterior.prior[site])
+        if own and all(bool(value.isfinite().all()) for value in own.values()):
             # Copies, because a file refuses tensors that share memory, as parts of theta may.
             tensors |= {f"{PRIOR}{name}.{site}": value.clone() for name, value in own.items()}
             described[site] = {"family": family, "tensors": list(own)}
     return tensors, described
+
+
+def _family_of(fn: Any) -> tuple[str, Parameters]:
+    """Return the family of a prior and its tensors; a normal if it is not among :data:`FAMILIES`, or no tensors."""
+    base = fn.base_dist if isinstance(fn, Independent) else fn
+    family = type(base).__name__
+    if family in FAMILIES and family != Normal.__name__:
+        return family, parameters(fn)
+    try:
+        return Normal.__name__, {"loc": _compact(fn.mean), "scale": _compact(fn.stddev)}
+    except NotImplementedError:  # a prior of the user's own need not have moments
+        return family, {}
 
 
 def _compact(value: Tensor) -> Tensor:
