@@ -9,11 +9,13 @@ import pyro
 import pytest
 import torch
 from conftest import build_lm, make_tasks
+from pyro.distributions import Normal
 from runs import NOTHING_TO_LEARN, small
 from safetensors.torch import load_file
 from simulated_device import DEVICE, LOG, MODULE, DeviceError, allocated
 
 from bayes_lora.episodes import collate
+from bayes_lora.infer.components import Components
 from bayes_lora.infer.training import FitConfig, fit
 from bayes_lora.lm.generation import generate
 from bayes_lora.lm.loading import load_language_model
@@ -89,6 +91,32 @@ def test_a_recipe_as_on_the_cpu(name, tokenizer, tmp_path, monkeypatch):
             torch.testing.assert_close(
                 found[part], value, rtol=1e-6, atol=1e-8, msg=lambda text, part=part: f"{part}: {text}"
             )
+
+
+def test_texts_of_each_draw_as_on_the_cpu(tokenizer):
+    """Greedy, by beam search and sampled, with their log-probabilities and the distributions of the sites."""
+    found = {}
+    for device in (DEVICE.type, "cpu"):
+        lm = lm_on(device, tokenizer)
+        generator = torch.Generator().manual_seed(3)
+        phi = {
+            site: Normal(*(torch.rand(2, 1, *shape, generator=generator, dtype=torch.float64).to(device) for _ in "ab"))
+            for site, shape in lm.sites.shapes.items()
+        }
+        q = TaskPosterior(lm, {site: fn.to_event(3) for site, fn in phi.items()}, {}, ("one", "two"))
+        ask = partial(q.generate_draws, [["was the film good?", "so"], ["maybe"]], num_draws=2, max_new_tokens=3)
+        found[device] = [
+            draws
+            for more in ({"average": True}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2})
+            for draws in ask(**more)
+        ]
+        members = {site: fn.expand((3, *fn.batch_shape)).to_event(3) for site, fn in phi.items()}
+        parts = TaskPosterior(lm, Components(members), {}, ("one", "two")).posterior
+        assert all(fn.sample().device == fn.stddev.device == lm.device for fn in parts.values())
+    for one, other in zip(found[DEVICE.type], found["cpu"], strict=True):
+        assert one.texts == other.texts and one.uncertainty().equals(other.uncertainty())
+        torch.testing.assert_close(one.log_probs, other.log_probs)
+    torch.testing.assert_close(found[DEVICE.type][0].average_log_probs, found["cpu"][0].average_log_probs)
 
 
 WRONG = {

@@ -821,6 +821,7 @@ def test_questions_of_a_table(call, refuse, data, adapted, tmp_path):
     words = ("predict", "--adapted", adapted / "mine", "--examples", questions, "--draws", 2)
     code, out, _ = call(*words)
     assert code == 0 and list(json.loads(out)["probs"]) == ["positive", "not so negative", "maybe"]
+    assert "query 0: expected a question without options, got the options" in refuse(*words, "--each-draw")
     home = adapted / "mine" / "run.json"
     noted = json.loads(home.read_text())
     home.write_text(json.dumps(noted | {"questions": noted["questions"] | {"options": None}}))
@@ -872,6 +873,17 @@ def test_a_table_of_free_answers(call, fitted, model_folder, tmp_path):
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [answer["input"] for answer in answers] == ["who?", "what film?"]
     assert all(answer["log_prob"] < 0 for answer in answers)
+    code, out, _ = call("predict", "--adapted", tmp_path / "out", *questions, "--each-draw")
+    for answer, line in zip(answers, out.splitlines(), strict=True):
+        row = json.loads(line)
+        assert {key: row.pop(key) for key in answer} == answer and row.keys() == {"agreement", "entropy", "draws"}
+        one, other = (draw["group"] for draw in row["draws"])
+        assert (row["agreement"], row["entropy"]) == (
+            (1, 0) if one == other else (0.5, pytest.approx(math.log(2), 1e-5))
+        )
+        assert all(draw["text"] == draw["text"].strip() and draw["log_prob"] < 0 for draw in row["draws"])
+    out = call("predict", "--adapted", tmp_path / "out", *questions, "--each-draw", "--draws", 1)[1]
+    assert [json.loads(line)["agreement"] for line in out.splitlines()] == [None, None]
     (tmp_path / "q.jsonl").write_text('{"input": "who?", "options": []}\n')
     again = call("predict", "--adapted", tmp_path / "out", "--examples", tmp_path / "q.jsonl", *questions[2:])[1]
     assert json.loads(again)["prediction"] == answers[0]["prediction"]

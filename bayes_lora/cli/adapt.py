@@ -104,11 +104,15 @@ def predict(
     delta: Annotated[
         float, typer.Option(help="Probability that the bound of --max-error fails.", min=0.0, max=1.0)
     ] = 0.1,
+    each_draw: Annotated[
+        bool, typer.Option("--each-draw", help="Of free text, also write what each draw answers, and their agreement.")
+    ] = False,
 ) -> None:
     """Predict with a task's posterior, and print one JSON object per example.
 
     The columns of a table and the options are those given to `adapt`. Without options the answer is free text. Where no
-    answer is given, the prediction is null.
+    answer is given, the prediction is null. With `--each-draw`, `draws` holds a text, its log-probability (nats) and
+    its group for each draw; `agreement` is the share of draws in the largest group, `entropy` that of groups (nats).
 
     Example: `bayes-lora predict --adapted runs/tickets --examples questions.csv > answers.jsonl`
     """
@@ -133,7 +137,7 @@ def predict(
     posterior = TaskPosterior.load(adapted / "posterior", lm)
     if known is not None and max_error is not None:
         abstain_at = max(abstain_at, _threshold(posterior, known, draws, max_error, delta))
-    _print_answers(posterior, found, draws, max_new_tokens, abstain_at)
+    _print_answers(posterior, found, draws, max_new_tokens, abstain_at, each_draw=each_draw)
 
 
 def _threshold(posterior: TaskPosterior, known: Sequence[Example], draws: int, max_error: float, delta: float) -> float:
@@ -153,9 +157,29 @@ def _print_answers(
     draws: int,
     max_new_tokens: int,
     abstain_at: float = 0.0,
+    *,
+    each_draw: bool = False,
 ) -> None:
-    for answer in _answers(posterior, questions, draws, max_new_tokens, abstain_at):
-        sys.stdout.write(json.dumps(answer) + "\n")
+    more: list[dict[str, Any]] = [{} for _ in questions]
+    if each_draw:  # first, because it refuses questions with options
+        more = list(_each_draw(posterior, questions, draws, max_new_tokens))
+    answers = _answers(posterior, questions, draws, max_new_tokens, abstain_at)
+    for answer, rest in zip(answers, more, strict=True):
+        sys.stdout.write(json.dumps(answer | rest) + "\n")
+
+
+def _each_draw(
+    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the agreement of the draws on each question, and what each of them answers."""
+    [found] = posterior.generate_draws([questions], num_draws=draws, max_new_tokens=max_new_tokens)
+    groups = found.clusters()
+    columns = found.agreement(groups), found.entropy(groups), found.log_probs, groups
+    for own, agreement, entropy, scores, places in zip(found.texts, *(one.tolist() for one in columns), strict=True):
+        rows = zip(own, scores, places, strict=True)
+        texts = [{"text": one.text, "log_prob": round(p, 6), "group": group} for one, p, group in rows]
+        numbers = {"agreement": agreement, "entropy": entropy}  # NaN, of a single text, is no JSON
+        yield {name: None if math.isnan(one) else round(one, 6) for name, one in numbers.items()} | {"draws": texts}
 
 
 def _answers(

@@ -42,6 +42,11 @@ class Flat(WeightDistribution):
         """The point ``value``, which stands in for the mean."""
         return self.value
 
+    @property
+    def variance(self) -> Tensor:
+        """Infinite."""
+        return torch.full_like(self.value, torch.inf)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return zero: the density is constant."""
         shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-3])

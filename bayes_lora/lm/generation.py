@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from bayes_lora.episodes.batching import by_tokens
-from bayes_lora.errors import ConfigError
+from bayes_lora.errors import ConfigError, PosteriorError
+from bayes_lora.lm.answer_end import Ended, answer_end, cut
 from bayes_lora.lm.option_head import split_head
 from bayes_lora.lm.text_config import constant_rotary_length, max_positions
 from bayes_lora.lm.vocabulary import num_embeddings
@@ -31,7 +32,7 @@ from bayes_lora.types import Sites
 if TYPE_CHECKING:
     from bayes_lora.lm.language_model import LanguageModel
 
-__all__ = ["Generated", "PosteriorAverage", "generate"]
+__all__ = ["Generated", "PosteriorAverage", "check_positions", "generate", "generated_tokens"]
 
 
 class Generated(NamedTuple):
@@ -86,28 +87,28 @@ class PosteriorAverage(LogitsProcessor):
         return torch.stack(self.totals[1:], -1)
 
 
-class Ended(StoppingCriteria):
-    """Stops rows that contain the end of an answer. Only the first draw is read, because all draws are equal."""
+class NotNaN(LogitsProcessor):
+    """Refuses scores that are NaN: the largest of them would be any token.
 
-    def __init__(self, tokenizer: Any, end: str, prompts: int, start: int) -> None:
-        self.tokenizer, self.end, self.prompts, self.start = tokenizer, end, prompts, start
+    Args:
+        name: name of the language model.
+    """
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Return whether each row has ended, ``(S * N,)``."""
-        texts = decode(self.tokenizer, input_ids[: self.prompts, self.start :])
-        done = torch.tensor([has_ended(text, self.end) for text in texts], device=input_ids.device)
-        return done.repeat(len(input_ids) // self.prompts)
+    def __init__(self, name: str) -> None:
+        self.name = name
 
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return the scores unchanged.
 
-def has_ended(text: str, end: str) -> bool:
-    """Return whether a text contains its end; leading whitespace is ignored."""
-    return end in text.lstrip()
-
-
-def decode(tokenizer: Any, rows: Tensor) -> list[str]:
-    """Return the text of each row of tokens, including special tokens."""
-    found: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return found
+        Raises:
+            PosteriorError: one is NaN.
+        """
+        if bool(scores.isnan().any()):
+            raise PosteriorError(
+                f"predictions of {self.name} are NaN: values drawn from the posterior are too large for its dtype. "
+                "Restore the posterior, or fit and adapt again."
+            )
+        return scores
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def generate(
     Raises:
         ConfigError: a prompt and its answer may need more positions than :func:`max_positions`.
     """
-    _check_positions(lm, prompts, max_new_tokens)
+    check_positions(lm, prompts, max_new_tokens, max_positions(lm.model.config))
     phi, _ = split_head(phi)
     draws, tasks = max(len(value) for value in phi.values()), len(prompts)
     values = {site: value.expand(draws, tasks, *value.shape[2:])[:, :, 0] for site, value in phi.items()}
@@ -142,8 +143,10 @@ def generate(
     return [[answers[t, i] for i in range(len(own))] for t, own in enumerate(prompts)]
 
 
-def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> None:
-    limit = max_positions(lm.model.config)
+def check_positions(
+    lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int, limit: int | None
+) -> None:
+    """Raise :class:`ConfigError` if a prompt of a task and its answer may need more positions than ``limit``."""
     lengths = [(len(ids), t, i) for t, own in enumerate(prompts) for i, ids in enumerate(own)]
     length, task, row = max(lengths, default=(0, 0, 0))
     needed = length + max_new_tokens - 1  # the last token is not read
@@ -159,6 +162,42 @@ def _check_positions(lm: LanguageModel, prompts: Sequence[Sequence[Sequence[int]
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, most: int) -> list[Generated]:
+    average, end = PosteriorAverage(draws), answer_end(lm)
+    settings = {"do_sample": False, "num_beams": 1}
+    sequences, start = generated_tokens(lm, prompts, draws, most, settings, copies=draws, processors=[average])
+    log_probs = average.log_probs(sequences)
+    found = []
+    for tokens, scores in zip(sequences[: len(prompts), start:].cpu(), log_probs.cpu(), strict=True):
+        count, text, _ = cut(lm.tokenizer, end, tokens)
+        found.append(Generated(text, float(scores[count - 1])))
+    return found
+
+
+def generated_tokens(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    draws: int,
+    most: int,
+    settings: Mapping[str, Any],
+    *,
+    copies: int = 1,
+    processors: Sequence[LogitsProcessor] = (),
+) -> tuple[Tensor, int]:
+    """Continue prompts by transformers' ``generate`` under the bound weights, once for each draw.
+
+    Args:
+        lm: the language model.
+        prompts: token ids of N prompts.
+        draws: number of draws, S. The ``S * N`` rows are grouped by draw; transformers puts the beams, or the returned
+            sequences, of a row next to each other.
+        most: maximum number of new tokens.
+        settings: settings of transformers' ``GenerationConfig``.
+        copies: number of equal copies of the answers, see :class:`Ended`.
+        processors: what the scores of tokens pass through.
+
+    Returns:
+        Token ids of the prompts, padded on the left, and of what follows; and the length of the prompts.
+    """
     tokenizer: Any = lm.tokenizer
     # A padding token that was added to the tokenizer alone has no embedding.
     blanks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -166,21 +205,19 @@ def _answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], draws: int, mo
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    average, end = PosteriorAverage(draws), lm.encoder.end.lstrip(" ") or lm.encoder.end
-    model: Any = lm.model
+    start, model = ids.shape[1], lm.model
+    untyped: Any = model
     with _only_given_settings(model), _without_checkpointing(model):
-        sequences: Tensor = model.generate(
+        sequences: Tensor = untyped.generate(
             input_ids=ids.repeat(draws, 1).to(lm.device),
             attention_mask=mask.repeat(draws, 1).to(lm.device),
             generation_config=GenerationConfig(
-                max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+                max_new_tokens=most, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **settings
             ),
-            logits_processor=LogitsProcessorList([average]),
-            stopping_criteria=StoppingCriteriaList([Ended(tokenizer, end, len(rows), ids.shape[1])]),
+            logits_processor=LogitsProcessorList([NotNaN(lm.name), *processors]),
+            stopping_criteria=StoppingCriteriaList([Ended(tokenizer, answer_end(lm), start, copies)]),
         )
-    log_probs = average.log_probs(sequences)
-    new = sequences[: len(rows), ids.shape[1] :]
-    return [_answer(tokenizer, end, row, scores) for row, scores in zip(new.cpu(), log_probs.cpu(), strict=True)]
+    return sequences, start
 
 
 @contextmanager
@@ -210,16 +247,3 @@ def _without_checkpointing(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = True
-
-
-def _answer(tokenizer: Any, end: str, tokens: Tensor, log_probs: Tensor) -> Generated:
-    """Cut an answer after the first token that ends it."""
-    count = len(tokens)
-    for length in range(1, len(tokens) + 1):
-        [text] = decode(tokenizer, tokens[None, :length])
-        if has_ended(text, end) or tokens[length - 1] == tokenizer.eos_token_id:
-            count = length
-            break
-    [text] = decode(tokenizer, tokens[None, :count])
-    text = text.lstrip().partition(end)[0].removesuffix(tokenizer.eos_token or "")
-    return Generated(text.strip(), float(log_probs[count - 1]))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from bayes_lora.metrics.ranking import OODMetrics, ood_metrics, risk_coverage
     from bayes_lora.metrics.selective import RiskControl, risk_control_threshold
+    from bayes_lora.metrics.semantic import group_texts, same_text, semantic_entropy
     from bayes_lora.metrics.tables import metric_table
     from bayes_lora.metrics.text import TextMetrics, text_metrics
     from bayes_lora.metrics.uncertainty import credible_interval
@@ -43,6 +44,7 @@ __all__ = [
     "credible_interval",
     "entropy_plot",
     "expected_calibration_error",
+    "group_texts",
     "layer_heat_map",
     "learning_curve_plot",
     "mean_metrics",
@@ -53,6 +55,8 @@ __all__ = [
     "risk_control_threshold",
     "risk_coverage",
     "risk_coverage_plot",
+    "same_text",
+    "semantic_entropy",
     "shrinkage_plot",
     "support_curve_plot",
     "task_map",
@@ -71,6 +75,7 @@ _MODULES = {
     "credible_interval": "uncertainty",
     "entropy_plot": "plots",
     "expected_calibration_error": "options",
+    "group_texts": "semantic",
     "layer_heat_map": "posterior_plots",
     "learning_curve_plot": "posterior_plots",
     "mean_metrics": "options",
@@ -81,6 +86,8 @@ _MODULES = {
     "risk_control_threshold": "selective",
     "risk_coverage": "ranking",
     "risk_coverage_plot": "plots",
+    "same_text": "semantic",
+    "semantic_entropy": "semantic",
     "shrinkage_plot": "posterior_plots",
     "support_curve_plot": "plots",
     "task_map": "posterior_plots",

@@ -114,7 +114,7 @@ def checked_draws(log_probs: Any, option_mask: Any = None, name: str = "log_prob
     if option_mask is None:
         present = (values > _ABSENT).any(0)
     else:
-        present = tensor_of(option_mask)
+        present = tensor_of(option_mask, "option_mask")
         if present.shape != values.shape[1:] or present.dtype != torch.bool:
             raise ValueError(
                 f"`option_mask` must be {tuple(values.shape[1:])} bool, got {tuple(present.shape)} of {present.dtype}"
@@ -138,7 +138,7 @@ def checked_answers(answers: Any, draws: Draws) -> Tensor:
     Raises:
         ValueError: the shape or the type is wrong, or an index is out of range or of an absent option.
     """
-    gold = tensor_of(answers)
+    gold = tensor_of(answers, "answers")
     size, options = draws.present.shape
     if gold.shape != (size,) or gold.is_floating_point() or gold.dtype == torch.bool:
         raise ValueError(f"`answers` must be ({size},) integers, got {tuple(gold.shape)} of {gold.dtype}")
@@ -148,18 +148,29 @@ def checked_answers(answers: Any, draws: Draws) -> Tensor:
     return gold
 
 
-def tensor_of(values: Any) -> Tensor:
-    """Return a tensor, an array, a column of a frame or numbers as a tensor on the CPU."""
+def tensor_of(values: Any, name: str = "values") -> Tensor:
+    """Return a tensor, an array, a column of a frame or numbers as a tensor on the CPU.
+
+    Args:
+        values: the numbers.
+        name: what errors call them.
+
+    Raises:
+        ValueError: they are no numbers, or their rows have different lengths.
+    """
     if isinstance(values, Tensor):
         return values.detach().cpu()
-    return torch.from_numpy(np.array(values))  # a copy, because arrays of pandas are read-only
+    try:
+        return torch.from_numpy(np.array(values))  # a copy, because arrays of pandas are read-only
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be numbers in rows of one length, got {values!r:.60}") from error
 
 
 def _stacked(log_probs: Any, name: str) -> Tensor:
-    if isinstance(log_probs, Sequence) and log_probs:
-        draws = [tensor_of(one) for one in log_probs]
+    if isinstance(log_probs, Sequence) and log_probs and not isinstance(log_probs, str):
+        draws = [tensor_of(one, name) for one in log_probs]
         shapes = {tuple(one.shape) for one in draws}
         if len(shapes) > 1:
             raise ValueError(f"`{name}` must be draws of one shape, got {', '.join(map(str, sorted(shapes)))}")
         log_probs = torch.stack(draws)
-    return tensor_of(log_probs).double()
+    return tensor_of(log_probs, name).double()

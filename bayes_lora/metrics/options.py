@@ -83,10 +83,13 @@ def mean_metrics(metrics: Sequence[Scores]) -> Scores:
         metrics: `Metrics` or another dataclass of numbers with `num_examples`, all of one type.
 
     Raises:
-        ValueError: `metrics` is empty.
+        ValueError: `metrics` is empty, or of several types.
     """
     if not metrics:
         raise ValueError("`metrics` is empty: expected the metrics of at least one task")
+    kinds = sorted({type(one).__name__ for one in metrics})
+    if len(kinds) > 1:
+        raise ValueError(f"`metrics` must be of one type, got {' and '.join(kinds)}; average each by itself")
     rows = [asdict(one) for one in metrics]  # type: ignore[call-overload]
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return type(metrics[0])(**means | {"num_examples": sum(row["num_examples"] for row in rows)})
@@ -113,11 +116,12 @@ def expected_calibration_error(confidence: Any, correct: Any, num_bins: int = 15
         num_bins: The number of bins ``B``.
 
     Raises:
-        ValueError: There are no examples, the shapes differ, or a confidence is outside [0, 1].
+        ValueError: There are no examples or no bins, the shapes differ, a confidence is outside [0, 1], or `correct`
+            is neither bool nor 0 and 1.
     """
     from torchmetrics.functional.classification import binary_calibration_error  # takes long to import
 
-    confidence, correct = _checked_pairs(confidence, correct)
+    confidence, correct = _checked_pairs(confidence, correct, num_bins)
     # torchmetrics puts a confidence of exactly 1 into a separate bin, which favours saturated predictions.
     below_one = torch.nextafter(confidence.new_ones(()), confidence.new_zeros(()))
     return float(binary_calibration_error(confidence.minimum(below_one), correct.long(), num_bins, norm="l1"))
@@ -137,7 +141,7 @@ def adaptive_calibration_error(confidence: Any, correct: Any, num_bins: int = 15
     Raises:
         ValueError: As for `expected_calibration_error`.
     """
-    confidence, correct = _checked_pairs(confidence, correct)
+    confidence, correct = _checked_pairs(confidence, correct, num_bins)
     gap = (correct.to(confidence) - confidence)[confidence.argsort(stable=True)]
     bins = gap.tensor_split(num_bins)
     return float(sum(one.sum().abs() for one in bins)) / len(gap)
@@ -165,22 +169,23 @@ def _top(log_probs: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
     return log_probs.gather(1, predicted[:, None]).squeeze(1).exp().clamp(max=1.0), predicted == answer
 
 
-def _checked(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _checked(log_probs: Any, answer: Any, option_mask: Any) -> tuple[Tensor, Tensor]:
     """Check the arguments; return log-probabilities in float64 with -inf on padding, and int64 answers."""
+    log_probs, answer = tensor_of(log_probs, "log_probs"), tensor_of(answer, "answer")
+    option_mask = None if option_mask is None else tensor_of(option_mask, "option_mask")
     if log_probs.ndim != 2 or log_probs.shape[0] < 1 or log_probs.shape[1] < 2:
         raise ValueError(f"`log_probs` must be (N, K) with N >= 1 and K >= 2 options, got {tuple(log_probs.shape)}")
     if answer.shape != log_probs.shape[:1] or answer.is_floating_point() or answer.dtype == torch.bool:
         raise ValueError(
             f"`answer` must be ({log_probs.shape[0]},) integers, got {tuple(answer.shape)} of {answer.dtype}"
         )
-    log_probs, answer = log_probs.detach().cpu().double(), answer.cpu().long()
+    log_probs, answer = log_probs.double(), answer.long()
     if option_mask is not None:
         if option_mask.shape != log_probs.shape or option_mask.dtype != torch.bool:
             raise ValueError(
                 f"`option_mask` must be {tuple(log_probs.shape)} bool, got {tuple(option_mask.shape)} of "
                 f"{option_mask.dtype}"
             )
-        option_mask = option_mask.cpu()
         log_probs = log_probs.masked_fill(~option_mask, -torch.inf)
     if bool(((answer < 0) | (answer >= log_probs.shape[1])).any()):
         raise ValueError(f"`answer` must be in 0..{log_probs.shape[1] - 1}, got {answer.min()}..{answer.max()}")
@@ -196,8 +201,10 @@ def _checked(log_probs: Tensor, answer: Tensor, option_mask: Tensor | None) -> t
     return log_probs, answer
 
 
-def _checked_pairs(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:
-    confidence, correct = tensor_of(confidence), tensor_of(correct)
+def _checked_pairs(confidence: Any, correct: Any, num_bins: int = 1) -> tuple[Tensor, Tensor]:
+    confidence, correct = tensor_of(confidence, "confidence"), tensor_of(correct, "correct")
+    if num_bins < 1:
+        raise ValueError(f"`num_bins` must be at least 1, got {num_bins}")
     if confidence.ndim != 1 or confidence.shape != correct.shape or len(confidence) < 1:
         raise ValueError(
             "`confidence` and `correct` must both be (N,) with N >= 1, got "
@@ -206,4 +213,6 @@ def _checked_pairs(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:
     confidence = confidence.double()
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise ValueError("`confidence` must be in [0, 1] and not NaN; pass probabilities, not their logarithms")
+    if correct.dtype != torch.bool and not bool(((correct == 0) | (correct == 1)).all()):
+        raise ValueError("`correct` must be bool, or 0 and 1: whether each prediction is right")
     return confidence, correct.bool()

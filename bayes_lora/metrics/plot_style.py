@@ -39,11 +39,17 @@ def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:
     return figure.subplots()
 
 
-def array_of(values: Any, name: str, ndim: int = 1) -> npt.NDArray[np.float64]:
-    """Return a tensor, an array or numbers as an array with at least one entry, in float64."""
-    found = tensor_of(values).double().numpy()
+def array_of(values: Any, name: str, ndim: int = 1, *, finite: bool = False) -> npt.NDArray[np.float64]:
+    """Return a tensor, an array or numbers as an array with at least one entry, in float64.
+
+    Raises:
+        ValueError: the number of dimensions is another, it is empty, or an entry is not finite but has to be.
+    """
+    found = tensor_of(values, name).double().numpy()
     if found.ndim != ndim or not found.size:
         raise ValueError(f"`{name}` must have {ndim} dimensions and at least one entry, got shape {found.shape}")
+    if finite and not np.isfinite(found).all():
+        raise ValueError(f"`{name}` must be finite, got {found[~np.isfinite(found)][0]}")
     return found
 
 

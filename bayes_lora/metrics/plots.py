@@ -92,10 +92,20 @@ def support_curve_plot(curves: Mapping[str, Mapping[int, Mapping[str, float]]], 
 
     Returns:
         The figure, which is not registered with pyplot and need not be closed.
+
+    Raises:
+        ValueError: there are no curves, or a task has other numbers of support examples or other columns.
     """
+    sizes = list(next(iter(curves.values()), ()))
+    whole = all(list(own) == sizes and all({"epistemic_share", "nll"} <= {*row} for row in own.values())
+                for own in curves.values())  # fmt: skip
+    if not sizes or not whole:
+        raise ValueError(
+            "`curves` must have `epistemic_share` and `nll` of at least one task, and of each task the same numbers of "
+            f"support examples, got { ({task: list(own) for task, own in curves.items()})!s:.100}"
+        )
     figure = Figure(figsize=(7.4, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
-    sizes = list(next(iter(curves.values())))
     panels = [("epistemic_share", "epistemic share of entropy", "#0072b2"), ("nll", "NLL of queries (nats)", "#d55e00")]
     for axes, (column, title, color) in zip(figure.subplots(1, 2), panels, strict=True):
         rows = torch.tensor([[by_size[size][column] for size in sizes] for by_size in curves.values()])
@@ -133,10 +143,13 @@ def risk_coverage_plot(
         ax: axes to draw on; by default those of a new figure.
 
     Raises:
-        ValueError: there are no curves, or as for :func:`~bayes_lora.metrics.ranking.risk_coverage`.
+        ValueError: there are no curves, the target is no error rate, or as for
+            :func:`~bayes_lora.metrics.ranking.risk_coverage`.
     """
     if not curves:
         raise ValueError("`curves` is empty: pass the uncertainties of at least one method")
+    if target is not None and not 0.0 <= target <= 1.0:
+        raise ValueError(f"`target` must be an error rate in [0, 1], got {target}")
     ax = axes_or_new(ax, 4.6, 3.4)
     for i, (name, (uncertainty, correct)) in enumerate(curves.items()):
         frame = risk_coverage(uncertainty, correct)
@@ -166,9 +179,12 @@ def entropy_plot(entropy: Any, correct: Any, *, num_bins: int = 20, ax: Axes | N
         ax: axes to draw on; by default those of a new figure.
 
     Raises:
-        ValueError: there are no answers, the shapes differ, or an entropy is not finite.
+        ValueError: there are no answers or no bins, the shapes differ, or an entropy is negative or not finite.
     """
     values, right = checked_scores(entropy, correct)
+    if num_bins < 1 or values.min() < -1e-6:
+        raise ValueError(f"expected entropies of at least 0 and num_bins >= 1, got {values.min():.3g} and {num_bins}")
+    values = values.clip(0.0)  # rounding
     ax = axes_or_new(ax, 4.6, 3.2)
     edges = np.linspace(0.0, max(float(values.max()), 1e-9), num_bins + 1)
     # Wrong answers are hatched and drawn last, so that both remain visible where they overlap.

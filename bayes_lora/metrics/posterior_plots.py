@@ -38,10 +38,11 @@ def shrinkage_plot(
         ax: axes to draw on; by default those of a new figure.
 
     Raises:
-        ValueError: the lengths differ.
+        ValueError: the lengths differ, or a number is not finite.
     """
-    alone, mean = array_of(separate, "separate"), array_of(posterior, "posterior")
-    sd = np.zeros(len(mean)) if posterior_sd is None else array_of(posterior_sd, "posterior_sd")
+    alone, mean = array_of(separate, "separate", finite=True), array_of(posterior, "posterior", finite=True)
+    sd = np.zeros(len(mean)) if posterior_sd is None else array_of(posterior_sd, "posterior_sd", finite=True)
+    array_of([theta, 0.0 if prior_sd is None else prior_sd], "theta and prior_sd", finite=True)
     tasks = [f"task {i}" for i in range(len(mean))] if names is None else list(names)
     if not len(alone) == len(mean) == len(sd) == len(tasks):
         raise ValueError(
@@ -139,10 +140,13 @@ def task_map(
         ax: axes to draw on; by default those of a new figure.
 
     Raises:
-        ValueError: a shape is wrong, or all vectors are the same.
+        ValueError: a shape is wrong, a number is not finite, or all vectors are the same.
     """
-    points = array_of(vectors, "vectors", 2)
+    points = array_of(vectors, "vectors", 2, finite=True)
     count, size = points.shape
+    cross = None if theta is None else array_of(theta, "theta", finite=True)
+    if cross is not None and len(cross) != size:
+        raise ValueError(f"`theta` must be ({size},) as the vectors are, got {cross.shape}")
     kinds = [""] * count if groups is None else list(groups)
     shown = [""] * count if names is None else list(names)
     if count < 3 or size < 2 or not len(kinds) == len(shown) == count:
@@ -163,8 +167,8 @@ def task_map(
         color, marker = STYLES[(2 + i) % len(STYLES)]
         x, y = places[own].T
         ax.scatter(x, y, color=color, marker=marker, s=34, edgecolor="white", linewidth=0.6, label=kind or None)
-    if theta is not None:
-        at = (array_of(theta, "theta") - centre) @ right[:2].T * sign
+    if cross is not None:
+        at = (cross - centre) @ right[:2].T * sign
         ax.plot(*at, marker="+", color="black", markersize=12, markeredgewidth=2, linestyle="", label="theta")
     if count <= 30:
         _annotate(ax, shown, places)
@@ -249,14 +253,15 @@ def beta_sweep_plot(
     Args:
         betas: values of beta, ``(B,)``, positive.
         curves: by name, ``(B,)``, or ``(B, T)`` for T tasks: their mean, with a band of one standard error of the mean
-            to each side. The error is of the level; differences between betas on the same tasks vary less.
+            to each side. The error is of the level; differences between betas on the same tasks vary less. NaN, of a
+            run that diverged, leaves a gap, which the legend counts.
         label: the quantity, with its unit.
         ax: axes to draw on; by default those of a new figure.
 
     Raises:
-        ValueError: there are no curves, a length differs, or a beta is not positive.
+        ValueError: there are no curves, a length differs, a beta is not positive, or a curve has no finite value.
     """
-    values = array_of(betas, "betas")
+    values = array_of(betas, "betas", finite=True)
     if not curves or (values <= 0).any():
         raise ValueError(f"expected at least one curve and positive betas, got {len(curves)} and {values.tolist()}")
     ax = axes_or_new(ax, 4.6, 3.3)
@@ -274,8 +279,12 @@ def beta_sweep_plot(
                 values[order], (mean - error)[order], (mean + error)[order], color=color, alpha=0.18, linewidth=0
             )
             title = f"{name}, mean ± SE of {rows.shape[1]} tasks"
-        low = int(mean.argmin())
+        known = np.isfinite(mean)
+        if not known.any():
+            raise ValueError(f"curve {name!r} must have a finite value for one of the betas")
+        low = int(np.where(known, mean, np.inf).argmin())
         title = f"{title}: {mean[low]:.3f} at {values[low]:g}"
+        title += "" if known.all() else f", undefined at {(~known).sum()} of {len(mean)}"
         ax.plot(values[order], mean[order], color=color, marker=marker, markersize=4.5, linewidth=1.6, label=title)
         ax.plot(values[low], mean[low], "o", markersize=11, markerfacecolor="none", color=color)
     ax.set_xscale("log")

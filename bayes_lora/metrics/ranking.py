@@ -144,8 +144,9 @@ def ood_metrics(in_scores: Any, out_scores: Any) -> OODMetrics:
     """
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision  # takes long to import
 
-    both = [tensor_of(one).double() for one in (in_scores, out_scores)]
-    for name, one in zip(("in_scores", "out_scores"), both, strict=True):
+    names = "in_scores", "out_scores"
+    both = [tensor_of(one, name).double() for name, one in zip(names, (in_scores, out_scores), strict=True)]
+    for name, one in zip(names, both, strict=True):
         if one.ndim != 1 or len(one) < 1 or not bool(one.isfinite().all()):
             raise ValueError(f"`{name}` must be (N,) finite numbers with N >= 1, got {tuple(one.shape)}")
     inside, outside = both
@@ -165,7 +166,7 @@ def ood_metrics(in_scores: Any, out_scores: Any) -> OODMetrics:
 
 def checked_scores(scores: Any, correct: Any) -> tuple[Array, Array]:
     """Check scores and outcomes, ``(N,)`` each; return both in float64."""
-    values, right = tensor_of(scores).double(), tensor_of(correct)
+    values, right = tensor_of(scores, "scores").double(), tensor_of(correct, "correct")
     if values.ndim != 1 or values.shape != right.shape or len(values) < 1:
         raise ValueError(
             f"scores and `correct` must both be (N,) with N >= 1, got {tuple(values.shape)} and {tuple(right.shape)}"

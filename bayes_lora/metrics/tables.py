@@ -144,6 +144,8 @@ def _checked(
     level: float,
 ) -> tuple[dict[str, Draws], Any, Any]:
     """Return the draws of each method with the same present options, the gold options, and the index of each task."""
+    if not isinstance(predictions, Mapping):
+        raise ValueError(f"`predictions` must be a mapping from method to log-probabilities, got {type(predictions)}")
     if not predictions:
         raise ValueError("`predictions` is empty: pass the log-probabilities of at least one method")
     if not 0.0 < level < 1.0 or num_bins < 1 or num_resamples < 2:

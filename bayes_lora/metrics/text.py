@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+from bayes_lora.metrics.draws import tensor_of
 
 __all__ = ["TextMetrics", "text_metrics"]
 
@@ -36,7 +36,7 @@ class TextMetrics:
         return asdict(self)
 
 
-def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_probs: Tensor) -> TextMetrics:
+def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_probs: Any) -> TextMetrics:
     """Score generated answers.
 
     Args:
@@ -45,8 +45,9 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_
         log_probs: Log-probabilities of the first references in nats, ``(N,)``.
 
     Raises:
-        ValueError: There are no answers, the lengths differ, or an answer has no reference.
+        ValueError: There are no answers, the lengths differ, an answer has no reference, or a log-probability is NaN.
     """
+    log_probs = tensor_of(log_probs, "log_probs").double()
     from torchmetrics.functional.text import squad  # takes long to import
 
     if not texts or not len(texts) == len(references) == len(log_probs) or not all(references):
@@ -54,6 +55,10 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_
             "`texts`, `references` and `log_probs` must have the same length N >= 1, with a reference for each text; "
             f"got {len(texts)}, {len(references)} and {len(log_probs)}"
         )
+    if any(isinstance(group, str) for group in references):
+        raise ValueError("`references` must hold a sequence of texts for each answer, got a text")
+    if bool(log_probs.isnan().any()):
+        raise ValueError(f"`log_probs` must not be NaN, but that of answer {int(log_probs.isnan().nonzero()[0])} is")
     predicted: Any = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(texts)]
     right: Any = [
         {"answers": {"answer_start": [0] * len(group), "text": list(group)}, "id": str(i)}
@@ -63,6 +68,6 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]], log_
     return TextMetrics(
         exact_match=float(found["exact_match"]) / 100,
         f1=float(found["f1"]) / 100,
-        nll=float(-log_probs.detach().double().mean()),
+        nll=float(-log_probs.mean()),
         num_examples=len(texts),
     )

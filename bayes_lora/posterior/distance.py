@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayes_lora.errors import ConfigError
+from bayes_lora.types import factor_sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["distance_from_prior"]
 
+POINTS = "sites that are points have no rows"
 COLUMNS = ("task", "site", "module", "kl", "posterior_sd", "prior_sd", "shift")
 
 
@@ -35,22 +37,36 @@ def distance_from_prior(adapted: TaskPosterior) -> pd.DataFrame:
     missing = sorted(random.keys() - adapted.prior.keys())
     if missing:
         raise ConfigError(
-            f"distance_from_prior: expected the prior of site {missing[0]!r}, which the files of a task's posterior do "
-            "not hold. Adapt with Posterior.adapt, or pass prior= to TaskPosterior."
+            f"distance_from_prior: the prior of site {missing[0]!r} is not known. Adapt with Posterior.adapt, or pass "
+            "prior= to TaskPosterior."
         )
-    rows = []
+    rows, notes = [], [POINTS] if len(random) < len(adapted.phi) else []
     for site, q in random.items():
         mean, sd = _moments(q)
         prior_mean, prior_sd = (value.expand(mean.shape) for value in _moments(adapted.prior[site]))
         shift = (mean - prior_mean) / prior_sd
         kl = 0.5 * ((sd / prior_sd).square() + shift.square() - 1.0) - (sd / prior_sd).log()
-        modules = adapted.lm.sites.modules.get(site, [site])
+        flat = ~prior_sd.isfinite()
+        shift, kl = shift.masked_fill(flat, torch.nan), kl.masked_fill(flat, torch.nan)
+        if bool(flat.any()):
+            notes.append(f"kl, shift of {site}: the prior has no finite standard deviation")
+        elif not bool(kl.isfinite().all()):
+            notes.append(f"kl of {site}: a weight of the posterior, or of the prior, is a point")
         for t, task in enumerate(adapted.names):
-            for layer, module in enumerate(modules):
+            for layer, module in enumerate(_modules(adapted, site)):
                 at = (t, 0, layer)
                 numbers = kl[at].sum(), sd[at].mean(), prior_sd[at].mean(), shift[at].square().mean().sqrt()
                 rows.append((task, site, module, *map(float, numbers)))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    frame.attrs["notes"] = notes
+    return frame
+
+
+def _modules(adapted: TaskPosterior, site: str) -> list[str]:
+    """Return the name of each layer's module; that of the site, if it belongs to none."""
+    sites = adapted.lm.sites
+    factor = factor_sites(site)[0] if site in sites.delta_shapes else site
+    return sites.modules.get(factor, [site])
 
 
 def _moments(fn: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pyro.distributions import Delta, Normal
+from torch import Tensor
 from torch.distributions import Independent
 
 from bayes_lora.distributions.dropped_point import DroppedPoint
@@ -39,6 +40,9 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 
 TENSORS, FACTS = "task_posterior.safetensors", "task_posterior.json"
 
+PRIOR = "prior."
+"""What the names of the prior's tensors begin with."""
+
 
 def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> None:
     """See :meth:`TaskPosterior.save`."""
@@ -49,6 +53,8 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
         tensors |= {f"{name}.{site}": value for name, value in own.items()}
         base = fn.base_dist if isinstance(fn, Independent) else fn
         sites[site] = {"family": type(base).__name__, "tensors": list(own)}
+    prior, described = _saved_prior(posterior)
+    tensors |= prior
     facts: dict[str, Any] = {
         "names": list(posterior.names),
         "temperature": posterior.temperature,
@@ -57,11 +63,52 @@ def save_posterior(posterior: TaskPosterior, path: Path, *, overwrite: bool) -> 
         "joint": isinstance(posterior.phi, JointNormal),
         "fixed_options": list(posterior.fixed_options),
         "sites": sites,
+        "prior": described,
         FINGERPRINT: fingerprint(posterior.lm),
     }
     with new_folder(path, overwrite=overwrite) as folder:
         facts[SHA256] = write_tensors(folder / TENSORS, tensors)
         write_json(folder / FACTS, facts)
+
+
+def _saved_prior(posterior: TaskPosterior) -> tuple[Parameters, dict[str, Any]]:
+    """Return the tensors of the prior of sites that are not points, and their families; unknown ones as normals.
+
+    Dimensions of a normal along which it is constant, as those of a scale per layer, have size 1. Priors without a
+    finite mean or standard deviation, such as flat densities, are left out.
+    """
+    tensors: Parameters = {}
+    described: dict[str, Any] = {}
+    for site in posterior.distributions():
+        if site not in posterior.prior:
+            continue
+        family, own = _family_of(posterior.prior[site])
+        if own and all(bool(value.isfinite().all()) for value in own.values()):
+            # Copies, because a file refuses tensors that share memory, as parts of theta may.
+            tensors |= {f"{PRIOR}{name}.{site}": value.clone() for name, value in own.items()}
+            described[site] = {"family": family, "tensors": list(own)}
+    return tensors, described
+
+
+def _family_of(fn: Any) -> tuple[str, Parameters]:
+    """Return the family of a prior and its tensors; a normal if it is not among :data:`FAMILIES`, or no tensors."""
+    base = fn.base_dist if isinstance(fn, Independent) else fn
+    family = type(base).__name__
+    if family in FAMILIES and family != Normal.__name__:
+        return family, parameters(fn)
+    try:
+        return Normal.__name__, {"loc": _compact(fn.mean), "scale": _compact(fn.stddev)}
+    except NotImplementedError:  # a prior of the user's own need not have moments
+        return family, {}
+
+
+def _compact(value: Tensor) -> Tensor:
+    """Return the smallest tensor that expands to this one."""
+    for axis in range(value.ndim):
+        first = value.narrow(axis, 0, 1)
+        if bool((value == first).all()):
+            value = first
+    return value
 
 
 def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
@@ -75,6 +122,8 @@ def read_posterior(path: Path, lm: LanguageModel) -> dict[str, Any]:
     found = _fields(facts, {name: value.to(lm.device) for name, value in tensors.items()}, lm, path)
     for site, fn in found["phi"].items():
         _check_positive(site, fn, path / TENSORS)
+    for site, fn in found["prior"].items():
+        _check_positive(site, fn, path / TENSORS, PRIOR)
     return found | {"temperature": temperature}
 
 
@@ -95,6 +144,8 @@ def _fields(facts: dict[str, Any], tensors: Parameters, lm: LanguageModel, path:
             site: _distribution(one["family"], {name: rest.pop(f"{name}.{site}") for name in one["tensors"]})
             for site, one in facts["sites"].items()
         }
+        # Files of former versions have no prior.
+        priors = {site: _prior(one, rest, site, phi[site]) for site, one in facts.get("prior", {}).items()}
         shared = {name.removeprefix("shared."): value for name, value in rest.items()}
         lm.sites.check(shared | {site: _like_values(fn) for site, fn in phi.items()})
         _check_batches(phi, len(names), components)
@@ -109,6 +160,7 @@ def _fields(facts: dict[str, Any], tensors: Parameters, lm: LanguageModel, path:
     kind: Any = Components if components else JointNormal if joint else dict
     return {
         "phi": kind(phi),
+        "prior": priors,
         "shared": shared,
         "names": names,
         "predictive": predictive,
@@ -128,7 +180,18 @@ def _distribution(family: str, tensors: Parameters) -> Any:
     return made if isinstance(made, WeightDistribution) else made.to_event(3)
 
 
-def _check_positive(site: str, fn: Any, path: Path) -> None:
+def _prior(described: dict[str, Any], rest: Parameters, site: str, phi: Any) -> Any:
+    """Make the prior of a site, and remove its tensors from ``rest``."""
+    own = {name: rest.pop(f"{PRIOR}{name}.{site}") for name in described["tensors"]}
+    if described["family"] == Normal.__name__:
+        own = {name: value.expand(*value.shape[:-3], *phi.event_shape) for name, value in own.items()}
+    fn = _distribution(described["family"], own)
+    if fn.event_shape != phi.event_shape:
+        raise ValueError(f"prior of site {site!r}: expected {tuple(phi.event_shape)}, got {tuple(fn.event_shape)}")
+    return fn
+
+
+def _check_positive(site: str, fn: Any, path: Path, prefix: str = "") -> None:
     """Raise :class:`PosteriorError` if a scale is not positive, or the rate of a dropout is not a probability."""
     base = fn.base_dist if isinstance(fn, Independent) else fn
     names = ("scale",) if isinstance(base, Normal) else tuple(getattr(base, "positive", ()))
@@ -136,7 +199,9 @@ def _check_positive(site: str, fn: Any, path: Path) -> None:
         value = getattr(base, name)
         if value is not None and not bool((value > 0).all() and (name != "keep" or (value <= 1).all())):
             expected = "positive values" if name != "keep" else "values in (0, 1]"
-            raise PosteriorError(f"{path} is damaged: tensor '{name}.{site}': expected {expected}. Adapt again.")
+            raise PosteriorError(
+                f"{path} is damaged: tensor '{prefix}{name}.{site}': expected {expected}. Adapt again."
+            )
 
 
 def _like_values(fn: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayes_lora.errors import TaskError
+from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.infer.predictive import mean_over_draws
+from bayes_lora.metrics.draws import SUM_TOLERANCE
 from bayes_lora.metrics.selective import RiskControl, risk_control_threshold
 from bayes_lora.metrics.uncertainty import uncertainty as of_log_probs
 from bayes_lora.tasks.task import Example
@@ -39,12 +41,28 @@ class PredictionDraws:
         log_probs: ``(S, N, K)`` nats. A question whose answer is generated has two options: its first
             reference, and any other text.
         option_mask: ``(N, K)``, whether an option is present.
+
+    Raises:
+        TaskError: the shapes do not fit the questions.
     """
 
     task: str
     examples: tuple[Example, ...]
     log_probs: Tensor
     option_mask: Tensor
+
+    def __post_init__(self) -> None:
+        count, shape = len(self.examples), self.log_probs.shape
+        if (
+            self.log_probs.ndim != 3
+            or not len(self.log_probs)
+            or shape[1] != count
+            or self.option_mask.shape != shape[1:]
+        ):
+            raise TaskError(
+                f"task {self.task!r}: expected log_probs (S, {count}, K) of {count} questions and option_mask "
+                f"({count}, K), got {tuple(shape)} and {tuple(self.option_mask.shape)}."
+            )
 
     def __len__(self) -> int:
         """Number of draws, S."""
@@ -60,7 +78,12 @@ class PredictionDraws:
 
         For a generated answer it is the reference, or None where any other text is more probable. A threshold that
         bounds the share of wrong answers is chosen by :meth:`control_risk`.
+
+        Raises:
+            TaskError: the threshold or a probability is NaN, or the probabilities are not normalised.
         """
+        if math.isnan(abstain_at):
+            raise TaskError("abstain_at: expected a probability, got nan.")
         confidence, chosen = self._confidence()
         texts = [row.options or (row.references[0], None) for row in self.examples]
         rows = zip(texts, confidence.tolist(), chosen.tolist(), strict=True)
@@ -77,7 +100,14 @@ class PredictionDraws:
             target: bound on the share of questions that are answered and wrong; with ``delta``, on the share of wrong
                 answers among those given.
             delta: probability that the bound does not hold.
+
+        Raises:
+            TaskError: there are no questions, an answer is not among its options, a probability is NaN, or the
+                probabilities are not normalised.
+            ValueError: ``target`` or ``delta`` is not between 0 and 1.
         """
+        if not self.examples:
+            raise TaskError(f"control_risk: task {self.task!r} has no questions. Pass labelled ones to predict_draws.")
         confidence, chosen = self._confidence()
         return risk_control_threshold(confidence, chosen == torch.tensor(self._indices(answers)), target, delta)
 
@@ -88,6 +118,8 @@ class PredictionDraws:
             answers: the gold answers, if they are known.
             level: probability of the credible intervals.
         """
+        if not self.examples:
+            return _frame_of_nothing(level)
         texts = [row.options or (row.references[0], "(another text)") for row in self.examples]
         width = self.option_mask.shape[-1]
         return of_log_probs(
@@ -104,27 +136,36 @@ class PredictionDraws:
         """Return the probability and the index of the most probable option of each question."""
         if not self.examples:
             return torch.zeros(0), torch.zeros(0, dtype=torch.long)
-        confidence, chosen = self.mean().cpu().exp().max(-1)
+        probs = self.mean().cpu().exp()
+        error = (probs.sum(-1) - 1).abs().nan_to_num(torch.inf)
+        if not bool((error <= SUM_TOLERANCE).all()):
+            row = int(error.argmax())
+            raise TaskError(
+                f"task {self.task!r}, question {row}: expected probabilities that sum to 1, got "
+                f"{probs[row].sum():.4g}. Pass normalised log-probabilities."
+            )
+        confidence, chosen = probs.max(-1)
         return confidence, chosen
 
     def _indices(self, answers: Gold) -> list[int]:
-        if len(answers) != len(self.examples):
-            raise TaskError(f"answers: expected one for each of {len(self.examples)} questions, got {len(answers)}.")
-        found = []
-        for i, (row, answer) in enumerate(zip(self.examples, answers, strict=True)):
-            if isinstance(answer, str) and answer not in (row.options or row.references):
-                raise TaskError(f"answers: expected one of {list(row.options)} for question {i}, got {answer!r}.")
-            text = isinstance(answer, str)
-            found.append(row.options.index(answer) if text and row.options else 0 if text else int(answer))
-        return found
+        if answers is None or isinstance(answers, str) or len(answers) != len(self.examples):
+            got = repr(answers) if answers is None or isinstance(answers, str) else len(answers)
+            raise TaskError(f"answers: expected one for each of {len(self.examples)} questions, got {got}.")
+        return [_index(i, row, answer) for i, (row, answer) in enumerate(zip(self.examples, answers, strict=True))]
 
     def to_dataset(self) -> xarray.Dataset:
         """Return an xarray Dataset: ``probability`` with dimensions chain, draw, question and option.
 
         Probabilities of absent options are NaN. Coordinates are the texts of the questions, and those of the options if
         all questions have the same; ``option_text`` has the texts otherwise. It needs the extra ``arviz``.
+
+        Raises:
+            ConfigError: xarray is not installed.
         """
-        import xarray
+        try:
+            import xarray
+        except ImportError as error:
+            raise ConfigError("to_dataset: xarray is not installed. Install bayes-lora[arviz].") from error
 
         absent = ~self.option_mask.expand(self.log_probs.shape)
         probability = self.log_probs.exp().masked_fill(absent, torch.nan)[None].cpu()
@@ -144,6 +185,34 @@ class PredictionDraws:
             },
             attrs={"task": self.task},
         )
+
+
+def _index(question: int, row: Example, answer: Any) -> int:
+    """Return the index of a gold answer, which is an index or a text."""
+    known: Sequence[str] = row.options or row.references
+    if isinstance(answer, str):
+        if answer not in known:
+            raise TaskError(f"answers: expected one of {list(known)} for question {question}, got {answer!r}.")
+        return known.index(answer) if row.options else 0
+    count = len(row.options) or 2
+    try:
+        index = int(answer)
+    except (TypeError, ValueError):
+        index = -1
+    if not 0 <= index < count or index != answer:
+        raise TaskError(
+            f"answers: expected an index in 0..{count - 1} or one of {list(known)} for question {question}, got "
+            f"{answer!r}."
+        )
+    return index
+
+
+def _frame_of_nothing(level: float) -> pd.DataFrame:
+    import pandas
+
+    frame = pandas.DataFrame()
+    frame.attrs = {"level": level, "notes": ["there are no questions"]}
+    return frame
 
 
 def prediction_draws(task: str, examples: Sequence[Example], log_probs: Tensor) -> PredictionDraws:
@@ -172,16 +241,24 @@ def uncertainty(
         level: probability of the credible intervals.
 
     Raises:
-        TaskError: there is another number of answers than of questions, or one is not among the options.
+        TaskError: ``draws`` are others, there is another number of answers than of questions, or one is not among the
+            options.
     """
     import pandas
 
     if isinstance(draws, PredictionDraws):
         return draws.uncertainty(answers, level=level)  # type: ignore[arg-type]
+    if not isinstance(draws, Sequence) or not all(isinstance(one, PredictionDraws) for one in draws):
+        raise TaskError(
+            f"draws: expected what predict_draws returns, got {type(draws).__name__}. For arrays there is "
+            "bayes_lora.metrics.uncertainty.uncertainty."
+        )
     golds: Sequence[Any] = [None] * len(draws) if answers is None else answers
     if len(golds) != len(draws):
         raise TaskError(f"answers: expected a list for each of {len(draws)} tasks, got {len(golds)}.")
     frames = [one.uncertainty(gold, level=level) for one, gold in zip(draws, golds, strict=True) if one.examples]
-    found = pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+    if not frames:
+        return _frame_of_nothing(level)
+    found = pandas.concat(frames, ignore_index=True)
     found.attrs = {"level": level, "notes": sorted({note for one in frames for note in one.attrs["notes"]})}
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import torch
 from pyro.distributions import Delta
@@ -23,6 +25,7 @@ from bayes_lora.errors import ConfigError, TaskError
 from bayes_lora.infer.components import Components
 from bayes_lora.infer.linear_scores import LinearScores
 from bayes_lora.lm.generation import Generated, generate
+from bayes_lora.lm.generation_draws import Decoding
 from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.lm.option_head import HEAD_SHAPES
 from bayes_lora.lm.sites import factor_sites
@@ -32,7 +35,10 @@ from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.arviz import inference_data
 from bayes_lora.posterior.distance import distance_from_prior
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
+from bayes_lora.posterior.generate import generated_draws
+from bayes_lora.posterior.generated_draws import GeneratedDraws
 from bayes_lora.posterior.linear import linear_scores
+from bayes_lora.posterior.marginals import SiteDistributions, marginals
 from bayes_lora.posterior.predict import predict_tasks, score, score_text
 from bayes_lora.posterior.prediction_draws import PredictionDraws, prediction_draws
 from bayes_lora.tasks.task import Example, Task
@@ -64,7 +70,10 @@ class TaskPosterior:
         predictive: how :meth:`predict` predicts by default: ``"draws"`` or ``"linear"``.
         fixed_options: whether the support examples of each task have the same options, so that biases of an option head
             apply to its queries, see :mod:`bayes_lora.lm.option_head`; by default all have.
-        prior: p(phi | theta) per random site, at the mean of q(theta); empty if it is not known. It is not saved.
+        prior: p(phi | theta) per random site, at the mean of q(theta): ``adapted.prior["phi.q_proj.lora_B"].stddev``.
+            Event ``(layers, out, in)``; those of an ensemble's members have batch ``(K, 1, 1)``. Empty if it is not
+            known. Files hold that of sites that are not points: of priors that are not among
+            :data:`bayes_lora.posterior.files.FAMILIES`, normals with the mean and standard deviation of each weight.
 
     Raises:
         ConfigError: a distribution is of another family, or ``fixed_options`` has another number of tasks.
@@ -94,6 +103,7 @@ class TaskPosterior:
         object.__setattr__(self, "phi", self._of_each(Tensor.contiguous))
         shared = {s: value.reshape(-1, 1, 1, *value.shape[-3:]).contiguous() for s, value in self.shared.items()}
         object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "prior", SiteDistributions(self.prior, "the prior of this posterior"))
 
     def _of_each(self, function: Callable[[Tensor], Tensor]) -> Distributions:
         """Apply a function to each parameter, ``(T, 1, ...)`` or ``(K, T, 1, ...)``, of each distribution."""
@@ -119,16 +129,27 @@ class TaskPosterior:
         """Return q(phi | support) of the sites that are not points: batch ``(T, 1)``, event ``(layers, out, in)``."""
         return {site: fn for site, fn in self.phi.items() if not isinstance(fn, Delta)}
 
+    @property
+    def posterior(self) -> Distributions:
+        """q(phi | support) of each random site alone, points among them: ``adapted.posterior["phi.q_proj.lora_B"]``.
+
+        Batch ``(T, 1)``, event ``(layers, out, in)``; ``.mean``, ``.stddev`` and ``.sample()`` are those of torch.
+        Several components are one mixture. Sites that are drawn together, by components or by a
+        :class:`bayes_lora.distributions.joint_normal.JointNormal`, depend on each other: :meth:`draw` draws them so.
+        """
+        return SiteDistributions(marginals(self.phi), "this posterior")
+
     def distance_from_prior(self) -> pd.DataFrame:
         """Return how far each task's posterior is from p(phi | theta): a frame with one row per task, site and layer.
 
         Columns: ``task``, ``site``, ``module`` (its Hugging Face name), ``kl`` (nats, summed over the layer's weights,
         without their correlations), ``posterior_sd`` and ``prior_sd`` (means over the weights), ``shift`` (root mean
         square of the distance between the means, in standard deviations of the prior). Sites that are points have no
-        rows. See :mod:`bayes_lora.posterior.distance`.
+        rows. Where the prior is flat, ``kl`` and ``shift`` are NaN and ``prior_sd`` is infinite; where a weight is a
+        point, ``kl`` is infinite. ``frame.attrs["notes"]`` has the reasons. See :mod:`bayes_lora.posterior.distance`.
 
         Raises:
-            ConfigError: the prior is not known, because the posterior was loaded from a file.
+            ConfigError: the prior is not known.
         """
         return distance_from_prior(self)
 
@@ -157,7 +178,7 @@ class TaskPosterior:
             seed: random seed.
             common_noise: use the same noise for all tasks, so that a task's draws do not depend on the other tasks.
         """
-        if num_draws < 1:
+        if num_draws < 1 or num_draws % 1:
             raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
         generator = torch.Generator().manual_seed(seed)
         chosen = self._turns(num_draws, generator)
@@ -243,7 +264,9 @@ class TaskPosterior:
             of the only task were passed.
 
         Raises:
-            TaskError: the number of lists is not the number of tasks, or demonstrations do not fit into the context.
+            TaskError: the number of lists is not the number of tasks, a query is no example, or demonstrations do not
+                fit into the context.
+            ConfigError: a number or ``predictive`` is out of range.
         """
         draws = self._predict_draws(
             queries, num_draws, seed, demonstrations, max_tokens, common_noise, predictive or self.predictive
@@ -314,6 +337,10 @@ class TaskPosterior:
         predictive: Predictive,
     ) -> list[PredictionDraws]:
         asked = self._by_task("queries", queries)
+        if predictive not in get_args(Predictive):
+            raise ConfigError(f"predictive: expected one of {get_args(Predictive)}, got {predictive!r}.")
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens: expected at least 1, got {max_tokens}.")
         if predictive == "linear":
             scores = self._linear_scores(queries, demonstrations)
             found = [one.draw_log_probs(self.temperature, averaged=num_draws > 0) for one in scores]
@@ -424,7 +451,9 @@ class TaskPosterior:
 
         Args:
             queries: a list of examples or texts for each task, or those of the only task. Gold answers are not used.
-            num_draws: number of draws, S; 0 decodes with the posterior mean.
+            num_draws: number of draws, S; 0 decodes with the posterior mean. A posterior whose ``predictive`` is
+                ``"linear"`` decodes with its mean, too: its draws are for scores that are linear in the weights, and
+                the network makes no sense under them.
             seed: random seed of the draws.
             demonstrations: see :meth:`predict`.
             max_new_tokens: maximum number of tokens of an answer.
@@ -438,18 +467,135 @@ class TaskPosterior:
             ConfigError: ``num_draws`` is positive for whole updates, whose noise differs between forwards, or a prompt
                 and its answer may need more positions than the model has.
         """
+        num_draws = 0 if self.predictive == "linear" else num_draws
         if self.is_deferred and num_draws:
             raise ConfigError("generate: draws of whole updates differ between forwards. Use num_draws=0.")
-        asked, shown = self._by_task("queries", queries), self._by_task("demonstrations", demonstrations)
+        asked = self._by_task("queries", queries, (Example, str))
+        shown = self._by_task("demonstrations", demonstrations)
         phi = self._draws_or_mean(num_draws, seed, common_noise)
         prompts = [self.lm.encoder.prompts(own, before) for own, before in zip(asked, shown, strict=True)]
         found = generate(self.lm, phi, prompts, max_new_tokens)
         return found[0] if is_of_one_task(queries) else found
 
-    def _by_task(self, name: str, given: Any) -> Sequence[Sequence[Any]]:
-        """Return a list of examples for each task; None means no examples."""
-        if isinstance(given, str):
-            raise TaskError(f"{name}: expected a list of examples or texts, got the text {given!r}.")
+    @overload
+    def generate_draws(  # type: ignore[overload-overlap]
+        self,
+        queries: Sequence[Example | str],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        average: bool = False,
+    ) -> GeneratedDraws: ...
+
+    @overload
+    def generate_draws(
+        self,
+        queries: Sequence[Sequence[Example | str]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        average: bool = False,
+    ) -> list[GeneratedDraws]: ...
+
+    def generate_draws(
+        self,
+        queries: Sequence[Example | str] | Sequence[Sequence[Example | str]],
+        *,
+        num_draws: int = 10,
+        seed: int = 0,
+        demonstrations: Sequence[Example] | Sequence[Sequence[Example]] | None = None,
+        max_new_tokens: int = 32,
+        common_noise: bool = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        average: bool = False,
+    ) -> GeneratedDraws | list[GeneratedDraws]:
+        """Answer questions with text that is generated under each draw, to see whether the answers agree.
+
+        Example::
+
+            draws = adapted.generate_draws(["Where is the pump?"], num_draws=20)
+            draws.most_common(), draws.agreement(), draws.entropy(), draws.to_frame()
+
+        A draw is one coherent model: the same for a whole text, and for all questions. Greedy by default; the prompts
+        of all tasks share calls of transformers' ``generate`` with all draws, see
+        :mod:`bayes_lora.lm.generation_draws`. Settings of the model's ``generation_config`` are not used.
+
+        Args:
+            queries: texts, or examples without options, in a list for each task or in that of the only task. Gold
+                answers are not used.
+            num_draws: number of draws, S. A posterior that is a point has one. A posterior whose ``predictive`` is
+                ``"linear"`` gives a warning: its draws are not for the network.
+            seed: random seed of the draws, and of samples. Samples also depend on which prompts share a call: on the
+                questions, on their order and on the language model's token budget.
+            demonstrations: see :meth:`predict`.
+            max_new_tokens: maximum number of tokens of an answer.
+            common_noise: see :meth:`draw`.
+            do_sample: sample tokens; by default the most probable one is taken.
+            temperature: divides the logits before sampling. It is not that of the option scores.
+            top_k: sample among this many tokens only; 0 for all.
+            top_p: sample among the most probable tokens that together have this probability; 1 for all.
+            num_beams: number of beams of a beam search under each draw.
+            num_return_sequences: number of samples under each draw, R.
+            average: whether texts get their log-probability under the average over draws, too. All draws then score
+                all distinct texts: one more forward of S times the prompt and its distinct texts. Where many draws
+                write other texts, it takes longer than the generation.
+
+        Returns:
+            The texts of each task with their log-probabilities; those of the only task if its questions were passed.
+
+        Raises:
+            TaskError: see :meth:`predict`; or a query has options.
+            ConfigError: ``num_draws`` is below 1, a setting is out of range, whole updates are random, whose noise
+                differs between forwards, or a prompt and its answer may need more positions than the model has.
+        """
+        decoding = Decoding(do_sample, temperature, top_k, top_p, num_beams, num_return_sequences)
+        if num_draws < 1 or num_draws % 1:
+            raise ConfigError(f"num_draws: expected at least 1, got {num_draws}.")
+        if self.is_deferred:
+            raise ConfigError(
+                "generate_draws: draws of whole updates differ between forwards. Use generate(num_draws=0)."
+            )
+        if self.predictive == "linear":
+            warnings.warn(
+                "generate_draws: this posterior is for scores that are linear in the weights, and the network may "
+                "write nonsense under its draws. Use one that predicts with draws.",
+                stacklevel=2,
+            )
+        empty = isinstance(queries, Sequence) and not len(queries) and len(self.names) == 1
+        asked = self._by_task("queries", [()] if empty else queries, (Example, str))
+        shown = self._by_task("demonstrations", demonstrations)
+        phi = self._draws_or_mean(num_draws, seed, common_noise)
+        found = generated_draws(self.lm, phi, self.names, asked, shown, max_new_tokens, decoding, seed, average=average)
+        return found[0] if empty or is_of_one_task(queries) else found
+
+    def _by_task(self, name: str, given: Any, kinds: Any = Example) -> Sequence[Sequence[Any]]:
+        """Return a list of examples, or of other ``kinds``, for each task; None means no demonstrations."""
+        if isinstance(given, str) or (given is None and name != "demonstrations"):
+            got = f"the text {given!r}" if isinstance(given, str) else "None"
+            raise TaskError(f"{name}: expected a list of examples or texts, got {got}.")
         if given is None or (name == "demonstrations" and not given):
             return [()] * len(self.names)
         listed = [given] if is_of_one_task(given) else given
@@ -457,6 +603,11 @@ class TaskPosterior:
             raise TaskError(
                 f"{name}: expected one list of examples for each of {len(self.names)} tasks, got {len(listed)}."
             )
+        for one in chain.from_iterable(own if isinstance(own, Iterable) else [own] for own in listed):
+            if not isinstance(one, kinds):
+                texts = " or texts" if kinds is not Example else ""
+                cure = ". Make Example(text, options) of it" if isinstance(one, str) else ""
+                raise TaskError(f"{name}: expected examples{texts}, got {one!r:.60} of {type(one).__name__}{cure}.")
         return listed
 
     def _draws_or_mean(self, num_draws: int, seed: int, common_noise: bool) -> Sites:
