@@ -17,7 +17,7 @@ from bayes_lora.guides import TaskGuide
 from bayes_lora.models import Subspace
 from bayes_lora.posterior.baselines import pretrained
 from bayes_lora.posterior.prediction_draws import prediction_draws
-from bayes_lora.tasks import Example
+from bayes_lora.tasks import Example, Task
 from bayes_lora.types import absent_score
 
 
@@ -210,3 +210,13 @@ def test_what_a_table_refuses(adapted, tasks):
     free = prediction_draws("essay", [Example("why?", references=("so",))], torch.tensor([[[0.5, 0.5]]]).log())
     with pytest.raises(TaskError, match=r"answers of task 'essay' are generated"):
         bayes_lora.metric_table({"a": free})
+
+
+@pytest.mark.parametrize("predictive", ["draws", "linear"])
+def test_no_question_has_no_prediction_and_cannot_be_evaluated(adapted, tasks, predictive):
+    found = adapted.predict([tasks[0].query, ()], num_draws=2, predictive=predictive)
+    assert [len(one) for one in found] == [5, 0]
+    assert [len(one) for one in adapted.predict([(), ()], num_draws=2, predictive=predictive)] == [0, 0]
+    empty = replace(adapted, predictive=predictive)
+    with pytest.raises(TaskError, match=rf"task '{tasks[1].name}' has no query examples to evaluate on"):
+        empty.evaluate([tasks[0], Task(tasks[1].name, tasks[1].support)])

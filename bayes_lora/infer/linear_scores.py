@@ -45,7 +45,7 @@ class LinearScores(NamedTuple):
             # The symmetric root is unique. Eigenvectors are not, and depend on the machine.
             values, vectors = torch.linalg.eigh(self.covariance)
             root = (vectors * values.clamp_min(0.0).sqrt()[..., None, :]) @ vectors.mT
-        points = _points(self.mean.shape[-1]).to(self.mean)
+        points = _points(max(1, self.mean.shape[-1]))[:, : self.mean.shape[-1]].to(self.mean)
         return self.mean + torch.einsum("nkj,sj->snk", root, points)
 
     def log_probs(self, temperature: float = 1.0, *, averaged: bool = True) -> Tensor:

@@ -88,7 +88,7 @@ def _of_task(
         places = torch.tensor(chosen, device=like.device)
         mean[places, :width], covariance[places, :width, :width] = scores, spread
     mask = torch.arange(options) < torch.tensor([row.num_options for row in rows])[:, None]
-    free = torch.tensor([row.free_form for row in rows])
+    free = torch.tensor([row.free_form for row in rows], dtype=torch.bool)
     return LinearScores(mean, covariance, mask.to(like.device), free.to(like.device))
 
 

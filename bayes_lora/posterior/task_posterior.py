@@ -633,7 +633,13 @@ class TaskPosterior:
             seed: random seed of the draws.
             num_demonstrations: number of support examples placed, solved, before every query.
             max_new_tokens: maximum number of tokens of a generated answer.
+
+        Raises:
+            TaskError: a task has no query examples.
         """
+        empty = next((task.name for task in tasks if not task.query), None)
+        if empty is not None:
+            raise TaskError(f"task {empty!r} has no query examples to evaluate on. Make some with Task.split.")
         shown = [task.support[:num_demonstrations] for task in tasks]
         predictions = self.predict([task.query for task in tasks], num_draws=num_draws, seed=seed, demonstrations=shown)
         asked: Sequence[Sequence[Example]] = [task.query if task.free_form else () for task in tasks]
