@@ -62,7 +62,7 @@ class Baselines:
         }
         found = {
             "logistic regression": self._method(f"logistic-{penalty:g}", self._logistic(penalty)),
-            "LoRA": self._method("lora-{}-{:g}".format(*best[0]), self._lora(*best[0]), best[1]),
+            "LoRA": self.lora(best[1]),
         }
         for recipe in self.recipes:
             for steps in dict.fromkeys([0, self._fitted(recipe).default_steps]):
@@ -71,6 +71,11 @@ class Baselines:
                 fit = FITS.get(recipe, {})
                 self.settings[name] = {f"{setting} of the fit": value for setting, value in fit.items()}
         return found
+
+    def lora(self, temperature: float) -> Any:
+        """Return the LoRA of :meth:`methods`, which has chosen its settings, at another temperature."""
+        steps, rate = self.settings["LoRA"]["steps"], self.settings["LoRA"]["learning rate"]
+        return self._method(f"lora-{steps}-{rate:g}", self._lora(steps, rate), temperature)
 
     def _nll(self, predictions: Sequence[Tensor], temperature: float) -> float:
         pairs = zip(self.tuning, predictions, strict=True)

@@ -18,6 +18,7 @@ from zoo import GUIDES, PRIORS
 
 from bayes_lora import load_posterior
 from bayes_lora.episodes import collate
+from bayes_lora.infer.empirical_bayes import TaskGrams
 from bayes_lora.lm.arithmetic import Arithmetic
 from bayes_lora.posterior.baselines import finetune_lora
 from bayes_lora.tasks import Example, Task
@@ -395,3 +396,63 @@ def test_the_readme_s_table_is_that_of_the_results():
     [table] = re.findall(r"<!-- python benchmarks/unseen.py -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
     assert table == unseen.markdown(results)
     assert len(results["results"]["test"]["tangent"]["by task"]) == 17
+
+
+class Certain:
+    """Predictions of a task with two options whose confidences are given, and their mutual information."""
+
+    def __init__(self, confidence, epistemic):
+        self.confidence, self.epistemic = torch.tensor(confidence).double(), torch.tensor(epistemic).double()
+
+    def __call__(self, task, support, query):
+        first = sum(task.sets)
+        p = self.confidence[query - first] + 1e-3 * float(support[0])
+        return torch.stack([p, 1 - p], -1).log(), self.epistemic[query - first]
+
+
+def uncertain_task(answers):
+    unseen = importlib.import_module("unseen")
+    gold = torch.tensor([0] * 4 + answers)
+    grams = TaskGrams(torch.zeros(len(gold), 2), {}, {}, gold, torch.ones(len(gold), 2, dtype=torch.bool))
+    return unseen.UnseenTask("unseen", [None] * len(gold), grams, [2, 2], True)
+
+
+def test_whether_wrong_answers_are_uncertain():
+    """By hand: of six pairs of a wrong answer and a right one the confidence orders five, the information one."""
+    module = importlib.import_module("uncertainty")
+    tangent = Certain([0.9, 0.8, 0.7, 0.6, 0.55], [0.1, 0.4, 0.2, 0.3, 0.05])
+    task = uncertain_task([0, 0, 1, 0, 1])
+    found = module.errors({"one": task}, {"tangent": tangent, "LoRA": Certain([0.6] * 5, [0.0] * 5)})
+    assert found["tangent: confidence"]["auroc"]["mean"] == pytest.approx(5 / 6)
+    assert found["tangent: mutual information"]["auroc"]["mean"] == pytest.approx(1 / 6)
+    row = found["LoRA: confidence"]
+    assert row["auroc"]["mean"] == 0.5
+    assert row["auroc minus that of the tangent's confidence"]["mean"] == pytest.approx(-1 / 3)
+
+
+def test_the_risk_of_a_threshold_is_that_of_the_population():
+    module = importlib.import_module("uncertainty")
+    confidence, correct = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([True, False, True, False])
+    for delta, bounded in ((None, 1 / 4), (0.1, 1 / 3)):
+        found = module._of_threshold(confidence, correct, 0.65, 0.3, delta)
+        assert found == {"coverage": 0.75, "bounded": pytest.approx(bounded), "broken": float(bounded > 0.3)}
+    assert module._of_threshold(confidence, correct, 2.0, 0.3, 0.1) == {"coverage": 0, "bounded": 0, "broken": 0}
+
+
+def test_inputs_from_elsewhere_keep_the_options_of_the_task():
+    module = importlib.import_module("uncertainty")
+    rows = {
+        name: [Example(f"{name} has input number {i}", (f"yes {i}", "no"), 1) for i in range(30)] for name in ("a", "b")
+    }
+    found = module.inputs_from_elsewhere("b", rows, ["CCO", "CCN"])
+    assert {kind: len(own) for kind, own in found.items()} == {
+        "another task": 24, "words in random order": 24, "German": 24, "molecules": 2,
+    }  # fmt: skip
+    for own in found.values():
+        assert [row.options for row in own] == [row.options for row in rows["b"][: len(own)]]
+    assert [row.input for row in found["another task"]] == [row.input for row in rows["a"][:24]]
+    mixed = found["words in random order"]
+    assert all(
+        sorted(one.input.split()) == sorted(row.input.split()) for one, row in zip(mixed, rows["b"], strict=False)
+    )
+    assert any(one.input != row.input for one, row in zip(mixed, rows["b"], strict=False))
