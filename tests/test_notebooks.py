@@ -6,12 +6,20 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import bayes_lora
+from bayes_lora.tasks import TaskSet
+
 FOLDER = Path(__file__).parent.parent / "examples" / "notebooks"
 # What stands in place of the cell with the tag "parameters".
 SMALL = {
-    "swap_priors_and_guides": "MODEL = {model!r}\nSTEPS, INNER, BETA, DRAWS = 1, 1, 1e-3, 2",
-    "uncertainty_analysis": "MODEL = {model!r}\nSTEPS, DRAWS = 2, 2",
+    "icl_and_adaptation": "PRIOR, SHOWN = {run!r}, 1",
+    "spreadsheet_to_answers": "PRIOR, TABLE, NEW = {run!r}, {table!r}, {new!r}",
+    "svi_by_hand": "MODEL = {model!r}\nSTEPS, BETAS, SHOWN = 2, (1e-3, 1e-2), 1e-3",
+    "swap_priors_and_guides": "MODEL = {model!r}\nSTEPS, INNER, BETA = 1, 1, 1e-3",
+    "uncertainty_analysis": "PRIOR, SIZES = {run!r}, (2, 4)",
 }
+
+TABLES = {name: str(FOLDER.parent / f"{file}.csv") for name, file in (("table", "tickets"), ("new", "new_tickets"))}
 
 spec = importlib.util.spec_from_file_location("refresh", FOLDER / "refresh.py")
 refresh = importlib.util.module_from_spec(spec)
@@ -32,9 +40,22 @@ def test_every_notebook_is_run_here_and_has_a_script():
     assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*SMALL, "refresh"])
 
 
+@pytest.fixture(scope="module")
+def run(model_folder, tmp_path_factory):
+    """A prior that was fitted in closed form, for a tiny model, in place of the shipped one."""
+    folder = tmp_path_factory.mktemp("prior") / "run"
+    lm = bayes_lora.load_language_model(str(model_folder), device="cpu", cache_folder=None, top_layers=1)
+    training, _ = bayes_lora.demo_tasks()
+    few = TaskSet(task.subset(num_support=14, seed=0) for task in list(training.values())[:3])
+    config = {"episodes": {"held_out": 0, "num_support": 6}, "language_model": {"disk_cache": False}}
+    bayes_lora.fit_posterior(lm, few, config, run=folder)
+    return folder
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*longer than max_length")  # the tiny model has a token per character
 @pytest.mark.parametrize("name", SMALL)
-def test_notebook_runs_and_shows_what_is_committed(name, model_folder, tmp_path, monkeypatch):
+def test_notebook_runs_and_shows_what_is_committed(name, model_folder, run, tmp_path, monkeypatch):
     for variable in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
     before, work = sorted(FOLDER.iterdir()), tmp_path / "work"
@@ -43,7 +64,7 @@ def test_notebook_runs_and_shows_what_is_committed(name, model_folder, tmp_path,
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     usual, small = {}, {}
     exec(parameters.source, usual)
-    parameters.source = SMALL[name].format(model=str(model_folder))
+    parameters.source = SMALL[name].format(model=str(model_folder), run=str(run), **TABLES)
     exec(parameters.source, small)
     assert usual.keys() == small.keys()
     done = refresh.cleaned(refresh.execute(notebook, work, timeout=120))

@@ -1,6 +1,6 @@
 """Run the notebooks again: each script (``<name>.py``) becomes a notebook with outputs (``<name>.ipynb``).
 
-python examples/notebooks/refresh.py                       # all of them; about twenty minutes on two CPU cores
+python examples/notebooks/refresh.py                       # all of them; about half an hour on two CPU cores
 python examples/notebooks/refresh.py uncertainty_analysis
 
 The scripts are the source, in jupytext's percent format: edit them, then refresh. No facts about the machine are kept.
