@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from bayes_lora.errors import ConfigError
 from bayes_lora.infer.score_posterior import CategoricalAnswers, NormalAnswers, score_posterior
 
 DOUBLE = torch.float64
@@ -178,3 +179,21 @@ def test_normal_answers_give_the_exact_posterior_of_linear_regression():
     covariance = jacobian[0] @ jacobian[0].mT + torch.diag(scale[0].square())
     density = MultivariateNormal(mean[0, :, 0], covariance).log_prob(value[0].double())
     torch.testing.assert_close(found.log_evidence[0], density)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(3e3, torch.float32), (1e5, torch.float32), (1e9, DOUBLE)])
+def test_a_prior_so_wide_that_rounding_errors_exceed_the_identity(scale, dtype):
+    """In a few directions, so that the exact matrix has eigenvalues of 1, and the rounded one negative ones."""
+    mean, jacobian, answer, mask = problem(seed=5, scale=scale, width=3)
+    kernel = (jacobian @ jacobian.mT).to(dtype)
+    matrix = torch.eye(kernel.shape[-1]) + kernel.double()
+    assert torch.linalg.eigvalsh(matrix).amin() < 0
+    found = score_posterior(mean.to(dtype), kernel, CategoricalAnswers(answer, mask))
+    assert all(value.isfinite().all() for value in found)
+
+
+def test_a_kernel_that_is_not_a_number_is_named():
+    mean, jacobian, answer, mask = problem(seed=5, scale=1.0, width=3)
+    kernel = jacobian @ jacobian.mT * torch.nan
+    with pytest.raises(ConfigError, match="prior variance of scores, up to nan .* Give the prior smaller scales"):
+        score_posterior(mean, kernel, CategoricalAnswers(answer, mask))

@@ -26,9 +26,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bayes_lora.errors import ConfigError
+
 __all__ = ["Answers", "CategoricalAnswers", "NormalAnswers", "ScorePosterior", "score_posterior"]
 
-STEPS, HALVINGS = 100, 40
+STEPS, HALVINGS, JITTERS = 100, 40, 12
 
 
 class Answers(Protocol):
@@ -177,7 +179,30 @@ def _factors(scores: Tensor, kernel: Tensor, answers: Answers) -> tuple[Tensor, 
     factor[:, places, :, places] = answers.factor(scores).transpose(0, 1)
     factor = factor.flatten(3).flatten(1, 2)
     identity = torch.eye(count * options, dtype=scores.dtype, device=scores.device)
-    return factor, torch.linalg.cholesky(identity + factor.mT @ kernel @ factor)
+    return factor, _cholesky(identity + factor.mT @ kernel @ factor)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor of ``I + A^T C A``.
+
+    Rounding errors of a C that is large and nearly singular, as of a prior that is wide in a few directions, may be
+    larger than I. Then a multiple of the identity is added, the smallest of a series that suffices.
+    """
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    added = torch.finfo(matrix.dtype).eps * diagonal.detach().amax(-1)
+    for _ in range(JITTERS):
+        if not info.any():
+            return lower
+        more = torch.where(info > 0, added, 0.0)
+        lower, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(more[..., None].expand_as(diagonal)))
+        added = 10.0 * added
+    if not info.any():
+        return lower
+    raise ConfigError(
+        f"the prior variance of scores, up to {float(diagonal.detach().amax()):.3g} nats squared, is too large or not a "
+        "number: the posterior of scores cannot be computed. Give the prior smaller scales, or fit it to more tasks."
+    )
 
 
 def _newton(scores: Tensor, prior: Tensor, kernel: Tensor, answers: Answers) -> tuple[Tensor, Tensor, Tensor]:
