@@ -14,8 +14,8 @@ FOLDER = Path(__file__).parent.parent / "examples" / "notebooks"
 SMALL = {
     "icl_and_adaptation": "PRIOR, SHOWN = {run!r}, 1",
     "spreadsheet_to_answers": "PRIOR, TABLE, NEW = {run!r}, {table!r}, {new!r}",
-    "svi_by_hand": "MODEL = {model!r}\nSTEPS, BETAS, SHOWN = 2, (1e-3, 1e-2), 1e-3",
-    "swap_priors_and_guides": "MODEL = {model!r}\nSTEPS, INNER, BETA = 1, 1, 1e-3",
+    "svi_by_hand": "MODEL = {model!r}\nSTEPS, BETAS, SHOWN, EXAMPLES = 1, (1e-3, 1e-2), 1e-3, 24",
+    "swap_priors_and_guides": "MODEL = {model!r}\nSTEPS, INNER, BETA, EXAMPLES = 1, 1, 1e-3, 24",
     "uncertainty_analysis": "PRIOR, SIZES = {run!r}, (2, 4)",
 }
 

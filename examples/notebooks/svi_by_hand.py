@@ -40,6 +40,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STEPS = 40  # episodes for each beta
 BETAS = (1e-4, 1e-3, 1e-2, 1e-1)
 SHOWN = 1e-3  # the one whose curves are shown
+EXAMPLES = 64  # of each training task, for the fit in closed form
 
 # %%
 lm = bayes_lora.load_language_model(MODEL, r=4, top_layers=3)
@@ -126,7 +127,7 @@ beta_sweep_plot(
 # multiplied. With beta near zero each slope is that of the task alone; with beta = 1 it is pulled towards theta.
 
 # %%
-posterior, _ = bayes_lora.fit_posterior(lm, training)
+posterior, _ = bayes_lora.fit_posterior(lm, training, {"episodes": {"examples_per_task": EXAMPLES}})
 alone = TangentGuide(posterior.model, beta=1e-3)
 alone.load_state_dict(posterior.guide.state_dict())
 separate = bayes_lora.Posterior(lm, posterior.model, alone).adapt(tasks)

@@ -41,6 +41,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STEPS = 30  # episodes of each fit
 INNER = 3  # gradient steps of GradientGuide
 BETA = 1e-3  # weight of the divergence
+EXAMPLES = 64  # of each training task, for the fit in closed form
 
 # %%
 lm = bayes_lora.load_language_model(MODEL, r=4, top_layers=3)
@@ -73,7 +74,8 @@ for prior, guide in product(priors, guides):
 
 # %%
 start = time.perf_counter()
-posteriors["closed form"], _ = bayes_lora.fit_posterior(lm, training, {"episodes": {"held_out": 2}})
+settings = {"episodes": {"held_out": 2, "examples_per_task": EXAMPLES}}
+posteriors["closed form"], _ = bayes_lora.fit_posterior(lm, training, settings)
 seconds["closed form"] = time.perf_counter() - start
 pd.Series(seconds, name="seconds to fit").round(0)
 
