@@ -90,13 +90,15 @@ def commands(run: Path, folder: Path) -> dict[str, tuple[str, float, Command]]:
 
 
 def measure(cases: dict[str, tuple[str, float, Command]], rounds: int) -> list[Result]:
-    """Time the commands in turn, after each has run once; a result is the fastest round."""
+    """Time the commands in turn, after each has run once if there are several rounds; a result is the fastest round."""
     sides = {name: command for name, (_, _, command) in cases.items()}
-    seconds = interleave(sides, torch.device("cpu"), budget=0.0, rounds=(rounds, rounds), warm_up=True)
+    seconds = interleave(sides, torch.device("cpu"), budget=0.0, rounds=(rounds, rounds), warm_up=rounds > 1)
     results = []
     for name, (what, target, command) in cases.items():
-        times: dict[str, Any] = {"seconds": seconds[name], "cpu_seconds": command.cpu[1:]}
-        sides_of = {"bayes-lora": times | {"median": median(seconds[name]), "cpu_median": median(command.cpu[1:])}}
+        times: dict[str, Any] = {"seconds": seconds[name], "cpu_seconds": command.cpu[-rounds:]}
+        sides_of = {
+            "bayes-lora": times | {"median": median(seconds[name]), "cpu_median": median(command.cpu[-rounds:])}
+        }
         parts = command.parts() if name in ("adapt", "predict") else {}
         fastest = 1000 * min(seconds[name])
         results.append(Result(name, what, fastest, "ms", "<=", target, sides=sides_of, details={"parts": parts}))
