@@ -188,6 +188,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     Rounding errors of a C that is large and nearly singular, as of a prior that is wide in a few directions, may be
     larger than I. Then a multiple of the identity is added, the smallest of a series that suffices.
     """
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(matrix)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     added = torch.finfo(matrix.dtype).eps * diagonal.detach().amax(-1)
@@ -200,8 +201,8 @@ def _cholesky(matrix: Tensor) -> Tensor:
     if not info.any():
         return lower
     raise ConfigError(
-        f"the prior variance of scores, up to {float(diagonal.detach().amax()):.3g} nats squared, is too large or not a "
-        "number: the posterior of scores cannot be computed. Give the prior smaller scales, or fit it to more tasks."
+        f"the prior variance of scores, up to {float(diagonal.detach().amax()):.3g} nats squared, is too large or not "
+        "a number: the posterior of scores cannot be computed. Give the prior smaller scales, or fit it to more tasks."
     )
 
 
