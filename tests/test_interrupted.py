@@ -40,6 +40,18 @@ STOP = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def usual_signals():
+    """Signals have their usual effect, also where the tests run in the background or under ``nohup``."""
+    usual = {one: signal.SIG_DFL for one in STOP} | {signal.SIGINT: signal.default_int_handler}
+    before = {one: signal.getsignal(one) for one in STOP}
+    for one, handler in before.items():
+        signal.signal(one, usual[one] if handler is signal.SIG_IGN else handler)
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 @pytest.fixture(scope="module")
 def lm(tokenizer):
     return build_lm("llama", tokenizer)
