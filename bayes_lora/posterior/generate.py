@@ -91,7 +91,7 @@ def _check_free_form(names: Sequence[str], asked: Sequence[Sequence[Question]]) 
 def _own(lm: LanguageModel, phi: Sites, prompts: Prompts, texts: Texts) -> list[list[Tensor]]:
     """Return the log-probabilities ``(M,)`` of the texts of each question of each task under their own draws."""
     draws, tasks = next(iter(phi.values())).shape[:2]
-    # Each draw of each task is a task of its own.
+    # Each pair of a draw and a task is scored as a separate task.
     side_by_side = {site: value.reshape(1, draws * tasks, *value.shape[2:]) for site, value in phi.items()}
     groups = [(s, t) for s in range(draws) for t in range(tasks)]
     parts = [[_of_draw(own, s, draws) for own in texts[t]] for s, t in groups]

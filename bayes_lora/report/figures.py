@@ -190,7 +190,7 @@ def _drawing(
 
 
 def _inlined(text: str, key: str, title: str, heat_map: bool) -> Markup:
-    """Return matplotlib's SVG as an element of the page: identifiers of its own, colours and fonts of the page."""
+    """Return a figure of matplotlib as an SVG element, with unique identifiers and the page's colours and fonts."""
     body = text[text.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     box = re.search(r'viewBox="([^"]*)"', body)
