@@ -19,7 +19,7 @@ CHECKED := bayes_lora models guides tests examples benchmarks docs/hooks
 PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-isa test-quantized bench docs lint phrases format types installed wheel clean
+.PHONY: help setup demo test test-all test-isa test-quantized bench docs lint phrases format types installed wheel package clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -93,6 +93,12 @@ installed: wheel
 wheel: setup  ## build dist/*.whl
 	rm -rf build/lib build/bdist.* dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+package: setup  ## build the wheel and the sdist in dist as for a release, and check them
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --no-isolation >build/package.log 2>&1 || { cat build/package.log >&2; exit 1; }
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:  ## delete what was built, .venv included
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,6 +24,14 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
+def tracked_files(*folders: str) -> set[Path]:
+    """Files in git, which an sdist has not."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    listed = subprocess.run(["git", "ls-files", "-z", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {ROOT / name for name in listed.stdout.split("\0") if name}
+
+
 @pytest.mark.parametrize("folder", [ROOT, Path("/")], ids=["root of the repository", "elsewhere"])
 def test_models_and_guides_are_never_imported_by_their_bare_names(folder: Path) -> None:
     code = (
@@ -38,28 +46,38 @@ def test_every_package_exists(pyproject: dict[str, Any]) -> None:
     settings = pyproject["tool"]["setuptools"]
     for package in settings["packages"]:
         folder = ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
-        assert (folder / "__init__.py").is_file(), package
+        assert (folder / "__init__.py").is_file() or package in settings["package-data"], package
         spec = importlib.util.find_spec(package)
         assert spec is not None, package
 
 
-def test_every_folder_with_code_is_packaged(pyproject: dict[str, Any]) -> None:
+def test_every_tracked_folder_of_the_package_is_packaged(pyproject: dict[str, Any]) -> None:
     settings = pyproject["tool"]["setuptools"]
     listed = {
         ROOT / settings["package-dir"].get(package, package.replace(".", "/")) for package in settings["packages"]
     }
-    found = {path.parent for top in ("bayes_lora", "models", "guides") for path in (ROOT / top).rglob("*.py")}
-    assert found == listed
+    assert {path.parent for path in tracked_files("bayes_lora", "models", "guides")} == listed
 
 
-def test_package_data_exists(pyproject: dict[str, Any]) -> None:
-    assert (ROOT / "bayes_lora" / "py.typed").is_file()
+def test_every_tracked_file_of_the_package_is_code_or_data(pyproject: dict[str, Any]) -> None:
     data = pyproject["tool"]["setuptools"]["package-data"]
-    for package in ("tasks", "report"):
-        for pattern in data[f"bayes_lora.{package}"]:
-            assert list((ROOT / "bayes_lora" / package).glob(pattern)), pattern
-    listed = {ROOT / "bayes_lora" / "report" / name for name in data["bayes_lora.report"]}
-    assert listed == {path for path in (ROOT / "bayes_lora" / "report").glob("report.*")}
+    folders = {package: ROOT / package.replace(".", "/") for package in data}
+    listed = {
+        path for package, patterns in data.items() for pattern in patterns for path in folders[package].glob(pattern)
+    }
+    assert all(any(folders[package].glob(pattern)) for package, patterns in data.items() for pattern in patterns)
+    assert {path for path in tracked_files("bayes_lora", "models", "guides") if path.suffix != ".py"} == listed
+
+
+def test_the_sdist_has_what_tests_and_documentation_need() -> None:
+    """Of the repository, only its hidden files are left out: ``make package`` builds the wheel from the sdist."""
+    manifest = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+    words = {
+        word for line in manifest.splitlines() if line.startswith(("graft ", "include ")) for word in line.split()[1:]
+    }
+    by_setuptools = {"bayes_lora", "models", "guides", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    tops = {path.relative_to(ROOT).parts[0] for path in tracked_files(".")}
+    assert {top for top in tops if not top.startswith(".")} == words | by_setuptools
 
 
 def test_the_version_is_one(pyproject: dict[str, Any]) -> None:
