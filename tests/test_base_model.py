@@ -69,7 +69,7 @@ def test_a_download_uses_the_token_the_cache_and_the_folder(model_folder, tmp_pa
 
     def model_info(self, name, **kwargs):
         asked.append(kwargs["token"])
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="inner/model.safetensors")])
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="inner/model.safetensors", size=4)])
 
     def download(name, **kwargs):
         asked.append((kwargs["token"], kwargs["cache_dir"], kwargs["allow_patterns"][0], kwargs["ignore_patterns"]))

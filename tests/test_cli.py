@@ -705,6 +705,23 @@ def test_a_spreadsheet_in_three_commands(call, fitted, tickets, tmp_path):
     assert all(list(row["probs"]) == ["broken", "late"] for row in rows)
 
 
+def test_answers_are_printed_as_soon_as_they_are_there(call, fitted, tickets, tmp_path, monkeypatch):
+    """In chunks, by the same draws, with progress on standard error."""
+    mine, questions = tmp_path / "mine", tmp_path / "questions.csv"
+    call("adapt", "--run", fitted, "--examples", tickets, "--shots", 5, "--steps", 0, "--output", mine)
+    questions.write_text("text\n" + "".join(f"a film {'so ' * i}bad\n" for i in range(5)))
+    words = ("predict", "--adapted", mine, "--examples", questions, "--draws", 2)
+    code, together, told = call(*words)
+    assert (code, len(together.splitlines()), told) == (0, 5, "")
+    monkeypatch.setattr("bayes_lora.cli.answers.CHUNK", 2)
+    code, apart, told = call(*words)
+    lines = told.splitlines()
+    assert code == 0 and [line.partition(",")[0] for line in lines] == [f"questions: {n}/5" for n in (2, 4, 5)]
+    assert lines[0].endswith(" left")
+    for one, other in zip(map(json.loads, together.splitlines()), map(json.loads, apart.splitlines()), strict=True):
+        assert one["input"] == other["input"] and one["probs"] == pytest.approx(other["probs"], abs=1e-5)
+
+
 def test_abstains_where_labelled_rows_say_so(call, refuse, fitted, tickets, tmp_path):
     mine, questions, other = tmp_path / "mine", tmp_path / "questions.csv", tmp_path / "other.csv"
     call("adapt", "--run", fitted, "--examples", tickets, "--shots", 5, "--steps", 0, "--output", mine)

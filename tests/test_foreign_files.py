@@ -169,7 +169,7 @@ def run(lm, tmp_path):
 
 
 def test_the_name_of_a_model_is_told_before_it_is_fetched(run, monkeypatch, tokenizer, tmp_path):
-    monkeypatch.setattr(model_files, "_find_in_hub_cache", lambda *_: None)
+    monkeypatch.setattr(model_files, "find_in_hub_cache", lambda *_: None)
     seen = []
 
     def build(settings):
@@ -184,7 +184,7 @@ def test_the_name_of_a_model_is_told_before_it_is_fetched(run, monkeypatch, toke
     told = "config.json names the language model 'someone/a-model', which is not on this machine: it is downloaded"
     assert len(seen) == 1 and told in seen[0]
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(model_files, "_find_in_hub_cache", lambda *_: tmp_path)
+    monkeypatch.setattr(model_files, "find_in_hub_cache", lambda *_: tmp_path)
     loading.load_posterior(run)  # warnings are errors
 
 

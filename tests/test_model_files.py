@@ -9,13 +9,14 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from rich.console import Console
 
 from bayes_lora.errors import ModelFileError
-from bayes_lora.lm import model_files, packaged_model
+from bayes_lora.lm import hub, model_files, packaged_model
 from bayes_lora.lm.model_files import DEFAULT_MODEL, fetch_default_model, find_model
 
 FAKE_GGUF = b"GGUF, but not really"
@@ -83,7 +84,7 @@ def forbid_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("the hub was asked")
 
-    for name in ("_find_in_hub_cache", "_download_from_hub"):
+    for name in ("find_in_hub_cache", "download_from_hub"):
         monkeypatch.setattr(model_files, name, fail)
 
 
@@ -140,10 +141,37 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 
     release = threading.Event()
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: release.wait(20))
-    monkeypatch.setattr(model_files, "HUB_LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "HUB_LIMIT_SECONDS", 0.05)
     with pytest.raises(ModelFileError, match="no answer in"):
         find_model("some/model")
     release.set()
+
+
+@pytest.mark.parametrize(
+    ("shards", "size"),
+    [((4_900_000_000, 1_100_000_000), "6.0 GB"), ((None, 30_000_000), "at least 32 MB"), ((), "2 MB")],
+)
+def test_a_download_says_how_large_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shards: tuple[int | None, ...], size: str
+) -> None:
+    """Only of the files that are downloaded: no other weights, no folders."""
+    sizes = {f"model-{i}.safetensors": n for i, n in enumerate(shards)}
+    sizes |= {"config.json": 1_000, "tokenizer.json": 2_000_000, "README.md": 10**9, "onnx/model.safetensors": 10**9}
+    sizes |= {"pytorch_model.bin": 10**10}
+
+    def model_info(self: object, name: str, files_metadata: bool, **kwargs: object) -> SimpleNamespace:
+        assert files_metadata
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=n) for name, n in sizes.items()])
+
+    sizes |= {} if shards else {"pytorch_model.bin": 0}
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    with pytest.raises(ModelFileError):  # at the download itself
+        find_model("someone/a-model", revision="v2")
+    told = f"'someone/a-model' at revision 'v2' is not on this machine: downloading {size} from the Hugging Face hub\n"
+    assert capsys.readouterr().err == told
+    with pytest.raises(ModelFileError):
+        find_model("someone/a-model", progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_package_is_converted_once(fake_package: Callable[..., None], tmp_path: Path) -> None:

@@ -170,11 +170,11 @@ def test_a_hub_id_needs_no_weights(model_folder: Path, monkeypatch: pytest.Monke
         return str(model_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr(model_files, "_list_on_hub", lambda name, revision: ["config.json"])
+    monkeypatch.setattr(model_files, "list_on_hub", lambda name, revision: {"config.json": 2})
     load_encoder("some/model-of-nobody")
     assert asked["name"] == "some/model-of-nobody"
     assert not any("safetensors" in pattern or ".bin" in pattern for pattern in asked["allow_patterns"])
-    monkeypatch.setattr(model_files, "_list_on_hub", lambda name, revision: TimeoutError("no answer in 8 s\nat all"))
+    monkeypatch.setattr(model_files, "list_on_hub", lambda name, revision: TimeoutError("no answer in 8 s\nat all"))
     with pytest.raises(ModelFileError, match=r"'some/model-of-nobody'.*\(no answer in 8 s\)\. Check the name"):
         load_encoder("some/model-of-nobody")
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bayes_lora.cli.answers import print_answers
 from bayes_lora.cli.console import print_line, status
 from bayes_lora.cli.options import DATA, Draws, FittedRun, Format, Input, Label, MaxOptions, Overwrite, Steps, Task
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 # Imports are inside the commands, so that --help is fast: those of torch after the checks, so that errors are too.
 
-__all__ = ["adapt", "predict"]
+__all__ = ["adapt", "fitted_run", "predict"]
 
 Tokens = Annotated[int, typer.Option(help="Maximum number of tokens of a generated answer.", min=1)]
 
@@ -52,12 +50,11 @@ def adapt(
     Example: `bayes-lora adapt --examples tickets.csv --shots 16 --output runs/tickets --predict questions.csv`
     """
     from bayes_lora.cli.task_source import TaskSource, one_task, questions, support_of
-    from bayes_lora.runs.folder import HOME, check_fitted, shipped_prior, write_home
+    from bayes_lora.runs.folder import HOME, write_home
     from bayes_lora.utils.progress import hide_loading_bar
     from bayes_lora.utils.storage import check_new_folder, new_folder
 
-    run = shipped_prior() if run is None else run
-    check_fitted(run)
+    run = fitted_run(run)
     source = TaskSource(examples, format, input, label, max_options)
     chosen = one_task(source, task, seed)
     support = support_of(chosen, seed, shots)
@@ -80,7 +77,7 @@ def adapt(
         print_line(f"adapted to {len(support)} examples: {places}")
         return
     status(f"adapted to {len(support)} examples: {places}")
-    _print_answers(adapted, found, draws, max_new_tokens)
+    print_answers(adapted, found, draws, max_new_tokens)
 
 
 def predict(
@@ -137,7 +134,18 @@ def predict(
     posterior = TaskPosterior.load(adapted / "posterior", lm)
     if known is not None and max_error is not None:
         abstain_at = max(abstain_at, _threshold(posterior, known, draws, max_error, delta))
-    _print_answers(posterior, found, draws, max_new_tokens, abstain_at, each_draw=each_draw)
+    print_answers(posterior, found, draws, max_new_tokens, abstain_at, each_draw=each_draw)
+
+
+def fitted_run(run: Path | None) -> Path:
+    """Return a folder with a fitted posterior: the one given, or that of the package, and then say so."""
+    from bayes_lora.runs.folder import check_fitted, read_fitted_tasks, shipped_prior
+
+    found = shipped_prior() if run is None else run
+    check_fitted(found)
+    if run is None:
+        status(f"prior: that of this package, learned from {len(read_fitted_tasks(found))} tasks; --run takes another")
+    return found
 
 
 def _threshold(posterior: TaskPosterior, known: Sequence[Example], draws: int, max_error: float, delta: float) -> float:
@@ -149,55 +157,3 @@ def _threshold(posterior: TaskPosterior, known: Sequence[Example], draws: int, m
         f"{control.num_examples} labelled rows; {control.guarantee}"
     )
     return control.threshold
-
-
-def _print_answers(
-    posterior: TaskPosterior,
-    questions: Sequence[Example | str],
-    draws: int,
-    max_new_tokens: int,
-    abstain_at: float = 0.0,
-    *,
-    each_draw: bool = False,
-) -> None:
-    more: list[dict[str, Any]] = [{} for _ in questions]
-    if each_draw:  # first, because it refuses questions with options
-        more = list(_each_draw(posterior, questions, draws, max_new_tokens))
-    answers = _answers(posterior, questions, draws, max_new_tokens, abstain_at)
-    for answer, rest in zip(answers, more, strict=True):
-        sys.stdout.write(json.dumps(answer | rest) + "\n")
-
-
-def _each_draw(
-    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int
-) -> Iterator[dict[str, Any]]:
-    """Yield the agreement of the draws on each question, and what each of them answers."""
-    [found] = posterior.generate_draws([questions], num_draws=draws, max_new_tokens=max_new_tokens)
-    groups = found.clusters()
-    columns = found.agreement(groups), found.entropy(groups), found.log_probs, groups
-    for own, agreement, entropy, scores, places in zip(found.texts, *(one.tolist() for one in columns), strict=True):
-        rows = zip(own, scores, places, strict=True)
-        texts = [{"text": one.text, "log_prob": round(p, 6), "group": group} for one, p, group in rows]
-        numbers = {"agreement": agreement, "entropy": entropy}  # NaN, of a single text, is no JSON
-        yield {name: None if math.isnan(one) else round(one, 6) for name, one in numbers.items()} | {"draws": texts}
-
-
-def _answers(
-    posterior: TaskPosterior, questions: Sequence[Example | str], draws: int, max_new_tokens: int, abstain_at: float
-) -> Iterator[dict[str, Any]]:
-    """Yield the prediction of each question: an option with the probabilities of all, or a text with its own."""
-    choices = [one for one in questions if not isinstance(one, str) and not one.free_form]
-    if not choices:
-        [texts] = posterior.generate([questions], num_draws=draws, max_new_tokens=max_new_tokens)
-        for question, answer in zip(questions, texts, strict=True):
-            asked = question if isinstance(question, str) else question.input
-            given = math.exp(answer.log_prob) > abstain_at
-            text = answer.text if given else None
-            yield {"input": asked, "prediction": text, "log_prob": round(answer.log_prob, 6)}
-        return
-    [found] = posterior.predict_draws([choices], num_draws=draws)
-    for choice, row, text in zip(
-        choices, found.mean().exp().tolist(), found.answers(abstain_at=abstain_at), strict=True
-    ):
-        probs = dict(zip(choice.options, (round(p, 6) for p in row), strict=False))
-        yield {"input": choice.input, "prediction": text, "probs": probs}

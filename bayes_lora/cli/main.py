@@ -204,15 +204,14 @@ def evaluate(
     Example: `bayes-lora evaluate --run runs/cls --tasks data/crossfit --names ag_news,emo`, or `--tasks tickets.csv`
     """
     from bayes_lora.cli.task_source import TaskSource, unseen_tasks
-    from bayes_lora.runs.folder import check_fitted, check_report_folder, read_fitted_tasks, shipped_prior
+    from bayes_lora.runs.folder import check_report_folder, read_fitted_tasks
     from bayes_lora.tasks import TaskSet
     from bayes_lora.utils.progress import bars, hide_loading_bar
 
     if output is not None:
         check_report_folder(output, overwrite=overwrite)
     counts = None if steps is None else _integers(steps, "--steps")
-    run = shipped_prior() if run is None else run
-    check_fitted(run)
+    run = cli_adapt.fitted_run(run)
     source = TaskSource(tasks, format, input, label, max_options)
     unseen, left_out = unseen_tasks(source, split, names, seed, shots, queries, read_fitted_tasks(run))
     if shuffle_options:
@@ -237,6 +236,9 @@ def evaluate(
     out.print(comparison.table())
     if output is not None:
         comparison.write(output)
+        status(
+            f"metrics, figures and predictions in {output}; on one page: bayes-lora report {output} --output page.html"
+        )
 
 
 app.command()(cli_report.report)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
-import threading
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
 from bayes_lora.errors import ConfigError, ModelFileError
+from bayes_lora.lm.hub import (
+    HUB_FILES,
+    HubOptions,
+    download_from_hub,
+    find_in_hub_cache,
+    hub_name,
+    is_model_folder,
+    list_on_hub,
+)
 from bayes_lora.lm.packaged_model import CONVERTED_FOLDER, DEFAULT_MODEL, MEGABYTES, PACKAGE, convert_package
 
 __all__ = [
@@ -26,31 +32,6 @@ __all__ = [
     "find_tokenizer",
     "warn_of_download",
 ]
-
-HUB_ANSWER_SECONDS = 5.0
-# Name resolution without a network may hang longer than any socket timeout, hence a second, outer limit.
-HUB_LIMIT_SECONDS = 8.0
-HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-
-
-class HubOptions(NamedTuple):
-    """Where the files of a hub id are, with the names of ``from_pretrained``.
-
-    Attributes:
-        cache_dir: folder of the Hugging Face cache; by default its usual one.
-        token: token of the hub; by default the one of ``hf auth login``.
-        local_files_only: whether files must be on this machine.
-        subfolder: folder of the repository or of a local folder in which the model is.
-    """
-
-    cache_dir: str | Path | None = None
-    token: str | bool | None = None
-    local_files_only: bool = False
-    subfolder: str = ""
-
-    def file(self, name: str) -> str:
-        """Return the path of a file, or of a pattern of files, in the repository."""
-        return f"{self.subfolder.strip('/')}/{name}" if self.subfolder else name
 
 
 def find_model(
@@ -87,10 +68,10 @@ def find_model(
     name, default = str(name_or_path), name_or_path == DEFAULT_MODEL and revision is None
     if default and hub == HubOptions():
         return fetch_default_model(cache_dir=cache_dir, progress=progress)
-    here = _find_in_hub_cache(name, revision, hub)
+    here = find_in_hub_cache(name, revision, hub)
     if here is None and default and hub == HubOptions(local_files_only=True):
         here = default_model_here(cache_dir)
-    return here or _download_from_hub(name, revision, hub)
+    return here or download_from_hub(name, revision, hub, Console(file=sys.stderr, quiet=not progress))
 
 
 def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Path:
@@ -112,14 +93,14 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         config = try_to_load_from_cache(name, "config.json", None, revision)
         if isinstance(config, str):
             return Path(config).parent
-        files = _list_on_hub(name, revision)  # gives up after some seconds without a network
+        files = list_on_hub(name, revision)  # gives up after some seconds without a network
         if isinstance(files, Exception):
             raise files
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelFileError(
-            f"{_hub_name(name, revision)} is not on this machine, and its tokenizer cannot be downloaded from the "
+            f"{hub_name(name, revision)} is not on this machine, and its tokenizer cannot be downloaded from the "
             f"Hugging Face hub ({reason}). Check the name, or pass a folder with the model's tokenizer and config.json."
         ) from error
 
@@ -127,7 +108,7 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 def default_model_here(cache_dir: Path | None = None) -> Path | None:
     """Return the folder of :data:`DEFAULT_MODEL` in the Hugging Face cache, or the converted copy; None if absent."""
     target = (cache_dir or cache_folder()) / CONVERTED_FOLDER
-    return _find_in_hub_cache(DEFAULT_MODEL) or (target if _is_model_folder(target) else None)
+    return find_in_hub_cache(DEFAULT_MODEL) or (target if is_model_folder(target) else None)
 
 
 def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True) -> Path:
@@ -146,7 +127,7 @@ def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True)
         return here
     console = Console(file=sys.stderr, quiet=not progress)
     try:
-        return _download_from_hub(DEFAULT_MODEL)
+        return download_from_hub(DEFAULT_MODEL, console=console)
     except ModelFileError:
         console.print(
             f"{DEFAULT_MODEL}: no answer from the hub, using the 4-bit (Q4_1) copy in {PACKAGE}.", soft_wrap=True
@@ -210,9 +191,9 @@ def warn_of_download(
             return True  # it is a path that does not exist, which is refused when it is loaded
 
     here = _find_local(name, revision) is not None or (name == DEFAULT_MODEL and default_model_here() is not None)
-    if not here and not (_find_in_hub_cache(name, revision) if weights else cached(name, "config.json", revision)):
+    if not here and not (find_in_hub_cache(name, revision) if weights else cached(name, "config.json", revision)):
         warnings.warn(
-            f"{source} names the language model {_hub_name(name, revision)}, which is not on this machine: it is "
+            f"{source} names the language model {hub_name(name, revision)}, which is not on this machine: it is "
             "downloaded from the Hugging Face hub",
             stacklevel=3,
         )
@@ -230,99 +211,3 @@ def cache_folder() -> Path:
     if own := os.environ.get("BAYES_LORA_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bayes_lora"
-
-
-def _is_model_folder(folder: Path) -> bool:
-    """Return whether a folder has a config and all weights; an interrupted download is incomplete."""
-    if (folder / "config.json").is_file():
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (folder / name).is_file():
-                return True
-            index = folder / f"{name}.index.json"
-            if index.is_file():
-                return all((folder / shard).is_file() for shard in json.loads(index.read_text())["weight_map"].values())
-    return False
-
-
-def _hub_name(name: str, revision: str | None) -> str:
-    return f"'{name}'" if revision is None else f"'{name}' at revision {revision!r}"
-
-
-def _find_in_hub_cache(name: str, revision: str | None = None, hub: HubOptions = HubOptions()) -> Path | None:  # noqa: B008
-    # Not snapshot_download(local_files_only=True): it rejects a snapshot from which any file was left out.
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        config = try_to_load_from_cache(name, hub.file("config.json"), hub.cache_dir, revision)
-    except HFValidationError as error:
-        raise ModelFileError(f"'{name}' is neither a path nor a hub id: {error}") from error
-    return Path(config).parent if isinstance(config, str) and _is_model_folder(Path(config).parent) else None
-
-
-def _list_on_hub(name: str, revision: str | None = None, token: str | bool | None = None) -> list[str] | Exception:
-    """List a model's files on the hub, waiting a few seconds at most; on failure return the exception."""
-    from huggingface_hub import HfApi
-
-    answer: list[list[str] | Exception] = []
-
-    def ask() -> None:
-        try:
-            info = HfApi().model_info(name, revision=revision, timeout=HUB_ANSWER_SECONDS, token=token)
-            answer.append([file.rfilename for file in info.siblings or []])
-        except Exception as error:
-            answer.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_LIMIT_SECONDS)
-    return answer[0] if answer else TimeoutError(f"no answer in {HUB_LIMIT_SECONDS:.0f} s")
-
-
-def _download_from_hub(name: str, revision: str | None = None, hub: HubOptions = HubOptions()) -> Path:  # noqa: B008
-    if hub.local_files_only:
-        where = "this machine" if hub.cache_dir is None else f"this machine, in '{hub.cache_dir}'"
-        raise ModelFileError(
-            f"{_hub_name(name, revision)} is not on {where}, and local_files_only=True. Leave it out to download it."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        files = _list_on_hub(name, revision, hub.token)
-        if isinstance(files, Exception):
-            raise files
-        weights = "model*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
-        patterns = [hub.file(pattern) for pattern in (*HUB_FILES, weights)]
-        snapshot = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=hub.cache_dir,
-            token=hub.token,
-            allow_patterns=patterns,
-            ignore_patterns=[hub.file("*/*")],
-        )
-        folder = Path(snapshot) / hub.subfolder
-    except RevisionNotFoundError as error:
-        raise ModelFileError(
-            f"'{name}' has no revision {revision!r} on the Hugging Face hub. Expected a branch, a tag or a commit: see "
-            f"https://huggingface.co/{name}/commits"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelFileError(
-            f"'{name}' is not accessible on the Hugging Face hub. Check the name; "
-            "if the model is private or gated, run: hf auth login"
-        ) from error
-    # The hub's client raises the errors of whichever HTTP library its version uses.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        option = "" if revision is None else f" --revision {revision}"
-        raise ModelFileError(
-            f"{_hub_name(name, revision)} is not on this machine and the Hugging Face hub cannot be reached "
-            f"({reason}). With a connection, run: hf download {name}{option}"
-        ) from error
-    if not _is_model_folder(folder):
-        raise ModelFileError(
-            f"{_hub_name(name, revision)} on the Hugging Face hub lacks a config.json, safetensors or .bin weights"
-        )
-    return folder
