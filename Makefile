@@ -9,6 +9,8 @@ RUN ?= runs/demo
 PYTEST_ARGS ?= -n 2
 OMP_NUM_THREADS ?= 1
 BENCH_ARGS ?=
+# pip reads the indexes and certificates that are set on this machine; uv is faster: INSTALL="uv pip install --python $(BIN)/python"
+INSTALL ?= $(BIN)/python -m pip install --quiet
 # About a minute on two cores; test_storage.py asks for equal bits after a reload and a resumed run. Of test_exact.py
 # only what is compared to rounding errors: the bounds of its fits are far above them.
 NUMERICAL := $(patsubst %,tests/test_%.py,curvature elbo factored_normal fast_path language_model laplace \
@@ -34,8 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "bayes-lora needs Python 3.11 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(INSTALL) -c constraints.txt "setuptools>=77"
+	$(INSTALL) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: setup  ## adapt the shipped prior to unseen tasks and a spreadsheet; the report lands in runs/demo
@@ -56,7 +58,7 @@ test-isa: setup  ## run the numerical tests again as on older CPUs: with SSE and
 	  OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) $(NUMERICAL)
 
 test-quantized: setup  ## install bitsandbytes, and run the tests that need it
-	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^bitsandbytes==' constraints.txt)"
+	$(INSTALL) -c constraints.txt "$$(grep '^bitsandbytes==' constraints.txt)"
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest tests/test_quantized.py
 
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
