@@ -16,12 +16,14 @@ INSTALL ?= $(BIN)/python -m pip install --quiet
 NUMERICAL := $(patsubst %,tests/test_%.py,curvature elbo factored_normal fast_path language_model laplace \
   scoring sites storage weight_distributions) \
   $(addprefix tests/test_exact.py::,test_no_steps_is_the_prior test_pyro_s_estimator_agrees)
+# They meet each dependency: about a minute.
+LOWEST := $(patsubst %,tests/test_%.py,adapters)
 CHECKED := bayes_lora models guides tests examples benchmarks docs/hooks
 # Phrases that are not standard technical English; CONTRIBUTING.md says what to write instead.
 PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-isa test-quantized bench docs lint phrases format types installed wheel package clean
+.PHONY: help setup demo test test-all test-isa test-lowest test-quantized bench docs lint phrases format types installed wheel package clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,6 +62,15 @@ test-isa: setup  ## run the numerical tests again as on older CPUs: with SSE and
 test-quantized: setup  ## install bitsandbytes, and run the tests that need it
 	$(INSTALL) -c constraints.txt "$$(grep '^bitsandbytes==' constraints.txt)"
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/pytest tests/test_quantized.py
+
+# torch is the build of constraints.txt: of older ones, PyPI has only those with CUDA. Old libraries warn of newer ones.
+test-lowest: setup  ## run some tests with the lowest versions that pyproject.toml allows, but of torch
+	$(PYTHON) -m venv --clear build/lowest
+	grep '^torch==' constraints.txt >build/lowest/torch.txt
+	build/lowest/bin/python -m pip install --quiet -r build/lowest/torch.txt
+	$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -c build/lowest/torch.txt \
+	  -e . "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) build/lowest/bin/pytest -m "not slow" -o filterwarnings=ignore $(PYTEST_ARGS) $(LOWEST)
 
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)

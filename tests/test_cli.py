@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -720,6 +722,24 @@ def test_answers_are_printed_as_soon_as_they_are_there(call, fitted, tickets, tm
     assert lines[0].endswith(" left")
     for one, other in zip(map(json.loads, together.splitlines()), map(json.loads, apart.splitlines()), strict=True):
         assert one["input"] == other["input"] and one["probs"] == pytest.approx(other["probs"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "überhaupt 電車"), ("latin-1", r"\u00fcberhaupt \u96fb\u8eca")]
+)
+def test_answers_are_in_the_letters_of_the_question(fitted, tickets, tmp_path, encoding, shown):
+    mine, questions = tmp_path / "mine", tmp_path / "questions.csv"
+    cli.app(["adapt", "--run", str(fitted), "--examples", str(tickets), "--shots", "5", "--steps", "0", "--output",
+             str(mine)], standalone_mode=False)  # fmt: skip
+    questions.write_text("text\nüberhaupt 電車\n", encoding="utf-8")
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with contextlib.redirect_stdout(output):
+        cli.app(
+            ["predict", "--adapted", str(mine), "--examples", str(questions), "--draws", "2"], standalone_mode=False
+        )
+    output.flush()
+    text = output.buffer.getvalue().decode(encoding)
+    assert f'"input": "{shown}"' in text and json.loads(text)["input"] == "überhaupt 電車"
 
 
 def test_abstains_where_labelled_rows_say_so(call, refuse, fitted, tickets, tmp_path):

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bayes_lora.cli.console import err
 from bayes_lora.utils.progress import bars
@@ -47,10 +47,20 @@ def print_answers(
             if each_draw:  # first, because it refuses questions with options
                 more = list(_each_draw(posterior, chunk, draws, max_new_tokens))
             answers = _answers(posterior, chunk, draws, max_new_tokens, abstain_at)
-            output.writelines(json.dumps(one | rest) + "\n" for one, rest in zip(answers, more, strict=True))
+            output.writelines(_line(one | rest, output) for one, rest in zip(answers, more, strict=True))
             output.flush()
             if progress and task is not None:
                 progress.advance(task, len(chunk))
+
+
+def _line(answer: dict[str, Any], output: TextIO) -> str:
+    """Return JSON in the letters of the answer, or with escapes where they cannot be printed."""
+    line = json.dumps(answer, ensure_ascii=False) + "\n"
+    try:
+        line.encode(output.encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(answer) + "\n"
+    return line
 
 
 def _each_draw(
