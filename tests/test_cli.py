@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import errno
 import io
 import json
@@ -263,16 +264,18 @@ def test_demo(call, model_folder, tmp_path):
     run = tmp_path / "demo"
     few = "episodes={tasks_per_episode: 2, num_support: 3, num_query: 3, examples_per_task: 8, held_out_shots: 4}"
     more = (f"language_model.name={model_folder}", "language_model.max_length=64", few)
-    code, out, _ = call("demo", "--run", run, *settings(*more))
+    code, out, err = call("demo", "--run", run, *settings(*more), "--table", "json")
     assert code == 0
-    assert "from 4 examples each" in " ".join(out.split())
+    assert "from 4 examples each" in " ".join(err.split()) and "metrics.json" in err
+    rows = json.loads(out)["metrics"]
     adapters = names(run / "adapters")
     assert names(run) == sorted([*FILES, *REPORT, "adapters", "unseen"])
     read = json.loads((run / "metrics.json").read_text())
     for result in read.values():
         assert sorted(result["tasks"]) == adapters
     for task in adapters:
-        assert task in out and (run / "adapters" / task / "adapter_config.json").is_file()
+        assert any(row["task"] == task for row in rows)
+        assert (run / "adapters" / task / "adapter_config.json").is_file()
 
 
 def test_a_dry_run_shows_sizes_and_loads_nothing(call, refuse, tmp_path):
@@ -326,7 +329,7 @@ def test_a_dry_run_of_a_closed_form_fit_counts_the_tasks(call, data, tmp_path):
     assert code == 0
     tasks = load_tasks(data / "training").values()
     derivatives = sum(len(task) * len(task.examples[0].options) for task in tasks)
-    rows = dict(re.findall(r"│ (\w+) +│ +(\d+) +│", out))
+    rows = dict(re.findall(r"^(\w+) +│ +(\d+)$", out, flags=re.MULTILINE))
     assert rows["tasks"] == "4" and rows["examples"] == str(sum(map(len, tasks)))
     assert rows["derivatives"] == str(derivatives)
     code, out, _ = call(*words)
@@ -350,7 +353,15 @@ def test_evaluate_into_the_run_folder_keeps_the_run(call, refuse, data, fitted, 
     words = ("--run", run, "--tasks", data / "unseen", "--names", "task-4", "--shots", 4, "--steps", 0, "--output", run)
     assert call("evaluate", *words)[0] == 0
     assert "--overwrite" in refuse("evaluate", *words)
-    assert call("evaluate", *words, "--overwrite")[0] == 0
+    code, out, _ = call("evaluate", *words, "--overwrite", "--table", "csv")
+    assert code == 0
+    found = json.loads((run / "metrics.json").read_text())
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["method"] for row in rows] == list(found)
+    for row in rows:
+        expected = found[row["method"]]["tasks"]["task-4"]
+        assert row["task"] == "task-4" and float(row["nll_nats"]) == expected["nll"]
+        assert float(row["brier"]) == expected["brier"] and int(row["num_examples"]) == expected["num_examples"]
     assert names(run) == sorted([*names(fitted), *REPORT])
 
 

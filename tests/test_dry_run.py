@@ -178,13 +178,10 @@ def test_a_closed_form_fit():
     assert dry_run(closed_form_config(theta_objective="elbo"), LlamaConfig(**SMALL), sized_tasks()).work == {}
     one = dry_run(closed_form_config(), LlamaConfig(**SMALL)).work
     assert one == {"tasks": 1, "examples": 11, "derivatives": 44, "forward": 3, "backward": 12}
-    names = [str(table.columns[0].header) for table in found.tables()]
-    assert names == [
-        "site",
-        "parameters",
-        "closed-form fit",
-        f"memory of a closed-form fit in passes of {4 * 64} tokens (estimate)",
-    ]
+    tables = found.tables()
+    assert [table.name for table in tables] == ["sites", "parameters", "work", "memory"]
+    assert tables[-1].title == f"Memory of a closed-form fit in passes of {4 * 64} tokens (estimate)"
+    assert {row["name"]: row["memory_bytes"] for row in tables[-1].rows} == found.memory
 
 
 def test_the_work_of_a_closed_form_fit_is_that_of_a_real_one(tokenizer, monkeypatch):

@@ -161,8 +161,9 @@ def test_table() -> None:
     wide = Console(width=100)
     with wide.capture() as capture:
         wide.print(statistics_table(task_statistics((fixed, open_ended), max_length=1), "words", 1))
-    head, _, *rows = [line.replace("│", " ").replace("┃", " ").split() for line in capture.get().splitlines()]
+    head, _, *rows, note = [line.replace("│", " ").replace("┃", " ").split() for line in capture.get().splitlines()]
     assert head == "task support query options top label words 5/50/95% repeats >1".split()
+    assert note[:3] == ["*", "options", "differ"]
     assert rows == [
         ["[b]", "2", "1", "2", "67%", "1/2/2", "1", "67%"],
         ["u", "2", "0", "2-3", "50%*", "1/1/1", "0", "0%"],

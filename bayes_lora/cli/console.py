@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from bayes_lora.utils.processes import is_main, leaves_to_main, rank
+from bayes_lora.utils.tables import ResultTable, TableFormat, write_tables
 
-__all__ = ["err", "error", "out", "print_line", "status", "warn"]
+__all__ = ["err", "error", "out", "print_line", "print_remark", "print_tables", "status", "warn"]
 
 WIDE = 400
 """Columns of what is piped or written to a file, so that tables are not folded."""
 
-out, err = Console(quiet=not is_main()), Console(stderr=True, quiet=not is_main())
+# No word between colons is an emoji: texts are those of users.
+out, err = (Console(stderr=stderr, quiet=not is_main(), emoji=False) for stderr in (False, True))
 if not out.is_terminal and "COLUMNS" not in os.environ:
     out.width = WIDE
 
@@ -21,6 +24,27 @@ if not out.is_terminal and "COLUMNS" not in os.environ:
 def print_line(text: str) -> None:
     """Print a line of a result without formatting it."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_tables(tables: Sequence[ResultTable], format: TableFormat = TableFormat.TEXT) -> None:
+    """Print tables, as text in the width of the terminal."""
+    if format is TableFormat.TEXT:
+        for table in tables:
+            out.print(table)
+    elif not out.quiet:
+        try:
+            out.file.write(write_tables(tables, format))
+            out.file.flush()
+        except BrokenPipeError:  # as of `| head -1`
+            out.on_broken_pipe()
+
+
+def print_remark(text: str, format: TableFormat) -> None:
+    """Print a line next to a table: a line of the result if tables are text, otherwise a status message."""
+    if format is TableFormat.TEXT:
+        print_line(text)
+    else:
+        status(text)
 
 
 def status(text: str) -> None:

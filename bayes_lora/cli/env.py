@@ -8,21 +8,28 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from bayes_lora import __version__
-from bayes_lora.cli.console import print_line
+from bayes_lora.cli.console import print_line, print_tables
+from bayes_lora.cli.options import Table
+from bayes_lora.utils.tables import Column, ResultTable, TableFormat
 
 __all__ = ["env"]
 
 PACKAGES = ("torch", "transformers", "peft", "pyro-ppl", "accelerate", "datasets", "safetensors", "bitsandbytes")
 
 
-def env() -> None:
+def env(table: Table = TableFormat.TEXT) -> None:
     """Show versions and hardware: what to paste into a bug report.
 
-    Example: `bayes-lora env`
+    Example: `bayes-lora env`, or `bayes-lora env --table markdown`
     """
     facts = {"bayes-lora": __version__, "Python": f"{platform.python_version()} ({sys.platform})"}
     facts |= {name: _version(name) for name in PACKAGES}
     facts |= _hardware()
+    if table is not TableFormat.TEXT:
+        columns = [Column(name, lambda row, name=name: row[name], is_number=False) for name in ("name", "value")]  # type: ignore[misc]
+        rows = [{"name": name, "value": value} for name, value in facts.items()]
+        print_tables([ResultTable("environment", columns, rows)], table)
+        return
     width = max(map(len, facts))
     for name, value in facts.items():
         print_line(f"{name:{width}}  {value}")

@@ -18,7 +18,7 @@ from bayes_lora.cli import cache as cli_cache
 from bayes_lora.cli import env as cli_env
 from bayes_lora.cli import report as cli_report
 from bayes_lora.cli import tasks as cli_tasks
-from bayes_lora.cli.console import err, error, out, print_line, status, warn
+from bayes_lora.cli.console import err, error, out, print_line, print_remark, print_tables, status, warn
 from bayes_lora.cli.options import (
     Config,
     Draws,
@@ -39,11 +39,13 @@ from bayes_lora.cli.options import (
     Shots,
     ShuffleOptions,
     Split,
+    Table,
     Tasks,
 )
 from bayes_lora.cli.signals import Terminated, terminations
 from bayes_lora.errors import BayesLoraError, ConfigError
 from bayes_lora.utils.processes import leave, started
+from bayes_lora.utils.tables import TableFormat
 
 if TYPE_CHECKING:
     from bayes_lora.recipes.config import RunConfig
@@ -81,6 +83,7 @@ def demo(
     settings: Set = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    table: Table = TableFormat.TEXT,
 ) -> None:
     """Adapt the prior of this package to unseen tasks and a spreadsheet, and show the results.
 
@@ -95,7 +98,10 @@ def demo(
     chosen = _config(config, settings, base=demo_config()) if config or settings else None
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
-    run_demo(run, chosen, resume=resume, overwrite=overwrite, console=out)
+    console = out if table is TableFormat.TEXT else err
+    run_demo(
+        run, chosen, resume=resume, overwrite=overwrite, console=console, show=lambda one: print_tables([one], table)
+    )
 
 
 @app.command()
@@ -196,6 +202,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder for metrics, figures and the predictions that `report` reads.")
     ] = None,
     overwrite: Overwrite = False,
+    table: Table = TableFormat.TEXT,
 ) -> None:
     """Adapt to unseen tasks and compare with the pretrained model and a LoRA fine-tuned on the same examples.
 
@@ -223,7 +230,8 @@ def evaluate(
     posterior = load_posterior(run)
     status(f"{posterior.lm.name}: {posterior.lm.arithmetic}")
     if left_out:
-        print_line(f"left out {len(left_out)} of {len(left_out) + len(unseen)} tasks: the posterior was fitted on them")
+        count = len(left_out) + len(unseen)
+        print_remark(f"left out {len(left_out)} of {count} tasks: the posterior was fitted on them", table)
     with bars() as progress:
         comparison = compare(
             posterior,
@@ -233,7 +241,7 @@ def evaluate(
             num_demonstrations=demonstrations,
             progress=progress,
         )
-    out.print(comparison.table())
+    print_tables([comparison.table()], table)
     if output is not None:
         comparison.write(output)
         status(
@@ -270,6 +278,7 @@ def dry_run(
     split: Split = None,
     names: Names = None,
     format: Format = None,
+    table: Table = TableFormat.TEXT,
 ) -> None:
     """Show a run's LoRA sites, parameter counts and estimated memory, without loading or downloading weights.
 
@@ -284,8 +293,7 @@ def dry_run(
     from bayes_lora.runs.dry_run import dry_run as estimate
     from bayes_lora.runs.dry_run import read_architecture
 
-    for table in estimate(chosen, read_architecture(architecture), training).tables():
-        out.print(table)
+    print_tables(estimate(chosen, read_architecture(architecture), training).tables(), table)
 
 
 app.command()(cli_tasks.tasks)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bayes_lora.utils.tables import TableFormat
+
 __all__ = [
     "DATA",
     "Config",
@@ -30,6 +32,7 @@ __all__ = [
     "ShuffleOptions",
     "Split",
     "Steps",
+    "Table",
     "Task",
     "Tasks",
 ]
@@ -67,6 +70,14 @@ ShuffleOptions = Annotated[
     typer.Option("--shuffle-options", help="Shuffle the options of each example, to counter position bias."),
 ]
 
+Table = Annotated[
+    TableFormat,
+    typer.Option(
+        "--table",
+        help="How tables are written. Other than as text, nothing else is on standard output, and json and csv have "
+        "numbers in full precision.",
+    ),
+]
 Config = Annotated[Path | None, typer.Option(help="A YAML file with settings.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as objective.beta=1e-4. Repeatable.")]
 Recipe = Annotated[

@@ -16,6 +16,7 @@ from bayes_lora.episodes.templates import PromptTemplate
 from bayes_lora.lm.model_files import DEFAULT_MODEL, find_tokenizer
 from bayes_lora.lm.text_config import max_row_length
 from bayes_lora.tasks.task import Example
+from bayes_lora.utils.tables import Column, ResultTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,22 @@ class ShownExample:
             f"{self.num_tokens} tokens: {', '.join(places)}; {scored} tokens are scored. "
             f"max_length is {self.max_length}: {cut}."
         )
+
+    def table(self) -> ResultTable:
+        """Return a table of the parts and the options: what each is, its text, and its tokens."""
+        rows: list[dict[str, Any]] = [
+            {"part": part.kind, "text": part.text, "num_tokens": part.num_tokens, "is_gold": None, "tokens": None}
+            for part in self.parts
+        ]
+        for index, tokens in enumerate(self.options):
+            row = {"part": "option", "text": "".join(tokens), "num_tokens": len(tokens)}
+            rows.append(row | {"is_gold": index == self.answer, "tokens": list(tokens)})
+        columns = [
+            Column("part", lambda row: row["part"] + ("*" if row["is_gold"] else ""), is_number=False),
+            Column("text", lambda row: row["text"], is_number=False),
+            Column("tokens", lambda row: str(row["num_tokens"])),
+        ]
+        return ResultTable("example", columns, rows)
 
     def render(self, colour: bool) -> Text:
         """Return the text, with option tokens in colour, or each in brackets."""

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayes_lora.cli.console import out, print_line
-from bayes_lora.cli.options import DATA, Format, Input, Label, MaxLength, MaxOptions, Task
+from bayes_lora.cli.console import err, out, print_line, print_remark, print_tables, status
+from bayes_lora.cli.options import DATA, Format, Input, Label, MaxLength, MaxOptions, Table, Task
 from bayes_lora.errors import ConfigError, TaskError
+from bayes_lora.utils.tables import TableFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bayes_lora.episodes import Encoder
-    from bayes_lora.tasks import Example, TaskSet
+    from bayes_lora.tasks import Example
     from bayes_lora.tasks.statistics import Lengths
 
 # Imports are inside the commands, so that --help is fast: those of torch after the checks, so that errors are too.
@@ -43,6 +44,7 @@ def tasks(
     input: Input = None,
     label: Label = None,
     max_options: MaxOptions = None,
+    table: Table = TableFormat.TEXT,
 ) -> None:
     """Show each task's size, options, label balance, lengths and duplicates, and warn about likely errors.
 
@@ -68,14 +70,27 @@ def tasks(
 
         count, limit, unit = token_counter(encoder), encoder.max_length, "tokens"
     statistics = task_statistics(loaded.values(), count, max_length=limit)
-    out.print(statistics_table(statistics, unit, limit))
-    if not statistics["fixed_options"].all():
-        print_line("* options differ between examples: share of the gold option's most frequent position")
+    tables = [statistics_table(statistics, unit, limit)]
+    if halves is not None:
+        from bayes_lora.tasks.overlap import find_overlaps, overlap_table
+
+        training, unseen = loaded.select(halves[0]), loaded.select(halves[1])
+        overlaps = find_overlaps(training, unseen)
+        tables.append(overlap_table(overlaps, unseen))
+    # As text, the second table comes after the warnings of the first, and not at all if it is empty.
+    as_text = table is TableFormat.TEXT
+    print_tables(tables[:1] if as_text else tables, table)
     for name, warnings in statistics["warnings"].items():
         for warning in warnings:
-            out.print(f"{name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if halves is not None:
-        _print_overlap(loaded.select(halves[0]), loaded.select(halves[1]))
+            console = out if as_text else err
+            console.print(f"{name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if halves is not None and overlaps and as_text:
+        print_tables(tables[1:], table)
+    elif halves is not None and not overlaps:
+        num_unseen, num_training = len(unseen), len(training)
+        print_remark(
+            f"no text of the {num_unseen} unseen tasks is (nearly) in the {num_training} training tasks", table
+        )
 
 
 def show(
@@ -91,6 +106,7 @@ def show(
     input: Input = None,
     label: Label = None,
     max_options: MaxOptions = None,
+    table: Table = TableFormat.TEXT,
 ) -> None:
     """Show an example as the model reads it: its row, what was cut, and the option tokens that are scored.
 
@@ -114,7 +130,12 @@ def show(
 
     shown = show_example(_encoder(model, run, max_length), chosen.examples[example], others[:demonstrations])
     half = "support" if example < len(chosen.support) else "query"
-    print_line(f"{chosen.name}, example {example} of {len(chosen)} ({half}): {shown.summary()}\n")
+    summary = f"{chosen.name}, example {example} of {len(chosen)} ({half}): {shown.summary()}"
+    if table is not TableFormat.TEXT:
+        status(summary)
+        print_tables([shown.table()], table)
+        return
+    print_line(f"{summary}\n")
     out.print(shown.render(colour=out.color_system is not None and not out.no_color), soft_wrap=True)
 
 
@@ -139,13 +160,3 @@ def _encoder(model: str | None, run: Path | None, max_length: int | None) -> Enc
 
     length = max_length or settings.max_length
     return load_encoder(settings.name, settings.template, length, settings.revision)
-
-
-def _print_overlap(training: TaskSet, unseen: TaskSet) -> None:
-    from bayes_lora.tasks.overlap import find_overlaps, overlap_table
-
-    overlaps = find_overlaps(training, unseen)
-    if overlaps:
-        out.print(overlap_table(overlaps, unseen))
-    else:
-        print_line(f"no text of the {len(unseen)} unseen tasks is (nearly) in the {len(training)} training tasks")

@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from bayes_lora.distributions.divergence import divergence
@@ -24,6 +23,7 @@ from bayes_lora.posterior.adapt import adapt_at
 from bayes_lora.posterior.predict import score
 from bayes_lora.posterior.task_posterior import TaskPosterior
 from bayes_lora.tasks.task import Task
+from bayes_lora.utils.tables import Column, ResultTable
 
 __all__ = ["Diagnosis", "SiteWidth", "diagnose"]
 
@@ -70,7 +70,7 @@ class Diagnosis:
     warnings: tuple[str, ...]
     linear: tuple[float, float] | None = None
 
-    def table(self) -> Table:
+    def table(self) -> ResultTable:
         """Return a table with one row per site, and the effect of the draws in its title."""
         title = (
             f"mean / draws: NLL {self.nll[0]:.3f} / {self.nll[1]:.3f}, ECE {self.ece[0]:.3f} / {self.ece[1]:.3f}; "
@@ -78,10 +78,22 @@ class Diagnosis:
         )
         if self.linear:
             title += f"; linear scores: NLL {self.linear[0]:.3f}, ECE {self.linear[1]:.3f}"
-        table = Table("site", "KL (nats a task)", "sd", "prior sd", title=title, caption="\n".join(self.warnings))
-        for site, width in self.sites.items():
-            table.add_row(site, f"{width.divergence:.1f}", f"{width.scale:.2e}", f"{width.prior_scale:.2e}")
-        return table
+        columns = [
+            Column("site", lambda row: row["site"], is_number=False),
+            Column("KL (nats a task)", lambda row: f"{row['divergence_nats']:.1f}"),
+            Column("sd", lambda row: f"{row['scale']:.2e}"),
+            Column("prior sd", lambda row: f"{row['prior_scale']:.2e}"),
+        ]
+        rows = [
+            {
+                "site": site,
+                "divergence_nats": width.divergence,
+                "scale": width.scale,
+                "prior_scale": width.prior_scale,
+            }
+            for site, width in self.sites.items()
+        ]
+        return ResultTable("sites", columns, rows, title, notes=self.warnings)
 
 
 def diagnose(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from bayes_lora.runs.folder import (
 from bayes_lora.tasks.shipped import demo_spreadsheet, demo_tasks
 from bayes_lora.utils.progress import bars
 from bayes_lora.utils.storage import write_json
+from bayes_lora.utils.tables import ResultTable
 
 if TYPE_CHECKING:
     from bayes_lora.posterior.posterior import Posterior
@@ -56,6 +57,7 @@ def run_demo(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
+    show: Callable[[ResultTable], None] | None = None,
 ) -> Comparison:
     """Adapt to unseen tasks and compare; write metrics, figures and a PEFT adapter per task to the folder.
 
@@ -66,11 +68,13 @@ def run_demo(
         resume: resume the fit from the folder's checkpoint.
         overwrite: replace the folder.
         console: where to print.
+        show: prints the table of metrics; by default ``console`` does.
     """
     console = console or Console()
+    show = show or console.print
     check_run_folder(run, resume=resume, overwrite=overwrite)
     if config is None:
-        return _with_shipped_prior(run, resume=resume, overwrite=overwrite, console=console)
+        return _with_shipped_prior(run, resume=resume, overwrite=overwrite, console=console, show=show)
     training, unseen = demo_tasks(config.episodes.held_out_shots)
     _print(
         console, _introduction(f"Meta-learning on {len(training)} tasks, then", unseen, config.episodes.held_out_shots)
@@ -88,11 +92,13 @@ def run_demo(
             posterior, list(unseen.values()), num_draws=5, lora_learning_rates=(1e-3,), progress=progress
         )
     with open_run_folder(run, resume=True):
-        _write(run, posterior, unseen, comparison, console)
+        _write(run, posterior, unseen, comparison, console, show)
     return comparison
 
 
-def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Console) -> Comparison:
+def _with_shipped_prior(
+    run: Path, *, resume: bool, overwrite: bool, console: Console, show: Callable[[ResultTable], None]
+) -> Comparison:
     from bayes_lora.tasks.task_set import TaskSet
 
     prior = shipped_prior()
@@ -105,10 +111,17 @@ def _with_shipped_prior(run: Path, *, resume: bool, overwrite: bool, console: Co
     posterior = load_prior()
     _print(console, f"{posterior.lm.name}: {posterior.lm.arithmetic}")
     with open_run_folder(run, resume=resume, overwrite=overwrite):
-        return _report(run, prior, posterior, tasks, console)
+        return _report(run, prior, posterior, tasks, console, show)
 
 
-def _report(run: Path, prior: Path, posterior: Posterior, tasks: Mapping[str, Task], console: Console) -> Comparison:
+def _report(
+    run: Path,
+    prior: Path,
+    posterior: Posterior,
+    tasks: Mapping[str, Task],
+    console: Console,
+    show: Callable[[ResultTable], None],
+) -> Comparison:
     """Compare on unseen tasks, and write everything to the folder."""
     from bayes_lora.metrics.plots import support_curve_plot
     from bayes_lora.runs.compare import compare
@@ -134,7 +147,7 @@ def _report(run: Path, prior: Path, posterior: Posterior, tasks: Mapping[str, Ta
         {name: {str(size): row for size, row in by_size.items()} for name, by_size in curve.items()},
     )
     support_curve_plot(curve, run / PICTURE)
-    _write(run, posterior, tasks, comparison, console)
+    _write(run, posterior, tasks, comparison, console, show)
     shares = ", ".join(
         f"{100 * sum(by_size[size]['epistemic_share'] for by_size in curve.values()) / len(curve):.0f} %"
         for size in SIZES
@@ -148,14 +161,19 @@ def _report(run: Path, prior: Path, posterior: Posterior, tasks: Mapping[str, Ta
 
 
 def _write(
-    run: Path, posterior: Posterior, unseen: Mapping[str, object], comparison: Comparison, console: Console
+    run: Path,
+    posterior: Posterior,
+    unseen: Mapping[str, object],
+    comparison: Comparison,
+    console: Console,
+    show: Callable[[ResultTable], None],
 ) -> None:
     adapted = posterior.adapt(unseen)  # type: ignore[arg-type]
     adapted.save(run / "unseen", overwrite=True)
     for name in unseen:
         adapted.select(name).export_peft(run / "adapters" / name, overwrite=True)
     comparison.write(run)
-    console.print(comparison.table())
+    show(comparison.table())
     _print(
         console,
         f"\nIn {run}: posterior/ (load_posterior), unseen/ (TaskPosterior.load), adapters/<task>/ "

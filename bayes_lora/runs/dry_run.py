@@ -41,7 +41,6 @@ from typing import Any
 
 import pyro
 import torch
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -69,6 +68,7 @@ from bayes_lora.runs.subspace import subspace_of
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Features
 from bayes_lora.utils.limits import read_limited
+from bayes_lora.utils.tables import Column, ResultTable
 
 __all__ = ["DryRun", "dry_run", "read_architecture"]
 
@@ -101,24 +101,38 @@ class DryRun:
     tokens: int
     work: dict[str, int] = field(default_factory=dict)
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ResultTable]:
         """Return tables of sites, parameter counts and memory, and of the work of a closed-form fit."""
-        sites = Table("site", "layers", "out", "in")
-        for site, shape in self.sites.items():
-            sites.add_row(site, *map(str, shape))
-        counts = Table("parameters", "number")
-        for name, number in self.parameters.items():
-            counts.add_row(name, f"{number:,}")
+        sites = ResultTable(
+            "sites",
+            [
+                Column("site", lambda row: row["site"], is_number=False),
+                *(Column(name, lambda row, name=name: str(row[name])) for name in ("layers", "out", "in")),  # type: ignore[misc]
+            ],
+            [{"site": site, "layers": shape[0], "out": shape[1], "in": shape[2]} for site, shape in self.sites.items()],
+        )
+        tables = [sites, _counts("parameters", "parameters", self.parameters)]
+        if self.work:
+            tables.append(_counts("work", "closed-form fit", self.work))
         what = "a closed-form fit in passes" if self.work else "a step"
-        memory = Table(f"memory of {what} of {self.tokens:,} tokens (estimate)", "GiB")
-        for name, size in self.memory.items():
-            memory.add_row(name, f"{size / 2**30:.2f}")
-        if not self.work:
-            return [sites, counts, memory]
-        work = Table("closed-form fit", "number")
-        for name, number in self.work.items():
-            work.add_row(name, f"{number:,}")
-        return [sites, counts, work, memory]
+        memory = ResultTable(
+            "memory",
+            [
+                Column("memory", lambda row: row["name"], is_number=False),
+                Column("GiB", lambda row: f"{row['memory_bytes'] / 2**30:.2f}"),
+            ],
+            [{"name": name, "memory_bytes": size} for name, size in self.memory.items()],
+            f"Memory of {what} of {self.tokens:,} tokens (estimate)",
+        )
+        return [*tables, memory]
+
+
+def _counts(name: str, heading: str, numbers: dict[str, int]) -> ResultTable:
+    columns = [
+        Column(heading, lambda row: row["name"], is_number=False),
+        Column("number", lambda row: f"{row['number']:,}"),
+    ]
+    return ResultTable(name, columns, [{"name": key, "number": number} for key, number in numbers.items()])
 
 
 def read_architecture(path: Path) -> PreTrainedConfig:

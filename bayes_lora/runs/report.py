@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from bayes_lora.lm.arithmetic import ArithmeticUsed
@@ -26,6 +25,7 @@ from bayes_lora.posterior.prediction_draws import PredictionDraws
 from bayes_lora.runs.folder import EVALUATION, METRICS
 from bayes_lora.runs.predictions import Predictions, Question, write_predictions
 from bayes_lora.utils.storage import write_json, writing
+from bayes_lora.utils.tables import Column, ResultTable
 
 __all__ = ["Comparison", "MethodResult", "metrics_table"]
 
@@ -80,7 +80,7 @@ class Comparison:
     arithmetic: ArithmeticUsed | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def table(self, title: str = "Unseen tasks") -> Table:
+    def table(self, title: str = "Unseen tasks") -> ResultTable:
         """Return a table of accuracy, NLL (nats), Brier and ECE per task and on average; EM, F1, NLL if free-form."""
         return metrics_table({name: result.metrics for name, result in self.results.items()}, title)
 
@@ -166,35 +166,60 @@ COLUMNS = {
     "Brier": ("brier", min),
     "ECE": ("ece", min),
 }
+UNITS = {"nll": "nll_nats"}
+"""Names of the values in a table, where they are not those of the metrics."""
+OPTIONAL = {"Brier": 2, "ECE": 1}
+"""Columns that a narrow terminal leaves out, the one with the largest number first."""
 
 
-def metrics_table(results: Mapping[str, Mapping[str, Metrics | TextMetrics]], title: str) -> Table:
-    """Return a table with a section per task and one for the mean, with the best value of each column in bold."""
-    tasks = list(next(iter(results.values())))
-    blocks = {task: {method: by_task[task] for method, by_task in results.items()} for task in tasks}
-    if len(tasks) > 1:
+def metrics_table(results: Mapping[str, Mapping[str, Metrics | TextMetrics]], title: str) -> ResultTable:
+    """Return a table with a section per task and one for the mean, with the best value of each column in bold.
+
+    The rows have ``task``, ``method``, ``num_tasks`` (above 1 in those of a mean), ``num_examples`` and the metrics,
+    ``nll`` as ``nll_nats``.
+    """
+    kinds = {
+        task: {method: by_task[task] for method, by_task in results.items()} for task in next(iter(results.values()))
+    }
+    blocks = [(task, 1, rows) for task, rows in kinds.items()]
+    if len(kinds) > 1:
         means = {method: mean_by_kind(by_task) for method, by_task in results.items()}
-        for kind in next(iter(means.values())):
-            blocks[kind] = {method: by_kind[kind] for method, by_kind in means.items()}
-    shown = [metrics for rows in blocks.values() for metrics in rows.values()]
-    columns = {name: column for name, column in COLUMNS.items() if any(hasattr(one, column[0]) for one in shown)}
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for heading, justify in (("task", "left"), ("method", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for task, rows in blocks.items():
-        cells = [_column(list(rows.values()), field, best) for field, best in columns.values()]
-        for index, method in enumerate(rows):
-            names = (escape(task) if index == 0 else "", escape(method))
-            table.add_row(*names, *(column[index] for column in cells), end_section=index == len(rows) - 1)
-    return table
+        for name in next(iter(means.values())):
+            rows = {method: by_name[name] for method, by_name in means.items()}
+            count = sum(_kind(of_task) is _kind(rows) for of_task in kinds.values())
+            blocks.append((name, count, rows))
+    shown = [metrics for *_, rows in blocks for metrics in rows.values()]
+    found = {name: column for name, column in COLUMNS.items() if any(hasattr(one, column[0]) for one in shown)}
+    rows, bold = [], set()
+    for task, count, block in blocks:
+        for heading, (name, best) in found.items():
+            bold |= {(len(rows) + place, heading) for place in _best([*block.values()], name, best)}
+        for method, metrics in block.items():
+            values = {UNITS.get(name, name): getattr(metrics, name, None) for name, _ in found.values()}
+            about = {"task": task, "method": method, "num_tasks": count, "num_examples": metrics.num_examples}
+            rows.append(about | values)
+    columns = [
+        Column("task", lambda row: row["task"], is_number=False),
+        Column("method", lambda row: row["method"], is_number=False),
+        *(
+            Column(heading, partial(_cell, UNITS.get(name, name)), optional=OPTIONAL.get(heading, 0))
+            for heading, (name, _) in found.items()
+        ),
+    ]
+    return ResultTable("metrics", columns, rows, title, section="task", bold=frozenset(bold))
 
 
-def _column(metrics: Sequence[Metrics | TextMetrics], field: str, best: Callable[..., float]) -> list[str]:
-    """Return the cells of a section in one column, empty if the metrics have no such field."""
-    if not all(hasattr(one, field) for one in metrics):
-        return [""] * len(metrics)
-    values = [round(float(getattr(one, field)), 3) for one in metrics]
-    winner = best(values) if len(values) > 1 else None
-    return [f"[bold]{value:.3f}[/bold]" if value == winner else f"{value:.3f}" for value in values]
+def _kind(rows: Mapping[str, Metrics | TextMetrics]) -> type:
+    return type(next(iter(rows.values())))
+
+
+def _cell(name: str, row: Mapping[str, Any]) -> str:
+    return "" if row[name] is None else f"{row[name]:.3f}"
+
+
+def _best(metrics: Sequence[Metrics | TextMetrics], name: str, best: Callable[..., float]) -> list[int]:
+    """Return which of several metrics are the best ones as they are shown."""
+    if len(metrics) < 2 or not all(hasattr(one, name) for one in metrics):
+        return []
+    values = [round(float(getattr(one, name)), 3) for one in metrics]
+    return [place for place, value in enumerate(values) if value == best(values)]

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from rich.progress import Progress
-from rich.table import Table
 
 from bayes_lora.errors import ConfigError
 from bayes_lora.infer.objective import evaluating
@@ -22,6 +21,7 @@ from bayes_lora.runs.empirical_bayes import held_out_linear_nll
 from bayes_lora.runs.fit import build_episodes, fit_posterior, split_tasks
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.utils.seeding import seeded
+from bayes_lora.utils.tables import Column, ResultTable
 
 __all__ = ["BetaPoint", "Executor", "sweep", "sweep_beta", "sweep_table"]
 
@@ -132,18 +132,26 @@ def _point(
     return BetaPoint(beta, nll[1.0], posterior.width, nll[posterior.width], divergence, posterior)
 
 
-def sweep_table(points: Sequence[BetaPoint]) -> Table:
-    """Return a table with one line per beta and the best NLL in bold."""
-    table = Table("beta", "NLL", "width", "NLL at that width", "KL per task (nats)")
+def sweep_table(points: Sequence[BetaPoint]) -> ResultTable:
+    """Return a table with a row per beta and the best NLL in bold."""
+    columns = [
+        Column("beta", lambda row: f"{row['beta']:g}"),
+        Column("NLL", lambda row: f"{row['nll_nats']:.3f}"),
+        Column("width", lambda row: f"{row['width']:g}"),
+        Column("NLL at that width", lambda row: f"{row['nll_at_width_nats']:.3f}"),
+        Column("KL per task (nats)", lambda row: f"{row['divergence_nats']:.1f}"),
+    ]
+    rows = [
+        {
+            "beta": point.beta,
+            "nll_nats": point.nll,
+            "width": point.width,
+            "nll_at_width_nats": point.nll_at_width,
+            "divergence_nats": point.divergence,
+        }
+        for point in points
+    ]
     best = min(point.nll_at_width for point in points)
-    for point in points:
-        bold = "bold" if point.nll_at_width == best else ""
-        table.add_row(
-            f"{point.beta:g}",
-            f"{point.nll:.3f}",
-            f"{point.width:g}",
-            f"{point.nll_at_width:.3f}",
-            f"{point.divergence:.1f}",
-            style=bold,
-        )
-    return table
+    winners = [index for index, point in enumerate(points) if point.nll_at_width == best]
+    bold = frozenset((index, column.heading) for index in winners for column in columns)
+    return ResultTable("sweep", columns, rows, bold=bold)

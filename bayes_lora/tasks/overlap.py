@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil
 
-from rich.markup import escape
-from rich.table import Table
-
 from bayes_lora.errors import TaskError
 from bayes_lora.tasks.task_set import TaskSet
+from bayes_lora.utils.tables import Column, ResultTable
 
 __all__ = ["Overlap", "find_overlaps", "normalize_text", "overlap_table"]
 
@@ -103,7 +101,7 @@ def find_overlaps(
     return found
 
 
-def overlap_table(overlaps: Iterable[Overlap], unseen: TaskSet) -> Table:
+def overlap_table(overlaps: Iterable[Overlap], unseen: TaskSet) -> ResultTable:
     """Count overlaps per pair of tasks.
 
     Args:
@@ -114,16 +112,20 @@ def overlap_table(overlaps: Iterable[Overlap], unseen: TaskSet) -> Table:
     counts: dict[tuple[str, str], list[Overlap]] = {}
     for overlap in overlaps:
         counts.setdefault((overlap.unseen_task, overlap.training_task), []).append(overlap)
-    table = Table(title="Overlap", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("unseen task", overflow="fold")
-    table.add_column("training task", overflow="fold")
-    for heading in ("exact", "near", "of texts", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = [
+        Column("unseen task", lambda row: row["unseen_task"], is_number=False),
+        Column("training task", lambda row: row["training_task"], is_number=False),
+        Column("exact", lambda row: str(row["exact"])),
+        Column("near", lambda row: str(row["near"])),
+        Column("of texts", lambda row: str(row["num_texts"])),
+        Column("share", lambda row: f"{row['share']:.1%}"),
+    ]
+    rows = []
     for (one, other), pair in counts.items():
         exact, total = sum(overlap.exact for overlap in pair), sizes[one]
-        cells = (str(exact), str(len(pair) - exact), str(total), f"{len(pair) / total:.1%}")
-        table.add_row(escape(one), escape(other), *cells)
-    return table
+        row = {"unseen_task": one, "training_task": other, "exact": exact, "near": len(pair) - exact}
+        rows.append(row | {"num_texts": total, "share": len(pair) / total})
+    return ResultTable("overlap", columns, rows, "Overlap")
 
 
 def normalize_text(text: str) -> str:

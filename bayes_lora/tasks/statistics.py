@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.markup import escape
-from rich.table import Table
-
 from bayes_lora.tasks.task import Example, Task
+from bayes_lora.utils.tables import Column, ResultTable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["Lengths", "count_words", "example_frame", "statistics_table", "task_statistics"]
 
+QUANTILES = (5, 50, 95)
+"""Percentiles of lengths."""
 RATIO, GAP = 3, 3
 """Options are of very different length if the longest is three times the shortest and three units longer."""
 
@@ -90,7 +90,7 @@ def task_statistics(
     for task in tasks:
         frame = example_frame(task, count)
         fixed = frame["options"].nunique() == 1
-        quantiles = frame[["row", "answer"]].describe(percentiles=[0.05, 0.5, 0.95]).round().loc["5%":"95%"]
+        quantiles = frame[["row", "answer"]].describe(percentiles=[q / 100 for q in QUANTILES]).round().loc["5%":"95%"]
         records[task.name] = {
             "num_support": len(task.support),
             "num_query": len(task.query),
@@ -108,33 +108,51 @@ def task_statistics(
     return pandas.DataFrame(list(records.values()), index=list(records))
 
 
-def statistics_table(statistics: DataFrame, unit: str = "words", max_length: int | None = None) -> Table:
-    """Show statistics, a line per task; the lengths of answers only if some task is free-form.
+def statistics_table(statistics: DataFrame, unit: str = "words", max_length: int | None = None) -> ResultTable:
+    """Return a table of statistics, a row per task; the lengths of answers are shown only if some task is free-form.
 
     Args:
         statistics: from :func:`task_statistics`.
         unit: in which lengths were counted.
         max_length: to which ``truncated`` belongs.
     """
-    table = Table(title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("task", overflow="fold")
-    free = (0, 0) in list(statistics["num_options"])
-    headings = ["support", "query", "options", "top label", f"{unit} 5/50/95%", *["answer"] * free, "repeats"]
-    for heading in headings if max_length is None else [*headings, f">{max_length}"]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, one in statistics.iterrows():
-        fewest, most = one.num_options
-        cells = [
-            str(one.num_support),
-            str(one.num_query),
-            "free" if not most else str(most) if fewest == most else f"{fewest}-{most}",
-            f"{one.top_share:.0%}" + ("" if one.fixed_options else "*"),
-            "/".join(map(str, one.lengths)),
-            *["/".join(map(str, one.answer_lengths))] * free,
-            str(one.num_repeats),
-        ]
-        table.add_row(escape(name), *cells, *([] if max_length is None else [f"{one.truncated:.0%}"]))
-    return table
+    rows = [_row(str(name), one, unit, max_length) for name, one in statistics.iterrows()]
+    columns = [
+        Column("task", lambda row: row["task"], is_number=False),
+        Column("support", lambda row: str(row["num_support"])),
+        Column("query", lambda row: str(row["num_query"])),
+        Column("options", _options),
+        Column("top label", lambda row: f"{row['top_share']:.0%}" + ("" if row["fixed_options"] else "*")),
+        Column(f"{unit} 5/50/95%", lambda row: "/".join(str(row[f"{unit}_p{q}"]) for q in QUANTILES), optional=1),
+    ]
+    if any(not row["max_options"] for row in rows):
+        columns.append(Column("answer", lambda row: "/".join(str(row[f"answer_{unit}_p{q}"]) for q in QUANTILES)))
+    columns.append(Column("repeats", lambda row: str(row["num_repeats"]), optional=2))
+    if max_length is not None:
+        columns.append(Column(f">{max_length}", lambda row: f"{row['truncated_share']:.0%}"))
+    notes = []
+    if not statistics["fixed_options"].all():
+        notes.append("* options differ between examples: share of the gold option's most frequent position")
+    return ResultTable("tasks", columns, rows, notes=notes)
+
+
+def _row(name: str, one: Any, unit: str, max_length: int | None) -> dict[str, Any]:
+    """Return the values of a row of the table."""
+    fewest, most = one.num_options
+    row = {"task": name, "num_support": one.num_support, "num_query": one.num_query}
+    row |= {"min_options": fewest, "max_options": most, "fixed_options": bool(one.fixed_options)}
+    row |= {"top_share": float(one.top_share)}
+    for prefix, lengths in (("", one.lengths), ("answer_", one.answer_lengths)):
+        row |= {f"{prefix}{unit}_p{q}": int(length) for q, length in zip(QUANTILES, lengths, strict=True)}
+    row |= {"num_repeats": one.num_repeats}
+    if max_length is not None:
+        row |= {"max_length": max_length, "truncated_share": float(one.truncated)}
+    return row | {"warnings": list(one.warnings)}
+
+
+def _options(row: Mapping[str, Any]) -> str:
+    fewest, most = row["min_options"], row["max_options"]
+    return "free" if not most else str(most) if fewest == most else f"{fewest}-{most}"
 
 
 def _warnings(frame: DataFrame, free: bool, fixed: bool) -> Iterable[str]:
