@@ -52,9 +52,7 @@ if TYPE_CHECKING:
 
 # Imports are inside the commands, so that --help is fast: those of torch after the checks, so that errors are too.
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
 CURE = "use --resume to resume fit or demo"
 # Depending on its version, Typer uses a vendored click or the installed one; this is the base class in both.
@@ -332,6 +330,15 @@ def _check_processes(words: list[str]) -> None:
         )
 
 
+def _command() -> Any:
+    """Return the command line, whose help leaves out the options that install the completion of the shell."""
+    command = typer.main.get_command(app)
+    for option in command.params:
+        if option.name in ("install_completion", "show_completion"):
+            option.hidden = True  # type: ignore[attr-defined]
+    return command
+
+
 def main() -> None:
     """Run the command line. An error that the user can fix is printed as one line, with exit code 2.
 
@@ -347,7 +354,7 @@ def main() -> None:
     try:
         with terminations() as received:
             _check_processes(words)
-            code = app(words, prog_name=NAME, standalone_mode=False)
+            code = _command()(words, prog_name=NAME, standalone_mode=False)
     except UsageError as raised:
         command = raised.ctx.command_path if raised.ctx else " ".join([NAME, *words[:1]])
         error(f"{raised.format_message().rstrip('.')}. See {command} --help.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bayes_lora.recipes.names import GUIDE_NAMES, PRIOR_NAMES, RECIPE_NAMES
 from bayes_lora.utils.tables import TableFormat
 
 __all__ = [
@@ -84,16 +85,23 @@ Recipe = Annotated[
     str | None,
     typer.Option(
         help="A named prior and guide, see docs/recipes.md; by default tangent, or abmll-network with another --prior "
-        "or --guide."
+        "or --guide.",
+        autocompletion=lambda: RECIPE_NAMES,
     ),
 ]
 Prior = Annotated[
     str | None,
-    typer.Option(help="Another prior: rank-ard, ...; set its settings with --set prior.KEY=VALUE. See docs/zoo.md."),
+    typer.Option(
+        help="Another prior: rank-ard, ...; set its settings with --set prior.KEY=VALUE. See docs/zoo.md.",
+        autocompletion=lambda: PRIOR_NAMES,
+    ),
 ]
 Guide = Annotated[
     str | None,
-    typer.Option(help="Another guide: swag, ...; set its settings with --set guide.KEY=VALUE. See docs/zoo.md."),
+    typer.Option(
+        help="Another guide: swag, ...; set its settings with --set guide.KEY=VALUE. See docs/zoo.md.",
+        autocompletion=lambda: GUIDE_NAMES,
+    ),
 ]
 Run = Annotated[Path, typer.Option(help="The run folder.")]
 FittedRun = Annotated[Path | None, typer.Option(help="The folder of a fit; by default the prior of this package.")]

@@ -20,7 +20,6 @@ from typing import Any
 
 from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 __all__ = ["Column", "ResultTable", "TableFormat", "fold", "visible", "write_tables"]
@@ -105,6 +104,8 @@ class ResultTable:
     def _grid(
         self, cells: Sequence[Sequence[str]], kept: Sequence[int], widths: Sequence[int]
     ) -> Iterator[RenderableType]:
+        from rich.table import Table  # not imported for --help and for completion
+
         table = Table(show_edge=False, pad_edge=False)
         for index in kept:
             column = self.columns[index]
