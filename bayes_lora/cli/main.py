@@ -89,11 +89,14 @@ def demo(
 
     Example: `bayes-lora demo --run runs/demo`, or `bayes-lora demo --run runs/fit --set fit.steps=70`
     """
+    from bayes_lora.recipes.tracking import check_trackers
     from bayes_lora.runs.demo import demo_config, run_demo
     from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.progress import hide_loading_bar
 
     chosen = _config(config, settings, base=demo_config()) if config or settings else None
+    if chosen is not None:
+        check_trackers(chosen.tracking)
     check_run_folder(run, resume=resume, overwrite=overwrite)
     hide_loading_bar()
     console = out if table is TableFormat.TEXT else err
@@ -128,6 +131,7 @@ def fit(
     """
     from bayes_lora.cli.task_source import TaskSource, training_tasks
     from bayes_lora.recipes.recipes import build_language_model, with_recipe
+    from bayes_lora.recipes.tracking import check_trackers
     from bayes_lora.runs.folder import check_run_folder
     from bayes_lora.utils.processes import from_main, join
     from bayes_lora.utils.progress import bars, hide_loading_bar
@@ -136,6 +140,7 @@ def fit(
     named = [f"{key}={name}" for key, name in flags.items() if name is not None]
     more = ["episodes.shuffle_options=true"] if shuffle_options else []
     chosen = with_recipe(_config(config, [*named, *(settings or []), *more], model))
+    check_trackers(chosen.tracking)
     training = training_tasks(TaskSource(tasks, format, input, label, max_options), split, names)
     join()
     from_main(lambda: check_run_folder(run, resume=resume, overwrite=overwrite))

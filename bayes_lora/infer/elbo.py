@@ -52,6 +52,9 @@ class AnalyticELBO(TraceMeanField_ELBO):
         predictive: whether the likelihoods of draws are averaged before the logarithm; needs ``vectorize_particles``
             and at least two particles.
 
+    Attributes:
+        nll: the part of the last loss that is the negative log-likelihood, nats, detached; the rest are divergences.
+
     Raises:
         ConfigError: ``predictive`` without several draws in one forward.
         NotImplementedError: a latent site of the guide is not reparameterised; the message names it.
@@ -60,6 +63,7 @@ class AnalyticELBO(TraceMeanField_ELBO):
     def __init__(self, *args: Any, predictive: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.predictive = predictive
+        self.nll: Tensor | None = None
         if predictive and not (self.vectorize_particles and self.num_particles > 1):
             raise ConfigError(
                 f"predictive: expected at least two particles in one forward, got num_particles={self.num_particles}, "
@@ -88,7 +92,10 @@ class AnalyticELBO(TraceMeanField_ELBO):
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample":
                 if site["is_observed"]:
-                    elbo = elbo + self._observed(name, site)
+                    observed = self._observed(name, site)
+                    elbo = elbo + observed
+                    if not name.startswith("phi."):
+                        self._add_nll(observed)
                     _check_shape(site, site["log_prob"], self.max_plate_nesting)
                 else:
                     elbo = elbo - site_divergence(name, guide_trace, model_trace, self.max_plate_nesting)
@@ -107,8 +114,13 @@ class AnalyticELBO(TraceMeanField_ELBO):
         mean = each.logsumexp(draws, keepdim=True) - math.log(self.num_particles)
         return self.num_particles * scale_and_mask(mean, scale=site["scale"], mask=site["mask"]).sum()
 
+    def _add_nll(self, observed: Any) -> None:
+        part = -torch.as_tensor(observed).detach() / self.num_particles
+        self.nll = part if self.nll is None else self.nll + part
+
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss in nats; its gradient is that of the negative ELBO."""
+        self.nll = None
         traces: Any = self._get_traces(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
         losses = [self._differentiable_loss_particle(*pair)[1] for pair in traces]
         loss: Tensor = sum(losses) / self.num_particles

@@ -49,6 +49,9 @@ class FitState:
         best_parameters: the averaged parameters at the best row.
         average: the averaged parameters at this step.
         losses: the loss of each step since the last evaluation, nats per example.
+        terms: of the last step: its ``loss``, and the parts ``nll`` and ``divergence`` (times beta), nats per example;
+            ``gradient_norm`` before clipping, ``learning_rate`` and ``beta``. ELBOs other than
+            :class:`bayes_lora.infer.elbo.AnalyticELBO` do not tell the parts.
     """
 
     step: int = 0
@@ -57,6 +60,7 @@ class FitState:
     best_parameters: dict[str, Tensor] | None = field(default=None, repr=False)
     average: dict[str, Tensor] | None = field(default=None, repr=False)
     losses: list[float] = field(default_factory=list, repr=False)
+    terms: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def evaluations_without_improvement(self) -> int:
@@ -144,7 +148,9 @@ def fit(
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
         seen, checks = episode, False
         episode = draw(state.step + 1)  # while the device is busy
-        state.losses.append(_checked(objective, seen, loss, norm, state.step, config.seed * 1_000_003 + index))
+        terms = _checked(objective, seen, loss, norm, num_data, state.step, config.seed * 1_000_003 + index)
+        state.terms = terms | {"learning_rate": optimizer.param_groups[0]["lr"], "beta": objective.beta}
+        state.losses.append(terms["loss"])
         stepper.step()
         state.step += 1
         _update_average(objective, state, config.average)
@@ -203,13 +209,18 @@ def _loss(prepared: Any, objective: BetaELBO, episode: Episode, step: int) -> Te
     return loss
 
 
-def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, step: int, seed: int) -> float:
-    """Return the mean loss per example as a number, after checking that it and the gradient norm are finite.
+def _checked(
+    objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor | None, num_data: int, step: int, seed: int
+) -> dict[str, float]:
+    """Return the mean loss per example, its parts and the gradient norm, after checking that they are finite.
 
     This is the only synchronisation with the device in a step. Of several processes, all raise the same error.
     """
     loss = loss.detach()
-    value, size = mean(torch.stack([loss, torch.zeros_like(loss) if norm is None else norm.to(loss)])).tolist()
+    nll: Tensor | None = getattr(objective.elbo, "nll", None)
+    numbers = [torch.zeros_like(loss) if norm is None else norm.to(loss)]
+    numbers += [] if nll is None else [nll.to(loss) / num_data]
+    value, size, *parts = mean(torch.stack([loss, *numbers])).tolist()
     if not math.isfinite(value):
         site = (
             _first(lambda: _blame_site(objective, episode, step))
@@ -220,7 +231,8 @@ def _checked(objective: BetaELBO, episode: Episode, loss: Tensor, norm: Tensor |
         # Clipping has spread it to all gradients; computing them again shows where it came from.
         names = _first(lambda: _not_finite(objective, episode, seed)) or []
         raise NonFiniteLoss(f"step {step}: the gradient of {names[:3]} is not finite. Try a lower learning_rate.")
-    return float(value)
+    terms = {"loss": value, "gradient_norm": size}
+    return terms | {name: part for nll in parts for name, part in (("nll", nll), ("divergence", value - nll))}
 
 
 def _first(find: Callable[[], T]) -> T | None:

@@ -17,6 +17,7 @@ from bayes_lora.lm.model_files import DEFAULT_MODEL
 from bayes_lora.lm.text_config import text_config
 from bayes_lora.recipes.config_values import check_keys, merge, named_template, nested, read_yaml
 from bayes_lora.recipes.recipes import override, recipe_of
+from bayes_lora.recipes.tracking import TrackingConfig
 from bayes_lora.utils.ranges import Count, Natural, NonNegative, Positive
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class RunConfig:
         language_model: the base model and its prompts.
         episodes: training episodes and held-out tasks.
         fit: settings of the optimisation.
+        tracking: trackers that show the fit.
         seed: seed of initial parameters, of the split of tasks, and of episodes.
     """
 
@@ -179,6 +181,7 @@ class RunConfig:
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: Seed = 0
 
     @classmethod

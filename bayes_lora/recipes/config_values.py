@@ -82,5 +82,5 @@ def check_keys(values: Any, known: Mapping[str, Any], source: str, prefix: str =
             if not isinstance(value, Mapping):
                 got = reprlib.repr(value)
                 raise ConfigError(f"{source}: {key}: expected a section with a name and settings, got {got}.")
-        elif isinstance(known[key], Mapping) and not is_dataclass(value):
+        elif isinstance(known[key], Mapping) and known[key] and not is_dataclass(value):  # an empty one takes any keys
             check_keys(value, known[key], source, f"{prefix}{key}.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker
 from rich.progress import Progress
 
 from bayes_lora.episodes.episode import Episode, collate
@@ -26,6 +27,7 @@ from bayes_lora.posterior.classes import describe
 from bayes_lora.posterior.posterior import Posterior, check_pair
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.recipes.recipes import build_objective, recipe_of, with_recipe
+from bayes_lora.recipes.tracking import check_trackers
 from bayes_lora.runs.compare import warm_feature_cache
 from bayes_lora.runs.distillation import distil
 from bayes_lora.runs.empirical_bayes import (
@@ -38,6 +40,7 @@ from bayes_lora.runs.folder import CURVE, POSTERIOR, open_run_folder, write_sett
 from bayes_lora.runs.logger import RunLogger, digest, identity
 from bayes_lora.runs.parallel import any_process, check_whole, resumed, synchronize
 from bayes_lora.runs.subspace import check_size, set_directions
+from bayes_lora.runs.tracking import open_trackers
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Guide, Model
@@ -59,6 +62,7 @@ def fit_posterior(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    trackers: Sequence[GeneralTracker] = (),
 ) -> tuple[Posterior, FitState]:
     """Meta-learn on training tasks: hold some out, fit on the others, and return the posterior.
 
@@ -84,6 +88,8 @@ def fit_posterior(
             repeated, with the derivatives that are on disk.
         overwrite: replace the folder if it already has a run.
         progress: shows progress bars with an estimate of the remaining time.
+        trackers: trackers of your own, of a subclass of Accelerate's ``GeneralTracker``, next to those of the settings
+            (``tracking.trackers``); they log what those do. Rank 0 alone uses them.
 
     Raises:
         TaskError: a task is too small for the episodes.
@@ -97,7 +103,7 @@ def fit_posterior(
             SIGTERM and SIGHUP, which then have their usual effect. A second signal has it at once.
     """
     with ExitStack() as opened:
-        return _fit_posterior(lm, tasks, config, model, guide, run, resume, overwrite, progress, opened)
+        return _fit_posterior(lm, tasks, config, model, guide, run, resume, overwrite, progress, trackers, opened)
 
 
 def _fit_posterior(
@@ -110,6 +116,7 @@ def _fit_posterior(
     resume: bool,
     overwrite: bool,
     progress: Progress | None,
+    trackers: Sequence[GeneralTracker],
     opened: ExitStack,
 ) -> tuple[Posterior, FitState]:
     """Fit. What is open until the end, the run folder with its lock, is entered into ``opened``."""
@@ -120,6 +127,7 @@ def _fit_posterior(
     if isinstance(config, Mapping):
         config = RunConfig.from_dict(config, own_parts=own_parts)
     config = with_language_model(config or RunConfig(), lm)
+    check_trackers(config.tracking)
     run = None if run is None else Path(run)
     kept, held = split_tasks(tasks, config)
     sampler, held_out = build_episodes(lm, tasks, config)
@@ -166,6 +174,12 @@ def _fit_posterior(
     state = resumed(logger)
     if run is not None:
         from_main(partial(write_settings, run, config, list(kept), list(held)))
+
+    def start_trackers() -> None:
+        first = 0 if closed_form else state.step + 1
+        logger.trackers = opened.enter_context(open_trackers(config, run, first, trackers))
+
+    from_main(start_trackers)
     examples = [task.examples for task in (*kept.values(), *held.values())]
     warm_feature_cache(lm, examples, "reading training tasks", progress, shared=True)
     if closed_form:
@@ -179,6 +193,7 @@ def _fit_posterior(
         if held_out:
             state.history[-1]["held_out_nll"] = held_out_linear_nll(lm, objective, held, shared=True)
         state.history = from_main(lambda: state.history)
+        logger.log_history(state)
         from_main(partial(logger.save, state))
     elif steps:
         logger.open_bar(state, steps)
@@ -199,13 +214,19 @@ def _fit_posterior(
     calibration = recipe_of(config).calibrate if guide is None else "width"
     if not held_out or (calibration == "width" and not has_width(objective, held_out[0])):
         calibration = "none"
+    factors: dict[str, float] = {}
     if calibration == "width":
         posterior.width, curve = _choose_width(objective, held_out, config, progress)
+        factors = {"width": posterior.width}
     elif calibration == "temperature":
         posterior.temperature, curve = choose_temperature(objective, held_out, seed=config.seed, shared=True)
+        factors = {"temperature": posterior.temperature}
+    if calibration != "none":
+        factors["calibrated_held_out_nll"] = min(curve.values())
+    logger.log_final(state, factors)
     if run is not None:
-        factors = None if calibration == "none" else curve
-        from_main(partial(_write, run, posterior, state, calibration, factors))
+        chosen = None if calibration == "none" else curve
+        from_main(partial(_write, run, posterior, state, calibration, chosen))
     return posterior, state
 
 

@@ -18,6 +18,7 @@ from bayes_lora.lm.language_model import LanguageModel
 from bayes_lora.recipes.config import RunConfig
 from bayes_lora.runs.checkpoint import Checkpoints
 from bayes_lora.runs.folder import CURVE
+from bayes_lora.runs.tracking import FINAL, Trackers
 from bayes_lora.tasks.task import Task
 from bayes_lora.tasks.task_set import TaskSet
 from bayes_lora.types import Sites
@@ -37,11 +38,12 @@ def identity(config: RunConfig, tasks: TaskSet) -> list[Any]:
     """Return what must be equal to resume a run: the settings, and the examples of each task, in order.
 
     ``fit.steps``, ``fit.patience`` and ``fit.checkpoint_every`` are left out, because they only decide when to stop and
-    to save, and so are settings of the cache and of kernels.
+    to save, and so are settings of the cache, of kernels and of trackers.
     """
     settings = config.to_dict()
     for name in ("cache_gib", "gpu_cache_gib", "cache_folder", "disk_cache", "linear_backend", "offload_trunk"):
         del settings["language_model"][name]
+    del settings["tracking"]
     settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in MAY_DIFFER}
     return [settings, [[name, digest_of_task(task)] for name, task in tasks.items()]]
 
@@ -73,6 +75,7 @@ class RunLogger:
         progress: shows the progress bar; None shows nothing.
         every: steps between checkpoints; by default see :class:`bayes_lora.infer.fit_config.FitConfig`.
         signals: signals to save and stop at.
+        trackers: what shows the fit elsewhere; only rank 0 has some.
         bar: the progress bar, once it is open.
     """
 
@@ -84,6 +87,7 @@ class RunLogger:
     progress: Progress | None
     every: int | None = None
     signals: HeldSignals = field(default_factory=HeldSignals)
+    trackers: Trackers = field(default_factory=Trackers)
     bar: TaskID | None = None
     _checkpoints: Checkpoints | None = field(default=None, init=False)
     _saved_at: float = field(default=0.0, init=False)
@@ -110,17 +114,33 @@ class RunLogger:
             self.bar = self.progress.add_task("meta-learning", total=steps, completed=state.step)
 
     def on_step(self, state: FitState, loss: float) -> None:
-        """Advance the bar."""
+        """Advance the bar, and log the step."""
+        self.trackers.log("train", state.terms, state.step)
         if self.progress is not None and self.bar is not None:
             self.progress.update(self.bar, completed=state.step, description=f"meta-learning, loss {loss:.2f}")
 
     def on_evaluate(self, state: FitState) -> None:
-        """Print the evaluation, and write the history."""
+        """Print and log the evaluation, and write the history."""
+        self._log_evaluation(state.history[-1])
         if self.progress is not None:
             values = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in state.history[-1].items())
             self.progress.console.print(", ".join(values))
         if self.run is not None:
             write_json(self.run / CURVE, state.history)
+
+    def log_history(self, state: FitState) -> None:
+        """Log the steps of a closed-form fit, which has ended."""
+        for row in state.history:
+            self._log_evaluation(row)
+
+    def log_final(self, state: FitState, factors: dict[str, float]) -> None:
+        """Log the row that is kept, and what was chosen on held-out tasks."""
+        row = state.history[state.best or 0] if state.history else {}
+        self.trackers.log(FINAL, {**row, **factors}, state.step, retry=True)
+
+    def _log_evaluation(self, row: dict[str, float]) -> None:
+        values = {name: value for name, value in row.items() if name != "step"}
+        self.trackers.log("eval", values, int(row["step"]), retry=True)
 
     def save(self, state: FitState) -> None:
         """Write a checkpoint and the history."""
@@ -128,6 +148,7 @@ class RunLogger:
             began = time.monotonic()
             self._checkpoints.save(state)
             write_json(self.run / CURVE, state.history)
+            self.trackers.save()
             self._saved_at = time.monotonic()
             self._seconds = self._saved_at - began
 
