@@ -29,7 +29,8 @@ from bayes_lora.posterior.diagnose import Diagnosis, SiteWidth
 from bayes_lora.runs.dry_run import DryRun
 from bayes_lora.runs.report import metrics_table
 from bayes_lora.runs.sweep import sweep_table
-from bayes_lora.utils.tables import Column, ResultTable, TableFormat, fold, write_tables
+from bayes_lora.utils.table_layout import fold
+from bayes_lora.utils.tables import Column, ResultTable, TableFormat, write_tables
 
 METHODS = ["label counts", "LoRA, 10 steps of 0.0003", "ABMLL (closed form)", "ABMLL (amortized) + 10 steps"]
 TASKS = {

@@ -181,16 +181,17 @@ def metrics_table(results: Mapping[str, Mapping[str, Metrics | TextMetrics]], ti
     kinds = {
         task: {method: by_task[task] for method, by_task in results.items()} for task in next(iter(results.values()))
     }
-    blocks = [(task, 1, rows) for task, rows in kinds.items()]
+    blocks = [(task, 1, block) for task, block in kinds.items()]
     if len(kinds) > 1:
         means = {method: mean_by_kind(by_task) for method, by_task in results.items()}
         for name in next(iter(means.values())):
-            rows = {method: by_name[name] for method, by_name in means.items()}
-            count = sum(_kind(of_task) is _kind(rows) for of_task in kinds.values())
-            blocks.append((name, count, rows))
-    shown = [metrics for *_, rows in blocks for metrics in rows.values()]
+            block = {method: by_name[name] for method, by_name in means.items()}
+            count = sum(_kind(of_task) is _kind(block) for of_task in kinds.values())
+            blocks.append((name, count, block))
+    shown = [metrics for *_, block in blocks for metrics in block.values()]
     found = {name: column for name, column in COLUMNS.items() if any(hasattr(one, column[0]) for one in shown)}
-    rows, bold = [], set()
+    rows: list[dict[str, Any]] = []
+    bold: set[tuple[int, str]] = set()
     for task, count, block in blocks:
         for heading, (name, best) in found.items():
             bold |= {(len(rows) + place, heading) for place in _best([*block.values()], name, best)}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,10 @@ def open_trackers(
     trackers = Trackers(run=run)
     try:
         for name in dict.fromkeys(config.tracking.trackers):
-            facts = known.get(name)
-            tracker = _made(name, config, run, facts, first_step)
-            trackers.opened.append(_started(name, tracker, config, facts))
+            make = partial(_made, name, config, run, known.get(name), first_step)
+            trackers.opened.append(_started(name, make, config, known.get(name)))
         for tracker in own:
-            trackers.opened.append(_started(tracker.name, tracker, config, known.get(tracker.name)))
+            trackers.opened.append(_started(tracker.name, partial(_same, tracker), config, known.get(tracker.name)))
         trackers.save()
         yield trackers
     finally:
@@ -186,10 +186,18 @@ def _continued(facts: Mapping[str, Any] | None, key: str, **more: Any) -> dict[s
     return {key: facts[key], **more} if facts and isinstance(facts.get(key), str) else {}
 
 
-def _started(name: str, tracker: GeneralTracker, config: RunConfig, facts: Mapping[str, Any] | None) -> _Open:
+def _same(tracker: GeneralTracker) -> GeneralTracker:
+    return tracker
+
+
+def _started(
+    name: str, make: Callable[[], GeneralTracker], config: RunConfig, facts: Mapping[str, Any] | None
+) -> _Open:
     """Start a tracker, and log the settings if its run is new."""
     try:
-        tracker.start()
+        tracker = make()
+        if hasattr(tracker, "start"):  # before Accelerate 1.8 trackers started when they were made
+            tracker.start()
         found = _Open(
             tracker, _facts(name, tracker), unsent=[(step, values) for step, values in (facts or {}).get(UNSENT, ())]
         )

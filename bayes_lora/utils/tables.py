@@ -11,27 +11,20 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from io import StringIO
 from itertools import groupby
 from typing import Any
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
-__all__ = ["Column", "ResultTable", "TableFormat", "fold", "visible", "write_tables"]
+from bayes_lora.utils.table_layout import Column, Row, fold, layout
 
-Row = Mapping[str, Any]
-
-GAP = 3
-"""Width of what is between two columns."""
-SHORTEST = 8
-"""Width to which a column of text may be folded, whatever the length of its words."""
-PIECES = re.compile(r"[^-_/.,:]*[-_/.,:]+|[^-_/.,:]+")
-"""Parts of a long word: it is folded after punctuation, where there is some."""
+__all__ = ["Column", "ResultTable", "TableFormat", "visible", "write_tables"]
 
 
 class TableFormat(StrEnum):
@@ -41,24 +34,6 @@ class TableFormat(StrEnum):
     JSON = "json"
     CSV = "csv"
     MARKDOWN = "markdown"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table as text and as Markdown.
-
-    Attributes:
-        heading: its heading.
-        cell: from a row to the text of its cell.
-        is_number: whether it is aligned to the right and never folded.
-        optional: where a table is wider than the terminal, columns are left out from the largest number down; 0 keeps
-            the column.
-    """
-
-    heading: str
-    cell: Callable[[Row], str]
-    is_number: bool = True
-    optional: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,27 +72,50 @@ class ResultTable:
         cells = self.cells()
         if self.title:
             yield Text(visible(self.title), "italic")
-        layout = _layout(self.columns, cells, options.max_width, folds_first=self.section is not None)
-        yield from self._lines(cells) if layout is None else self._grid(cells, *layout)
+        found = layout(self.columns, cells, options.max_width, folds_first=self.section is not None)
+        yield from self._lines(cells) if found is None else self._grid(cells, *found)
         yield from map(Text, map(visible, self.notes))
 
     def _grid(
         self, cells: Sequence[Sequence[str]], kept: Sequence[int], widths: Sequence[int]
     ) -> Iterator[RenderableType]:
-        from rich.table import Table  # not imported for --help and for completion
-
-        table = Table(show_edge=False, pad_edge=False)
-        for index in kept:
-            column = self.columns[index]
-            heading = Text(fold(column.heading, widths[index]))
-            table.add_column(heading, justify="right" if column.is_number else "left", width=widths[index])
+        headings = [column.heading for column in self.columns]
+        yield self._line(headings, ["bold"] * len(headings), kept, widths, " ┃ ", bottom=True)
+        yield Text("━╇━".join("━" * widths[i] for i in kept), no_wrap=True)
         for _, row, last in self._places():
-            shown = [Text().append(fold(cells[row][i], widths[i]), self._style(row, i)) for i in kept]
-            table.add_row(*shown, end_section=last)
-        yield table
+            styles = [self._style(row, i) for i in range(len(self.columns))]
+            yield self._line(cells[row], styles, kept, widths, " │ ")
+            if last and row < len(cells) - 1:
+                yield Text("─┼─".join("─" * widths[i] for i in kept), no_wrap=True)
         left_out = [column.heading for i, column in enumerate(self.columns) if i not in kept]
         if left_out:
             yield Text(f"left out, because the terminal is narrow: {', '.join(left_out)}", "dim")
+
+    def _line(
+        self,
+        texts: Sequence[str],
+        styles: Sequence[str],
+        kept: Sequence[int],
+        widths: Sequence[int],
+        bar: str,
+        *,
+        bottom: bool = False,
+    ) -> Text:
+        """Return the cells of a row, in as many lines as the highest one has."""
+        folded = {i: fold(texts[i], widths[i]).split("\n") for i in kept}
+        height = max(map(len, folded.values()))
+        line = Text(no_wrap=True)
+        for level in range(height):
+            line.append("\n" if level else "")
+            for i in kept:
+                place = level - (height - len(folded[i]) if bottom else 0)
+                part = folded[i][place] if 0 <= place < len(folded[i]) else ""
+                blank = " " * (widths[i] - cell_len(part))
+                both = [(blank, ""), (part, styles[i])]
+                line.append("" if i == kept[0] else bar)
+                for text, style in both if self.columns[i].is_number else reversed(both):
+                    line.append(text, style)
+        return line
 
     def _lines(self, cells: Sequence[Sequence[str]]) -> Iterator[RenderableType]:
         for index, row in enumerate(cells):
@@ -172,85 +170,10 @@ def write_tables(tables: Sequence[ResultTable], format: TableFormat) -> str:
     return "\n".join(f"{table}\n" for table in tables)
 
 
-def fold(text: str, width: int) -> str:
-    """Fold a text at spaces into lines of a width; a longer word after punctuation, or anywhere if it has none."""
-    lines, line = [], ""
-    for word in text.split():
-        longer = f"{line} {word}" if line else word
-        if cell_len(longer) <= width:
-            line = longer
-            continue
-        if line:
-            lines.append(line)
-        line = ""
-        for piece in PIECES.findall(word):
-            if cell_len(line + piece) > width:
-                lines += [line] if line else []
-                *full, piece = chop_cells(piece, width)
-                lines += full
-                line = ""
-            line += piece
-    return "\n".join([*lines, line])
-
-
 def visible(text: str) -> str:
     """Escape control characters, which could manipulate the terminal; a line break becomes a space."""
     text = re.sub(r"\s*[\n\r\x85\u2028\u2029]\s*", " ", text)
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
-
-
-def _layout(
-    columns: Sequence[Column], cells: Sequence[Sequence[str]], available: int, *, folds_first: bool
-) -> tuple[list[int], list[int]] | None:
-    """Return the indices of the columns that are shown, and a width for each column, of those left out as well.
-
-    There is none if the table does not fit. With ``folds_first`` the first column is folded before the others, because
-    it has a cell for several rows.
-    """
-    texts = [[column.heading, *(row[i] for row in cells)] for i, column in enumerate(columns)]
-    widths = [max(map(cell_len, column)) for column in texts]
-    words = [_longest(column.is_number, text, str.split) for column, text in zip(columns, texts, strict=True)]
-    pieces = [_longest(column.is_number, text, _pieces) for column, text in zip(columns, texts, strict=True)]
-    kept = list(range(len(columns)))
-    if folds_first:
-        words[0] = pieces[0]
-        excess = _total(widths, kept) - available
-        widths[0] = max(pieces[0], widths[0] - max(0, excess))
-    for least in (words, pieces):
-        if _total(least, kept) <= available:
-            return kept, _shrunk(widths, least, kept, available)
-    for index in sorted((i for i in kept if columns[i].optional), key=lambda i: -columns[i].optional):
-        kept.remove(index)
-        if _total(pieces, kept) <= available:
-            return kept, _shrunk(widths, pieces, kept, available)
-    short = [n if column.is_number else min(n, SHORTEST) for column, n in zip(columns, pieces, strict=True)]
-    return (kept, _shrunk(widths, short, kept, available)) if _total(short, kept) <= available else None
-
-
-def _longest(is_number: bool, texts: Sequence[str], divide: Callable[[str], Sequence[str]]) -> int:
-    """Return the width of the longest part of the heading and of the cells, which are whole if they are numbers."""
-    heading, *rest = texts
-    parts = [*divide(heading), *(rest if is_number else (part for text in rest for part in divide(text)))]
-    return max(map(cell_len, parts), default=0)
-
-
-def _pieces(text: str) -> list[str]:
-    return [piece for word in text.split() for piece in PIECES.findall(word)]
-
-
-def _total(widths: Sequence[int], kept: Sequence[int]) -> int:
-    return sum(widths[i] for i in kept) + GAP * (len(kept) - 1)
-
-
-def _shrunk(widths: Sequence[int], least: Sequence[int], kept: Sequence[int], available: int) -> list[int]:
-    """Return widths that fit, of which the largest are reduced."""
-    widths = list(widths)
-    while _total(widths, kept) > available:
-        widest = max((i for i in kept if widths[i] > least[i]), key=lambda i: widths[i], default=None)
-        if widest is None:
-            break
-        widths[widest] -= 1
-    return widths
 
 
 def _plain(value: Any) -> Any:
