@@ -69,6 +69,7 @@ PAGES = [
         {
             "config": ["RunConfig", "EpisodeConfig", "LanguageModelConfig", "ObjectiveConfig"],
             "recipes": ["Recipe"],
+            "tracking": ["TrackingConfig"],
         },
     ),
     Page("bayes_lora.tasks", "tasks: examples, files, splits"),
