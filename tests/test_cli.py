@@ -941,7 +941,7 @@ def test_warnings_are_one_line_and_keep_their_brackets(call, monkeypatch):
     def warn(*_, **__):
         cli.warnings.warn("a [/b]\n c", stacklevel=1)
 
-    monkeypatch.setattr(cli, "app", warn)
+    monkeypatch.setattr(cli, "program", lambda: warn)
     with cli.warnings.catch_warnings():
         cli.warnings.simplefilter("always")
         assert call() == (0, "", "warning: a [/b] c\n")

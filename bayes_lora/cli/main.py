@@ -335,7 +335,7 @@ def _check_processes(words: list[str]) -> None:
         )
 
 
-def _command() -> Any:
+def program() -> Any:
     """Return the command line, whose help leaves out the options that install the completion of the shell."""
     command = typer.main.get_command(app)
     for option in command.params:
@@ -359,7 +359,7 @@ def main() -> None:
     try:
         with terminations() as received:
             _check_processes(words)
-            code = _command()(words, prog_name=NAME, standalone_mode=False)
+            code = program()(words, prog_name=NAME, standalone_mode=False)
     except UsageError as raised:
         command = raised.ctx.command_path if raised.ctx else " ".join([NAME, *words[:1]])
         error(f"{raised.format_message().rstrip('.')}. See {command} --help.")
