@@ -115,7 +115,7 @@ def test_gradient_checkpointing_changes_nothing(any_lm: Any, tokenizer: Any) -> 
         with lm.sites.bind(random_phi(lm, seed=8)):
             present(scores, episode).square().sum().backward()
         found[one] = scores, {site: value.grad for site, value in phi.items()}
-    assert calls == [2]  # the layer's forward alone is run again
+    assert calls in ([2], [1, 2])  # the layer's forward is run again: before transformers 5.23, with the layer's hooks
     torch.testing.assert_close(found[lm][0], found[plain][0])
     for site, gradient in found[lm][1].items():
         torch.testing.assert_close(gradient, found[plain][1][site])
