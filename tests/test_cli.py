@@ -27,7 +27,8 @@ from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
 COMMANDS = [
-    *["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "env", "dry-run", "tasks", "show"],
+    *["demo", "fit", "adapt", "predict", "export", "evaluate", "report", "fetch", "cache", "env", "dry-run"],
+    *["tasks", "show"],
 ]
 SMALL = [
     "language_model.r=2",

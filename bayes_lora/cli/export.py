@@ -37,6 +37,9 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write the base model with the mean merged into its weights.")
     ] = False,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Write zeros for layers that are not adapted: for TGI and LoRAX.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a task's posterior for an inference server such as vLLM: its mean and draws as plain PEFT adapters.
@@ -70,6 +73,7 @@ def export(
         dtype=dtype,
         merge=merge,
         options=options if isinstance(options, tuple) else None,
+        all_layers=all_layers,
         overwrite=overwrite,
     )
     _tell(found, lm.name)

@@ -72,6 +72,7 @@ def export_posterior(
     options: Sequence[str] | None,
     *,
     merge: bool,
+    all_layers: bool,
     overwrite: bool,
 ) -> Exported:
     """See :meth:`TaskPosterior.export`."""
@@ -87,7 +88,7 @@ def export_posterior(
     facts = _scores(posterior, named, num_draws, seed, options)
     with new_folder(path, overwrite=overwrite, marker=SCORES) as folder:
         for name, values in named.items():
-            write_plain_adapter(lm, split_head(values)[0], folder / name, kind)
+            write_plain_adapter(lm, split_head(values)[0], folder / name, kind, all_layers=all_layers)
         write_json(folder / SCORES, facts)
         if merge:
             save_merged(lm, split_head(named[MEAN])[0], folder / MERGED, None if dtype is None else kind)

@@ -709,6 +709,7 @@ class TaskPosterior:
         dtype: str | torch.dtype | None = None,
         merge: bool = False,
         options: Sequence[str] | None = None,
+        all_layers: bool = False,
         overwrite: bool = False,
     ) -> Exported:
         """Write the posterior of one task for an inference server: the adapters ``mean``, ``draw-0``, ``draw-1``, ...
@@ -726,6 +727,8 @@ class TaskPosterior:
             merge: also write the base model with the mean merged into its weights, to ``merged``.
             options: the options of the task, if all questions have the same. Otherwise ``scores.json`` has the
                 template of prompts alone.
+            all_layers: also write zeros for the same modules of the layers that are not adapted. TGI and LoRAX need it:
+                they leave out a kind of module, without a message, if one layer has none.
             overwrite: replace what an earlier export wrote.
 
         Raises:
@@ -736,9 +739,8 @@ class TaskPosterior:
             PosteriorError: a weight is not finite in this dtype.
             RunFolderError: the folder exists, or cannot be written.
         """
-        return export_posterior(
-            self, Path(path), num_draws, seed, dtype, options, merge=merge, overwrite=overwrite
-        )
+        more = {"merge": merge, "all_layers": all_layers, "overwrite": overwrite}
+        return export_posterior(self, Path(path), num_draws, seed, dtype, options, **more)
 
 
 def _as_one(values: Sites) -> Sites:
