@@ -673,9 +673,7 @@ def test_export_writes_what_was_adapted_and_says_how_large_it_is(call, refuse, d
     assert (code, err) == (0, "")
     what, merged, command = out.splitlines()
     size = sum(file.stat().st_size for file in (served / "mean").iterdir()) / 1e6
-    assert what == (
-        f"mean and 2 draws in {served}: plain PEFT adapters of rank 2, {size:.3g} MB each, and scores.json"
-    )
+    assert what == (f"mean and 2 draws in {served}: plain PEFT adapters of rank 2, {size:.3g} MB each, and scores.json")
     assert re.fullmatch(rf"merged model in {served}/merged: 0\.\d+ MB", merged)
     assert command == (
         f"vllm serve {model_folder} --enable-lora --max-lora-rank 8 --max-loras 3 --lora-modules mean={served}/mean "

@@ -120,8 +120,8 @@ def made(name: str, tokenizer: Any) -> tuple[TaskPosterior, str, Any]:
 def test_peft_alone_predicts_what_the_posterior_does(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """Under the mean, under each draw, and averaged; and each folder obeys the rules of vLLM's loader."""
     posterior, kind, tokenizer = made(name, tokenizer)
-    folder = tmp_path / "served"
-    found = posterior.export(folder, num_draws=DRAWS, seed=SEED, options=OPTIONS, all_layers=CASES[name].get("all", False))
+    folder, zeros = tmp_path / "served", CASES[name].get("all", False)
+    found = posterior.export(folder, num_draws=DRAWS, seed=SEED, options=OPTIONS, all_layers=zeros)
     assert found.adapters == ("mean", "draw-0", "draw-1", "draw-2") and found.merged_bytes is None
     assert sorted(path.name for path in folder.iterdir()) == sorted([*found.adapters, "scores.json"])
     for adapter in found.adapters:
@@ -228,6 +228,7 @@ def test_a_merged_model_has_the_scores_of_the_mean(kind: str, tokenizer: Any, tm
     config = copy.deepcopy(lm.model.config)
     found = posterior.export(tmp_path / "served", merge=True, options=OPTIONS)
     folder = tmp_path / "served" / "merged"
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # a server may run as another user
     assert found.merged_bytes == sum(file.stat().st_size for file in folder.iterdir())
     after = lm.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -101,7 +101,7 @@ WRONG = {
         ["export", "--adapted", "adapted", "--output", "new", "--dtype", "int8"],
         "float32, bfloat16, float16",
     ),
-    "a number of draws below 0": (["export", "--adapted", "adapted", "--output", "new", "--draws", "-1"], "-1"),
+    "a number of draws below 0": (["export", "--adapted", "adapted", "--output", "new", "--draws", "-1"], "'--draws'"),
     "questions that are missing": (["predict", "--adapted", "adapted", "--examples", "none.csv"], "none.csv"),
     "a run to evaluate that is missing": (["evaluate", "--run", "none", "--tasks", "table.csv"], "none"),
     "steps that are no numbers": (["evaluate", "--run", "run", "--tasks", "table.csv", "--steps", "x"], "--steps"),

@@ -70,8 +70,9 @@ def merged_weights(lm: LanguageModel, values: Sites, dtype: torch.dtype | None =
     lora = {site: value for site, value in values.items() if site in lm.sites.shapes}
     with lm.sites.bind(lora), torch.no_grad():
         for name, layer in lora_layers(lm.model, lm.adapter_name):
-            update: Tensor = layer.get_delta_weight(lm.adapter_name)
-            base: Tensor = layer.get_base_layer().weight  # type: ignore[assignment]
+            linear: Any = layer  # of PEFT's subclasses for linear modules, which have these members
+            update: Tensor = linear.get_delta_weight(lm.adapter_name)
+            base: Tensor = linear.get_base_layer().weight
             # Added in the wider dtype of the two, and rounded once.
             whole = base.to(torch.promote_types(base.dtype, update.dtype)) + update
             found[f"{name}.weight"] = whole.to(found[f"{name}.weight"].dtype)
@@ -107,3 +108,5 @@ def save_merged(lm: LanguageModel, values: Sites, folder: Path, dtype: torch.dty
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ModelFileError(f"'{lm.name}': transformers cannot save the merged model: {error}") from error
         lm.tokenizer.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):  # which safetensors makes private
+            file.chmod((folder / "config.json").stat().st_mode)

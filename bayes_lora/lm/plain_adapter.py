@@ -1,9 +1,9 @@
 """Values of the LoRA sites as a plain PEFT adapter, in the form that inference servers read.
 
 Servers such as vLLM read fewer settings than PEFT does. Some read ``r`` and ``lora_alpha`` alone, and would scale a
-module with a rank or an alpha of its own wrongly; none needs ``layers_to_transform`` or ``exclude_modules``, because the
-names of the tensors say which modules are adapted. An adapter is therefore written with one rank and a scaling of 1:
-each module's own scaling is multiplied into its B, and factors of a smaller rank are padded with zeros.
+module with a rank or an alpha of its own wrongly. An adapter is therefore written with one rank and a scaling of 1:
+each module's own scaling is multiplied into its B, and factors of a smaller rank are padded with zeros. Which modules
+are adapted is said by the names of the tensors; settings of layers and modules are for PEFT.
 
 Other servers (TGI, LoRAX) leave out all modules of a kind, without a message, if one layer has none. For them the
 modules of the layers that are not adapted are written too, as zeros (``all_layers``).
@@ -128,7 +128,9 @@ def plain_config(lm: LanguageModel, *, all_layers: bool = False) -> dict[str, An
         "lora_dropout": 0.0,
         "target_modules": targets,
         "layers_to_transform": layers,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for _, layer in lora_layers(lm.model, lm.adapter_name)),
+        "fan_in_fan_out": any(
+            getattr(layer, "fan_in_fan_out", False) for _, layer in lora_layers(lm.model, lm.adapter_name)
+        ),
         "bias": "none",
         "modules_to_save": None,
         "init_lora_weights": True,

@@ -39,8 +39,8 @@ FORMULA = (
 )
 PROMPT = (
     "The tokens of the prompt are prefix, then those of prompt with the question in place of {input}, without special "
-    "tokens of the tokenizer. Of a question with more than max_length tokens the posterior's own predictions cut the "
-    "beginning."
+    "tokens of the tokenizer. Where these and the tokens of all options but the last of each are more than max_length, "
+    "the posterior's own predictions cut the beginning of the question."
 )
 
 
