@@ -29,6 +29,7 @@ from bayes_lora.errors import BayesLoraError, ConfigError, PosteriorError, RunFo
 from bayes_lora.lm.adapters import lora_layers
 from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
+from bayes_lora.lm.merge import merged_weights
 from bayes_lora.lm.option_head import BIAS, HEAD_SHAPES, SLOPE
 from bayes_lora.lm.plain_adapter import plain_config, plain_tensors
 from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -259,6 +260,16 @@ def test_a_merged_model_in_another_dtype_is_rounded_once(tokenizer: Any, tmp_pat
         for name, layer in lora_layers(lm.model, "default"):
             exact = layer.get_base_layer().weight + layer.get_delta_weight("default")
             assert torch.equal(weights[f"{name}.weight"], exact.bfloat16())
+
+
+def test_merging_copies_the_adapted_weights_only(tokenizer: Any) -> None:
+    lm = language_model(tokenizer)
+    values = {site: value[0, 0] for site, value in posterior_of(lm).mean().items()}
+    adapted = {f"{name}.weight" for name, _ in lora_layers(lm.model, "default")}
+    own = {name.replace(".base_layer.", "."): value for name, value in lm.model.state_dict().items()}
+    found = merged_weights(lm, values)
+    copied = {name for name, value in found.items() if value.data_ptr() != own[name].data_ptr()}
+    assert copied == adapted and found.keys() == own.keys()
 
 
 @pytest.mark.parametrize("how", ["quantiser", "weights"])
