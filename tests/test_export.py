@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from bayes_lora.distributions.factored_normal import FactoredNormal
 from bayes_lora.episodes import PromptTemplate
 from bayes_lora.errors import BayesLoraError, ConfigError, PosteriorError, RunFolderError, SiteError, TaskError
+from bayes_lora.infer.components import Components
 from bayes_lora.lm.adapters import lora_layers
 from bayes_lora.lm.inject import inject
 from bayes_lora.lm.language_model import LanguageModel
@@ -150,19 +151,35 @@ def test_a_task_with_other_options_in_each_question_has_the_template(tokenizer: 
     assert len(facts["adapters"]["mean"]["bias"]) == 32 and list(facts["adapters"]) == ["mean"]
 
 
-def test_draws_of_components_and_shared_values_are_those_of_the_posterior(tokenizer: Any, tmp_path: Path) -> None:
-    """Another seed makes other draws, and draws do not depend on the mean's file."""
+def test_draws_are_those_of_the_posterior(tokenizer: Any, tmp_path: Path) -> None:
+    """Shared sites are in each; another seed makes other draws."""
     posterior = posterior_of(language_model(tokenizer))
     for seed in (0, 1):
         posterior.export(tmp_path / str(seed), num_draws=2, seed=seed)
     first, second = (load_file(tmp_path / seed / "draw-1" / "adapter_model.safetensors") for seed in "01")
-    phi = {site: value[1 if len(value) > 1 else 0, 0, 0] for site, value in posterior.draw(2, seed=1).items()}
-    shared = "o_proj.lora_A"
+    check_draw(posterior, second, 1, num_draws=2, seed=1)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]) == ("o_proj.lora_A" in key)
+
+
+def test_draws_of_components_take_turns(tokenizer: Any, tmp_path: Path) -> None:
+    lm = language_model(tokenizer)
+    values = {site: value[:, None, None] for site, value in random_phi(lm, 3, scale=0.3).items()}
+    phi = Components({site: Normal(value, torch.full_like(value, 0.1)).to_event(3) for site, value in values.items()})
+    posterior = TaskPosterior(lm, phi, {}, ("a",))
+    posterior.export(tmp_path / "served", num_draws=4)
+    for index in range(4):
+        tensors = load_file(tmp_path / "served" / f"draw-{index}" / "adapter_model.safetensors")
+        check_draw(posterior, tensors, index, num_draws=4, seed=0)
+
+
+def check_draw(posterior: TaskPosterior, tensors: dict[str, Any], index: int, **words: Any) -> None:
+    """Tensors of an adapter are one of the posterior's draws, with the scaling 2 of ``language_model`` in B."""
+    draws = posterior.draw(**words)
+    phi = {site: value[index if len(value) > 1 else 0, 0, 0] for site, value in draws.items()}
     for name, value in posterior.lm.sites.unstack(phi).items():
-        key = f"base_model.model.{name}.weight"
         scale = 2.0 if name.endswith("lora_B") else 1.0
-        torch.testing.assert_close(second[key].double(), scale * value)
-        assert torch.equal(first[key], second[key]) == (shared in name)
+        torch.testing.assert_close(tensors[f"base_model.model.{name}.weight"].double(), scale * value)
 
 
 PATTERNS = st.dictionaries(
