@@ -27,7 +27,8 @@ from bayes_lora.tasks import load_tasks
 
 FILES = ["checkpoint", "config.json", "curve.json", "posterior", "tasks.json", "widths.json"]
 COMMANDS = [
-    *["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "env", "dry-run", "tasks", "show"],
+    *["demo", "fit", "adapt", "predict", "export", "evaluate", "report", "fetch", "cache", "env", "dry-run"],
+    *["tasks", "show"],
 ]
 SMALL = [
     "language_model.r=2",
@@ -663,6 +664,35 @@ def test_predict_reads_no_fitted_posterior(call, data, adapted):
     assert before[0] == 0
     (adapted / "runs" / "a" / "posterior" / "posterior.safetensors").unlink()
     assert call(*words) == before
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_export_writes_what_was_adapted_and_says_how_large_it_is(call, refuse, data, adapted, model_folder, tmp_path):
+    served, words = tmp_path / "served", ("export", "--adapted", adapted / "mine", "--output")
+    code, out, err = call(*words, served, "--draws", 2, "--merge", "--dtype", "bfloat16")
+    assert (code, err) == (0, "")
+    what, merged, command = out.splitlines()
+    size = sum(file.stat().st_size for file in (served / "mean").iterdir()) / 1e6
+    assert what == (f"mean and 2 draws in {served}: plain PEFT adapters of rank 2, {size:.3g} MB each, and scores.json")
+    assert re.fullmatch(rf"merged model in {served}/merged: 0\.\d+ MB", merged)
+    assert command == (
+        f"vllm serve {model_folder} --enable-lora --max-lora-rank 8 --max-loras 3 --lora-modules mean={served}/mean "
+        f"draw-0={served}/draw-0 draw-1={served}/draw-1"
+    )
+    facts = json.loads((served / "scores.json").read_text())
+    options = list(make_tasks(7).values())[4].examples[0].options
+    assert facts["options"] == list(options) and facts["num_draws"] == 2 and facts["prompt"].count("{input}") == 1
+    check_adapter(served / "draw-1", model_folder)
+    assert AutoModelForCausalLM.from_pretrained(served / "merged").dtype == torch.bfloat16
+
+    assert "already exists" in refuse(*words, served)
+    code, out, err = call(*words, served, "--overwrite", "--all-layers")
+    assert (code, err) == (0, "") and out.startswith(f"mean in {served}: ") and names(served) == ["mean", "scores.json"]
+    config = json.loads((served / "mean" / "adapter_config.json").read_text())
+    assert config["layers_to_transform"] is None and config["target_modules"] == ["o_proj", "q_proj"]
+    assert "expected one of float32" in refuse(*words, tmp_path / "new", "--dtype", "int4")
+    assert "run.json" in refuse("export", "--adapted", data, "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_run_and_adapted_folder_move_together(call, refuse, data, adapted, tmp_path, monkeypatch):

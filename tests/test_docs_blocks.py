@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from textwrap import dedent
 import peft
 import pytest
 import torch
+from served import completions_server
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
@@ -39,6 +41,7 @@ RUN = {
     "peft.md": {},
     "recipes.md": {},
     "report.md": {},
+    "serving.md": {"steps=10": "steps=1", "num_draws=10": "num_draws=2", '"http://localhost:8000': 'URL + "'},
     "scale.md": {
         "meta-llama/Meta-Llama-3-8B-Instruct": HUB,
         "top_layers=10": "top_layers=2",
@@ -131,16 +134,24 @@ def prepared(page, names, model_folder):
         names["pumps"] = bayes_lora.load_prior().adapt(names["free"])
 
 
+def server(page, model_folder):
+    """Serve what a page exports, if it asks a server."""
+    if page != "serving.md":
+        return nullcontext()
+    return completions_server(Path("served"), lambda: AutoModelForCausalLM.from_pretrained(model_folder))
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's
 @pytest.mark.filterwarnings("ignore:.*prompts are longer")
 @pytest.mark.filterwarnings("ignore:.*demonstrations were left out")
 @pytest.mark.parametrize("page", RUN)
 def test_page(page, small, model_folder):
     prepared(page, small, model_folder)
-    for block in blocks(page):
-        for text, quick in RUN[page].items():
-            block = block.replace(text, quick)
-        exec(compile(block.replace(HUB, str(model_folder)), page, "exec"), small)
+    with server(page, model_folder) as small["URL"]:
+        for block in blocks(page):
+            for text, quick in RUN[page].items():
+                block = block.replace(text, quick)
+            exec(compile(block.replace(HUB, str(model_folder)), page, "exec"), small)
 
 
 @pytest.mark.parametrize("page", EXAMPLES)

@@ -14,7 +14,9 @@ import bayes_lora.episodes
 import bayes_lora.infer
 import bayes_lora.metrics
 
-COMMANDS = ["demo", "fit", "adapt", "predict", "evaluate", "report", "fetch", "cache", "dry-run", "tasks", "show"]
+COMMANDS = [
+    *["demo", "fit", "adapt", "predict", "export", "evaluate", "report", "fetch", "cache", "dry-run", "tasks", "show"],
+]
 HEAVY = ["torch", "transformers", "peft", "pyro", "accelerate", "datasets", "matplotlib", "torchmetrics"]
 RUN = """
 import json, sys
@@ -89,6 +91,17 @@ WRONG = {
     "examples that are missing": (["adapt", "--run", "run", "--examples", "none.csv", "--output", "new"], "none.csv"),
     "an output that is taken": (["adapt", "--run", "run", "--examples", "table.csv", "--output", "taken"], "taken"),
     "an adapted folder that is missing": (["predict", "--adapted", "none", "--examples", "table.csv"], "none"),
+    "an export of what is missing": (["export", "--adapted", "none", "--output", "new"], "none"),
+    "an export into a folder that is there": (["export", "--adapted", "adapted", "--output", "taken"], "taken already"),
+    "an export that would replace other files": (
+        ["export", "--adapted", "adapted", "--output", "taken", "--overwrite"],
+        "taken has no scores.json",
+    ),
+    "an export in another dtype": (
+        ["export", "--adapted", "adapted", "--output", "new", "--dtype", "int8"],
+        "float32, bfloat16, float16",
+    ),
+    "a number of draws below 0": (["export", "--adapted", "adapted", "--output", "new", "--draws", "-1"], "'--draws'"),
     "questions that are missing": (["predict", "--adapted", "adapted", "--examples", "none.csv"], "none.csv"),
     "a run to evaluate that is missing": (["evaluate", "--run", "none", "--tasks", "table.csv"], "none"),
     "steps that are no numbers": (["evaluate", "--run", "run", "--tasks", "table.csv", "--steps", "x"], "--steps"),

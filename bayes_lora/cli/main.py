@@ -16,6 +16,7 @@ from bayes_lora import __version__
 from bayes_lora.cli import adapt as cli_adapt
 from bayes_lora.cli import cache as cli_cache
 from bayes_lora.cli import env as cli_env
+from bayes_lora.cli import export as cli_export
 from bayes_lora.cli import report as cli_report
 from bayes_lora.cli import tasks as cli_tasks
 from bayes_lora.cli.console import err, error, out, print_line, print_remark, print_tables, status, warn
@@ -176,6 +177,7 @@ def fit(
 
 app.command()(cli_adapt.adapt)
 app.command()(cli_adapt.predict)
+app.command()(cli_export.export)
 
 
 @app.command()

@@ -34,6 +34,7 @@ from bayes_lora.metrics.options import Metrics
 from bayes_lora.metrics.text import TextMetrics
 from bayes_lora.posterior.arviz import inference_data
 from bayes_lora.posterior.distance import distance_from_prior
+from bayes_lora.posterior.export import Exported, export_posterior
 from bayes_lora.posterior.files import export_adapter, read_posterior, save_posterior
 from bayes_lora.posterior.generate import generated_draws
 from bayes_lora.posterior.generated_draws import GeneratedDraws
@@ -698,6 +699,48 @@ class TaskPosterior:
             ConfigError: a draw of whole updates was requested, which is not a LoRA.
         """
         export_adapter(self, Path(path), draw, overwrite=overwrite)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        num_draws: int = 0,
+        seed: int = 0,
+        dtype: str | torch.dtype | None = None,
+        merge: bool = False,
+        options: Sequence[str] | None = None,
+        all_layers: bool = False,
+        overwrite: bool = False,
+    ) -> Exported:
+        """Write the posterior of one task for an inference server: the adapters ``mean``, ``draw-0``, ``draw-1``, ...
+
+        They are plain PEFT adapters of one rank and a scaling of 1, which multi-LoRA servers such as vLLM read. The
+        file ``scores.json`` says how log-probabilities under them become those of :meth:`predict`: the option head,
+        the temperature, the prompt, the tokens of the options, and the formula.
+
+        Args:
+            path: folder to write.
+            num_draws: number of draws, S: those of ``predict_draws(num_draws=S, seed=seed, predictive="draws")``.
+            seed: random seed of the draws.
+            dtype: dtype of the files: float32, bfloat16 or float16. By default float32 for adapters, which servers
+                round once to their own, and the base model's for a merged model.
+            merge: also write the base model with the mean merged into its weights, to ``merged``.
+            options: the options of the task, if all questions have the same. Otherwise ``scores.json`` has the
+                template of prompts alone.
+            all_layers: also write zeros for the same modules of the layers that are not adapted. TGI and LoRAX need it:
+                they leave out a kind of module, without a message, if one layer has none.
+            overwrite: replace what an earlier export wrote.
+
+        Raises:
+            TaskError: there are several tasks; ``select`` one first. Or the options are unusable.
+            ConfigError: ``num_draws`` or ``dtype`` is out of range, draws are no LoRA or all the same, or the base
+                model is quantised, and cannot be merged.
+            SiteError: an adapter is merged into the base model.
+            PosteriorError: a weight is not finite in this dtype.
+            RunFolderError: the folder exists, or cannot be written.
+        """
+        more = {"merge": merge, "all_layers": all_layers, "overwrite": overwrite}
+        return export_posterior(self, Path(path), num_draws, seed, dtype, options, **more)
 
 
 def _as_one(values: Sites) -> Sites:
