@@ -16,8 +16,9 @@ INSTALL ?= $(BIN)/python -m pip install --quiet
 NUMERICAL := $(patsubst %,tests/test_%.py,curvature elbo factored_normal fast_path language_model laplace \
   scoring sites storage weight_distributions) \
   $(addprefix tests/test_exact.py::,test_no_steps_is_the_prior test_pyro_s_estimator_agrees)
-# They meet each dependency: about a minute.
-LOWEST := $(patsubst %,tests/test_%.py,adapters)
+# They use every dependency: about a minute.
+LOWEST := $(patsubst %,tests/test_%.py,base_model cli fast_path loading lora_settings peft posterior_plots \
+  prediction_draws saved_files storage trackers)
 CHECKED := bayes_lora models guides tests examples benchmarks docs/hooks
 # Phrases that are not standard technical English; CONTRIBUTING.md says what to write instead.
 PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass
@@ -69,7 +70,7 @@ test-lowest: setup  ## run some tests with the lowest versions that pyproject.to
 	grep '^torch==' constraints.txt >build/lowest/torch.txt
 	build/lowest/bin/python -m pip install --quiet -r build/lowest/torch.txt
 	$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -c build/lowest/torch.txt \
-	  -e . "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	  -e ".[arviz]" "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "tensorboard>=2.16"
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) build/lowest/bin/pytest -m "not slow" -o filterwarnings=ignore $(PYTEST_ARGS) $(LOWEST)
 
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
