@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 INSTALLED := build/types
 RUN ?= runs/demo
 # Two processes with one thread each: the models in the tests are too small to gain from more threads.
-PYTEST_ARGS ?= -n 2
+# Each begins with half of the tests, in order, so that the fixtures of most files are made once.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 OMP_NUM_THREADS ?= 1
 BENCH_ARGS ?=
 # pip reads the indexes and certificates that are set on this machine; uv is faster: INSTALL="uv pip install --python $(BIN)/python"
@@ -17,8 +18,8 @@ NUMERICAL := $(patsubst %,tests/test_%.py,curvature elbo factored_normal fast_pa
   scoring sites storage weight_distributions) \
   $(addprefix tests/test_exact.py::,test_no_steps_is_the_prior test_pyro_s_estimator_agrees)
 # They use every dependency: about a minute.
-LOWEST := $(patsubst %,tests/test_%.py,base_model cli fast_path loading lora_settings peft posterior_plots \
-  prediction_draws saved_files storage trackers)
+LOWEST := $(patsubst %,tests/test_%.py,base_model completion fast_path loading lora_settings peft \
+  posterior_plots prediction_draws saved_files statistics storage table_formats trackers)
 CHECKED := bayes_lora models guides tests examples benchmarks docs/hooks
 # Phrases that are not standard technical English; CONTRIBUTING.md says what to write instead.
 PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass

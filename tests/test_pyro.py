@@ -143,15 +143,15 @@ def test_predictive_draws_answers(lm):
         for parameter in guide.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     predictive = Predictive(
-        pyro.poutine.uncondition(model), guide=guide, num_samples=1_500, return_sites=("answer",), parallel=False
+        pyro.poutine.uncondition(model), guide=guide, num_samples=600, return_sites=("answer",), parallel=False
     )
     found = predictive(episode)["answer"]
     draws = Predictive(model, guide=guide, num_samples=400, return_sites=("_RETURN",))(episode)["_RETURN"]
     for t, n in ((0, 0), (1, 2)):
         options = int(episode.option_mask[t, n].sum())
         expected = draws[:, t, n, :options].softmax(-1).mean(0)
-        frequency = found[..., t, n].flatten().bincount(minlength=options)[:options] / 1_500
-        error = (expected * (1 - expected) * (1 / 1_500 + 1 / 400)).sqrt()
+        frequency = found[..., t, n].flatten().bincount(minlength=options)[:options] / 600
+        error = (expected * (1 - expected) * (1 / 600 + 1 / 400)).sqrt()
         assert ((frequency - expected).abs() < 5 * error + 1e-9).all()
 
 
