@@ -78,6 +78,11 @@ def test_scores_and_gradients_of_a_model_by_onednn_are_those_by_torch(kind, toke
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
 
 
+def test_an_older_torch_does_not_name_the_processor(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert arithmetic.processor_name()
+
+
 @needs_onednn
 def test_only_frozen_float32_layers_are_computed_by_onednn(monkeypatch):
     calls = []

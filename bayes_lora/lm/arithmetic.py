@@ -237,7 +237,7 @@ def _store(path: Path, found: dict[str, dict[str, float]]) -> None:
 
 def processor_name() -> str:
     """Return the name of the CPU."""
-    found = torch.cpu.get_capabilities().get("cpu_name")
+    found = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")  # not in torch 2.8
     return str(found or platform.processor() or platform.machine())
 
 
