@@ -47,7 +47,12 @@ def _hardware() -> dict[str, str]:
 
     from bayes_lora.lm.arithmetic import processor_name
 
-    facts = {"system": platform.platform(), "processor": f"{processor_name()}, {os.cpu_count()} cores"}
+    # With its build, such as +cpu, which its package's version may leave out.
+    facts = {
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "processor": f"{processor_name()}, {os.cpu_count()} cores",
+    }
     facts["instructions"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"

@@ -262,27 +262,41 @@ def _gathered(value: R) -> list[R]:
     return found
 
 
+class _Pickler(pickle.Pickler):
+    """Puts the tensors of a value aside."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, part: object) -> int | None:
+        if not isinstance(part, sys.modules["torch"].Tensor):
+            return None
+        self.tensors.append(part)
+        return len(self.tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes the tensors of a value from a list."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, index: int) -> Tensor:
+        return self.tensors[index]
+
+
 def _pickled(value: object) -> tuple[bytes, list[Tensor]]:
     """Return a pickled value without its tensors, and these."""
-    file, tensors = io.BytesIO(), list[Any]()
-    pickler = pickle.Pickler(file)
-    torch = sys.modules["torch"]
-
-    def name(part: object) -> int | None:
-        if not isinstance(part, torch.Tensor):
-            return None
-        tensors.append(part)
-        return len(tensors) - 1
-
-    pickler.persistent_id = name  # type: ignore[method-assign]
+    file = io.BytesIO()
+    pickler = _Pickler(file)
     pickler.dump(value)
-    return file.getvalue(), tensors
+    return file.getvalue(), pickler.tensors
 
 
 def _unpickled(text: bytes, tensors: list[Tensor]) -> Any:
-    unpickler = pickle.Unpickler(io.BytesIO(text))
-    unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
-    return unpickler.load()
+    return _Unpickler(io.BytesIO(text), tensors).load()
 
 
 def _broadcast_tensor(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
