@@ -38,6 +38,7 @@ setup: $(STAMP)  ## make .venv and install everything into it
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "bayes-lora needs Python 3.11 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into $(VENV), which takes some minutes and 2 GB; more if torch brings CUDA"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(INSTALL) -c constraints.txt "setuptools>=77"
@@ -110,7 +111,7 @@ wheel: setup  ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 package: setup  ## build the wheel and the sdist in dist as for a release, and check them
-	rm -rf build/lib build/bdist.* dist
+	rm -rf build/lib build/bdist.* dist && mkdir -p build
 	$(BIN)/python -m build --no-isolation >build/package.log 2>&1 || { cat build/package.log >&2; exit 1; }
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl

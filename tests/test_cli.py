@@ -748,6 +748,33 @@ def test_a_spreadsheet_in_three_commands(call, fitted, tickets, tmp_path):
     assert all(list(row["probs"]) == ["broken", "late"] for row in rows)
 
 
+@pytest.mark.filterwarnings("always:.*base weights other than")
+def test_the_shipped_prior_is_for_any_copy_of_its_model(call, fitted, tickets, model_folder, tmp_path, monkeypatch):
+    """As for the copy of the hub, which has other weights than the one that the prior was fitted on."""
+    copy, run = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(model_folder, copy)
+    shutil.copytree(fitted, run)
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.01)
+    model.save_pretrained(copy)
+    config = json.loads((run / "config.json").read_text())
+    config["language_model"]["name"] = str(copy)
+    (run / "config.json").write_text(json.dumps(config))
+    words = ("--shots", 5, "--steps", 0)
+    code, _, err = call("adapt", "--run", run, "--examples", tickets, *words, "--output", tmp_path / "no")
+    assert code == 2 and "base weights other than" in err
+    for module in ("folder", "loading"):
+        monkeypatch.setattr(f"bayes_lora.runs.{module}.shipped_prior", lambda: run)
+    code, _, err = call("adapt", "--examples", tickets, *words, "--output", tmp_path / "mine")
+    assert code == 0 and "base weights other than" in err and "as an approximation" in err
+    code, out, err = call("evaluate", "--tasks", tickets, *words, "--draws", 2)
+    assert code == 0 and "as an approximation" in err and "label counts" in out
+    (tmp_path / "q.csv").write_text("text\na film\n")
+    code, out, err = call("predict", "--adapted", tmp_path / "mine", "--examples", tmp_path / "q.csv")
+    assert code == 0 and json.loads(out)["input"] == "a film"
+
+
 def test_answers_are_printed_as_soon_as_they_are_there(call, fitted, tickets, tmp_path, monkeypatch):
     """In chunks, by the same draws, with progress on standard error."""
     mine, questions = tmp_path / "mine", tmp_path / "questions.csv"
@@ -811,6 +838,11 @@ def test_abstains_where_labelled_rows_say_so(call, refuse, fitted, tickets, tmp_
     assert found == [None, None] and err.rstrip().endswith("no question is answered")
 
     assert "--labelled and --max-error are given together" in refuse(*words, "--max-error", 0.1)
+    _, _, err = answers("--labelled", tickets, "--max-error", 0.9)
+    assert "left out 5 of 14 labelled rows: the posterior was adapted to them" in err and "of 9 labelled rows" in err
+    call("adapt", "--run", fitted, "--examples", tickets, "--steps", 0, "--output", tmp_path / "all")
+    whole = (*words[:2], tmp_path / "all", *words[3:], "--max-error", 0.1, "--labelled", tickets)
+    assert "the posterior was adapted to all of these rows" in refuse(*whole)
     other.write_text("text,Category\na film,lost\nso bad,late\n")
     assert "other.csv:2: column 'Category': got 'lost'" in refuse(*words, "--labelled", other, "--max-error", 0.1)
 

@@ -169,7 +169,7 @@ def test_the_command_ends_with_one_line_and_its_own_code(words, whole, tmp_path,
         at_step(patch, 3, lambda: send(number))
         assert exit_code(started(words, tmp_path / "errors")) == 128 + number
     lines = (tmp_path / "errors").read_text().splitlines()
-    assert lines[-1].endswith(": use --resume to resume fit or demo") and "Traceback" not in " ".join(lines)
+    assert lines[-1].endswith(": use --resume to resume fit") and "Traceback" not in " ".join(lines)
     assert ("interrupted" if number == signal.SIGINT else f"ended by {number.name}") in lines[-1]
     assert step_of(tmp_path / "a") == 3
     assert exit_code(started([*words, "--resume"], tmp_path / "errors")) == 0
@@ -232,7 +232,7 @@ def test_ctrl_c_during_imports(tmp_path, module, code):
     if module == "typer":
         assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
     else:
-        assert (done.returncode, done.stderr) == (130, "interrupted: use --resume to resume fit or demo\n")
+        assert (done.returncode, done.stderr) == (130, "interrupted: use --resume to resume demo\n")
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(lm, words, tmp_path, monkeypatch, capsys):

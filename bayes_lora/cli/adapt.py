@@ -11,6 +11,7 @@ import typer
 from bayes_lora.cli.answers import print_answers
 from bayes_lora.cli.console import print_line, status
 from bayes_lora.cli.options import DATA, Draws, FittedRun, Format, Input, Label, MaxOptions, Overwrite, Steps, Task
+from bayes_lora.errors import TaskError
 
 if TYPE_CHECKING:
     from bayes_lora.posterior.task_posterior import TaskPosterior
@@ -61,16 +62,17 @@ def adapt(
     found = None if predict is None else questions(predict, source.card(chosen))
     check_new_folder(output, overwrite=overwrite, marker=HOME)
     hide_loading_bar()
+    from bayes_lora.lm.model_files import describe
     from bayes_lora.runs.facts import write_adaptation
     from bayes_lora.runs.loading import load_posterior
 
     posterior = load_posterior(run)
-    status(f"{posterior.lm.name}: {posterior.lm.arithmetic}")
+    status(describe(posterior.lm.name, posterior.lm.arithmetic))
     with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
         adapted = posterior.adapt(support, steps=posterior.default_steps if steps is None else steps)
         adapted.save(folder / "posterior")
         adapted.export_peft(folder / "adapter")
-        write_home(folder / HOME, run, output, source.card(chosen))
+        write_home(folder / HOME, run, output, source.card(chosen), support.examples)
         write_adaptation(folder, adapted, [support])
     places = f"posterior in {output / 'posterior'}, PEFT adapter in {output / 'adapter'}"
     if found is None:
@@ -92,7 +94,7 @@ def predict(
     ] = 0.0,
     labelled: Annotated[
         Path | None,
-        typer.Option(help="Labelled rows, none of which `adapt` has seen, to choose where to abstain by --max-error."),
+        typer.Option(help="Labelled rows, to choose where to abstain by --max-error; not those that `adapt` used."),
     ] = None,
     max_error: Annotated[
         float | None,
@@ -124,13 +126,14 @@ def predict(
     language_model_of(run)
     card = read_question_card(adapted)
     found = questions(examples, card)
-    known = None if labelled is None else labelled_rows(labelled, card)
+    known = None if labelled is None else _not_adapted_to(adapted, labelled, labelled_rows(labelled, card))
     hide_loading_bar()
+    from bayes_lora.lm.model_files import describe
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.runs.loading import load_language_model_of
 
     lm = load_language_model_of(run)
-    status(f"{lm.name}: {lm.arithmetic}")
+    status(describe(lm.name, lm.arithmetic))
     posterior = TaskPosterior.load(adapted / "posterior", lm)
     if known is not None and max_error is not None:
         abstain_at = max(abstain_at, _threshold(posterior, known, draws, max_error, delta))
@@ -145,6 +148,18 @@ def fitted_run(run: Path | None) -> Path:
     check_fitted(found)
     if run is None:
         status(f"prior: that of this package, learned from {len(read_fitted_tasks(found))} tasks; --run takes another")
+    return found
+
+
+def _not_adapted_to(adapted: Path, path: Path, rows: Sequence[Example]) -> list[Example]:
+    """Leave out rows that the posterior was adapted to: of these, what a threshold promises would not hold."""
+    from bayes_lora.runs.folder import unseen_examples
+
+    found = unseen_examples(adapted, rows)
+    if not found:
+        raise TaskError(f"{path}: the posterior was adapted to all of these rows. Give others with --labelled.")
+    if len(found) < len(rows):
+        status(f"left out {len(rows) - len(found)} of {len(rows)} labelled rows: the posterior was adapted to them")
     return found
 
 

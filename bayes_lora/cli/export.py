@@ -47,7 +47,7 @@ def export(
     `scores.json` beside them says how log-probabilities under the adapters become those of the posterior. Draws are for
     posteriors that predict with draws; see docs/serving.md.
 
-    Example: `bayes-lora export --adapted runs/tickets --output served --draws 10`
+    Example: `bayes-lora export --adapted runs/tickets --output served`, of a fit by SVI with `--draws 10`
     """
     from bayes_lora.runs.folder import language_model_of, read_home, read_question_card
     from bayes_lora.utils.progress import hide_loading_bar
@@ -60,11 +60,12 @@ def export(
     options = read_question_card(adapted).options
     check_new_folder(output, overwrite=overwrite, marker="scores.json")
     hide_loading_bar()
+    from bayes_lora.lm.model_files import describe, packaged_copy
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.runs.loading import load_language_model_of
 
     lm = load_language_model_of(run)
-    status(f"{lm.name}: {lm.arithmetic}")
+    status(describe(lm.name, lm.arithmetic))
     posterior = TaskPosterior.load(adapted / "posterior", lm)
     found = posterior.export(
         output,
@@ -76,7 +77,7 @@ def export(
         all_layers=all_layers,
         overwrite=overwrite,
     )
-    _tell(found, lm.name)
+    _tell(found, str(packaged_copy(lm.name) or lm.name))
 
 
 def _tell(found: Exported, name: str) -> None:

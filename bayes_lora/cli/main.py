@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 NAME, USAGE, INTERRUPTED = "bayes-lora", 2, 130
-CURE = "use --resume to resume fit or demo"
+RESUMED = ("fit", "demo")
 # Depending on its version, Typer uses a vendored click or the installed one; this is the base class in both.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
@@ -146,11 +146,12 @@ def fit(
     join()
     from_main(lambda: check_run_folder(run, resume=resume, overwrite=overwrite))
     hide_loading_bar()
+    from bayes_lora.lm.model_files import describe
     from bayes_lora.runs.empirical_bayes import is_closed_form
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(chosen.language_model)
-    status(f"{lm.name}: {lm.arithmetic}")
+    status(describe(lm.name, lm.arithmetic))
     with bars(err) as progress:
         posterior, state = fit_posterior(
             lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress
@@ -229,11 +230,12 @@ def evaluate(
     if shuffle_options:
         unseen = TaskSet(task.shuffle_options(seed=seed) for task in unseen.values())
     hide_loading_bar()
+    from bayes_lora.lm.model_files import describe
     from bayes_lora.runs.compare import compare
     from bayes_lora.runs.loading import load_posterior
 
     posterior = load_posterior(run)
-    status(f"{posterior.lm.name}: {posterior.lm.arithmetic}")
+    status(describe(posterior.lm.name, posterior.lm.arithmetic))
     if left_out:
         count = len(left_out) + len(unseen)
         print_remark(f"left out {len(left_out)} of {count} tasks: the posterior was fitted on them", table)
@@ -263,9 +265,11 @@ def fetch() -> None:
 
     Example: `bayes-lora fetch`
     """
-    from bayes_lora.lm.model_files import fetch_default_model
+    from bayes_lora.lm.model_files import DEFAULT_MODEL, fetch_default_model
 
-    print_line(str(fetch_default_model()))
+    folder = fetch_default_model()
+    status(f"{DEFAULT_MODEL} is in:")
+    print_line(str(folder))
 
 
 app.command()(cli_cache.cache)
@@ -375,10 +379,11 @@ def main() -> None:
         if not received:
             raise
         code = 128 + received[0]
+    cure = f": use --resume to resume {words[0]}" if words[0] in RESUMED else ""
     if code == INTERRUPTED:  # some versions of Typer return it
-        err.print(f"interrupted: {CURE}", style="red")
+        err.print(f"interrupted{cure}", style="red")
     elif received:
-        err.print(f"ended by {signal.Signals(received[0]).name}: {CURE}", style="red")
+        err.print(f"ended by {signal.Signals(received[0]).name}{cure}", style="red")
     if not code:
         leave()
     sys.exit(code)

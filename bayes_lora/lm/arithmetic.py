@@ -237,7 +237,8 @@ def _store(path: Path, found: dict[str, dict[str, float]]) -> None:
 
 def processor_name() -> str:
     """Return the name of the CPU."""
-    found = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")  # not in torch 2.8
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in torch 2.8
+    found = known.get("cpu_name")
     return str(found or platform.processor() or platform.machine())
 
 

@@ -27,9 +27,11 @@ __all__ = [
     "HubOptions",
     "cache_folder",
     "default_model_here",
+    "describe",
     "fetch_default_model",
     "find_model",
     "find_tokenizer",
+    "packaged_copy",
     "warn_of_download",
 ]
 
@@ -109,6 +111,17 @@ def default_model_here(cache_dir: Path | None = None) -> Path | None:
     """Return the folder of :data:`DEFAULT_MODEL` in the Hugging Face cache, or the converted copy; None if absent."""
     target = (cache_dir or cache_folder()) / CONVERTED_FOLDER
     return find_in_hub_cache(DEFAULT_MODEL) or (target if is_model_folder(target) else None)
+
+
+def packaged_copy(name: str) -> Path | None:
+    """Return the folder of the 4-bit copy if a language model of this name is loaded from it; otherwise None."""
+    here = default_model_here() if name == DEFAULT_MODEL else None
+    return here if here is not None and here.name == CONVERTED_FOLDER else None
+
+
+def describe(name: str, arithmetic: object) -> str:
+    """Return the line that says which language model is used, which copy of it, and how it computes."""
+    return f"{name}{f' (4-bit copy of {PACKAGE})' if packaged_copy(name) else ''}: {arithmetic}"
 
 
 def fetch_default_model(*, cache_dir: Path | None = None, progress: bool = True) -> Path:

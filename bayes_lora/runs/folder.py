@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bayes_lora.errors import ConfigError, PosteriorError, RunFolderError
 from bayes_lora.recipes.config import LanguageModelConfig, RunConfig
 from bayes_lora.tasks.readers.card import Card, card_from, card_values
 from bayes_lora.tasks.readers.questions import OWN_OPTIONS
+from bayes_lora.tasks.task import Example
 from bayes_lora.utils.lock import check_unlocked, locked
 from bayes_lora.utils.reading import read_facts, read_json
 from bayes_lora.utils.storage import delete, is_temporary, make_folder, write_json, writing
@@ -33,6 +35,7 @@ __all__ = [
     "read_home",
     "read_question_card",
     "shipped_prior",
+    "unseen_examples",
     "write_home",
     "write_settings",
 ]
@@ -152,14 +155,33 @@ def read_fitted_tasks(run: Path) -> list[str]:
     return [name for half in halves for name in half or []]
 
 
-def write_home(path: Path, run: Path, adapted: Path, card: Card | None = None) -> None:
-    """Record in an adapted folder the path of the run, and the card that reads questions from a table.
+def write_home(path: Path, run: Path, adapted: Path, card: Card | None = None, support: Sequence[Example] = ()) -> None:
+    """Record in an adapted folder the path of the run, the card that reads questions from a table, and its examples.
 
-    The path is relative to the folder, so that both can be moved together; it is None for the shipped prior.
+    The path is relative to the folder, so that both can be moved together; it is None for the shipped prior. Of each
+    example of the support set, a digest of its input is kept.
     """
     shipped = run.resolve() == shipped_prior().resolve()
     facts: dict[str, Any] = {"run": None if shipped else os.path.relpath(run.resolve(), adapted.resolve())}
-    write_json(path, facts | ({} if card is None else {"questions": card_values(card)}))
+    facts |= {} if card is None else {"questions": card_values(card)}
+    write_json(path, facts | {"support": sorted({_digest(row) for row in support})})
+
+
+def unseen_examples(adapted: Path, rows: Sequence[Example]) -> list[Example]:
+    """Return the examples whose inputs are not in the support set of an adapted folder.
+
+    Raises:
+        PosteriorError: the folder's ``run.json`` is damaged.
+    """
+    home = read_json(adapted / HOME)
+    seen = home.get("support", []) if isinstance(home, dict) else None
+    if not isinstance(seen, list):
+        raise PosteriorError(f"{adapted / HOME} is damaged: 'support': expected a list. Run adapt again.")
+    return [row for row in rows if _digest(row) not in seen]
+
+
+def _digest(example: Example) -> str:
+    return blake2b(example.input.encode(), digest_size=8).hexdigest()
 
 
 def read_question_card(adapted: Path) -> Card:

@@ -33,6 +33,8 @@ def load_posterior(
     Raises:
         PosteriorError: there is no posterior; otherwise see :meth:`bayes_lora.posterior.posterior.Posterior.load`.
     """
+    if Path(run).resolve() == shipped_prior().resolve() and model is None and guide is None:
+        return load_prior(lm)  # of any copy of its language model
     folder = posterior_of(Path(run))
     lm = lm or load_language_model_of(Path(run))
     return Posterior.load(folder, lm, model=model, guide=guide)

@@ -133,8 +133,10 @@ def _put_in_place(new: Path, path: Path) -> None:
 def check_new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
     """Raise :class:`RunFolderError` if :func:`new_folder` would, so that long work is not lost."""
     with writing(path):
+        if path.is_file() and not overwrite:
+            raise RunFolderError(f"{path} is a file, expected a new folder. Choose another name.")
         if path.exists() and not overwrite:
-            raise RunFolderError(f"{path} already exists. Choose another name, or allow overwriting.")
+            raise RunFolderError(f"{path} already exists. Choose another name, or overwrite it (--overwrite).")
         if path.exists() and marker is not None:
             if not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists()):
                 raise RunFolderError(f"{path} has no {marker}, so it is not replaced. Choose another name.")
