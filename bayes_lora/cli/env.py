@@ -53,7 +53,7 @@ def _hardware() -> dict[str, str]:
         "system": platform.platform(),
         "processor": f"{processor_name()}, {os.cpu_count()} cores",
     }
-    facts["instructions"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    facts["instructions"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -368,7 +368,8 @@ def main() -> None:
             code = program()(words, prog_name=NAME, standalone_mode=False)
     except UsageError as raised:
         command = raised.ctx.command_path if raised.ctx else " ".join([NAME, *words[:1]])
-        error(f"{raised.format_message().rstrip('.')}. See {command} --help.")
+        said = raised.format_message().replace(": Value error, ", ": ").rstrip(".")
+        error(f"{said}{'' if said.endswith('?') else '.'} See {command} --help.")
         code = USAGE
     except BayesLoraError as raised:
         error(raised)
