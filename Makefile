@@ -10,6 +10,7 @@ RUN ?= runs/demo
 PYTEST_ARGS ?= -n 2 --dist worksteal
 OMP_NUM_THREADS ?= 1
 BENCH_ARGS ?=
+OTHER ?= python3.13
 # pip reads the indexes and certificates that are set on this machine; uv is faster: INSTALL="uv pip install --python $(BIN)/python"
 INSTALL ?= $(BIN)/python -m pip install --quiet
 # About a minute on two cores; test_storage.py asks for equal bits after a reload and a resumed run. Of test_exact.py
@@ -25,7 +26,7 @@ CHECKED := bayes_lora models guides tests examples benchmarks docs/hooks
 PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-isa test-lowest test-quantized bench docs lint phrases format types installed wheel package clean
+.PHONY: help setup demo test test-all test-isa test-lowest test-python test-quantized bench docs lint phrases format types installed wheel package clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -74,6 +75,13 @@ test-lowest: setup  ## run some tests with the lowest versions that pyproject.to
 	$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -c build/lowest/torch.txt \
 	  -e ".[arviz]" "pytest>=8.3" "pytest-xdist>=3.6" "hypothesis>=6.100" "tensorboard>=2.16"
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) build/lowest/bin/pytest -m "not slow" -o filterwarnings=ignore $(PYTEST_ARGS) $(LOWEST)
+
+# On Linux, PyPI's torch brings CUDA: 3 GB to download, 5 GB on disk.
+test-python: setup  ## run some tests with another Python; OTHER chooses it, by default python3.13
+	$(OTHER) -m venv --clear build/other
+	$(BIN)/uv pip install --quiet --python build/other/bin/python -c constraints.txt \
+	  -e ".[arviz]" pytest pytest-xdist hypothesis tensorboard
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) build/other/bin/pytest -m "not slow" $(PYTEST_ARGS) tests/test_distributed.py $(LOWEST)
 
 bench: setup  ## measure speed and memory on this machine's CPU, about eight minutes; BENCH_ARGS chooses cases
 	$(BIN)/python benchmarks/speed.py $(BENCH_ARGS)
