@@ -19,8 +19,8 @@ NUMERICAL := $(patsubst %,tests/test_%.py,curvature elbo factored_normal fast_pa
   scoring sites storage weight_distributions) \
   $(addprefix tests/test_exact.py::,test_no_steps_is_the_prior test_pyro_s_estimator_agrees)
 # They use every dependency: about a minute.
-LOWEST := $(patsubst %,tests/test_%.py,base_model completion fast_path loading lora_settings peft \
-  posterior_plots prediction_draws saved_files statistics storage table_formats trackers)
+LOWEST := $(patsubst %,tests/test_%.py,base_model completion loading lora_settings posterior_plots \
+  prediction_draws saved_files statistics table_formats trackers)
 CHECKED := bayes_lora models guides tests examples benchmarks docs/hooks
 # Phrases that are not standard technical English; CONTRIBUTING.md says what to write instead.
 PHRASES := cannot be had|to be had|told from|anew|will do|likewise|held[ -]back|ours, one pass

@@ -46,6 +46,7 @@ def test_every_example_has_its_own_gradient(lm, problem):
             torch.testing.assert_close(gradients[site][i], gradient[0])
 
 
+@pytest.mark.slow
 def test_passes_of_any_size_hold_the_same_examples(problem):
     """By their tasks, and with a Fisher information alike in expectation (200 passes, 6 standard errors)."""
     assert [task.tolist() for task, _ in collected(problem, 2)] == [[0, 0], [1, 1], [1]]
