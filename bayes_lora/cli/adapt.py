@@ -62,12 +62,12 @@ def adapt(
     found = None if predict is None else questions(predict, source.card(chosen))
     check_new_folder(output, overwrite=overwrite, marker=HOME)
     hide_loading_bar()
-    from bayes_lora.lm.model_files import describe
+    from bayes_lora.lm.model_files import model_line
     from bayes_lora.runs.facts import write_adaptation
     from bayes_lora.runs.loading import load_posterior
 
     posterior = load_posterior(run)
-    status(describe(posterior.lm.name, posterior.lm.arithmetic))
+    status(model_line(posterior.lm.name, posterior.lm.arithmetic))
     with new_folder(output, overwrite=overwrite, marker=HOME) as folder:
         adapted = posterior.adapt(support, steps=posterior.default_steps if steps is None else steps)
         adapted.save(folder / "posterior")
@@ -128,12 +128,12 @@ def predict(
     found = questions(examples, card)
     known = None if labelled is None else _not_adapted_to(adapted, labelled, labelled_rows(labelled, card))
     hide_loading_bar()
-    from bayes_lora.lm.model_files import describe
+    from bayes_lora.lm.model_files import model_line
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.runs.loading import load_language_model_of
 
     lm = load_language_model_of(run)
-    status(describe(lm.name, lm.arithmetic))
+    status(model_line(lm.name, lm.arithmetic))
     posterior = TaskPosterior.load(adapted / "posterior", lm)
     if known is not None and max_error is not None:
         abstain_at = max(abstain_at, _threshold(posterior, known, draws, max_error, delta))

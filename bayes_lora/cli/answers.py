@@ -36,7 +36,7 @@ def print_answers(
     Where standard output is not a terminal, in which answers are progress enough, progress is shown on standard error.
     """
     # What is drawn while weights are used depends on what is computed together.
-    size = len(questions) if posterior.is_deferred else CHUNK
+    size = max(1, len(questions)) if posterior.is_deferred else CHUNK
     chunks = [questions[start : start + size] for start in range(0, len(questions), size)]
     # A bar would redirect what is printed while it is shown to its own console.
     output, told = sys.stdout, len(chunks) > 1 and not sys.stdout.isatty()

@@ -60,12 +60,12 @@ def export(
     options = read_question_card(adapted).options
     check_new_folder(output, overwrite=overwrite, marker="scores.json")
     hide_loading_bar()
-    from bayes_lora.lm.model_files import describe, packaged_copy
+    from bayes_lora.lm.model_files import model_line, packaged_copy
     from bayes_lora.posterior.task_posterior import TaskPosterior
     from bayes_lora.runs.loading import load_language_model_of
 
     lm = load_language_model_of(run)
-    status(describe(lm.name, lm.arithmetic))
+    status(model_line(lm.name, lm.arithmetic))
     posterior = TaskPosterior.load(adapted / "posterior", lm)
     found = posterior.export(
         output,

@@ -146,12 +146,12 @@ def fit(
     join()
     from_main(lambda: check_run_folder(run, resume=resume, overwrite=overwrite))
     hide_loading_bar()
-    from bayes_lora.lm.model_files import describe
+    from bayes_lora.lm.model_files import model_line
     from bayes_lora.runs.empirical_bayes import is_closed_form
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(chosen.language_model)
-    status(describe(lm.name, lm.arithmetic))
+    status(model_line(lm.name, lm.arithmetic))
     with bars(err) as progress:
         posterior, state = fit_posterior(
             lm, training, chosen, run=run, resume=resume, overwrite=overwrite, progress=progress
@@ -230,12 +230,12 @@ def evaluate(
     if shuffle_options:
         unseen = TaskSet(task.shuffle_options(seed=seed) for task in unseen.values())
     hide_loading_bar()
-    from bayes_lora.lm.model_files import describe
+    from bayes_lora.lm.model_files import model_line
     from bayes_lora.runs.compare import compare
     from bayes_lora.runs.loading import load_posterior
 
     posterior = load_posterior(run)
-    status(describe(posterior.lm.name, posterior.lm.arithmetic))
+    status(model_line(posterior.lm.name, posterior.lm.arithmetic))
     if left_out:
         count = len(left_out) + len(unseen)
         print_remark(f"left out {len(left_out)} of {count} tasks: the posterior was fitted on them", table)

@@ -27,10 +27,10 @@ __all__ = [
     "HubOptions",
     "cache_folder",
     "default_model_here",
-    "describe",
     "fetch_default_model",
     "find_model",
     "find_tokenizer",
+    "model_line",
     "packaged_copy",
     "warn_of_download",
 ]
@@ -119,7 +119,7 @@ def packaged_copy(name: str) -> Path | None:
     return here if here is not None and here.name == CONVERTED_FOLDER else None
 
 
-def describe(name: str, arithmetic: object) -> str:
+def model_line(name: str, arithmetic: object) -> str:
     """Return the line that says which language model is used, which copy of it, and how it computes."""
     return f"{name}{f' (4-bit copy of {PACKAGE})' if packaged_copy(name) else ''}: {arithmetic}"
 

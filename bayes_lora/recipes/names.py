@@ -1,4 +1,4 @@
-"""Names of recipes, priors and guides, for the completion of the shell, which does not import their classes."""
+"""Names of recipes, priors and guides for shell completion, which must not wait for the import of their classes."""
 
 __all__ = ["GUIDE_NAMES", "PRIOR_NAMES", "RECIPE_NAMES"]
 

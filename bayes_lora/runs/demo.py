@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from bayes_lora.infer.fit_config import FitConfig
-from bayes_lora.lm.model_files import describe
+from bayes_lora.lm.model_files import model_line
 from bayes_lora.recipes.config import EpisodeConfig, RunConfig
 from bayes_lora.recipes.recipes import build_language_model
 from bayes_lora.runs.folder import (
@@ -84,7 +84,7 @@ def run_demo(
     from bayes_lora.runs.fit import fit_posterior
 
     lm = build_language_model(config.language_model)
-    _print(console, describe(lm.name, lm.arithmetic))
+    _print(console, model_line(lm.name, lm.arithmetic))
     with bars() as progress:
         posterior, _ = fit_posterior(
             lm, training, config, run=run, resume=resume, overwrite=overwrite, progress=progress
@@ -110,7 +110,7 @@ def _with_shipped_prior(
     from bayes_lora.runs.loading import load_prior  # torch takes seconds to import
 
     posterior = load_prior()
-    _print(console, describe(posterior.lm.name, posterior.lm.arithmetic))
+    _print(console, model_line(posterior.lm.name, posterior.lm.arithmetic))
     with open_run_folder(run, resume=resume, overwrite=overwrite):
         return _report(run, prior, posterior, tasks, console, show)
 
